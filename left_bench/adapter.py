@@ -1,0 +1,112 @@
+"""Attach a PEFT method to a base model, train-time hooks of methods that have them, and save what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftType, PromptLearningConfig, get_peft_model, initialize_kv_prefix_from_text
+from peft.tuners.adalora import AdaLoraModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from left_bench.cell import Cell
+from left_bench.instantiate import instantiate
+from left_bench.model import quantized_weights
+
+_KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+
+
+def attach_adapter(model: PreTrainedModel, cell: Cell, *, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+    """Freeze the base model and attach the cell's method; full fine-tuning attaches nothing and freezes nothing.
+
+    Raises:
+        UserError: an argument that the method's configuration does not have.
+    """
+    if cell.training.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.config.use_cache = False
+    if cell.peft.target is None:
+        # a quantized weight cannot take a gradient; torch says so here when such a cell is forced
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return model
+    arguments = {"task_type": "CAUSAL_LM", **cell.peft.config}
+    if arguments.get("adapter_layers", 0) is None:
+        arguments["adapter_layers"] = model.config.num_hidden_layers
+    config = instantiate(cell.peft.target, arguments, key="peft")
+    if quantized_weights(model):
+        _prepare_quantized(model)
+    torch.manual_seed(cell.seed)  # the adapter's initialization is the seed's, whatever was drawn before
+    adapted = get_peft_model(model, config)
+    if cell.peft.init_text is not None:
+        initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
+    return adapted
+
+
+def _prepare_quantized(model: PreTrainedModel) -> None:
+    """Freeze a quantized base model and keep what is left of it in the dtype it was loaded in.
+
+    peft's `prepare_model_for_kbit_training` casts every unquantized parameter to float32; that doubles the bytes of a
+    tied embedding (a fifth of a small model) and would make the quantized cell look larger than it is.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def virtual_positions(model: torch.nn.Module) -> int:
+    """Positions that the method puts before the input and that appear in the logits (0 for key-value prefixes)."""
+    if not isinstance(model, PeftModel):
+        return 0
+    config = model.active_peft_config
+    if not isinstance(config, PromptLearningConfig) or config.peft_type in _KEY_VALUE_PREFIX:
+        return 0
+    return int(config.num_virtual_tokens)
+
+
+def regularization(model: torch.nn.Module) -> torch.Tensor | None:
+    """The term that AdaLoRA adds to the loss, else None.
+
+    Zhang et al. 2023, eq. 4: the mean over the factors P, Q of ||P P^T - I||_F, times `orth_reg_weight`. peft adds it
+    only to a loss the model computed itself, and ours is computed outside the model.
+    """
+    if not _is_adalora(model):
+        return None
+    tuner: Any = model.base_model
+    name = tuner.trainable_adapter_name
+    distances = []
+    for key, parameter in tuner.model.named_parameters():
+        if name in key and ("lora_A" in key or "lora_B" in key):
+            gram = parameter @ parameter.T if "lora_A" in key else parameter.T @ parameter
+            distances.append(
+                torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+            )
+    weight = tuner.peft_config[name].orth_reg_weight
+    return weight * torch.stack(distances).mean()
+
+
+def after_optimizer_step(model: torch.nn.Module, step: int) -> None:
+    """What a method does between the optimizer's step and zeroing the gradients: AdaLoRA moves its rank budget."""
+    if _is_adalora(model):
+        tuner: Any = model.base_model
+        tuner.update_and_allocate(step)
+
+
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that receive a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save_trained(model: torch.nn.Module, folder: Path) -> int:
+    """Save what training produced (the adapter, or the whole model) as safetensors.
+
+    Returns:
+        Bytes of the weight files on disk.
+    """
+    save: Any = model.save_pretrained
+    save(folder)
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _is_adalora(model: torch.nn.Module) -> bool:
+    return isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel)

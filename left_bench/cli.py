@@ -1,0 +1,183 @@
+"""The command line: `left-bench report|doctor|list …`, and anything else is a Hydra run.
+
+Nothing here imports torch: `--help` and a mistyped sweep are answered at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from left_bench import __version__
+from left_bench.errors import UserError, nearest
+from left_bench.paths import config_root
+
+_GROUPS = ("model", "quantization", "peft", "precision", "training", "data", "eval", "hardware", "tracker")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script's entry; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not argv or argv[0].startswith(("-", "+", "~")) or "=" in argv[0]:
+            if argv and argv[0] in ("-h", "--help"):
+                print(help_text())
+                return 0
+            if argv and argv[0] == "--version":
+                print(f"left-bench {__version__}")
+                return 0
+            return _run(argv)
+        commands: dict[str, Callable[[list[str]], int]] = {"report": _report, "doctor": _doctor, "list": _list}
+        if argv[0] not in commands:
+            hint = nearest(argv[0], commands) or f"; commands are {', '.join(commands)}"
+            raise UserError(f"unknown command '{argv[0]}'{hint} (overrides are written key=value)")
+        return commands[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"left-bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nleft-bench: interrupted; finished cells are kept, the same command goes on", file=sys.stderr)
+        return 130
+
+
+def help_text() -> str:
+    """What `--help` prints."""
+    lines = [
+        f"left-bench {__version__}: fine-tune, measure and compare cells of model x quantization x peft x precision",
+        "",
+        "left-bench [GROUP=OPTION | KEY=VALUE ...]      run one cell",
+        "left-bench +sweep=NAME [GROUP=A,B | KEY=VALUE ...]   run a sweep; report in reports/NAME.md",
+        "left-bench report RUNS... [--out DIR]         make reports again from records",
+        "left-bench list                               every group's options, one line each",
+        "left-bench doctor                             what this machine has and can run",
+        "",
+        f"sweeps: {', '.join(options('sweep'))}",
+    ]
+    lines += [f"{group}: {', '.join(options(group))}" for group in _GROUPS]
+    lines += [
+        "",
+        "Often set: runs_dir, reports_dir, seed, model.name_or_path, data.path, training.steps, training.batch_size,",
+        "training.learning_rate, peft.config.NAME, eval.generate, hardware.memory_limit, force.",
+        "`left-bench --cfg job` prints the composed configuration; `--hydra-help` Hydra's own options.",
+    ]
+    return "\n".join(lines)
+
+
+def options(group: str, extra: list[Path] | None = None) -> list[str]:
+    """The options of a group: files of conf/GROUP (or sweeps/), and of the user's --config-dir."""
+    root = config_root()
+    folders = [root / "sweeps" if group == "sweep" else root / "conf" / group]
+    folders += [folder / group for folder in extra or []]
+    return sorted({path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.yaml")})
+
+
+def _run(argv: list[str]) -> int:
+    """Compose with Hydra and run; `sys.argv` is what Hydra reads."""
+    check_choices(argv)
+    import hydra
+
+    from left_bench.launch import run_job, user_errors
+
+    register_resolvers()
+    register_sweeps()
+    sys.argv = ["left-bench", *(open_section(argument) for argument in argv)]
+
+    def task(config: Any) -> str:
+        with user_errors():
+            return run_job(config)
+
+    hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(task)()
+    return 0
+
+
+def check_choices(argv: list[str]) -> None:
+    """Refuse an option that no group has, with the options there are and the nearest.
+
+    Raises:
+        UserError: naming group, option and mend.
+    """
+    extra = _config_dirs(argv)
+    for argument in argv:
+        key, separator, value = argument.partition("=")
+        group = key.lstrip("+")
+        if not separator or group not in (*_GROUPS, "sweep") or argument.startswith("-"):
+            continue
+        known = options(group, extra)
+        for option in value.split(","):
+            name = option.strip().strip("'\"")
+            if name and name not in known and not any(mark in name for mark in "()[]{}$*/"):
+                hint = nearest(name, known).removesuffix("?")
+                there_are = f"there are {', '.join(known)}"
+                raise UserError(f"unknown {group} '{name}'{f'{hint}?' if hint else ''} ({there_are})")
+
+
+def open_section(argument: str) -> str:
+    """`peft.config.r=8` as `++peft.config.r=8`.
+
+    A key may be allowed without standing in the option's file (an upstream class's argument, a field left at its
+    default); `Cell` knows which are, and refuses the others with the nearest that is.
+    """
+    group, dot, _ = argument.partition("=")[0].partition(".")
+    return f"++{argument}" if dot and group in _GROUPS else argument
+
+
+def register_resolvers() -> None:
+    """Arithmetic for YAML: `${share:40,0.2}` is 8 (at least 1), `${twice:8}` is 16."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("share", lambda total, part: max(1, round(total * part)), replace=True)
+    OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
+
+
+def register_sweeps() -> None:
+    """Offer every file of sweeps/ to Hydra as the group `sweep`, which lies outside its search path."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    for path in sorted((config_root() / "sweeps").glob("*.yaml")):
+        node: Any = OmegaConf.load(path)
+        parameters = OmegaConf.select(node, "hydra.sweeper.params")
+        if parameters:  # the same spelling as on the command line, so that an override there replaces the sweep's
+            node.hydra.sweeper.params = {open_section(key): value for key, value in parameters.items()}
+        ConfigStore.instance().store(group="sweep", name=path.stem, node=node, package="_global_", provider=str(path))
+
+
+def _config_dirs(argv: list[str]) -> list[Path]:
+    found = []
+    for index, argument in enumerate(argv):
+        if argument in ("--config-dir", "-cd") and index + 1 < len(argv):
+            found.append(Path(argv[index + 1]))
+        elif argument.startswith("--config-dir="):
+            found.append(Path(argument.partition("=")[2]))
+    return found
+
+
+def _report(argv: list[str]) -> int:
+    from left_bench.report import main as report
+
+    return report(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from left_bench.doctor import main as doctor
+
+    return doctor(argv)
+
+
+def _list(argv: list[str]) -> int:
+    for group in ("sweep", *_GROUPS):
+        print(f"{group}:")
+        folder = config_root() / ("sweeps" if group == "sweep" else f"conf/{group}")
+        for name in options(group):
+            print(f"  {name:22}{summary_of(folder / f'{name}.yaml')}")
+    return 0
+
+
+def summary_of(path: Path) -> str:
+    """The first comment of a YAML file that is not Hydra's package line: what the option is."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and not line.startswith("# @"):
+            return line.removeprefix("#").strip()
+    return ""

@@ -1,0 +1,23 @@
+"""Data: rows -> prompts -> tokens -> batches.
+
+`rows` reads questions and answers and holds some out (standard library alone, for files), `tokens` turns them into
+token ids and keeps those on disk, `batches` says which rows a step sees and pads them.
+"""
+
+from __future__ import annotations
+
+from left_bench.data.batches import Batch, collate, split_passes, step_rows
+from left_bench.data.rows import Row, load_rows
+from left_bench.data.tokens import Example, Splits, load_data
+
+__all__ = [
+    "Batch",
+    "Example",
+    "Row",
+    "Splits",
+    "collate",
+    "load_data",
+    "load_rows",
+    "split_passes",
+    "step_rows",
+]

@@ -1,0 +1,261 @@
+"""The one interface to the hardware: clocks, peaks, limits. Everything else is device-neutral.
+
+`find_device` is for the parent and imports no torch; the classes are for the worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import os
+import platform
+import re
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+from left_bench.errors import UserError
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_BINARY = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+
+def find_device(asked: str) -> str:
+    """The device kind a cell will run on: `asked`, or for `auto` the accelerator whose driver this machine shows."""
+    if asked != "auto":
+        return asked
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if Path("/proc/driver/nvidia/gpus").is_dir() and not hidden:
+        return "cuda"
+    if Path("/dev/kfd").exists() and not hidden:  # ROCm builds of torch answer to the name cuda
+        return "cuda"
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return "mps"
+    return "cpu"
+
+
+def parse_bytes(value: str | int, *, key: str) -> int:
+    """`'6GiB'`, `'500MB'` or a number of bytes.
+
+    Raises:
+        UserError: not a size; names `key`.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"{key}={value!r}: not a memory size; write one like 6GiB or 500MB")
+    units = _BINARY if match[3] else _UNITS
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+class Device(Protocol):
+    """What a run needs of the hardware. Bytes are over the baseline taken after imports."""
+
+    kind: str
+    peak_source: str
+    """How the peak is measured, in words."""
+
+    def synchronize(self) -> None:
+        """Wait for queued work, so that a clock read afterwards is honest."""
+
+    def set_baseline(self) -> int:
+        """Take what is in use now as zero; returns it in bytes."""
+
+    def reset_peak(self) -> None:
+        """Forget earlier peaks."""
+
+    def peak_bytes(self) -> int | None:
+        """Highest use since `reset_peak`, over the baseline."""
+
+    def peak_reserved_bytes(self) -> int | None:
+        """The allocator's own peak, where there is an allocator."""
+
+    def limit(self, limit_bytes: int) -> None:
+        """Make use beyond the baseline plus `limit_bytes` fail as out-of-memory."""
+
+    def name(self) -> str | None:
+        """The accelerator's name."""
+
+
+def open_device(kind: str) -> Device:
+    """The device of that kind.
+
+    Raises:
+        RuntimeError: torch cannot see such a device.
+    """
+    if kind == "cpu":
+        return CpuDevice()
+    return AcceleratorDevice(kind)
+
+
+class CpuDevice:
+    """Memory of this process as the kernel counts it: the resident set's high-water mark, reset at each phase."""
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        self._baseline = 0
+        self._sampler: _PeakSampler | None = None
+        self.peak_source = "kernel high-water mark of the resident set (VmHWM)"
+        if not _reset_high_water_mark():
+            self._sampler = _PeakSampler()
+            self.peak_source = "resident set sampled every 5 ms"
+
+    def synchronize(self) -> None:
+        return None
+
+    def set_baseline(self) -> int:
+        _give_back_freed_memory()
+        self._baseline = _resident_bytes()
+        return self._baseline
+
+    def reset_peak(self) -> None:
+        _give_back_freed_memory()  # freed heap that glibc keeps would pass for use in the next phase
+        if self._sampler is None:
+            _reset_high_water_mark()
+        else:
+            self._sampler.reset()
+
+    def peak_bytes(self) -> int | None:
+        peak = _status_bytes("VmHWM") if self._sampler is None else self._sampler.peak
+        return max(0, peak - self._baseline)
+
+    def peak_reserved_bytes(self) -> int | None:
+        return None
+
+    def limit(self, limit_bytes: int) -> None:
+        import resource
+
+        # RLIMIT_DATA counts private writable memory alone; RLIMIT_AS would count every mapped library and file
+        ceiling = _status_bytes("VmData") + limit_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (ceiling, ceiling))
+
+    def name(self) -> str | None:
+        return None
+
+
+class AcceleratorDevice:
+    """CUDA (ROCm too), XPU or MPS through torch's accelerator interface; peaks are the caching allocator's."""
+
+    def __init__(self, kind: str) -> None:
+        import torch
+
+        self.kind = kind
+        self._module: Any = getattr(torch, kind)
+        if not self._module.is_available():
+            raise RuntimeError(f"hardware.device={kind}: torch {torch.__version__} sees no such device here")
+        self.peak_source = f"torch.{kind} allocator peak"
+        self._baseline = 0
+
+    def synchronize(self) -> None:
+        self._module.synchronize()
+
+    def set_baseline(self) -> int:
+        gc.collect()
+        self._module.empty_cache()
+        self._baseline = self._allocated()
+        return self._baseline
+
+    def reset_peak(self) -> None:
+        gc.collect()
+        if hasattr(self._module, "reset_peak_memory_stats"):  # MPS keeps no peak
+            self._module.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int | None:
+        if not hasattr(self._module, "max_memory_allocated"):
+            return None
+        return int(self._module.max_memory_allocated()) - self._baseline
+
+    def peak_reserved_bytes(self) -> int | None:
+        if not hasattr(self._module, "max_memory_reserved"):
+            return None
+        return int(self._module.max_memory_reserved())
+
+    def limit(self, limit_bytes: int) -> None:
+        if hasattr(self._module, "get_device_properties"):
+            total = self._module.get_device_properties(0).total_memory
+        else:
+            total = self._module.recommended_max_memory()
+        self._module.set_per_process_memory_fraction(min(1.0, (self._baseline + limit_bytes) / total))
+
+    def name(self) -> str | None:
+        return str(self._module.get_device_name(0)) if hasattr(self._module, "get_device_name") else self.kind
+
+    def _allocated(self) -> int:
+        read = getattr(self._module, "memory_allocated", None) or self._module.current_allocated_memory
+        return int(read())
+
+
+def describe_machine(device: Device) -> dict[str, Any]:
+    """The machine, from an allow-list of facts: no user, host name, path or environment variable among them."""
+    import psutil
+
+    facts: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "device": device.kind,
+        "device_name": device.name(),
+    }
+    # the same machine has the same id: the kernel's version and the exact memory size may change under it
+    stable = [facts["cpu"], facts["cores"], round(facts["memory_bytes"] / 2**30), facts["device_name"]]
+    facts["id"] = hashlib.sha256(repr(stable).encode()).hexdigest()[:8]
+    return facts
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset VmHWM alone (proc(5))
+    except OSError:
+        return False
+    return True
+
+
+def _give_back_freed_memory() -> None:
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+
+
+class _PeakSampler:
+    """Where the kernel keeps no resettable mark: a thread that looks every 5 ms and may miss short peaks."""
+
+    def __init__(self) -> None:
+        self.peak = _resident_bytes()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def reset(self) -> None:
+        self.peak = _resident_bytes()
+
+    def _watch(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(0.005):
+            self.peak = max(self.peak, _resident_bytes())

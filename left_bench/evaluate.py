@@ -1,0 +1,197 @@
+"""Evaluate a model on held-out rows: loss, greedy answers and their scores, loss on general text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
+
+from left_bench.cell import Cell
+from left_bench.data import Example, collate
+from left_bench.record import Sample, Score
+from left_bench.scores import score_text
+from left_bench.train import answer_losses, autocast
+
+
+class Evaluation(BaseModel):
+    """What a model did on the held-out rows, row by row in the rows' order."""
+
+    nll: list[float]
+    """Summed negative log-likelihood of each row's answer, nats."""
+    answer_tokens: list[int]
+    predictions: list[str] | None = None
+    """Greedy answers; None when nothing was generated."""
+    new_tokens: int = 0
+    """Generated tokens, end tokens included and what follows them left out."""
+    generate_seconds: float = 0.0
+    general_loss: float | None = None
+    """Mean token loss on the general text, nats."""
+    tokens: int = 0
+    """Non-padding tokens of the loss passes."""
+
+
+def evaluate_model(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], cell: Cell, *, device: str
+) -> Evaluation:
+    """Loss and greedy answers on `rows`, and the loss on general text where `eval.forgetting` asks for it."""
+    model.eval()
+    with torch.inference_mode(), autocast(cell, device=device):
+        found = row_losses(model, rows, cell, pad_id=pad_of(tokenizer), device=device)
+        if cell.eval.generate:
+            found = found.model_copy(update=generate(model, tokenizer, rows, cell, device=device))
+        if cell.eval.forgetting:
+            passages = general_passages(tokenizer)
+            general = row_losses(model, passages, cell, pad_id=pad_of(tokenizer), device=device)
+            found.general_loss = sum(general.nll) / sum(general.answer_tokens)
+    return found
+
+
+def row_losses(model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str) -> Evaluation:
+    """Summed loss of each row, batched by length."""
+    nll = [0.0] * len(rows)
+    tokens = [0] * len(rows)
+    seen = 0
+    for indices in batches_by_length([len(row.prompt_ids) + len(row.answer_ids) for row in rows], cell.eval.batch_size):
+        batch = collate([rows[index] for index in indices], pad_id=pad_id).to(device)
+        for index, loss in zip(indices, answer_losses(model, batch).sum(dim=1).tolist(), strict=True):
+            nll[index] = loss
+            tokens[index] = len(rows[index].answer_ids)
+        seen += batch.tokens
+    return Evaluation(nll=nll, answer_tokens=tokens, tokens=seen)
+
+
+def generate(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], cell: Cell, *, device: str
+) -> dict[str, Any]:
+    """Greedy answers, batched by prompt length with a key-value cache; a batch ends when all its rows have."""
+    decode: Any = model.generate
+    predictions = [""] * len(rows)
+    new_tokens, start = 0, time.perf_counter()
+    for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
+        inputs = _left_padded([rows[index].prompt_ids for index in indices], pad_of(tokenizer)).to(device)
+        outputs = decode(
+            input_ids=inputs,
+            attention_mask=_left_mask([len(rows[index].prompt_ids) for index in indices]).to(device),
+            max_new_tokens=cell.eval.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad_of(tokenizer),
+        )
+        for index, output in zip(indices, outputs[:, inputs.shape[1] :].tolist(), strict=True):
+            answer = _until_end(output, tokenizer.eos_token_id)
+            new_tokens += len(answer)
+            predictions[index] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    return {
+        "predictions": predictions,
+        "new_tokens": new_tokens,
+        "generate_seconds": time.perf_counter() - start,
+    }
+
+
+def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Score]:
+    """The scores of an evaluation, each beside the base model's."""
+    task = cell.data.name
+    loss, stderr = token_loss(found)
+    base_loss = token_loss(base)[0] if base else None
+    made = [
+        Score(task=task, metric="eval_loss", value=loss, stderr=stderr, n=len(rows), base_value=base_loss),
+        Score(
+            task=task,
+            metric="eval_perplexity",
+            value=math.exp(loss),
+            stderr=math.exp(loss) * stderr,  # delta method
+            n=len(rows),
+            base_value=None if base_loss is None else math.exp(base_loss),
+        ),
+    ]
+    references = [row.reference for row in rows]
+    if found.predictions is not None:
+        for name in cell.eval.metrics or []:
+            value, per_row = score_text(name, found.predictions, references)
+            before = score_text(name, base.predictions, references)[0] if base and base.predictions else None
+            made.append(
+                Score(
+                    task=task,
+                    metric=name,
+                    value=value,
+                    stderr=None if per_row is None else float(np.std(per_row) / math.sqrt(len(per_row))),
+                    n=len(rows),
+                    base_value=before,
+                )
+            )
+    if found.general_loss is not None and base and base.general_loss is not None:
+        passages = len(general_texts())
+        rise = found.general_loss - base.general_loss
+        made.append(Score(task="general_text", metric="forgetting_nats", value=rise, n=passages))
+    return made
+
+
+def token_loss(found: Evaluation) -> tuple[float, float]:
+    """Mean loss per answer token and its standard error, rows taken as the independent draws (ratio estimator)."""
+    nll, tokens = np.array(found.nll), np.array(found.answer_tokens)
+    mean = nll.sum() / tokens.sum()
+    n = len(nll)
+    spread = math.sqrt(((nll - mean * tokens) ** 2).sum() * n / max(1, n - 1))
+    return float(mean), float(spread / tokens.sum())
+
+
+def samples(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Sample]:
+    """The first rows as they were answered."""
+    if found.predictions is None:
+        return []
+    before = base.predictions if base and base.predictions else [None] * len(rows)
+    return [
+        Sample(prompt=row.prompt, reference=row.reference, prediction=prediction, base_prediction=old)
+        for row, prediction, old in list(zip(rows, found.predictions, before, strict=True))[: cell.eval.samples]
+    ]
+
+
+def general_texts() -> list[str]:
+    """Passages of general prose shipped with the package: what the model should not unlearn."""
+    text = files("left_bench").joinpath("general_text.txt").read_text(encoding="utf-8")
+    return [" ".join(passage.split()) for passage in text.split("\n\n") if passage.strip()]
+
+
+def general_passages(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The passages as rows whose every token but the first carries loss."""
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in general_texts()]
+    return [Example(prompt_ids=ids[:1], answer_ids=ids[1:], prompt="", reference="") for ids in encoded]
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row indices in batches of rows of like length, longest first so that running out of memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding id; `pretrained.load_tokenizer` made sure there is one."""
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    return pad
+
+
+def _left_padded(prompts: list[list[int]], pad_id: int) -> torch.Tensor:
+    longest = max(map(len, prompts))
+    return torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+
+
+def _left_mask(lengths: list[int]) -> torch.Tensor:
+    longest = max(lengths)
+    return torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
+
+
+def _until_end(output: list[int], end: Any) -> list[int]:
+    ends = set(end) if isinstance(end, list) else {end}
+    for position, token in enumerate(output):
+        if token in ends:
+            return output[: position + 1]
+    return output

@@ -1,0 +1,52 @@
+"""What a running cell tells the outside: one JSON line an event, written by the worker and read by its parent.
+
+Trackers and progress bars live in the parent and are fed from this file, so that neither can harm or slow the
+measured process, and a lost tracker can be replayed from disk.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+EVENTS_NAME = "events.jsonl"
+
+
+class EventWriter:
+    """Appends events to a file; each line is whole before the next begins."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+
+    def write(self, event: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EventReader:
+    """Reads what has been appended since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):  # still being written
+                    break
+                self._offset += len(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:  # torn by a killed writer
+                    continue
+                if isinstance(event, dict):
+                    yield event

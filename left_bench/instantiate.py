@@ -1,0 +1,52 @@
+"""`_target_` names in YAML become objects: only from the packages listed here, with keys checked before the call."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from left_bench.errors import UserError, nearest
+
+ALLOWED_PACKAGES = ("left_bench", "peft", "transformers", "torch", "bitsandbytes")
+"""The one place that says whose classes a configuration may name."""
+
+
+def instantiate(target: str, arguments: dict[str, Any], *, key: str) -> Any:
+    """Call the class or function that `target` names with keyword arguments.
+
+    Raises:
+        UserError: the package is not allowed, the name does not exist, or an argument is not one of the callee's;
+            `key` is the configuration group to name.
+    """
+    callee = locate(target, key=key)
+    try:
+        parameters = dict(inspect.signature(callee).parameters)
+    except ValueError:  # built-ins without a signature: let the call itself decide
+        parameters = {}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in arguments:
+        if parameters and name not in parameters and not open_ended:
+            hint = nearest(name, parameters) or f"; it takes {', '.join(parameters)}"
+            raise UserError(f"{key}.config.{name}: {target} has no such argument{hint}")
+    return callee(**arguments)
+
+
+def locate(target: str, *, key: str) -> Any:
+    """The object behind a dotted name, from an allowed package alone."""
+    package, _, _ = target.partition(".")
+    if package not in ALLOWED_PACKAGES:
+        raise UserError(f"{key}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
+    module_name, _, name = target.rpartition(".")
+    if any(part.startswith("_") for part in target.split(".")):
+        raise UserError(f"{key}._target_={target!r}: private names may not be named")
+    try:
+        module = importlib.import_module(module_name)
+        found = getattr(module, name)
+    except (ImportError, AttributeError, ValueError) as error:
+        known = dir(importlib.import_module(package)) if package else []
+        hint = nearest(name, known)
+        raise UserError(f"{key}._target_={target!r}: no such class{hint}") from error
+    if not callable(found):
+        raise UserError(f"{key}._target_={target!r}: not a class or function")
+    return found

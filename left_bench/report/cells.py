@@ -1,0 +1,313 @@
+"""Records side by side: one row per cell, and the few settings in which the rows differ."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from left_bench.cell import GROUPS, slugify
+from left_bench.errors import UserError, nearest
+from left_bench.record import METRICS, Record
+from left_bench.report.load import Problem, Run, Sweep, flatten, score_of
+from left_bench.report.values import ABSENT, format_setting, one_line
+
+NOT_RUN = "not run"
+UNREADABLE = "unreadable"
+_ID_GROUPS = ("model", "quantization", "peft", "precision", "data")  # the parts of a cell id, see Cell.id
+# Weights drawn at random quantize like any others; every other quality metric is a score of what they learned.
+_SCORES = frozenset(name for name, metric in METRICS.items() if metric.kind == "quality") - {"quantization_error"}
+# Labels, what another key has taken over, and where a file happens to lie: none of them tells two cells apart.
+_NOT_AN_AXIS = ("peft.learning_rate", "hardware.timeout", "data.path", "model.wheel.")
+# A section's key that another group's option decides when it is left open, see Cell.from_config.
+_DECIDED_BY = {"training.learning_rate": "peft", "eval.metrics": "data", "eval.max_new_tokens": "data"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A cell in a report, whether or not there is a record of it."""
+
+    cell_id: str
+    status: str
+    """A record's status, `not run` or `unreadable`."""
+    reason: str | None = None
+    record: Record | None = None
+    path: Path | None = None
+    """The record's file."""
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    @property
+    def scored(self) -> bool:
+        """False for random weights: their scores say nothing of quality."""
+        section = self.record.config.get("model") if self.record else None
+        return not (isinstance(section, dict) and section.get("weights") == "random")
+
+    def value(self, metric: str) -> float | None:
+        """The metric as recorded; None where it was not measured, or is a score of random weights."""
+        if self.record is None or (metric.removeprefix("base_") in _SCORES and not self.scored):
+            return None
+        return self.record.metrics.get(metric)
+
+    def base_value(self, metric: str) -> float | None:
+        """The same metric before training."""
+        recorded = self.value(f"base_{metric}")
+        score = score_of(self.record, metric) if self.record and self.scored else None
+        return score.base_value if recorded is None and score else recorded
+
+    def stderr(self, metric: str) -> float | None:
+        score = score_of(self.record, metric) if self.record and self.scored else None
+        return score.stderr if score and score.stderr is not None and math.isfinite(score.stderr) else None
+
+    def section(self, name: str) -> dict[str, Any]:
+        """One section of the configuration; empty where there is none."""
+        section = self.record.config.get(name) if self.record else None
+        return section if isinstance(section, dict) else {}
+
+    def noted(self, part: str) -> dict[str, Any]:
+        """`machine`, `versions` or `effective` of the environment; empty where it was not noted."""
+        found = self.record.environment.get(part) if self.record else None
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def machine(self) -> str | None:
+        """A short name that two records share only when they come from one machine; None: not noted."""
+        machine = self.noted("machine")
+        named = machine.get("id") or machine.get("device_name") or machine.get("cpu")
+        return one_line(named) if named else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A setting in which the rows differ: a label column."""
+
+    key: str
+    """As on the command line: `peft`, `peft.config.r`, `seed`; or `machine`, `cell`."""
+    heading: str
+    values: tuple[str, ...]
+    """One per row; a dash where the cell has no such setting."""
+
+
+def sweep_rows(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem]) -> list[Row]:
+    """The sweep's cells in its own order; a cell without a record is there too, as `not run`."""
+    unreadable = {problem.path.parent.name: problem for problem in problems}
+    rows: list[Row] = []
+    for cell_id in sweep.cells:
+        found = [run for run in runs if run.record.cell_id == cell_id]
+        if found:
+            rows += map(row_of, found)
+        elif cell_id in unreadable:
+            problem = unreadable[cell_id]
+            rows.append(Row(cell_id=cell_id, status=UNREADABLE, reason=problem.message, path=problem.path))
+        else:
+            rows.append(Row(cell_id=cell_id, status=NOT_RUN, reason="the sweep lists it, and there is no record of it"))
+    return rows
+
+
+def row_of(run: Run | Record) -> Row:
+    record, path = (run, None) if isinstance(run, Record) else run
+    return Row(cell_id=record.cell_id, status=record.status, reason=record.reason, record=record, path=path)
+
+
+def machines_of(rows: Sequence[Row]) -> list[str]:
+    """The machines that the records name; what never started, as an unsupported cell, names none."""
+    return list(dict.fromkeys(row.machine for row in rows if row.machine))
+
+
+def settings(row: Row) -> dict[str, Any]:
+    """Everything that was set for a cell, flat: `peft` is the chosen option, `peft.config.r` one key of it."""
+    if row.record is None:
+        return {}
+    return dict(row.record.choices) | flatten(row.record.config)
+
+
+def find_axes(rows: Sequence[Row]) -> list[Axis]:
+    """The label columns that tell the rows apart.
+
+    They are the choices that vary, the seed, and the configuration's leaves that vary although the choices do not
+    (`peft.config.r` in a sweep over ranks). A leaf that follows from an option, as `peft.config.r` does where only
+    LoRA has one, is explained by that option's column.
+    """
+    choices = _choices(rows)
+    groups = sorted({group for row in choices for group in row}, key=lambda g: (_place(g), g))
+    varying = [group for group in groups if len({row[group] for row in choices if group in row}) > 1]
+    columns = {group: [row.get(group) for row in choices] for group in varying}
+    columns |= _varying_leaves(rows, choices, varying)
+    if len(machines_of(rows)) > 1:
+        columns["machine"] = [row.machine for row in rows]
+    axes = [
+        Axis(key=key, heading=heading, values=tuple(map(format_setting, columns[key])))
+        for key, heading in _headings(columns).items()
+    ]
+    if not axes and len(rows) == 1 and (method := rows[0].record and rows[0].record.choices.get("peft")):
+        return [Axis(key="peft", heading="peft", values=(one_line(method),))]
+    if not axes or len({*_points(axes)}) < len(rows):
+        axes.append(_cell_axis(rows, alone=not axes))
+    return axes
+
+
+def labels(rows: Sequence[Row], axes: Sequence[Axis]) -> list[str]:
+    """A short name for every row, all different: `lora`, `nf4 lora`, `r=8`."""
+    axes = _naming(axes)
+    plain = [" ".join(_label_part(axis, axis.values[i]) for axis in axes) for i in range(len(rows))]
+    # `none` says little in a name: `full` instead of `none full`, as long as the names stay apart
+    short = [
+        " ".join(_label_part(axis, axis.values[i]) for axis in axes if axis.values[i] not in ("none", ABSENT))
+        or one_line(rows[i].cell_id)
+        for i in range(len(rows))
+    ]
+    chosen = short if len(set(short)) == len(rows) else plain
+    counts = Counter(chosen)
+    return [label if counts[label] == 1 else f"{label} #{i + 1}" for i, label in enumerate(chosen)]
+
+
+def find_baseline(rows: Sequence[Row], selector: str | None = None) -> Row | None:
+    """The row that the others are held against; None where none is ok.
+
+    Args:
+        selector: a cell id or the beginning of one, or settings as `peft=lora` or `quantization=none,peft=full`
+            (the first ok row that has them all). None: unquantized full fine-tuning, else the first ok row.
+
+    Raises:
+        UserError: the selector fits no row, several ids, or only rows that are not ok.
+    """
+    if selector is not None:
+        return _selected(rows, selector)
+    done = [row for row in rows if row.ok]
+    full = [row for row in done if _choice(row, "peft") == "full" and _choice(row, "quantization") in ("none", None)]
+    return next(iter(full + done), None)
+
+
+def _selected(rows: Sequence[Row], selector: str) -> Row:
+    wanted = dict(part.partition("=")[::2] for part in selector.split(",")) if "=" in selector else None
+    if wanted is None:
+        ids = list(dict.fromkeys(row.cell_id for row in rows))
+        fitting = [selector] if selector in ids else [cell_id for cell_id in ids if cell_id.startswith(selector)]
+        if not selector or not fitting:
+            known = [*ids, *sorted({option for row in rows if row.record for option in row.record.choices.values()})]
+            raise UserError(f"--baseline {selector}: no cell has an id that begins so{nearest(selector, known)}")
+        if len(fitting) > 1:
+            raise UserError(f"--baseline {selector}: {len(fitting)} ids begin so, {fitting[0]} and {fitting[1]} too")
+        found = [row for row in rows if row.cell_id == fitting[0]]
+    else:
+        found = [row for row in rows if row.record]
+        for key, value in ((key.strip(), value.strip()) for key, value in wanted.items()):
+            known = sorted({name for row in found for name in settings(row)})
+            if key not in known:
+                raise UserError(f"--baseline {selector}: the cells have no setting '{key}'{nearest(key, known)}")
+            texts = {format_setting(settings(row).get(key)) for row in found}
+            found = [row for row in found if value in _spellings(settings(row).get(key))]
+            if not found:
+                raise UserError(f"--baseline {selector}: no cell has {key}={value}{_among(value, texts)}")
+    done = [row for row in found if row.ok]
+    if not done:
+        raise UserError(f"--baseline {selector}: {found[0].cell_id} is {found[0].status}; choose a cell that is ok")
+    return done[0]
+
+
+def _spellings(value: Any) -> tuple[str, ...]:
+    """A setting as reports print it and as it is typed on the command line."""
+    return format_setting(value), str(value), "null" if value is None else str(value).lower()
+
+
+def _among(value: str, known: Iterable[str]) -> str:
+    return nearest(value, known) or f"; there is {', '.join(sorted(known)[:8])}"
+
+
+def _choice(row: Row, group: str) -> str | None:
+    return row.record.choices.get(group) if row.record else None
+
+
+def _place(group: str) -> int:
+    return GROUPS.index(group) if group in GROUPS else len(GROUPS) + (group == "seed")
+
+
+def _choices(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Group -> option and the seed, row by row; of a cell that left no record, as far as its id tells them."""
+    options: dict[tuple[str, str], str] = {}
+    for row in rows:
+        for group, option in row.record.choices.items() if row.record else ():
+            options[group, slugify(str(row.section(group).get("name", option)))] = option
+    found = []
+    for row in rows:
+        if row.record is not None:
+            seed = row.record.config.get("seed")
+            found.append(dict(row.record.choices) | ({} if seed is None else {"seed": str(seed)}))
+            continue
+        *slugs, seed, _hash = parts if len(parts := row.cell_id.split("-")) == len(_ID_GROUPS) + 2 else ["", ""]
+        named = {g: options.get((g, slug), slug) for g, slug in zip(_ID_GROUPS, slugs, strict=False)}
+        found.append(named | ({"seed": seed[1:]} if named else {}))
+    return found
+
+
+def _varying_leaves(
+    rows: Sequence[Row], choices: Sequence[dict[str, str]], varying: Sequence[str]
+) -> dict[str, list[Any]]:
+    flat = [settings(row) if row.record else None for row in rows]
+    keys = dict.fromkeys(key for row in flat if row for key in row if "." in key)
+    leaves: dict[str, list[Any]] = {}
+    for key in keys:
+        if key.startswith(_NOT_AN_AXIS) or key.endswith((".name", "._target_")):
+            continue
+        values = [row.get(key) if row else None for row in flat]
+        known = [(value, choice) for value, choice, row in zip(values, choices, flat, strict=True) if row]
+        if len({value for value, _ in known}) < 2:
+            continue
+        deciders: list[tuple[str, ...]] = [(group,) for group in varying]
+        if key in _DECIDED_BY:
+            deciders.append((key.partition(".")[0], _DECIDED_BY[key]))
+        if not any(_follows(known, groups) for groups in deciders):
+            leaves[key] = values
+    return leaves
+
+
+def _follows(known: Sequence[tuple[Any, dict[str, str]]], groups: Sequence[str]) -> bool:
+    """Whether the options of `groups` alone decide the value."""
+    seen: dict[tuple[str | None, ...], Any] = {}
+    return all(seen.setdefault(tuple(choice.get(g) for g in groups), value) == value for value, choice in known)
+
+
+def _headings(columns: Iterable[str]) -> dict[str, str]:
+    """The last part of each key, or all of it where that would be read as another column."""
+    keys = list(columns)
+    short = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: last if short[last := key.rpartition(".")[2]] == 1 and last not in GROUPS else key for key in keys}
+
+
+def _cell_axis(rows: Sequence[Row], *, alone: bool) -> Axis:
+    """The cell's id, or its hash beside other columns; numbered where a cell was run more than once."""
+    names = [row.cell_id if alone else row.cell_id.rpartition("-")[2] for row in rows]
+    if not alone and len(set(names)) < len({row.cell_id for row in rows}):
+        names = [row.cell_id for row in rows]
+    counts, seen = Counter(names), Counter[str]()
+    for i, name in enumerate(names):
+        seen[name] += 1
+        names[i] = f"{name} ({seen[name]})" if counts[name] > 1 else name
+    return Axis(key="cell", heading="cell", values=tuple(one_line(name) for name in names))
+
+
+def _naming(axes: Sequence[Axis]) -> list[Axis]:
+    """Without the keys that tell no more rows apart: where alpha is always twice the rank, the rank is enough."""
+    kept = list(axes)
+    for axis in reversed(axes):
+        rest = [other for other in kept if other is not axis]
+        if "." in axis.key and rest and len({*_points(rest)}) == len({*_points(kept)}):
+            kept = rest
+    return kept
+
+
+def _points(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
+    return zip(*(axis.values for axis in axes), strict=True)
+
+
+def _label_part(axis: Axis, value: str) -> str:
+    if axis.key == "seed":
+        return f"seed {value}"
+    if axis.key == "machine":
+        return f"on {value}"
+    return f"{axis.heading}={value}" if "." in axis.key else value

@@ -1,0 +1,243 @@
+"""One comparison report as Markdown, section by section."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from left_bench import __version__
+from left_bench.cell import GROUPS
+from left_bench.record import METRICS, Sample
+from left_bench.report.cells import Row, machines_of
+from left_bench.report.markdown import code, details, escape, fence, table
+from left_bench.report.ranking import MEMORY_AND_SIZE, QUALITY, SPEED, confounders, present
+from left_bench.report.tables import Report, cells_tables, heading, phases_table
+from left_bench.report.values import ABSENT, format_setting, format_value, one_line
+
+# Settings that a reader wants to see once where they are the same in every cell.
+_CONSTANTS = {
+    "model": ("name_or_path", "revision", "weights"),
+    "precision": ("weights_dtype", "compute_dtype"),
+    "training": (
+        "steps",
+        "batch_size",
+        "gradient_accumulation",
+        "batching",
+        "learning_rate",
+        "optimizer",
+        "schedule",
+        "max_length",
+        "activation_checkpointing",
+    ),
+    "data": ("task", "hub_id", "train_rows", "test_rows"),
+    "eval": ("rows", "generate", "max_new_tokens"),
+    "hardware": ("device", "threads", "memory_limit"),
+}
+_VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "datasets")
+_PROMPTS_SHOWN = 2
+_TEXT_LIMIT = 300
+_COMMANDS_SHOWN = 20
+
+
+def write_document(report: Report) -> str:
+    """The report as GitHub-flavoured Markdown."""
+    sections = [
+        f"# {escape(report.name)}",
+        *_what_this_is(report),
+        *_constants(report),
+        *cells_tables(report),
+        *_confounders(report),
+        *_failures(report),
+        *_plots(report),
+        *phases_table(report),
+        *_samples(report),
+        *_glossary(report),
+        *_sources(report),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _what_this_is(report: Report) -> Iterator[str]:
+    counts = Counter(row.status for row in report.rows)
+    tally = ", ".join(f"{n} {status}" for status, n in sorted(counts.items(), key=lambda count: count[0] != "ok"))
+    days = sorted({one_line(row.record.started_at)[:10] for row in report.records if row.record})
+    when = f" measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
+    where = "; ".join(dict.fromkeys(_machine(row, report) for row in report.records if row.machine))
+    parts = [f"{len(report.rows)} {'cell' if len(report.rows) == 1 else 'cells'} ({tally}){when}"]
+    parts[0] = escape(parts[0]) + (f" on {where}." if where else ".")
+    versions = _versions(report)
+    parts += [f"Versions: {versions}."] if versions else []
+    if report.sweep and report.sweep.finished_at is None:
+        parts.append("**The sweep had not finished when this was written.**")
+    parts.append(f"Written by left_bench {__version__} from the records alone. The command that repeats it:")
+    yield " ".join(parts)
+    yield fence("\n".join(_commands(report)), "bash")
+
+
+def _machine(row: Row, report: Report) -> str:
+    machine = row.noted("machine")
+    memory = machine.get("memory_bytes")
+    known = [
+        f"{machine['cores']} cores" if machine.get("cores") else "",
+        f"{format_value('peak_memory_bytes', memory)} memory" if isinstance(memory, (int, float)) else "",
+        f"device {machine.get('device_name') or machine['device']}" if machine.get("device") else "",
+        f"here called {row.machine}" if len(machines_of(report.rows)) > 1 else "",
+    ]
+    return escape(f"{machine.get('cpu') or row.machine} ({', '.join(part for part in known if part)})")
+
+
+def _versions(report: Report) -> str:
+    found: dict[str, list[str]] = {}
+    for row in report.records:
+        for package, version in row.noted("versions").items():
+            found.setdefault(str(package), []).append(str(version))
+    order = sorted(found, key=lambda name: (_VERSIONS.index(name) if name in _VERSIONS else len(_VERSIONS), name))
+    return ", ".join(escape(f"{name} {' and '.join(dict.fromkeys(found[name]))}") for name in order)
+
+
+def _commands(report: Report) -> list[str]:
+    if report.sweep and report.sweep.command:
+        return report.sweep.command.splitlines()
+    recorded = (row.record.provenance.get("command") for row in report.records if row.record)
+    commands = list(dict.fromkeys(one_line(command) for command in recorded if command))
+    more = len(commands) - _COMMANDS_SHOWN
+    return (commands[:_COMMANDS_SHOWN] + [f"# and {more} more"] * (more > 0)) or ["# no command was recorded"]
+
+
+def _constants(report: Report) -> Iterator[str]:
+    """What is the same in all cells: said once, here."""
+    lines: list[list[str]] = []
+    for group in GROUPS if report.records else ():
+        choices = [row.record.choices.get(group) for row in report.records if row.record]
+        option = choices[0] if len(set(choices)) == 1 else None
+        sections = [row.section(group) for row in report.records]
+        kept = [
+            (key, sections[0].get(key)) for key in _CONSTANTS.get(group, ()) if _same([s.get(key) for s in sections])
+        ]
+        told = ", ".join(f"{key} {format_setting(value)}" for key, value in kept if value is not None)
+        if option or told:
+            lines.append([group, code(option) if option else "*varies*", escape(told) or ABSENT])
+    seeds = {format_setting(row.record.config.get("seed")) for row in report.records if row.record}
+    if len(seeds) == 1:
+        lines.append(["seed", escape(seeds.pop()), ABSENT])
+    if lines:
+        yield "The same in every cell:"
+        yield table(["", "option", "settings"], lines, labels=3)
+    keys = [f"{code(axis.key)}" for axis in report.axes]
+    if len(report.rows) > 1 and report.axes[0].key != "cell":
+        yield f"The cells differ in {', '.join(keys)}."
+
+
+def _same(values: list[Any]) -> bool:
+    return all(value == values[0] for value in values)
+
+
+def _confounders(report: Report) -> Iterator[str]:
+    found = confounders(report.rows, report.names)
+    if found:
+        yield "## Confounders"
+        yield "The cells also differ in what follows; a difference between them may come from it."
+        yield "\n".join(f"- **{escape(what)}**: {escape(how)}" for what, how in found)
+
+
+def _failures(report: Report) -> Iterator[str]:
+    failed = [row for row in report.rows if not row.ok]
+    problems = report.problems
+    if not failed and not problems:
+        return
+    yield "## What did not run, and why"
+    if failed:
+        names = report.names
+        lines = [
+            [
+                escape(names[id(row)]),
+                escape(row.status),
+                escape(row.reason or "no reason was recorded", limit=_TEXT_LIMIT),
+            ]
+            for row in failed
+        ]
+        yield table(["cell", "status", "reason"], lines, labels=3)
+        for row in failed:
+            tail = row.record.provenance.get("log_tail") if row.record else None
+            if tail:
+                yield details(f"{names[id(row)]}: end of the log", fence(tail, "text"))
+    if problems:
+        files = "1 file" if len(problems) == 1 else f"{len(problems)} files"
+        yield f"{files} could not be read and so left out of the tables:"
+        yield "\n".join(f"- {code(_short(problem.path))}: {escape(problem.message)}" for problem in problems)
+
+
+def _plots(report: Report) -> Iterator[str]:
+    if report.plots:
+        yield "## Plots"
+    for file, shown in report.plots:
+        yield f"![{escape(shown)}]({file})"
+
+
+def _samples(report: Report) -> Iterator[str]:
+    """What the cells answered to the prompts that most of them were asked."""
+    asked: dict[tuple[str, str], list[tuple[Row, Sample]]] = {}
+    for row in report.records:
+        for sample in row.record.samples if row.record and row.scored else ():
+            answers = asked.setdefault((sample.prompt, sample.reference), [])
+            if not any(row is other for other, _ in answers):
+                answers.append((row, sample))
+    chosen = sorted(asked.items(), key=lambda item: -len(item[1]))[:_PROMPTS_SHOWN]
+    if not chosen:
+        return
+    yield "## Samples"
+    for (prompt, reference), answers in chosen:
+        lines = [
+            [
+                escape(report.names[id(row)]),
+                *(
+                    ABSENT if text is None else escape(text, limit=_TEXT_LIMIT) or "*nothing*"
+                    for text in (sample.base_prediction, sample.prediction)
+                ),
+            ]
+            for row, sample in answers
+        ]
+        answered = table(["cell", "before training", "after training"], lines, labels=3)
+        body = f"{fence(prompt, 'text')}\n\nReference: {escape(reference, limit=_TEXT_LIMIT)}\n\n{answered}"
+        yield details(f"{one_line(prompt, limit=100)}", body)
+
+
+def _glossary(report: Report) -> Iterator[str]:
+    used = present(report.rows, (*QUALITY, *MEMORY_AND_SIZE, *SPEED, "overhead_seconds"))
+    if not used:
+        return
+    better = {"lower": "lower", "higher": "higher", "none": ABSENT}
+    lines = [
+        [
+            escape(heading(name)),
+            code(name),
+            METRICS[name].unit or ABSENT,
+            better[METRICS[name].better],
+            escape(METRICS[name].meaning),
+        ]
+        for name in used
+    ]
+    yield "## Metrics"
+    yield table(["column", "name in the record", "unit", "better", "meaning"], lines, labels=5)
+
+
+def _sources(report: Report) -> Iterator[str]:
+    lines = [
+        [
+            escape(label),
+            code(row.cell_id),
+            escape(row.status),
+            code(_short(row.path)) if row.path else ABSENT,
+            escape(row.record.finished_at) if row.record else ABSENT,
+        ]
+        for row, label in zip(report.rows, report.labels, strict=True)
+    ]
+    yield "## Where each number comes from"
+    yield table(["cell", "id", "status", "record", "finished"], lines, labels=5)
+
+
+def _short(path: Path) -> str:
+    """The runs folder's name and what lies below: where it lies on this machine is nobody's business."""
+    return "/".join(path.parts[-3:])

@@ -1,0 +1,243 @@
+"""Runs folders -> records, sweeps and a table; nothing here needs torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from left_bench.errors import UserError
+from left_bench.record import RECORD_NAME, Record, Score, read_record
+
+if TYPE_CHECKING:
+    import pandas
+
+SWEEPS_FOLDER = "sweeps"
+EVENTS_NAME = "events.jsonl"
+PathLike: TypeAlias = "str | os.PathLike[str]"
+
+
+class Run(NamedTuple):
+    """A record and the file it was read from."""
+
+    record: Record
+    path: Path
+
+
+class Problem(NamedTuple):
+    """A file that could not be read, and why, in one line."""
+
+    path: Path
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What the launcher noted of a sweep: its cells in order, and how it was started."""
+
+    name: str
+    cells: tuple[str, ...]
+    command: str = ""
+    overrides: tuple[str, ...] = ()
+    started_at: str | None = None
+    finished_at: str | None = None
+    """None: it was still running, or was interrupted."""
+
+
+def read_runs(paths: PathLike | Iterable[PathLike]) -> tuple[list[Run], list[Problem]]:
+    """Every record under `paths`: runs folders, cell folders or record files, each file once, oldest first.
+
+    A file that is no record of this schema is returned as a problem and is never left out in silence.
+
+    Raises:
+        UserError: a path does not exist.
+    """
+    found = [_read(path) for path in _record_files(_paths(paths))]
+    runs = [run for run in found if isinstance(run, Run)]
+    problems = [problem for problem in found if isinstance(problem, Problem)]
+    return sorted(runs, key=lambda run: (run.record.started_at, run.record.cell_id)), problems
+
+
+def read_sweeps(paths: PathLike | Iterable[PathLike]) -> tuple[list[Sweep], list[Problem]]:
+    """The sweeps noted in `<runs folder>/sweeps/*.json`; one of the same name in several folders is joined."""
+    sweeps: dict[str, Sweep] = {}
+    problems: list[Problem] = []
+    for folder in _paths(paths):
+        for path in sorted((folder / SWEEPS_FOLDER).glob("*.json")):
+            try:
+                sweep = _sweep(json.loads(path.read_text(encoding="utf-8")), path.stem)
+            except (OSError, ValueError) as error:
+                problems.append(Problem(path, f"no sweep ({error})"))
+                continue
+            sweeps[sweep.name] = _joined(sweeps[sweep.name], sweep) if sweep.name in sweeps else sweep
+    return list(sweeps.values()), problems
+
+
+def load_records(path: PathLike | Iterable[PathLike]) -> pandas.DataFrame:
+    """Records as a table, one row each, oldest first.
+
+    Columns: `cell_id, status, reason, attempt, seed, started_at, finished_at` (UTC times), `choices.<group>`, every
+    metric by its own name with `<metric>_stderr` where it has one, `config.<section>.<key>`, `machine.<key>`, `path`.
+    What was not measured is NaN. Records that cannot be read are named in `frame.attrs["unreadable"]` and in a warning.
+
+    Args:
+        path: a runs folder, a cell folder, a record file, or several of them.
+
+    Raises:
+        UserError: a path does not exist.
+    """
+    import pandas
+
+    runs, problems = read_runs(path)
+    frame = pandas.DataFrame([_flat_row(run) for run in runs])
+    for column in ("started_at", "finished_at"):
+        if column in frame:
+            frame[column] = pandas.to_datetime(frame[column], utc=True, errors="coerce", format="ISO8601")
+    frame.attrs["unreadable"] = [str(problem) for problem in problems]
+    if problems:
+        listed = "; ".join(map(str, problems))
+        warnings.warn(f"{len(problems)} records could not be read and are not in the table: {listed}", stacklevel=2)
+    return frame
+
+
+def read_losses(record_path: Path) -> tuple[list[int], list[float]]:
+    """Steps and training losses from `events.jsonl` beside a record; broken lines are passed over.
+
+    Where the steps start anew (another attempt appended to the file), the last attempt counts.
+    """
+    steps: list[int] = []
+    losses: list[float] = []
+    try:
+        lines = record_path.with_name(EVENTS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return steps, losses
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(event, dict) or event.get("event") != "step":
+            continue
+        step, loss = event.get("step"), event.get("loss")
+        if type(step) is not int or not isinstance(loss, (int, float)) or not math.isfinite(loss):
+            continue
+        if steps and step <= steps[-1]:
+            steps, losses = [], []
+        steps.append(step)
+        losses.append(float(loss))
+    return steps, losses
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists become tuples, so that every value can be compared and counted."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = _hashable(value)
+    return flat
+
+
+def score_of(record: Record, metric: str) -> Score | None:
+    """The score behind `record.metrics[metric]`: of several tasks', the one that has this very value."""
+    scores = [score for score in record.scores if score.metric == metric]
+    if len(scores) <= 1:
+        return scores[0] if scores else None
+    value = record.metrics.get(metric, math.nan)
+    return next((score for score in scores if math.isclose(score.value, value, rel_tol=1e-9)), None)
+
+
+def _paths(paths: PathLike | Iterable[PathLike]) -> list[Path]:
+    listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    found = [Path(path) for path in listed]
+    for path in found:
+        if not path.exists():
+            raise UserError(f"RUNS={path}: there is no such folder or record; name the runs folder of a sweep")
+    return found
+
+
+def _record_files(paths: list[Path]) -> Iterator[Path]:
+    seen: set[Path] = set()
+    for path in paths:
+        if path.is_file():
+            files = [path]
+        elif (path / RECORD_NAME).is_file():
+            files = [path / RECORD_NAME]
+        else:
+            files = sorted(path.glob(f"*/{RECORD_NAME}"))
+        for file in files:
+            if file.resolve() not in seen:
+                seen.add(file.resolve())
+                yield file
+
+
+def _read(path: Path) -> Run | Problem:
+    try:
+        return Run(read_record(path), path)
+    except (ValueError, RecursionError) as error:
+        return Problem(path, str(error).removeprefix(f"{path}: "))
+
+
+def _sweep(raw: Any, stem: str) -> Sweep:
+    if not isinstance(raw, dict) or not isinstance(raw.get("cells"), list):
+        raise ValueError("`cells`, a list of cell ids, is missing")
+    overrides = raw.get("overrides")
+    return Sweep(
+        name=str(raw.get("name") or stem),
+        cells=tuple(dict.fromkeys(str(cell) for cell in raw["cells"])),
+        command=str(raw.get("command") or ""),
+        overrides=tuple(map(str, overrides)) if isinstance(overrides, list) else (),
+        started_at=raw.get("started_at"),
+        finished_at=raw.get("finished_at"),
+    )
+
+
+def _joined(first: Sweep, second: Sweep) -> Sweep:
+    commands = dict.fromkeys(command for command in (first.command, second.command) if command)
+    return Sweep(
+        name=first.name,
+        cells=tuple(dict.fromkeys(first.cells + second.cells)),
+        command="\n".join(commands),
+        overrides=tuple(dict.fromkeys(first.overrides + second.overrides)),
+        started_at=first.started_at,
+        finished_at=second.finished_at if first.finished_at else None,
+    )
+
+
+def _flat_row(run: Run) -> dict[str, Any]:
+    record = run.record
+    row: dict[str, Any] = {
+        "cell_id": record.cell_id,
+        "status": record.status,
+        "reason": record.reason,
+        "attempt": record.attempt,
+        "seed": record.config.get("seed"),
+        "started_at": record.started_at,
+        "finished_at": record.finished_at,
+    }
+    row |= {f"choices.{group}": option for group, option in record.choices.items()}
+    for name, value in record.metrics.items():
+        row.setdefault(name, value)  # a metric never takes the place of a field
+        score = score_of(record, name)
+        if score is not None and score.stderr is not None:
+            row[f"{name}_stderr"] = score.stderr
+    row |= flatten(record.config, "config.")
+    machine = record.environment.get("machine")
+    if isinstance(machine, dict):
+        row |= flatten(machine, "machine.")
+    return row | {"path": str(run.path)}
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_hashable(part) for part in value)
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value

@@ -1,0 +1,217 @@
+"""What may be said of the rows together: which is best, what ties with it, and what confounds the comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from left_bench.report.cells import Row, machines_of
+from left_bench.report.values import format_setting, format_value, is_number, metric_of, one_line
+
+QUALITY = (
+    "exact_match",
+    "accuracy",
+    "f1",
+    "rouge_l",
+    "bleu",
+    "eval_loss",
+    "eval_perplexity",
+    "forgetting_nats",
+    "quantization_error",
+)
+MEMORY_AND_SIZE = (
+    "peak_memory_bytes",
+    "weights_bytes",
+    "stored_bits_per_param",
+    "trainable_params",
+    "adapter_file_bytes",
+)
+SPEED = (
+    "train_tokens_per_second",
+    "generate_tokens_per_second",
+    "merged_generate_tokens_per_second",
+    "model_flops_utilization",
+    "wall_seconds",
+)
+# Quality metrics that one score alone stands for, the most telling first.
+_HEADLINE = QUALITY[:6]
+# Keys that change what a step costs, or what it learns from: they are named wherever the rows differ in them.
+_LAYOUT = (
+    "training.batching",
+    "training.batch_size",
+    "training.gradient_accumulation",
+    "training.max_length",
+    "training.activation_checkpointing",
+    "training.steps",
+    "hardware.threads",
+)
+_PER_TOKEN = ("eval_loss", "eval_perplexity", "forgetting_nats")
+
+
+def present(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
+    """Those of `metrics` that some row has; perplexity is left out beside the loss it is the exponential of."""
+    found = [name for name in metrics if any(row.value(name) is not None for row in rows)]
+    return [name for name in found if not (name == "eval_perplexity" and "eval_loss" in found)]
+
+
+def headline_quality(rows: Sequence[Row]) -> str | None:
+    """The score that stands for quality where there is room for one: the first that most ok rows have."""
+    counts = {name: sum(is_number(row.value(name)) for row in rows if row.ok) for name in _HEADLINE}
+    most = max(counts.values(), default=0)
+    return next((name for name in _HEADLINE if counts[name] == most), None) if most else None
+
+
+def yardstick(row: Row, metric: str) -> Hashable:
+    """Two rows' values of a metric may be held against each other only when this is the same.
+
+    Speed: the machine. Memory: the kind of device, which decides how it is measured. Quality: the held-out rows, and
+    for a loss per token the model, whose tokenizer decides what a token is.
+    """
+    kind = metric_of(metric).kind
+    if kind == "speed":
+        return row.machine
+    if kind == "memory":
+        return one_line(row.noted("machine").get("device", ""))
+    if kind == "quality" and metric != "quantization_error":
+        data, scoring = row.section("data"), row.section("eval")
+        held_out = [
+            data.get(key) for key in ("source", "task", "hub_id", "template", "instruction", "test_rows", "seed")
+        ]
+        drawn = [data.get("config"), scoring.get("rows"), scoring.get("max_new_tokens")]
+        return repr((held_out, drawn, row.section("model").get("name_or_path") if metric in _PER_TOKEN else None))
+    return None
+
+
+def comparable(row: Row, other: Row | None, metric: str) -> bool:
+    return other is not None and yardstick(row, metric) == yardstick(other, metric)
+
+
+def rankable(rows: Sequence[Row], metric: str) -> bool:
+    """Whether one yardstick measures every ok row that has the metric."""
+    return len({yardstick(row, metric) for row in _measured(rows, metric)}) <= 1
+
+
+def best_rows(rows: Sequence[Row], metric: str) -> list[Row]:
+    """The ok rows with the best value, all that print alike; none where all do, or where they may not be ranked."""
+    measured = _measured(rows, metric)
+    if metric_of(metric).better == "none" or len(measured) < 2 or not rankable(rows, metric):
+        return []
+    printed = format_value(metric, _best(measured, metric).value(metric))
+    best = [row for row in measured if format_value(metric, row.value(metric)) == printed]
+    return best if len(best) < len(measured) else []
+
+
+def ties_with_best(rows: Sequence[Row], metric: str) -> tuple[Row, list[Row]] | None:
+    """The best row and those whose difference from it is inside the noise, |a - b| < 2 sqrt(se_a^2 + se_b^2).
+
+    None where the metric has no standard error, or the rows may not be ranked. The errors are taken as independent;
+    the rows of a sweep answer the same prompts, so a true difference is rather overlooked than invented.
+    """
+    measured = [row for row in _measured(rows, metric) if row.stderr(metric) is not None]
+    if len(measured) < 2 or not rankable(rows, metric):
+        return None
+    best = _best(measured, metric)
+    return best, [row for row in measured if row is not best and _tie(best, row, metric)]
+
+
+def pareto_front(rows: Sequence[Row], quality: str, cost: str = "peak_memory_bytes") -> list[Row]:
+    """The rows that no other row beats in both quality and cost, cheapest first."""
+    both = [row for row in _measured(rows, quality) if is_number(row.value(cost))]
+    sign = -1.0 if metric_of(quality).better == "higher" else 1.0
+    points = {id(row): (row.value(cost) or 0.0, sign * (row.value(quality) or 0.0)) for row in both}
+
+    def beaten(row: Row) -> bool:
+        x, y = points[id(row)]
+        return any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+
+    return sorted((row for row in both if not beaten(row)), key=lambda row: points[id(row)])
+
+
+def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str, str]]:
+    """What differs beside the thing compared, as (what, how): layout, machine, kernels, unfulfilled requests, notes.
+
+    Args:
+        names: `id(row)` -> the row's label.
+    """
+    rows = [row for row in rows if row.record]
+    done = [row for row in rows if row.ok]
+    found: list[tuple[str, str]] = []
+    for key in _LAYOUT:
+        section, _, leaf = key.partition(".")
+        found += _differing(key, rows, [row.section(section).get(leaf) for row in rows], names)
+    asked = {what.rpartition(".")[2] for what, _ in found}
+    for key in dict.fromkeys(key for row in done for key in row.noted("effective")):
+        if key not in asked and key != "weights_dtype":  # precision and quantization have columns of their own
+            found += _differing(key, done, [row.noted("effective").get(key) for row in done], names)
+    found += _differing("torch version", done, [row.noted("versions").get("torch") for row in done], names)
+    if len(machines_of(rows)) > 1:
+        [(_, how)] = _differing("", rows, [row.machine for row in rows], names)
+        found.append(("machine", f"{how}. Speed is not ranked across machines"))
+    losses = present(rows, _PER_TOKEN)
+    if any(not rankable(rows, name) for name in losses):
+        found.append((losses[0], "the cells differ in model or held-out rows: losses per token are not ranked"))
+    found += _unfulfilled(done, names)
+    notes = [(row, note) for row in rows for note in _notes(row)]
+    for note, group in _grouped([row for row, _ in notes], [note for _, note in notes]):
+        found.append(("note", f"{note} ({'all cells' if len(group) == len(rows) else _listed(group, names)})"))
+    return found
+
+
+def _differing(what: str, rows: list[Row], values: list[Any], names: Mapping[int, str]) -> list[tuple[str, str]]:
+    texts = [format_setting(value) for value in values]
+    if len(set(texts)) < 2:
+        return []
+    return [(what, "; ".join(f"{value}: {_listed(group, names)}" for value, group in _grouped(rows, texts)))]
+
+
+def _unfulfilled(rows: list[Row], names: Mapping[int, str]) -> list[tuple[str, str]]:
+    """Effective values that are not what was asked for."""
+    found: list[tuple[Row, str]] = []
+    for row in rows:
+        for key, effective in row.noted("effective").items():
+            if key == "weights_dtype" and row.section("quantization").get("_target_"):
+                continue  # quantized weights are stored in their own type
+            asked = next(
+                (row.section(part)[key] for part in ("training", "precision", "hardware") if key in row.section(part)),
+                None,
+            )
+            if asked is not None and not _same(asked, effective):
+                found.append((row, f"{key}: asked for {format_setting(asked)}, found {format_setting(effective)}"))
+    groups = _grouped([row for row, _ in found], [text for _, text in found])
+    return [("not as asked", f"{text} ({_listed(group, names)})") for text, group in groups]
+
+
+def _same(asked: Any, effective: Any) -> bool:
+    numbers = all(isinstance(value, (int, float)) for value in (asked, effective))
+    return math.isclose(asked, effective, rel_tol=1e-6) if numbers else asked == effective
+
+
+def _notes(row: Row) -> list[str]:
+    notes = row.record.provenance.get("notes") if row.record else None
+    return list(dict.fromkeys(map(one_line, notes))) if isinstance(notes, list) else []
+
+
+def _grouped(rows: Sequence[Row], values: Sequence[str]) -> list[tuple[str, list[Row]]]:
+    groups: dict[str, list[Row]] = {}
+    for row, value in zip(rows, values, strict=True):
+        groups.setdefault(value, []).append(row)
+    return list(groups.items())
+
+
+def _listed(rows: Sequence[Row], names: Mapping[int, str]) -> str:
+    return ", ".join(names[id(row)] for row in rows)
+
+
+def _measured(rows: Sequence[Row], metric: str) -> list[Row]:
+    return [row for row in rows if row.ok and is_number(row.value(metric))]
+
+
+def _best(rows: Sequence[Row], metric: str) -> Row:
+    pick = max if metric_of(metric).better == "higher" else min
+    return pick(rows, key=lambda row: row.value(metric) or 0.0)
+
+
+def _tie(a: Row, b: Row, metric: str) -> bool:
+    difference = abs((a.value(metric) or 0.0) - (b.value(metric) or 0.0))
+    return difference == 0 or difference < 2 * math.hypot(a.stderr(metric) or 0.0, b.stderr(metric) or 0.0)

@@ -1,0 +1,238 @@
+"""The measured run of one cell, in a process of its own: `python -m left_bench.worker RUN_DIR`.
+
+It reads `cell.json`, tells its parent about progress through `events.jsonl`, and leaves a record in `outcome.json`.
+Read `work` from top to bottom: that is the run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import faulthandler
+import gc
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from left_bench.cell import Cell
+from left_bench.errors import UserError
+from left_bench.events import EVENTS_NAME, EventWriter
+from left_bench.record import Record, Status, write_atomically
+
+CELL_NAME, OUTCOME_NAME, ADAPTER_NAME, ROWS_NAME = "cell.json", "outcome.json", "adapter", "rows.jsonl"
+_VERSIONS = (
+    *("left-bench", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
+    *("datasets", "evaluate", "tokenizers", "safetensors", "numpy"),
+)
+
+
+def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWriter) -> None:
+    """Fine-tune and measure one cell; everything learned goes into `found` as soon as it is known.
+
+    Raises:
+        Exception: whatever went wrong; `found` then holds what was measured before.
+    """
+    from left_bench import adapter, base, evaluate
+    from left_bench import model as models
+    from left_bench import train as training
+    from left_bench.data import load_data
+    from left_bench.device import describe_machine, open_device, parse_bytes
+    from left_bench.measure import Meter, logical_numel, stored_bytes
+
+    device = open_device(cell.hardware.device)
+    set_threads(cell)
+    models.apply_precision(cell, device=device.kind)
+    found["environment"] = {"machine": describe_machine(device), "versions": versions(), "effective": {}}
+    effective = found["environment"]["effective"]
+    effective |= {"threads": threads_in_use(), "peak_memory": device.peak_source, "batching": cell.training.batching}
+
+    folder, tokenizer = models.open_pretrained(cell)
+    splits = load_data(cell.data, tokenizer, max_length=cell.training.max_length)
+    test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
+
+    meter = Meter(device, events)
+    found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
+    meter.metrics["truncated_rows"] = splits.truncated_rows
+    if cell.hardware.memory_limit is not None:
+        device.limit(parse_bytes(cell.hardware.memory_limit, key="hardware.memory_limit"))
+
+    with meter.phase("load"):
+        base_model, loaded = models.load_model(cell, folder=folder, device=device.kind)
+    models.check_tokenizer(tokenizer, base_model)
+    effective |= loaded
+    meter.metrics |= models.base_metrics(base_model)
+    meter.memory_breakdown["weights"] = int(meter.metrics["weights_bytes"])
+
+    before = None
+    if cell.model.weights != "random":
+        before, source = base.evaluate_base(base_model, tokenizer, test, cell, meter=meter, runs_dir=run_dir.parent)
+        found["provenance"]["base_scores_from"] = source
+
+    with meter.phase("attach"):
+        model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer)
+    trainable = adapter.trainable_parameters(model)
+    meter.metrics["trainable_params"] = sum(logical_numel(parameter) for parameter in trainable)
+    if cell.peft.target is not None:
+        meter.memory_breakdown["adapter"] = stored_bytes(trainable)
+    effective |= {
+        "learning_rate": cell.learning_rate,
+        "trainable_dtype": "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable})),
+        "autocast": cell.precision.compute_dtype if training.needs_autocast(cell) else "off",
+        "output_head": "labelled positions" if training.takes_logits_to_keep(model) else "all positions",
+    }
+
+    try:
+        with meter.phase("train") as counts:
+            training.train(model, splits.train, cell, meter=meter, counts=counts, pad_id=evaluate.pad_of(tokenizer))
+    finally:
+        meter.finish(measure_after=cell.training.measure_after)
+    account_for_peak(meter.memory_breakdown, meter.metrics)
+
+    with meter.phase("evaluate") as counts:
+        after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind)
+        counts.tokens = after.tokens
+    if after.generate_seconds:
+        meter.metrics["generate_tokens_per_second"] = after.new_tokens / after.generate_seconds
+    if before is not None:  # random weights have no quality worth a number
+        found["scores"] = evaluate.scores(after, before, test, cell)
+        found["samples"] = evaluate.samples(after, before, test, cell)
+        for score in found["scores"]:
+            meter.metrics[score.metric] = score.value
+            if score.base_value is not None:
+                meter.metrics[f"base_{score.metric}"] = score.base_value
+        write_rows(run_dir / ROWS_NAME, after, before, test)
+
+    with meter.phase("save"):
+        meter.metrics["adapter_file_bytes"] = adapter.save_trained(model, run_dir / ADAPTER_NAME)
+
+
+def main(argv: list[str]) -> int:
+    """Run the cell in `RUN_DIR`; 0 when an outcome was written, whatever its status."""
+    run_dir = Path(argv[0])
+    faulthandler.enable()  # a segfault leaves its stack in worker.log
+    die_with_parent()
+    cell = Cell.model_validate_json((run_dir / CELL_NAME).read_text(encoding="utf-8"))
+    events = EventWriter(run_dir / EVENTS_NAME)
+    started = utc_now()
+    found: dict[str, Any] = {"provenance": {}}
+    status: Status = "ok"
+    reason = None
+    try:
+        work(cell, run_dir=run_dir, found=found, events=events)
+    except Exception as error:
+        status, reason = classify(error)
+        traceback.print_exc()
+    outcome = Record(
+        cell_id=cell.id,
+        status=status,
+        reason=reason,
+        started_at=started,
+        finished_at=utc_now(),
+        choices=cell.choices,
+        config=cell.sections(),
+        **found,
+    )
+    write_atomically(run_dir / OUTCOME_NAME, outcome.model_dump_json(exclude_none=True))
+    events.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the outcome is on disk; tearing down torch's threads takes a second and can hang
+
+
+def classify(error: Exception) -> tuple[Status, str]:
+    """The status and the one-line reason of a run that ended in `error`."""
+    import torch
+
+    from left_bench.train import Diverged
+
+    text = " ".join(str(error).split())
+    if isinstance(error, Diverged):
+        return "diverged", text
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text:
+        return "oom", out_of_memory_reason(text or type(error).__name__)
+    if isinstance(error, UserError):
+        return "failed", text
+    return "failed", f"{type(error).__name__}: {text[:500]}"
+
+
+def out_of_memory_reason(text: str) -> str:
+    """The allocator's words, with how much memory the machine has."""
+    import psutil
+
+    gc.collect()
+    return f"{text[:300]} (machine memory {psutil.virtual_memory().total / 2**30:.1f} GiB)"
+
+
+def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> None:
+    """What the peak holds beyond the parts that were counted: activations, temporary copies, allocator slack."""
+    peak = metrics.get("peak_memory_bytes")
+    if peak is not None:
+        breakdown["activations_and_workspace"] = max(0, int(peak) - sum(breakdown.values()))
+
+
+def write_rows(path: Path, after: Any, before: Any, rows: Any) -> None:
+    """Per-row results, for paired comparisons between cells."""
+    answers = after.predictions or [None] * len(rows)
+    base_answers = before.predictions or [None] * len(rows)
+    lines = [
+        json.dumps(
+            {
+                "row": index,
+                "nll": after.nll[index],
+                "base_nll": before.nll[index],
+                "answer_tokens": after.answer_tokens[index],
+                "reference": row.reference,
+                "prediction": answers[index],
+                "base_prediction": base_answers[index],
+            }
+        )
+        for index, row in enumerate(rows)
+    ]
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def set_threads(cell: Cell) -> None:
+    """Take the threads the cell names; None leaves torch's choice, all the cores it may use."""
+    import torch
+
+    if cell.hardware.threads is not None:
+        torch.set_num_threads(cell.hardware.threads)
+
+
+def threads_in_use() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers; what is not installed is left out."""
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends, however that happens (Linux)."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the request took hold
+            os._exit(1)
+
+
+def utc_now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
