@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from peft import PeftModel, PeftType, PromptLearningConfig, get_peft_model, initialize_kv_prefix_from_text
 from peft.tuners.adalora import AdaLoraModel
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from left_bench.cell import Cell
+from left_bench.errors import UserError
 from left_bench.instantiate import instantiate
-from left_bench.model import quantized_weights
+from left_bench.methods import Method, load_attached, method_in
+from left_bench.model import DTYPES, quantized_weights
 
 _KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
@@ -21,7 +24,7 @@ def attach_adapter(model: PreTrainedModel, cell: Cell, *, tokenizer: PreTrainedT
     """Freeze the base model and attach the cell's method; full fine-tuning attaches nothing and freezes nothing.
 
     Raises:
-        UserError: an argument that the method's configuration does not have.
+        UserError: an argument that the method's configuration does not have, or a method that does not fit the model.
     """
     if cell.training.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -31,14 +34,22 @@ def attach_adapter(model: PreTrainedModel, cell: Cell, *, tokenizer: PreTrainedT
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         return model
-    arguments = {"task_type": "CAUSAL_LM", **cell.peft.config}
+    arguments = dict(cell.peft.config)
+    if cell.peft.target.startswith("peft."):
+        arguments.setdefault("task_type", "CAUSAL_LM")
     if arguments.get("adapter_layers", 0) is None:
         arguments["adapter_layers"] = model.config.num_hidden_layers
     config = instantiate(cell.peft.target, arguments, key="peft")
     if quantized_weights(model):
         _prepare_quantized(model)
     torch.manual_seed(cell.seed)  # the adapter's initialization is the seed's, whatever was drawn before
-    adapted = get_peft_model(model, config)
+    if isinstance(config, Method):
+        return config.attach(model, adapter_dtype=DTYPES[cell.precision.adapter_dtype])
+    in_float32 = cell.precision.adapter_dtype == "float32"  # what peft does of itself over half-precision weights
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    if not in_float32:
+        for parameter in trainable_parameters(adapted):
+            parameter.data = parameter.data.to(DTYPES[cell.precision.adapter_dtype])
     if cell.peft.init_text is not None:
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
     return adapted
@@ -106,6 +117,29 @@ def save_trained(model: torch.nn.Module, folder: Path) -> int:
     save: Any = model.save_pretrained
     save(folder)
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def load_trained(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    """Give a fresh base model what `save_trained` left in `folder`: an adapter, a part, or all of the weights.
+
+    Raises:
+        UserError: what was saved does not fit this base model.
+    """
+    method = method_in(folder)
+    if method is not None:
+        return load_attached(model, folder, method=method)
+    if (folder / "adapter_config.json").is_file():
+        return PeftModel.from_pretrained(model, folder)
+    absent = {name for name, _ in model.named_parameters()}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights = load_file(path)
+        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+        if unexpected:
+            raise UserError(f"{path}: this base model has no '{unexpected[0]}'; load the model it was saved from")
+        absent -= weights.keys()
+    if absent:
+        raise UserError(f"{folder}: no weights for '{min(absent)}'; load the folder that save_trained wrote")
+    return model
 
 
 def _is_adalora(model: torch.nn.Module) -> bool:

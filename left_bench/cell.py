@@ -8,16 +8,19 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from left_bench.device import parse_bytes
 from left_bench.errors import UserError, nearest
 
-GROUPS = ("model", "quantization", "peft", "precision", "training", "data", "eval", "hardware")
+GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Model(_Section):
@@ -38,7 +41,9 @@ class Model(_Section):
 class Quantization(_Section):
     name: str
     target: str | None = Field(default=None, alias="_target_")
-    """The quantization configuration's class, e.g. `transformers.BitsAndBytesConfig`; None: unquantized."""
+    """The quantization configuration's class, e.g. `transformers.BitsAndBytesConfig`; None: the checkpoint as it is."""
+    checkpoint_method: str | None = None
+    """For checkpoints that come quantized: the method they must have been quantized by (`gptq`, `awq`, `fp8`, ...)."""
     nominal_bits: int | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     """That class's own arguments."""
@@ -62,10 +67,24 @@ class Precision(_Section):
     """The base weights' dtype, where they are not quantized."""
     compute_dtype: Dtype
     """The matrix products' dtype: by autocast where it differs from the weights'."""
+    adapter_dtype: Dtype = "float32"
+    """An adapter's dtype, where the method lets it be chosen; full fine-tuning trains the weights' own."""
     loss_scaling: bool = False
     """Scale the loss against float16 underflow."""
     tf32: bool = False
     """Let CUDA round float32 matrix products to TF32."""
+
+
+class Optimizer(_Section):
+    name: str
+    target: str = Field(alias="_target_")
+    """The optimizer's class, e.g. `torch.optim.AdamW`."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """That class's own arguments, but for the parameters and the learning rate."""
+    matrices: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a parameter group of its own for matrices (GaLore, APOLLO: rank, scale, update_proj_gap)."""
+    b_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+: the learning rate of LoRA's B over that of its A."""
 
 
 class Training(_Section):
@@ -80,8 +99,6 @@ class Training(_Section):
     """Batch layout. `grouped` sorts the rows of a step by length before they are cut into passes."""
     learning_rate: float | None = Field(default=None, gt=0)
     """None: the method's own (`peft.learning_rate`)."""
-    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
-    weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
@@ -90,6 +107,13 @@ class Training(_Section):
     max_length: int = Field(default=512, ge=8)
     """Tokens of prompt and answer together; longer rows are cut and counted."""
     activation_checkpointing: bool = False
+    """Keep a layer's input alone and compute its activations again in the backward pass."""
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    """The attention kernel; None: what transformers chooses."""
+    compile: bool = False
+    """torch.compile with dynamic shapes; the compiling is a phase of its own, outside the throughput."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings while training (Jain et al. 2023)."""
     measure_after: int = Field(default=3, ge=0)
     """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
 
@@ -136,6 +160,8 @@ class Eval(_Section):
     """Generated answers kept in the record."""
     forgetting: bool = True
     """Measure the rise in loss on general text."""
+    check_reload: bool = False
+    """Load what was saved in a new process and compare its held-out losses, bit for bit (`reload_ok`)."""
 
 
 class Hardware(_Section):
@@ -143,10 +169,15 @@ class Hardware(_Section):
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the worker; None: all cores it may use."""
-    memory_limit: str | int | None = None
-    """Bytes or '6GiB' over the baseline after imports; exceeding it ends the cell as `oom`."""
+    memory_limit: int | None = None
+    """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds before a cell is ended as `timeout`."""
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _in_bytes(cls, value: Any) -> int | None:
+        return None if value is None else parse_bytes(value, key="hardware.memory_limit")
 
 
 SECTIONS: dict[str, type[_Section]] = {
@@ -154,6 +185,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "quantization": Quantization,
     "peft": Peft,
     "precision": Precision,
+    "optimizer": Optimizer,
     "training": Training,
     "data": Data,
     "eval": Eval,
@@ -184,11 +216,12 @@ class Cell(BaseModel):
     quantization: Quantization
     peft: Peft
     precision: Precision
+    optimizer: Optimizer
     training: Training
     data: Data
     eval: Eval
     hardware: Hardware
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**32)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, choices: Mapping[str, str]) -> Cell:

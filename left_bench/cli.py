@@ -5,6 +5,8 @@ Nothing here imports torch: `--help` and a mistyped sweep are answered at once.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,8 @@ from left_bench import __version__
 from left_bench.errors import UserError, nearest
 from left_bench.paths import config_root
 
-_GROUPS = ("model", "quantization", "peft", "precision", "training", "data", "eval", "hardware", "tracker")
+_GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
+_ROOT_KEYS = ("sweep", "seed", "runs_dir", "reports_dir", "force", "force_unsupported", "hydra")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,14 +78,19 @@ def options(group: str, extra: list[Path] | None = None) -> list[str]:
 
 def _run(argv: list[str]) -> int:
     """Compose with Hydra and run; `sys.argv` is what Hydra reads."""
-    check_choices(argv)
+    if not {"-sc", "--shell-completion"} & set(argv):  # what is being typed is not whole yet
+        check_choices(argv)
     import hydra
 
     from left_bench.launch import run_job, user_errors
 
     register_resolvers()
     register_sweeps()
-    sys.argv = ["left-bench", *(open_section(argument) for argument in argv)]
+    overrides = [open_section(argument) for argument in argv if is_override(argument)]
+    if not any(argument.startswith("hydra.job.name=") for argument in argv):
+        overrides.append(f"hydra.job.name={launch_name(argv)}")
+    # all overrides in one row at the end: Hydra's parser refuses them on both sides of an option
+    sys.argv = ["left-bench", *(argument for argument in argv if not is_override(argument)), *overrides]
 
     def task(config: Any) -> str:
         with user_errors():
@@ -92,17 +100,42 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
+def launch_name(argv: list[str]) -> str:
+    """The sweep's name; for a multirun of one's own a name made of its overrides."""
+    named = [argument.partition("=")[2] for argument in argv if argument.lstrip("+").startswith("sweep=")]
+    if named:
+        return named[-1]
+    text = "\n".join(sorted(argument for argument in argv if "=" in argument))
+    return f"multirun_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def is_override(argument: str) -> bool:
+    """Whether an argument is Hydra's `key=value`, `+key=value` or `~key`, and not an option or an option's value."""
+    return argument.startswith(("+", "~")) or ("=" in argument and not argument.startswith("-"))
+
+
 def check_choices(argv: list[str]) -> None:
-    """Refuse an option that no group has, with the options there are and the nearest.
+    """Refuse an option that no group has, with the options there are and the nearest; likewise keys and spelling.
 
     Raises:
         UserError: naming group, option and mend.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     extra = _config_dirs(argv)
-    for argument in argv:
+    for argument in filter(is_override, argv):
         key, separator, value = argument.partition("=")
         group = key.lstrip("+")
-        if not separator or group not in (*_GROUPS, "sweep") or argument.startswith("-"):
+        root = re.split(r"[.@/]", group.lstrip("~"))[0]
+        if root not in (*_GROUPS, *_ROOT_KEYS):
+            hint = nearest(root, (*_GROUPS, *_ROOT_KEYS)) or f"; keys are {', '.join((*_GROUPS, *_ROOT_KEYS))}"
+            raise UserError(f"{root}: no such key{hint}")
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            raise UserError(f"{argument}: {str(error).splitlines()[0]}; quote what is special to Hydra") from error
+        if not separator or group not in (*_GROUPS, "sweep"):
             continue
         known = options(group, extra)
         for option in value.split(","):
@@ -167,17 +200,6 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _list(argv: list[str]) -> int:
-    for group in ("sweep", *_GROUPS):
-        print(f"{group}:")
-        folder = config_root() / ("sweeps" if group == "sweep" else f"conf/{group}")
-        for name in options(group):
-            print(f"  {name:22}{summary_of(folder / f'{name}.yaml')}")
-    return 0
+    from left_bench.listing import main as listing
 
-
-def summary_of(path: Path) -> str:
-    """The first comment of a YAML file that is not Hydra's package line: what the option is."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and not line.startswith("# @"):
-            return line.removeprefix("#").strip()
-    return ""
+    return listing(argv)

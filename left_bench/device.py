@@ -259,3 +259,22 @@ class _PeakSampler:
         pause = threading.Event()
         while not pause.wait(0.005):
             self.peak = max(self.peak, _resident_bytes())
+
+
+def matrix_product_peak(kind: str, dtype: str, *, size: int = 2048, seconds: float = 0.4) -> float:
+    """FLOP/s of square matrix products of that size: the best of the repetitions that fit into `seconds`."""
+    import time
+
+    import torch
+
+    left, right = (torch.randn(size, size, device=kind, dtype=getattr(torch, dtype)) for _ in range(2))
+    device = open_device(kind)
+    best = float("inf")
+    left @ right  # the first call chooses kernels
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        left @ right
+        device.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

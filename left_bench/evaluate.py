@@ -15,9 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from left_bench.cell import Cell
 from left_bench.data import Example, collate
+from left_bench.device import Device
 from left_bench.record import Sample, Score
 from left_bench.scores import score_text
 from left_bench.train import answer_losses, autocast
+
+_SPEED_ROWS, _SPEED_TOKENS = 16, 16
 
 
 class Evaluation(BaseModel):
@@ -28,9 +31,6 @@ class Evaluation(BaseModel):
     answer_tokens: list[int]
     predictions: list[str] | None = None
     """Greedy answers; None when nothing was generated."""
-    new_tokens: int = 0
-    """Generated tokens, end tokens included and what follows them left out."""
-    generate_seconds: float = 0.0
     general_loss: float | None = None
     """Mean token loss on the general text, nats."""
     tokens: int = 0
@@ -45,7 +45,7 @@ def evaluate_model(
     with torch.inference_mode(), autocast(cell, device=device):
         found = row_losses(model, rows, cell, pad_id=pad_of(tokenizer), device=device)
         if cell.eval.generate:
-            found = found.model_copy(update=generate(model, tokenizer, rows, cell, device=device))
+            found.predictions = generate(model, tokenizer, rows, cell, device=device)
         if cell.eval.forgetting:
             passages = general_passages(tokenizer)
             general = row_losses(model, passages, cell, pad_id=pad_of(tokenizer), device=device)
@@ -69,11 +69,10 @@ def row_losses(model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, p
 
 def generate(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], cell: Cell, *, device: str
-) -> dict[str, Any]:
+) -> list[str]:
     """Greedy answers, batched by prompt length with a key-value cache; a batch ends when all its rows have."""
     decode: Any = model.generate
     predictions = [""] * len(rows)
-    new_tokens, start = 0, time.perf_counter()
     for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
         inputs = _left_padded([rows[index].prompt_ids for index in indices], pad_of(tokenizer)).to(device)
         outputs = decode(
@@ -87,13 +86,38 @@ def generate(
         )
         for index, output in zip(indices, outputs[:, inputs.shape[1] :].tolist(), strict=True):
             answer = _until_end(output, tokenizer.eos_token_id)
-            new_tokens += len(answer)
             predictions[index] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-    return {
-        "predictions": predictions,
-        "new_tokens": new_tokens,
-        "generate_seconds": time.perf_counter() - start,
-    }
+    return predictions
+
+
+def generation_speed(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], cell: Cell, *, device: Device
+) -> float:
+    """New tokens per second of greedy decoding: one batch, every row decoded for the same number of tokens.
+
+    The length is fixed because answers end where the model ends them: a method that learned to answer briefly would be
+    timed on fewer, costlier steps. The first, short call is not timed: it chooses kernels and fills caches.
+    """
+    decode: Any = model.generate
+    prompts = [row.prompt_ids for row in rows[:_SPEED_ROWS]]
+    inputs = _left_padded(prompts, pad_of(tokenizer)).to(device.kind)
+    mask = _left_mask([len(prompt) for prompt in prompts]).to(device.kind)
+    model.eval()
+    with torch.inference_mode(), autocast(cell, device=device.kind):
+        for tokens in (2, _SPEED_TOKENS):
+            device.synchronize()
+            start = time.perf_counter()
+            decode(
+                input_ids=inputs,
+                attention_mask=mask,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=pad_of(tokenizer),
+            )
+            device.synchronize()
+    return len(prompts) * _SPEED_TOKENS / (time.perf_counter() - start)
 
 
 def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Score]:

@@ -8,7 +8,10 @@ from typing import Any
 
 from left_bench.errors import UserError, nearest
 
-ALLOWED_PACKAGES = ("left_bench", "peft", "transformers", "torch", "bitsandbytes")
+ALLOWED_PACKAGES = (
+    *("left_bench", "peft", "transformers", "torch", "bitsandbytes"),
+    *("torchao", "galore_torch", "apollo_torch"),
+)
 """The one place that says whose classes a configuration may name."""
 
 
@@ -16,20 +19,38 @@ def instantiate(target: str, arguments: dict[str, Any], *, key: str) -> Any:
     """Call the class or function that `target` names with keyword arguments.
 
     Raises:
-        UserError: the package is not allowed, the name does not exist, or an argument is not one of the callee's;
-            `key` is the configuration group to name.
+        UserError: the package is not allowed, the name does not exist, or an argument is not one of the callee's or is
+            refused by it; `key` is the configuration group to name.
     """
     callee = locate(target, key=key)
+    arguments = {name: _nested(value, key=f"{key}.config.{name}") for name, value in arguments.items()}
     try:
         parameters = dict(inspect.signature(callee).parameters)
     except ValueError:  # built-ins without a signature: let the call itself decide
         parameters = {}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name in arguments:
-        if parameters and name not in parameters and not open_ended:
+    unknown = [name for name in arguments if parameters and name not in parameters]
+    try:
+        made = callee(**arguments) if open_ended or not unknown else None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}.config: {target} refuses it ({' '.join(str(error).split())[:300]})") from error
+    for name in unknown:
+        if not _keeps(made, name):  # some classes take any keyword and drop what they do not know
             hint = nearest(name, parameters) or f"; it takes {', '.join(parameters)}"
             raise UserError(f"{key}.config.{name}: {target} has no such argument{hint}")
-    return callee(**arguments)
+    return made
+
+
+def _nested(value: Any, *, key: str) -> Any:
+    """An argument that names a class of its own (`{_target_: ..., argument: ...}`) is made first."""
+    if not isinstance(value, dict) or "_target_" not in value:
+        return value
+    return instantiate(value["_target_"], {name: item for name, item in value.items() if name != "_target_"}, key=key)
+
+
+def _keeps(made: Any, name: str) -> bool:
+    kept = vars(made) if hasattr(made, "__dict__") else {}
+    return name in kept or any(isinstance(value, dict) and name in value for value in kept.values())
 
 
 def locate(target: str, *, key: str) -> Any:
@@ -47,6 +68,8 @@ def locate(target: str, *, key: str) -> Any:
         known = dir(importlib.import_module(package)) if package else []
         hint = nearest(name, known)
         raise UserError(f"{key}._target_={target!r}: no such class{hint}") from error
-    if not callable(found):
-        raise UserError(f"{key}._target_={target!r}: not a class or function")
+    if not inspect.isclass(found) and not (package == "left_bench" and inspect.isfunction(found)):
+        raise UserError(f"{key}._target_={target!r}: not a class")
+    if found.__module__.partition(".")[0] not in ALLOWED_PACKAGES:  # an import of theirs
+        raise UserError(f"{key}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
     return found

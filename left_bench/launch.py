@@ -18,11 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict
 
-from left_bench.cell import GROUPS, Cell, slugify
-from left_bench.device import find_device, parse_bytes
+from left_bench.cell import GROUPS, Cell, fingerprint, slugify
+from left_bench.device import find_device
 from left_bench.errors import UserError
 from left_bench.isolate import run_isolated
 from left_bench.progress import say_end, watch
@@ -144,8 +144,10 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("hydra", "sweep")])
     try:
         plain: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: no value; give {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
     if _overridden(hydra, "model.name_or_path"):
         plain["model"], choices["model"] = _named_model(plain["model"])
@@ -167,8 +169,6 @@ def check_cell(cell: Cell) -> None:
     from left_bench.pretrained import check_model
 
     check_model(cell.model)
-    if cell.hardware.memory_limit is not None:
-        parse_bytes(cell.hardware.memory_limit, key="hardware.memory_limit")
     if cell.data.path is not None or cell.data.source == "jsonl":
         load_rows(cell.data)
 
@@ -189,9 +189,8 @@ class Launch(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with user_errors():
             composed = [compose(job, job.hydra) for job in jobs_of(config)]
-            for cell in {cell.data.path: cell for cell, _ in composed}.values():
-                check_cell(cell)
-            for cell in {cell.model.name_or_path: cell for cell, _ in composed}.values():
+            unlike = {fingerprint([cell.identity["model"], cell.identity["data"]]): cell for cell, _ in composed}
+            for cell in unlike.values():
                 check_cell(cell)
             settings = composed[0][1]
             open_tracker(settings.tracker)
@@ -199,7 +198,7 @@ class Launch(Callback):
             name = sweep_name(config.hydra)
             manifest = Manifest(
                 name=name,
-                command=command_of(overrides),
+                command=command_of(overrides, multirun="sweep" not in config.hydra.runtime.choices),
                 overrides=overrides,
                 started_at=utc_now(),
                 cells=list(dict.fromkeys(cell.id for cell, _ in composed)),
@@ -229,13 +228,14 @@ def jobs_of(config: DictConfig) -> list[DictConfig]:
 
 
 def sweep_name(hydra: DictConfig) -> str:
-    """The sweep's name, which names its manifest and its report: `+sweep=NAME`, else `multirun`."""
-    return slugify(str(hydra.runtime.choices.get("sweep") or "multirun"))
+    """What names a sweep's manifest and report: Hydra's job name, which `cli` sets to the sweep's."""
+    return slugify(str(hydra.job.name))
 
 
-def command_of(overrides: Iterable[str]) -> str:
-    """The command line that repeats a run."""
-    return shlex.join(["left-bench", *overrides])
+def command_of(overrides: Iterable[str], *, multirun: bool = False) -> str:
+    """The command line that repeats a run or, where there is no sweep among the overrides, a multirun."""
+    plain = [override.removeprefix("++") for override in overrides]
+    return shlex.join(["left-bench", *(["-m"] if multirun else []), *plain])
 
 
 class user_errors:

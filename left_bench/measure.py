@@ -137,7 +137,7 @@ def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """
     seen: dict[tuple[str, int], int] = {}
     for tensor in tensors:
-        for part in _plain_parts(tensor):
+        for part in plain_parts(tensor):
             storage = part.untyped_storage()
             seen[(str(part.device), storage.data_ptr())] = storage.nbytes()
     return sum(seen.values())
@@ -151,11 +151,12 @@ def logical_numel(parameter: torch.Tensor) -> int:
     return parameter.numel()
 
 
-def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The ordinary tensors that a parameter is made of: itself, a subclass's inner ones, its quantization constants."""
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:
         for name in inner()[0]:
-            yield from _plain_parts(getattr(tensor, name))
+            yield from plain_parts(getattr(tensor, name))
     elif tensor.device.type != "meta":
         yield tensor
     state = getattr(tensor, "quant_state", None)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from left_bench.cell import Cell
 from left_bench.instantiate import instantiate
-from left_bench.measure import logical_numel, stored_bytes
+from left_bench.measure import logical_numel, plain_parts, stored_bytes
 from left_bench.pretrained import check_vocabulary, load_tokenizer, model_folder, resolved_revision, source, unloadable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,6 +34,8 @@ def load_model(cell: Cell, *, folder: str, device: str) -> tuple[PreTrainedModel
         arguments["quantization_config"] = instantiate(
             cell.quantization.target, cell.quantization.config, key="quantization"
         )
+    if cell.training.attention is not None:
+        arguments["attn_implementation"] = cell.training.attention
     if device != "cpu":
         arguments["device_map"] = {"": device}  # weights go straight to the device, no copy on the host
     if source(cell.model) == "hub":
@@ -49,6 +51,7 @@ def load_model(cell: Cell, *, folder: str, device: str) -> tuple[PreTrainedModel
     for name in ("temperature", "top_p", "top_k"):
         setattr(model.generation_config, name, None)
     _feed_head_contiguous(model)
+    _keep_trainable(model)
     return model, _found(model, cell)
 
 
@@ -61,12 +64,13 @@ def apply_precision(cell: Cell, *, device: str) -> None:
         torch.backends.cudnn.allow_tf32 = cell.precision.tf32
 
 
-def quantized_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def quantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Module name -> the weight parameter of every layer that is stored quantized."""
     found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.nn.Parameter) and not weight.is_floating_point():
+        # tensor subclasses (torchao, quanto) report the dtype they stand for; what they hold tells
+        if isinstance(weight, torch.Tensor) and any(not part.is_floating_point() for part in plain_parts(weight)):
             found[name] = weight
     return found
 
@@ -89,6 +93,18 @@ def base_metrics(model: torch.nn.Module) -> dict[str, float]:
     return metrics
 
 
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    It does so at the first forward pass in eval mode, for good: afterwards no gradient flows through the layer, and its
+    weights can no longer be dequantized, so a model that was evaluated before training silently learns next to nothing
+    (seen with bitsandbytes 0.50.2: gradient norm 0.28 in place of 1.67 for LoRA over NF4).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (mypy knows no such attribute)
+
+
 def _feed_head_contiguous(model: PreTrainedModel) -> None:
     """Give the output head a contiguous input.
 
@@ -103,12 +119,13 @@ def _feed_head_contiguous(model: PreTrainedModel) -> None:
 
 def _found(model: PreTrainedModel, cell: Cell) -> dict[str, Any]:
     quantized = quantized_weights(model)
-    if cell.quantization.target is not None and not quantized:
+    asked_for = cell.quantization.target or cell.quantization.checkpoint_method
+    if asked_for is not None and not quantized:
         raise NotInForce(
             f"quantization={cell.quantization.name}: no module of the loaded model is quantized; "
             "is the quantization's library installed and the model's linear layers of a kind it knows?"
         )
-    if cell.quantization.target is None and quantized:
+    if cell.quantization.target is None and cell.quantization.checkpoint_method is None and quantized:
         raise NotInForce(f"quantization=none: {len(quantized)} modules of the checkpoint came quantized")
     dtypes: Counter[str] = Counter()
     for parameter in model.parameters():

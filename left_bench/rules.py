@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,53 @@ def model_type(cell: Cell) -> str | None:
     return None
 
 
+# What an option needs beyond the project's own dependencies: (the target's beginning, module, extra).
+EXTRAS = (
+    ("transformers.TorchAoConfig", "torchao", "torchao"),
+    ("transformers.HqqConfig", "hqq", "hqq"),
+    ("transformers.QuantoConfig", "optimum.quanto", "quanto"),
+    ("galore_torch.", "galore_torch", "galore"),
+    ("apollo_torch.", "apollo_torch", "apollo"),
+)
+
+
+def _wants(cell: Cell, target: str) -> bool:
+    return any((named or "").startswith(target) for named in (cell.quantization.target, cell.optimizer.target))
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
+
+
+def _quantized(cell: Cell) -> bool:
+    return cell.quantization.target is not None or cell.quantization.checkpoint_method is not None
+
+
 def _is(cell: Cell, target: str) -> bool:
     return cell.peft.target == target
 
 
 RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
+    *(
+        (
+            lambda cell, target=target, module=module: _wants(cell, target) and not _installed(module),
+            f"needs the package {module.split('.')[0]}, which is not installed: pip install 'left-bench[{extra}]'",
+        )
+        for target, module, extra in EXTRAS
+    ),
     (
-        lambda cell: cell.peft.target is None and cell.quantization.target is not None,
+        lambda cell: cell.quantization.target == "transformers.HqqConfig",
+        "transformers cannot load HQQ weights now ('not available yet', seen with transformers 5.23.0)",
+    ),
+    (
+        lambda cell: cell.quantization.checkpoint_method is not None and cell.hardware.device != "cuda",
+        "kernels for checkpoints that come quantized (GPTQ, AWQ, SpQR, FP8) run on CUDA alone",
+    ),
+    (
+        lambda cell: cell.peft.target is None and _quantized(cell),
         "full fine-tuning needs unquantized weights: integer storage takes no gradient",
     ),
     (
@@ -40,6 +81,14 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             _is(cell, "peft.AdaptionPromptConfig") and model_type(cell) not in _ADAPTION_PROMPT_FAMILIES | {None}
         ),
         "peft's LLaMA-Adapter knows the attention of Llama, Mistral and GPT-2 models alone",
+    ),
+    (
+        lambda cell: ".Paged" in cell.optimizer.target and cell.hardware.device != "cuda",
+        "optimizer states are paged by CUDA alone; bitsandbytes would do without, silently",
+    ),
+    (
+        lambda cell: cell.training.attention == "flash_attention_2" and cell.hardware.device != "cuda",
+        "FlashAttention 2 runs on CUDA alone",
     ),
     (
         lambda cell: cell.quantization.name == "int8" and bool(cell.peft.config.get("use_dora")),

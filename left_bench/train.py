@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
 from left_bench.adapter import after_optimizer_step, regularization, trainable_parameters, virtual_positions
-from left_bench.cell import Cell, Training
+from left_bench.cell import Cell
 from left_bench.data import Batch, Example, collate, split_passes, step_rows
+from left_bench.errors import UserError
+from left_bench.instantiate import instantiate
 from left_bench.measure import Meter, PhaseCounts, Step, stored_bytes
-from left_bench.model import DTYPES
+from left_bench.model import DTYPES, NotInForce
 
 
 class Diverged(RuntimeError):
@@ -68,11 +70,14 @@ def needs_autocast(cell: Cell) -> bool:
 
 def train(
     model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, meter: Meter, counts: PhaseCounts, pad_id: int
-) -> None:
+) -> str:
     """Take `training.steps` optimizer steps; measurements go into `meter`.
 
     Every answer token of a step weighs the same, in whichever pass it comes: the passes' summed losses are divided by
     the step's answer tokens.
+
+    Returns:
+        The dtypes of the optimizer's states.
 
     Raises:
         Diverged: a loss or gradient that is not finite, with the step.
@@ -80,7 +85,7 @@ def train(
     settings, device = cell.training, meter.device.kind
     accelerator = Accelerator(cpu=device == "cpu")
     parameters = trainable_parameters(model)
-    optimizer = make_optimizer(parameters, settings)
+    optimizer = make_optimizer(model, cell, device=device)
     schedule = get_scheduler(
         settings.schedule, optimizer, math.ceil(settings.steps * settings.warmup_ratio), settings.steps
     )
@@ -137,19 +142,78 @@ def train(
         if not math.isfinite(measured.loss) or not (math.isfinite(norm.item()) or scaler.is_enabled()):
             raise Diverged(f"loss {measured.loss:g}, gradient norm {norm.item():g} at step {step} of {settings.steps}")
     meter.memory_breakdown["optimizer"] = stored_bytes(_state_tensors(optimizer))
+    return optimizer_state_dtypes(optimizer)
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], settings: Training) -> torch.optim.Optimizer:
-    """The optimizer named by `training.optimizer`, at the learning rate in force."""
-    assert settings.learning_rate is not None
-    common: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    match settings.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(parameters, fused=True, **common)
-        case "sgd":
-            return torch.optim.SGD(parameters, **common)
-        case "adafactor":
-            return torch.optim.Adafactor(parameters, **common)
+def compile_model(model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, device: str, pad_id: int) -> None:
+    """Compile the model in place with dynamic shapes, and run it once both ways so that training compiles nothing."""
+    model.compile(dynamic=True)
+    model.train()
+    batch = collate([rows[index] for index in range(cell.training.batch_size)], pad_id=pad_id).to(device)
+    with autocast(cell, device=device):
+        answer_losses(model, batch).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def uncompile(model: torch.nn.Module) -> None:
+    """Back to eager: generation would compile again for every length."""
+    model._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def embedding_noise(model: torch.nn.Module, alpha: float | None) -> Iterator[None]:
+    """NEFTune (Jain et al. 2023): uniform noise in +-alpha / sqrt(length x width) on the input embeddings."""
+    if alpha is None:
+        yield
+        return
+    embedding: Any = model
+    embedding = embedding.get_input_embeddings()
+
+    def disturb(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        size = alpha / math.sqrt(output.shape[1] * output.shape[2])
+        return output + torch.empty_like(output).uniform_(-size, size)
+
+    handle = embedding.register_forward_hook(disturb)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def optimizer_state_dtypes(optimizer: Any) -> str:
+    """The dtypes of the optimizer's states, step counters aside: `float32`, `uint8+float32`."""
+    dtypes = {tensor.dtype for tensor in _state_tensors(optimizer) if tensor.dim() > 0}
+    return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
+
+
+def make_optimizer(model: torch.nn.Module, cell: Cell, *, device: str) -> torch.optim.Optimizer:
+    """The cell's optimizer at the learning rate in force.
+
+    Raises:
+        UserError: the class is not allowed, its package is not installed, or an argument is not one of its.
+        NotInForce: paged states were asked for where there is no paging (bitsandbytes would do without, silently).
+    """
+    settings = cell.optimizer
+    if ".Paged" in settings.target and device != "cuda":
+        raise NotInForce(f"optimizer={settings.name}: states are paged by CUDA alone, not on {device}")
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [parameter for _, parameter in named]}]
+    if settings.b_ratio is not None:
+        faster = [parameter for name, parameter in named if "lora_B" in name or "lora_embedding_B" in name]
+        if not faster:
+            raise UserError(f"optimizer={settings.name}: LoRA+ needs LoRA's matrices, peft={cell.peft.name} has none")
+        groups = [_without(groups[0], faster), {"params": faster, "lr": cell.learning_rate * settings.b_ratio}]
+    if settings.matrices:
+        matrices = [parameter for _, parameter in named if parameter.dim() == 2]
+        groups = [_without(groups[0], matrices), {"params": matrices, **settings.matrices}]
+    arguments = {"params": groups, "lr": cell.learning_rate, **settings.config}
+    optimizer: torch.optim.Optimizer = instantiate(settings.target, arguments, key="optimizer")
+    return optimizer
+
+
+def _without(group: dict[str, Any], taken: list[torch.nn.Parameter]) -> dict[str, Any]:
+    ids = {id(parameter) for parameter in taken}
+    return {"params": [parameter for parameter in group["params"] if id(parameter) not in ids]}
 
 
 def _state_tensors(optimizer: Any) -> list[torch.Tensor]:

@@ -12,10 +12,12 @@ import faulthandler
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,14 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
         Exception: whatever went wrong; `found` then holds what was measured before.
     """
     from left_bench import adapter, base, evaluate
+    from left_bench import merge as merging
     from left_bench import model as models
     from left_bench import train as training
     from left_bench.data import load_data
-    from left_bench.device import describe_machine, open_device, parse_bytes
+    from left_bench.device import describe_machine, open_device
     from left_bench.measure import Meter, logical_numel, stored_bytes
+    from left_bench.quantization import quantization_error
+    from left_bench.reload import gives_the_same_loss
 
     device = open_device(cell.hardware.device)
     set_threads(cell)
@@ -59,7 +64,7 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics["truncated_rows"] = splits.truncated_rows
     if cell.hardware.memory_limit is not None:
-        device.limit(parse_bytes(cell.hardware.memory_limit, key="hardware.memory_limit"))
+        device.limit(cell.hardware.memory_limit)
 
     with meter.phase("load"):
         base_model, loaded = models.load_model(cell, folder=folder, device=device.kind)
@@ -67,6 +72,11 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
     effective |= loaded
     meter.metrics |= models.base_metrics(base_model)
     meter.memory_breakdown["weights"] = int(meter.metrics["weights_bytes"])
+    if cell.quantization.target is not None:
+        with meter.phase("quantization_error"):
+            error = quantization_error(base_model, folder)
+        if error is not None:
+            meter.metrics["quantization_error"] = error
 
     before = None
     if cell.model.weights != "random":
@@ -86,18 +96,25 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
         "output_head": "labelled positions" if training.takes_logits_to_keep(model) else "all positions",
     }
 
+    pad_id = evaluate.pad_of(tokenizer)
+    if cell.training.compile:
+        with meter.phase("compile"):
+            training.compile_model(model, splits.train, cell, device=device.kind, pad_id=pad_id)
     try:
-        with meter.phase("train") as counts:
-            training.train(model, splits.train, cell, meter=meter, counts=counts, pad_id=evaluate.pad_of(tokenizer))
+        with meter.phase("train") as counts, training.embedding_noise(model, cell.training.neftune_alpha):
+            states = training.train(model, splits.train, cell, meter=meter, counts=counts, pad_id=pad_id)
     finally:
         meter.finish(measure_after=cell.training.measure_after)
+    effective["optimizer_state_dtype"] = states
+    training.uncompile(model)
     account_for_peak(meter.memory_breakdown, meter.metrics)
 
     with meter.phase("evaluate") as counts:
         after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind)
         counts.tokens = after.tokens
-    if after.generate_seconds:
-        meter.metrics["generate_tokens_per_second"] = after.new_tokens / after.generate_seconds
+        speed = partial(evaluate.generation_speed, tokenizer=tokenizer, rows=test, cell=cell, device=device)
+        if cell.eval.generate:
+            meter.metrics["generate_tokens_per_second"] = speed(model)
     if before is not None:  # random weights have no quality worth a number
         found["scores"] = evaluate.scores(after, before, test, cell)
         found["samples"] = evaluate.samples(after, before, test, cell)
@@ -105,10 +122,20 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
             meter.metrics[score.metric] = score.value
             if score.base_value is not None:
                 meter.metrics[f"base_{score.metric}"] = score.base_value
-        write_rows(run_dir / ROWS_NAME, after, before, test)
+
+    write_rows(run_dir / ROWS_NAME, after, before, test)
 
     with meter.phase("save"):
         meter.metrics["adapter_file_bytes"] = adapter.save_trained(model, run_dir / ADAPTER_NAME)
+    if cell.eval.check_reload:
+        with meter.phase("reload"):
+            meter.metrics["reload_ok"] = float(gives_the_same_loss(run_dir))
+
+    if cell.peft.target is not None:
+        with meter.phase("merge"):
+            merged, effective["merge"] = merging.merge(model, test[:8], meter=meter, pad_id=pad_id, device=device.kind)
+            if merged is not None and cell.eval.generate:
+                meter.metrics["merged_generate_tokens_per_second"] = speed(merged)
 
 
 def main(argv: list[str]) -> int:
@@ -127,6 +154,8 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         status, reason = classify(error)
         traceback.print_exc()
+    # JSON has no NaN, and a loss that is none is the reason above, not a number to compare
+    found["metrics"] = {name: value for name, value in found.get("metrics", {}).items() if math.isfinite(value)}
     outcome = Record(
         cell_id=cell.id,
         status=status,
@@ -178,13 +207,13 @@ def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> No
 def write_rows(path: Path, after: Any, before: Any, rows: Any) -> None:
     """Per-row results, for paired comparisons between cells."""
     answers = after.predictions or [None] * len(rows)
-    base_answers = before.predictions or [None] * len(rows)
+    base_answers = (before and before.predictions) or [None] * len(rows)
     lines = [
         json.dumps(
             {
                 "row": index,
                 "nll": after.nll[index],
-                "base_nll": before.nll[index],
+                "base_nll": before.nll[index] if before else None,
                 "answer_tokens": after.answer_tokens[index],
                 "reference": row.reference,
                 "prediction": answers[index],

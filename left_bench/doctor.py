@@ -1,0 +1,90 @@
+"""`left-bench doctor`: what this machine has, and what of the grid it can run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from left_bench.paths import cache_dir, config_root
+
+
+def main(argv: list[str]) -> int:
+    """Print machine, versions, files and what works; 1 when something that every run needs does not."""
+    if argv:
+        print("usage: left-bench doctor")
+        return 0 if argv[0] in ("-h", "--help") else 2
+    from left_bench.device import describe_machine, find_device, open_device
+    from left_bench.worker import versions
+
+    console = Console()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    device = open_device(find_device("auto"))
+    machine = describe_machine(device)
+    table.add_row("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB")
+    table.add_row("device", f"{device.kind} {device.name() or ''}".strip())
+    table.add_row("peak memory", device.peak_source)
+    table.add_row("python", f"{machine['python']} on {machine['platform']}")
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
+    table.add_row("conf and sweeps", str(config_root()))
+    table.add_row("cache", f"{cache_dir()} ({_free(cache_dir()):.0f} GiB free)")
+    table.add_row("default model", _default_model())
+    table.add_row("wandb", _wandb())
+    healthy = True
+    for name, check in _CHECKS.items():
+        try:
+            verdict = check(device.kind)
+        except Exception as error:
+            verdict, healthy = f"does not work: {type(error).__name__}: {error}", False
+        table.add_row(name, verdict)
+    console.print(table)
+    return 0 if healthy else 1
+
+
+def _free(path: os.PathLike[str]) -> float:
+    import pathlib
+
+    existing = pathlib.Path(path)
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free / 2**30
+
+
+def _default_model() -> str:
+    models = cache_dir() / "models"
+    made = sorted(models.glob("SmolLM2-135M-Instruct*")) if models.is_dir() else []
+    return str(made[0]) if made else "not fetched yet; the first run does (92 MB from the package index)"
+
+
+def _wandb() -> str:
+    from left_bench.tracker import logged_in
+
+    mode = os.environ.get("WANDB_MODE")
+    return f"WANDB_MODE={mode}" if mode else ("online, logged in" if logged_in() else "offline: no login")
+
+
+def _matrix_product(device: str) -> str:
+    """Measured peak of a square matrix product: what `model_flops_utilization` is a share of."""
+    from left_bench.device import matrix_product_peak
+
+    figures = [f"{name} {matrix_product_peak(device, name) / 1e9:.0f} GFLOP/s" for name in ("float32", "bfloat16")]
+    return ", ".join(figures)
+
+
+def _bitsandbytes(device: str) -> str:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(64, 64, device=device)
+    packed, state = quantize_4bit(weight, quant_type="nf4")
+    error = ((dequantize_4bit(packed, state) - weight).norm() / weight.norm()).item()
+    return f"nf4 on {device}: relative error {error:.3f}"
+
+
+_CHECKS: dict[str, Callable[[str], str]] = {
+    "matrix products": _matrix_product,
+    "bitsandbytes": _bitsandbytes,
+}

@@ -1,0 +1,163 @@
+"""Quantize a weight block by block, and decode it again; plain tensors in, plain tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from left_bench.fivebit.codebook import level_pairs, levels
+from left_bench.fivebit.packing import SEGMENTS, WORDS, pack, pair_indices
+
+NESTED_BLOCK = 256
+"""Scales that share a constant under double quantization (QLoRA, section 3)."""
+# Weights decoded at a time: enough to hide the cost of starting an operation, little enough that the float32 copy of
+# one piece, not of the whole weight, is what stands beside the result.
+_PIECE = 2**20
+
+
+def padded_numel(numel: int, block_size: int) -> int:
+    """Stored codes for `numel` weights: every one of the 8 segments holds whole blocks."""
+    unit = SEGMENTS * block_size
+    return -(-numel // unit) * unit
+
+
+def constant_shapes(
+    numel: int, *, scheme: str, block_size: int, double_quant: bool
+) -> dict[str, tuple[int, torch.dtype]]:
+    """Name -> length and dtype of the constants beside the codes.
+
+    Bits per weight with blocks of 64: `nf5` 5 + 16/64 = 5.25 (bfloat16 scales); double-quantized 5 + 8/64 +
+    32/(64 256) = 5.127; `int5` 5 + 16/64 + 8/64 = 5.375 (bfloat16 scales, 8-bit zero points).
+    """
+    blocks = padded_numel(numel, block_size) // block_size
+    if double_quant:
+        return {
+            "scale": (blocks, torch.int8),
+            "nested_scale": (-(-blocks // NESTED_BLOCK), torch.float32),
+            "nested_mean": (1, torch.float32),
+        }
+    shapes = {"scale": (blocks, torch.bfloat16)}
+    if scheme == "int5":
+        shapes["zero_point"] = (blocks, torch.uint8)
+    return shapes
+
+
+def quantize(
+    weight: torch.Tensor, *, scheme: str, block_size: int, double_quant: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Codes and constants of a weight of any shape; blocks run along its flattened elements.
+
+    `nf5`: each block is divided by its largest magnitude and rounded to the nearest NormalFloat level. `int5`: each
+    block's range, zero included, is cut into 31 equal steps, and zero is one of the marks. Codes are chosen against the
+    constants as stored, so rounding those costs no systematic error.
+
+    Returns:
+        Packed codes, uint8 [5 / 8 padded numel], and the tensors that `constant_shapes` names.
+    """
+    flat = weight.detach().reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, padded_numel(flat.numel(), block_size) - flat.numel()))
+    blocks = blocks.view(-1, block_size)
+    low, high = (edge.float() for edge in torch.aminmax(blocks, dim=1))
+    if scheme == "int5":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        constants = {"scale": ((high - low) / 31).to(torch.bfloat16)}
+        stored = decoded_scale(constants)
+        zero_point = torch.where(stored > 0, -low / stored, 0.0).round().clamp(0, 31)
+        constants["zero_point"] = zero_point.to(torch.uint8)
+    else:
+        largest = torch.maximum(high, -low)
+        constants = _nested(largest) if double_quant else {"scale": largest.to(torch.bfloat16)}
+        stored = decoded_scale(constants)
+        zero_point = torch.zeros_like(stored)
+    inverse = torch.where(stored > 0, 1 / stored, 0.0)
+    one = levels(scheme, weight.device)
+    edges = (one[1:] + one[:-1]) / 2
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=weight.device)
+    rows = max(1, _PIECE // block_size)
+    for start in range(0, len(blocks), rows):
+        piece = slice(start, start + rows)
+        scaled = blocks[piece].float() * inverse[piece, None] + zero_point[piece, None]
+        codes[piece] = torch.bucketize(scaled, edges, out_int32=True)
+    return pack(codes.view(-1)).view(-1), constants
+
+
+def dequantize(
+    packed: torch.Tensor,
+    constants: Mapping[str, torch.Tensor],
+    *,
+    shape: tuple[int, ...],
+    scheme: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The dense weight that the codes stand for: worked out in float32, rounded once to `dtype`."""
+    words = packed.view(WORDS, -1).view(torch.int16)
+    scale = decoded_scale(constants).view(SEGMENTS, -1, 1)
+    zero_point = constants.get("zero_point")
+    shift = None if zero_point is None else zero_point.float().view(SEGMENTS, -1, 1)
+    blocks = scale.shape[1]  # of one segment
+    step = min(blocks, max(1, _PIECE // (SEGMENTS * block_size)))
+    look_up = _LookUp(scheme, columns=step * block_size // 2, device=packed.device)
+    out = torch.empty(SEGMENTS, blocks, block_size, dtype=dtype, device=packed.device)
+    for start in range(0, blocks, step):
+        piece = slice(start, start + step)
+        values = look_up(words[:, start * block_size // 2 : (start + step) * block_size // 2])
+        values = values.view(SEGMENTS, -1, block_size)
+        if shift is not None:
+            values.sub_(shift[:, piece])
+        if step == blocks and dtype == torch.float32:
+            torch.mul(values, scale, out=out)
+        else:
+            out[:, piece] = values.mul_(scale[:, piece])
+    numel = torch.Size(shape).numel()
+    return out.view(-1)[:numel].view(shape)
+
+
+def decoded_scale(constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """One float32 scale per block."""
+    scale = constants["scale"].float()
+    if "nested_scale" not in constants:
+        return scale
+    whole = torch.nn.functional.pad(scale, (0, -len(scale) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    decoded = (whole * constants["nested_scale"][:, None]).view(-1)[: len(scale)] + constants["nested_mean"]
+    return decoded.clamp_(min=0)  # a block of zeros may come out just below
+
+
+def _nested(largest: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scales quantized once more, as in QLoRA: their mean taken off, then 8 bits with a constant for every 256.
+
+    The 8-bit levels are evenly spaced, where bitsandbytes takes its dynamic map: centred, the scales have no long tail.
+    """
+    mean = largest.mean().view(1)
+    centred = torch.nn.functional.pad(largest - mean, (0, -len(largest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    nested_scale = centred.abs().amax(dim=1) / 127
+    ratio = torch.where(nested_scale[:, None] > 0, centred / nested_scale[:, None], 0.0)
+    codes = ratio.round().clamp(-127, 127).to(torch.int8).view(-1)[: len(largest)]
+    # a copy: a slice would keep the padding's storage
+    return {"scale": codes.clone(), "nested_scale": nested_scale, "nested_mean": mean}
+
+
+class _LookUp:
+    """The float32 level of every code, two for each look-up: int16 words [5, columns] to levels [8, 2 columns].
+
+    The buffers are taken once for all pieces: fresh memory costs more than the look-ups that fill it.
+    """
+
+    def __init__(self, scheme: str, *, columns: int, device: torch.device) -> None:
+        self.table = level_pairs(scheme, device)
+        # of torch's look-ups on a CPU `gather` alone uses more than one thread, and it wants 64-bit indices
+        self.gathers = device.type == "cpu" and torch.get_num_threads() > 1
+        kind = torch.int64 if self.gathers else torch.int32
+        self.index = torch.empty(SEGMENTS * columns, dtype=kind, device=device)
+        self.found = torch.empty(SEGMENTS * columns, dtype=torch.int64, device=device)
+
+    def __call__(self, words: torch.Tensor) -> torch.Tensor:
+        size = SEGMENTS * words.shape[1]
+        index = pair_indices(words, out=self.index[:size].view(SEGMENTS, -1))
+        found = self.found[:size].view(SEGMENTS, -1)
+        if self.gathers:
+            torch.gather(self.table.expand(SEGMENTS, -1), 1, index, out=found)
+        else:
+            torch.index_select(self.table, 0, index.view(-1), out=found.view(-1))
+        return found.view(torch.float32)

@@ -1,0 +1,48 @@
+"""The levels that codes stand for: NormalFloat at any width, and the plain integers."""
+
+from __future__ import annotations
+
+from functools import cache
+from statistics import NormalDist
+
+import torch
+
+
+def normal_float(bits: int) -> torch.Tensor:
+    """The NormalFloat levels of QLoRA (Dettmers et al. 2023, section 3 and appendix E), sorted, float32, in [-1, 1].
+
+    Quantiles of N(0, 1), evenly spaced in probability, with 2^(k-1) levels above zero, 2^(k-1) - 1 below it and zero
+    itself, divided by the largest. The outermost probability is where bitsandbytes puts it for k = 4: 0.9677083 =
+    1 - (1/30 + 1/32) / 2, the mean of where the outermost of 15 and the outermost of 16 equally likely bins has its
+    middle (Yoshida 2023, arXiv 2306.06965, eq. for delta). At k bits: 1 - (1/(2 (2^k - 1)) + 1/(2 2^k)) / 2, so
+    1 - (1/62 + 1/64) / 2 = 0.9841230 for k = 5. k = 4 gives bitsandbytes' nf4 table.
+    """
+    half = 2 ** (bits - 1)
+    outermost = 1 - (1 / (4 * half - 2) + 1 / (4 * half)) / 2
+    above = _quantiles(outermost, half)
+    below = [-value for value in _quantiles(outermost, half - 1)]
+    return torch.tensor(sorted([*below, 0.0, *above]), dtype=torch.float64).div(max(above)).float()
+
+
+def _quantiles(outermost: float, count: int) -> list[float]:
+    """`count` quantiles of N(0, 1) at evenly spaced probabilities from `outermost` down to, and without, 1/2."""
+    step = (outermost - 0.5) / count
+    return [NormalDist().inv_cdf(outermost - index * step) for index in range(count)]
+
+
+@cache
+def levels(scheme: str, device: torch.device) -> torch.Tensor:
+    """The 32 levels of a scheme, float32 [32]: `nf5` in [-1, 1], `int5` the integers 0 to 31."""
+    found = normal_float(5) if scheme == "nf5" else torch.arange(32, dtype=torch.float32)
+    return found.to(device)
+
+
+@cache
+def level_pairs(scheme: str, device: torch.device) -> torch.Tensor:
+    """For each of the 1024 pairs of codes (first + 32 * second) both levels, two float32 in one int64 [1024].
+
+    One table for all layers, 8 KiB; a lookup that yields two weights costs as much as one that yields one.
+    """
+    one = levels(scheme, device)
+    index = torch.arange(1024, device=device)
+    return torch.stack([one[index % 32], one[index // 32]], dim=1).view(torch.int64).view(-1)

@@ -1,0 +1,186 @@
+"""A linear layer whose weight is stored in 5 bits and decoded whenever it is used."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from left_bench.fivebit import blocks
+
+
+class Linear5bit(nn.Linear):
+    """`nn.Linear` over a frozen 5-bit weight; gradients flow to the input and the bias.
+
+    `weight` holds the packed codes, uint8 and one-dimensional; the constants are buffers beside it. It starts out empty
+    (zeros): `quantize_` fills it, or a checkpoint does. Being one-dimensional, the packed weight can never be added to
+    a dense one: merging an adapter into it raises instead of writing nonsense.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scheme: str = "nf5",
+        block_size: int = 64,
+        double_quant: bool = False,
+        compute_dtype: torch.dtype = torch.float32,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.block_size, self.double_quant = scheme, block_size, double_quant
+        self.compute_dtype = compute_dtype
+        numel = in_features * out_features
+        stored = blocks.padded_numel(numel, block_size) * 5 // 8
+        self.weight = nn.Parameter(torch.zeros(stored, dtype=torch.uint8, device=device), requires_grad=False)
+        shapes = blocks.constant_shapes(numel, scheme=scheme, block_size=block_size, double_quant=double_quant)
+        for name, (length, kind) in shapes.items():
+            self.register_buffer(name, torch.zeros(length, dtype=kind, device=device))
+        self.constant_names = tuple(shapes)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def constants(self) -> dict[str, torch.Tensor]:
+        """The quantization constants by name."""
+        return {name: self._buffers[name] for name in self.constant_names}  # type: ignore[misc]
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What this layer would store for a dense weight [out, in]: `weight` and the constants."""
+        packed, constants = blocks.quantize(
+            weight, scheme=self.scheme, block_size=self.block_size, double_quant=self.double_quant
+        )
+        return {"weight": packed, **constants}
+
+    def quantize_(self, weight: torch.Tensor) -> Linear5bit:
+        """Take over a dense weight [out, in]."""
+        for name, value in self.encode(weight).items():
+            setattr(self, name, nn.Parameter(value, requires_grad=False) if name == "weight" else value)
+        return self
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The dense weight [out, in] that this layer computes with, by default in its compute dtype.
+
+        Raises:
+            RuntimeError: something was written over the packed weight.
+        """
+        stored = blocks.padded_numel(self.in_features * self.out_features, self.block_size) * 5 // 8
+        if self.weight.shape != (stored,) or self.weight.dtype != torch.uint8:
+            raise RuntimeError(
+                f"the packed 5-bit weight was overwritten with {self.weight.dtype} {tuple(self.weight.shape)}: adapters "
+                "cannot be merged into it; reload the model, and call model.dequantize() before attaching one to merge"
+            )
+        return blocks.dequantize(
+            self.weight,
+            self.constants,
+            shape=(self.out_features, self.in_features),
+            scheme=self.scheme,
+            block_size=self.block_size,
+            dtype=dtype or self.compute_dtype,
+        )
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed weight by the name that makes peft (DoRA) ask the layer for `dequantize()`, as it does HQQ's."""
+        return self.weight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The product in the compute dtype (autocast's where that is on), returned in the input's dtype."""
+        kind = input.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        compute = torch.get_autocast_dtype(kind) if autocast else self.compute_dtype
+        out: torch.Tensor = _Product.apply(input.to(compute), self)
+        if self.bias is not None:
+            out = out + self.bias.to(compute)
+        return out if autocast else out.to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scheme={self.scheme}, block_size={self.block_size}"
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        self._tell_weight()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear5bit:
+        before = self.constants
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = self._buffers[name]
+            assert now is not None
+            if now.dtype != value.dtype:  # `.to(dtype)` means the computation, not what is stored
+                self._buffers[name] = value.to(now.device)
+        self._tell_weight()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tell_weight()  # copying a parameter drops its attributes
+
+    def _tell_weight(self) -> None:
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            state = QuantState(self)
+            weight.quant_state = state  # type: ignore[attr-defined]
+            weight.left_dequantize = state.dequantize  # type: ignore[attr-defined]  # for left_bench.quantization
+
+
+class QuantState:
+    """What belongs to a packed weight, read from its layer: bitsandbytes' attribute and names, so that code which
+    counts the bytes and the logical elements of 4-bit weights counts these."""
+
+    def __init__(self, layer: Linear5bit | None = None) -> None:
+        self._layer = weakref.ref(layer) if layer is not None else lambda: None
+
+    def __reduce__(self) -> tuple[type[QuantState], tuple[()]]:
+        return QuantState, ()  # the layer puts itself in its place
+
+    def dequantize(self) -> torch.Tensor:
+        """The dense float32 weight [out, in]."""
+        layer = self._layer()
+        if layer is None:
+            raise RuntimeError("the layer of this packed weight is gone, and its constants with it")
+        return layer.dequantize(torch.float32)
+
+    @property
+    def shape(self) -> torch.Size | None:
+        layer = self._layer()
+        return None if layer is None else torch.Size((layer.out_features, layer.in_features))
+
+    @property
+    def absmax(self) -> torch.Tensor | None:
+        return self._constant("scale")
+
+    @property
+    def offset(self) -> torch.Tensor | None:
+        return self._constant("zero_point")
+
+    @property
+    def state2(self) -> SimpleNamespace:
+        return SimpleNamespace(absmax=self._constant("nested_scale"), offset=self._constant("nested_mean"))
+
+    def _constant(self, name: str) -> torch.Tensor | None:
+        layer = self._layer()
+        return None if layer is None else layer.constants.get(name)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T with W decoded in the forward and again in the backward pass: nothing dense is kept between them."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, layer: Linear5bit) -> torch.Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(input, layer.dequantize(input.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return grad @ ctx.layer.dequantize(grad.dtype), None

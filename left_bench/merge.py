@@ -1,0 +1,62 @@
+"""Merge an adapter into the base weights, and what that changes: the logits, and later the speed of generating."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from left_bench.data import Example, collate
+from left_bench.measure import Meter
+
+
+def merge(
+    model: torch.nn.Module, rows: Sequence[Example], *, meter: Meter, pad_id: int, device: str
+) -> tuple[torch.nn.Module | None, str]:
+    """Fold the adapter into the base weights and compare the logits of both on `rows`.
+
+    `model` must not be used afterwards. `merge_max_abs_difference` goes into `meter`.
+
+    Returns:
+        The merged model and `merged`, with the rounding that the dtype allows; or None and why there is no merge.
+    """
+    refusal = why_not(model)
+    if refusal is not None:
+        return None, refusal
+    attached = last_logits(model, rows, pad_id=pad_id, device=device)
+    tuner: Any = model.base_model
+    try:
+        merged: torch.nn.Module = tuner.merge_and_unload()
+    except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        return None, f"not merged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    difference = (last_logits(merged, rows, pad_id=pad_id, device=device) - attached).abs().max().item()
+    meter.metrics["merge_max_abs_difference"] = difference
+    dtype = next(p.dtype for p in merged.parameters() if p.is_floating_point())
+    rounding = torch.finfo(dtype).eps * attached.abs().max().item()
+    return merged, f"merged; one rounding of the largest logit in {str(dtype).removeprefix('torch.')} is {rounding:.2g}"
+
+
+def why_not(model: torch.nn.Module) -> str | None:
+    """Why the method has no merge, or None."""
+    if not isinstance(model, PeftModel):
+        return "not merged: the method is no peft adapter"
+    if model.active_peft_config.is_prompt_learning:
+        return "not merged: virtual tokens are no weights"
+    if not hasattr(model.base_model, "merge_and_unload"):
+        return f"not merged: {type(model.base_model).__name__} has no merge"
+    return None
+
+
+def last_logits(model: torch.nn.Module, rows: Sequence[Example], *, pad_id: int, device: str) -> torch.Tensor:
+    """Float32 logits at the last token of each of the rows, shape (rows, vocabulary)."""
+    forward: Any = model
+    found = []
+    model.eval()
+    with torch.inference_mode():
+        for row in rows:
+            batch = collate([row], pad_id=pad_id).to(device)
+            outputs = forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            found.append(outputs.logits[0, -1].float())
+    return torch.stack(found)

@@ -1,0 +1,60 @@
+"""Methods that add nothing and train a part of the base model's own parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from left_bench.errors import UserError
+from left_bench.methods.attached import Method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitFitConfig(Method):
+    """Every bias term is trained, those of normalizations too, and nothing else (Ben Zaken et al. 2022)."""
+
+    def prepare(self, model: PreTrainedModel, *, adapter_dtype: torch.dtype) -> None:
+        biases = [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+        if not biases:
+            raise UserError(
+                f"peft=bitfit trains bias terms, and this model of type '{model.config.model_type}' has none; "
+                "choose another method, or a model with biases (OPT, GPT-NeoX)"
+            )
+        for bias in biases:
+            bias.requires_grad_(True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerFreezeConfig(Method):
+    """The last layers are trained whole, everything else is frozen: embeddings, final normalization and head too."""
+
+    last_layers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.last_layers < 1:
+            raise UserError(f"peft.config.last_layers={self.last_layers}: give a number from 1")
+
+    def prepare(self, model: PreTrainedModel, *, adapter_dtype: torch.dtype) -> None:
+        layers = decoder_layers(model)
+        if self.last_layers > len(layers):
+            raise UserError(f"peft.config.last_layers={self.last_layers}: this model has {len(layers)} layers")
+        for layer in layers[-self.last_layers :]:
+            for name, parameter in layer.named_parameters():
+                if not parameter.is_floating_point():
+                    raise UserError(
+                        f"peft=layer_freeze trains base weights, and '{name}' is quantized: integer storage takes no "
+                        "gradient; choose quantization=none"
+                    )
+                parameter.requires_grad_(True)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer's layers, in order: the one list of modules as long as the configuration says."""
+    expected = model.config.num_hidden_layers
+    lists = [found for found in model.modules() if isinstance(found, nn.ModuleList) and len(found) == expected]
+    if not lists:
+        raise UserError(f"peft: no list of {expected} layers found in this model of type '{model.config.model_type}'")
+    return list(lists[0])  # modules come from the outside in: a list inside a layer would come later

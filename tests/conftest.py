@@ -1,0 +1,189 @@
+"""Shared by all tests: one cache of tiny models, cells composed as the command line composes them, rows to train on."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads cost more than they bring, and CI runs tests beside others
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from left_bench.cell import Cell
+
+TINY = [
+    "model=tiny_llama",
+    "precision=fp32",
+    "hardware=cpu",
+    "hardware.threads=1",
+    "hardware.timeout=120",
+    "tracker=none",
+    "training.steps=2",
+    "training.batch_size=4",
+    "training.warmup_ratio=0",
+    "data.train_rows=8",
+    "data.test_rows=4",
+    "eval.forgetting=false",
+    "eval.max_new_tokens=3",
+]
+
+
+class Answer(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for the session; random weights are made in this process, which has torch in it already."""
+    from left_bench import pretrained
+
+    def in_this_process(order: dict[str, Any], folder: Path) -> None:
+        from left_bench.pretrained.make import save_random
+
+        save_random(order["config"], folder, dtype=order["dtype"])
+
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("LEFT_BENCH_CACHE")
+    os.environ["LEFT_BENCH_CACHE"] = str(folder)
+    fresh, pretrained.in_fresh_process = pretrained.in_fresh_process, in_this_process
+    yield folder
+    pretrained.in_fresh_process = fresh
+    os.environ.pop("LEFT_BENCH_CACHE")
+    if before is not None:
+        os.environ["LEFT_BENCH_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def composed() -> Callable[..., Any]:
+    """`composed(*overrides)` is Hydra's whole configuration, `hydra` included, as `left-bench OVERRIDES` composes it."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    from left_bench.cli import launch_name, open_section, register_resolvers, register_sweeps
+    from left_bench.paths import config_root
+
+    def composed(*overrides: str) -> Any:
+        register_resolvers()
+        register_sweeps()
+        GlobalHydra.instance().clear()
+        # stays open: a sweep's jobs are composed by the same loader
+        hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf"), job_name="left_bench")
+        multirun = any(one.startswith("+sweep=") for one in overrides)
+        named = [f"hydra.job.name={launch_name(list(overrides))}"] if multirun else []
+        return GlobalHydra.instance().hydra.compose_config(
+            config_name="config",
+            overrides=[*(open_section(one) for one in overrides), *named],
+            run_mode=RunMode.MULTIRUN if multirun else RunMode.RUN,
+            from_shell=False,
+            with_log_configuration=False,
+        )
+
+    return composed
+
+
+@pytest.fixture(scope="session")
+def compose_cell(composed: Callable[..., Any]) -> Callable[..., Cell]:
+    """`compose_cell(*overrides)` is the cell of `left-bench OVERRIDES`."""
+    from left_bench.launch import compose
+
+    @functools.cache  # a composition takes a quarter of a second, and cells are frozen
+    def compose_cell(*overrides: str) -> Cell:
+        config = composed(*overrides)
+        return compose(config, config.hydra)[0]
+
+    return compose_cell
+
+
+@pytest.fixture(scope="session")
+def tiny_cell(compose_cell: Callable[..., Cell]) -> Callable[..., Cell]:
+    """`tiny_cell(*overrides)`: two steps of a two-layer model in float32."""
+
+    def tiny_cell(*overrides: str) -> Cell:
+        named = {one.partition("=")[0] for one in overrides}
+        return compose_cell(*(one for one in TINY if one.partition("=")[0] not in named), *overrides)
+
+    return tiny_cell
+
+
+@pytest.fixture(scope="session")
+def load_tiny() -> Callable[[Cell], tuple[Any, Any]]:
+    """`load_tiny(cell)`: a fresh base model and its tokenizer."""
+
+    def load_tiny(cell: Cell) -> tuple[Any, Any]:
+        from left_bench import model as models
+
+        folder, tokenizer = models.open_pretrained(cell)
+        return models.load_model(cell, folder=folder, device="cpu")[0], tokenizer
+
+    return load_tiny
+
+
+@pytest.fixture(scope="session")
+def work_in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell], dict[str, Any]]:
+    """`work_in_process(cell)`: the worker's run without its process; what it found, or its exception."""
+
+    def work_in_process(cell: Cell) -> dict[str, Any]:
+        from left_bench.events import EVENTS_NAME, EventWriter
+        from left_bench.worker import work
+
+        run_dir = tmp_path_factory.mktemp("run") / "cell"
+        run_dir.mkdir()
+        found: dict[str, Any] = {"provenance": {}}
+        work(cell, run_dir=run_dir, found=found, events=EventWriter(run_dir / EVENTS_NAME))
+        return found | {"run_dir": run_dir}
+
+    return work_in_process
+
+
+@pytest.fixture
+def left_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """`left_bench(*arguments)`: the command in this process, with its exit code and what it printed."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from left_bench.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["left-bench"])
+
+    def left_bench(*arguments: str) -> Answer:
+        GlobalHydra.instance().clear()
+        capsys.readouterr()
+        try:
+            code = main(list(arguments))
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else 1
+        finally:
+            GlobalHydra.instance().clear()
+        out, err = capsys.readouterr()
+        return Answer(code, out, err)
+
+    return left_bench
+
+
+@pytest.fixture(scope="session")
+def addition_rows() -> list[Any]:
+    """Eight rows of unlike lengths for the byte-level tokenizer of the tiny models."""
+    from left_bench.data import Example
+
+    def ids(text: str) -> list[int]:
+        return [2 + byte for byte in text.encode()]
+
+    pairs = [(3, 4), (17, 5), (128, 1), (9, 90), (1, 1), (40, 2), (1000, 24), (6, 6)]
+    return [
+        Example(
+            prompt_ids=ids(f"What is {a} + {b}?\n"),
+            answer_ids=[*ids(str(a + b)), 1],
+            prompt=f"What is {a} + {b}?",
+            reference=str(a + b),
+        )
+        for a, b in pairs
+    ]

@@ -1,0 +1,194 @@
+"""Every YAML under conf/ and sweeps/ is a test case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from left_bench.cell import GROUPS, fingerprint
+from left_bench.cli import options, summary_of
+from left_bench.errors import UserError
+from left_bench.launch import compose, jobs_of, sweep_name
+from left_bench.paths import config_root
+from left_bench.rules import why_unsupported
+from left_bench.tracker import open_tracker
+
+ROOT = config_root()
+FILES = sorted(path for folder in ("conf", "sweeps") for path in (ROOT / folder).rglob("*.yaml"))
+OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent.parent == ROOT / "conf"]
+CELL_OPTIONS = [(group, name) for group, name in OPTIONS if group in GROUPS]
+# an option that is nothing without the user's own word
+NEEDS = {("peft", "custom"): ["peft._target_=peft.OFTConfig", "peft.config.oft_block_size=8"]}
+PEFT = [name for group, name in OPTIONS if group == "peft"]
+
+
+def test_no_file_lies_where_nothing_looks():
+    assert {group for group, _ in OPTIONS} == {*GROUPS, "tracker"}
+    assert [path for path in FILES if path.parent == ROOT / "conf"] == [ROOT / "conf" / "config.yaml"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_file_says_what_it_is(path: Path):
+    summary = summary_of(path)
+    assert 20 < len(summary) < 140
+    assert not summary.startswith(("TODO", "@"))
+
+
+@pytest.mark.parametrize(("group", "name"), CELL_OPTIONS)
+def test_an_option_composes_to_a_cell(group, name, compose_cell):
+    cell = compose_cell(f"{group}={name}", *NEEDS.get((group, name), []))
+    assert cell.choices[group] == name
+    assert cell.id.count("-") >= 6
+    section = getattr(cell, group)
+    plain = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+    assert section.name == plain.get("name", section.name)
+    if name not in ("qlora",):  # the method is LoRA, and its name says so
+        assert section.name == name
+
+
+@pytest.mark.parametrize("name", options("tracker"))
+def test_a_tracker_opens(name, composed):
+    _, settings = compose(*[(config := composed(f"tracker={name}")), config.hydra])
+    assert settings.tracker["name"] == name
+    open_tracker(settings.tracker)
+
+
+def test_the_default_is_the_same_as_every_default_named(compose_cell):
+    defaults = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())["defaults"]
+    named = [
+        f"{key}={value}" for one in defaults if isinstance(one, dict) for key, value in one.items() if key in GROUPS
+    ]
+    assert len(named) == len(GROUPS)
+    assert compose_cell().id == compose_cell(*named).id
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_options_of_a_group_are_different_cells(group, compose_cell):
+    names = [name for kind, name in CELL_OPTIONS if kind == group and name != "qlora"]
+    cells = {name: compose_cell(f"{group}={name}", *NEEDS.get((group, name), [])) for name in names}
+    if group == "hardware":  # `auto` is what this machine has, and the same cell as naming it
+        cells.pop("auto")
+    assert len({fingerprint(cell.identity) for cell in cells.values()}) == len(cells)
+
+
+# --- peft ---
+
+
+def test_custom_alone_is_refused(compose_cell):
+    with pytest.raises(UserError, match=r"peft\._target_"):
+        compose_cell("peft=custom")
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_peft_arguments_are_the_upstream_classs_own(name, compose_cell):
+    from left_bench.instantiate import instantiate
+
+    cell = compose_cell(f"peft={name}", *NEEDS.get(("peft", name), []))
+    if cell.peft.target is None:
+        assert name == "full"
+        return
+    arguments = {"task_type": "CAUSAL_LM", **cell.peft.config}
+    if "adapter_layers" in arguments:
+        arguments["adapter_layers"] = 2
+    config = instantiate(cell.peft.target, arguments, key="peft")
+    for key, value in cell.peft.config.items():
+        if key not in ("adapter_layers", "target_modules"):
+            assert getattr(config, key) == value or str(getattr(config, key).value) == value, key
+
+
+def test_qlora_sets_both_groups(compose_cell):
+    qlora, spelt = compose_cell("peft=qlora"), compose_cell("peft=lora", "quantization=nf4_dq")
+    assert qlora.quantization.name == qlora.choices["quantization"] == "nf4_dq"
+    assert qlora.quantization.config["bnb_4bit_use_double_quant"] is True
+    assert qlora.quantization.config["bnb_4bit_quant_type"] == "nf4"
+    assert qlora.choices["peft"] == "qlora"
+    assert qlora.identity == spelt.identity
+    assert qlora.id == spelt.id
+
+
+def test_dora_is_lora_but_for_one_switch(compose_cell):
+    dora, lora = compose_cell("peft=dora").peft.config, compose_cell("peft=lora").peft.config
+    assert dora == lora | {"use_dora": True}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 40, 1000])
+def test_adalora_always_has_its_three_phases(steps, compose_cell):
+    from left_bench.instantiate import instantiate
+
+    cell = compose_cell("peft=adalora", f"training.steps={steps}")
+    config = cell.peft.config
+    assert config["total_step"] == steps
+    if steps >= 4:
+        instantiate(cell.peft.target, {"task_type": "CAUSAL_LM", **config}, key="peft")
+        assert config["tinit"] < steps - config["tfinal"]
+
+
+@pytest.mark.parametrize("name", [name for group, name in OPTIONS if group == "quantization" and name != "none"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_quantization_computes_in_the_precisions_dtype(name, precision, compose_cell):
+    from left_bench.instantiate import instantiate
+
+    cell = compose_cell(f"quantization={name}", f"precision={precision}")
+    config = instantiate(cell.quantization.target, cell.quantization.config, key="quantization")
+    assert config.load_in_4bit != config.load_in_8bit
+    if config.load_in_4bit:
+        assert str(config.bnb_4bit_compute_dtype) == f"torch.{cell.precision.compute_dtype}"
+        assert cell.quantization.nominal_bits == 4
+
+
+# --- sweeps ---
+
+
+@pytest.mark.parametrize("name", options("sweep"))
+def test_a_sweep_is_made_of_unlike_cells(name, composed):
+    config = composed(f"+sweep={name}")
+    jobs = jobs_of(config)
+    cells = [compose(job, job.hydra)[0] for job in jobs]
+    assert len(cells) > 1
+    assert len({cell.id for cell in cells}) == len(cells)
+    assert len({cell.id.rsplit("-", 1)[1] for cell in cells}) == len(cells)
+    assert sweep_name(config.hydra) == name
+    assert len({fingerprint([cell.data.model_dump(), cell.seed]) for cell in cells}) == 1  # same rows, same order
+    assert any(why_unsupported(cell) is None for cell in cells)
+
+
+def test_the_ranks_keep_alpha_at_twice_the_rank(composed):
+    cells = [compose(job, job.hydra)[0] for job in jobs_of(composed("+sweep=lora_rank"))]
+    assert [cell.peft.config["r"] for cell in cells] == [2, 4, 8, 16, 32, 64, 128]
+    assert all(cell.peft.config["lora_alpha"] == 2 * cell.peft.config["r"] for cell in cells)
+
+
+def test_the_methods_sweep_has_every_method(composed):
+    cells = [compose(job, job.hydra)[0] for job in jobs_of(composed("+sweep=peft_methods"))]
+    assert [cell.choices["peft"] for cell in cells] == [*dict.fromkeys(cell.choices["peft"] for cell in cells)]
+    assert {cell.choices["peft"] for cell in cells} == set(PEFT) - {"custom"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chosen"),
+    [
+        (["+sweep=peft_methods", "peft=lora,ia3"], [("lora", 16), ("ia3", None)]),
+        (["+sweep=lora_rank", "peft.config.r=2"], [("lora", 2)]),
+        (["+sweep=lora_rank", "peft.config.r=2,3"], [("lora", 2), ("lora", 3)]),
+        (["+sweep=peft_methods", "peft=lora", "seed=0,1"], [("lora", 16), ("lora", 16)]),
+    ],
+)
+def test_an_override_narrows_or_widens_a_sweep(overrides, chosen, composed):
+    cells = [compose(job, job.hydra)[0] for job in jobs_of(composed(*overrides))]
+    assert [(cell.choices["peft"], cell.peft.config.get("r")) for cell in cells] == chosen
+    assert len({cell.id for cell in cells}) == len(cells)
+
+
+def test_an_override_reaches_every_cell_of_a_sweep(composed):
+    config = composed("+sweep=smoke", "training.steps=3", "data.train_rows=5")
+    cells = [compose(job, job.hydra)[0] for job in jobs_of(config)]
+    assert {(cell.training.steps, cell.data.train_rows) for cell in cells} == {(3, 5)}
+
+
+def test_a_named_model_brings_none_of_the_options_facts(compose_cell, tmp_path):
+    cell = compose_cell(f"model.name_or_path={tmp_path}/my-model")
+    assert cell.model.name == "my_model"
+    assert (cell.model.config, cell.model.wheel, cell.model.weights) == (None, None, "pretrained")
+    assert cell.choices["model"] == f"{tmp_path}/my-model"
