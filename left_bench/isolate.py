@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from left_bench import process as processes
 from left_bench.cell import Cell
 from left_bench.events import EVENTS_NAME, EventReader
 from left_bench.record import Phase, Record, Status, write_atomically
@@ -50,32 +48,28 @@ def run_isolated(
             seen.append(event)
             on_event(event)
 
-    with (run_dir / LOG_NAME).open("wb") as log:
-        process = subprocess.Popen(
-            [*(command or [sys.executable, "-m", "left_bench.worker"]), str(run_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=worker_environment(cell),
-        )
-        try:
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_LOOK_EVERY_SECONDS)
-                look()
-                if cell.hardware.timeout is not None and time.monotonic() - start > cell.hardware.timeout:
-                    timed_out = process.poll() is None
-                    break
-        finally:
-            _end_group(process)
+    process = processes.start(
+        run_dir,
+        log=run_dir / LOG_NAME,
+        environment=worker_environment(cell),
+        command=command,
+        fork=cell.hardware.device == "cpu",
+    )
+    try:
+        while process.wait(_LOOK_EVERY_SECONDS) is None:
+            look()
+            if cell.hardware.timeout is not None and time.monotonic() - start > cell.hardware.timeout:
+                timed_out = process.wait(0) is None
+                break
+    finally:
+        code = process.end()
     look()
     wall = time.monotonic() - start
 
     tail = log_tail(run_dir / LOG_NAME)
     outcome = _read_outcome(run_dir / OUTCOME_NAME)
     if outcome is None:
-        status, reason = _why_no_outcome(process.returncode, timed_out, cell, _kernel_kills() - killed_before, seen)
+        status, reason = _why_no_outcome(code, timed_out, cell, _kernel_kills() - killed_before, seen)
         outcome = Record(
             cell_id=cell.id,
             status=status,
@@ -145,12 +139,6 @@ def _finished_phases(seen: list[dict[str, Any]]) -> list[Phase]:
         for event in seen
         if event["event"] == "phase_end"
     ]
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _kernel_kills() -> int:

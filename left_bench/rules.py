@@ -10,6 +10,9 @@ from pathlib import Path
 from left_bench.cell import Cell
 
 # Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
+_BITSANDBYTES = "transformers.BitsAndBytesConfig"
+_FAMILIES_WITHOUT_BIAS = {"llama", "mistral"}
+_SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
 _ADAPTION_PROMPT_FAMILIES = {"llama", "mistral", "gpt2"}
 
 
@@ -48,8 +51,25 @@ def _quantized(cell: Cell) -> bool:
     return cell.quantization.target is not None or cell.quantization.checkpoint_method is not None
 
 
-def _is(cell: Cell, target: str) -> bool:
-    return cell.peft.target == target
+def _is(cell: Cell, *names: str) -> bool:
+    return cell.peft.target in {f"peft.{name}Config" for name in names}
+
+
+def _int8(cell: Cell) -> bool:
+    return cell.quantization.target == _BITSANDBYTES and bool(cell.quantization.config.get("load_in_8bit"))
+
+
+def _four_bit(cell: Cell) -> bool:
+    return cell.quantization.target == _BITSANDBYTES and bool(cell.quantization.config.get("load_in_4bit"))
+
+
+def _has_autocast(cell: Cell) -> bool:
+    return cell.precision.compute_dtype != cell.precision.weights_dtype
+
+
+def _lora_with(cell: Cell, key: str, *values: object) -> bool:
+    value = cell.peft.config.get(key)
+    return _is(cell, "Lora") and (value in values if values else bool(value))
 
 
 RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
@@ -77,9 +97,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "TF32 is a rounding mode of CUDA matrix products; this device has none",
     ),
     (
-        lambda cell: (
-            _is(cell, "peft.AdaptionPromptConfig") and model_type(cell) not in _ADAPTION_PROMPT_FAMILIES | {None}
-        ),
+        lambda cell: _is(cell, "AdaptionPrompt") and model_type(cell) not in _ADAPTION_PROMPT_FAMILIES | {None},
         "peft's LLaMA-Adapter knows the attention of Llama, Mistral and GPT-2 models alone",
     ),
     (
@@ -91,8 +109,64 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "FlashAttention 2 runs on CUDA alone",
     ),
     (
-        lambda cell: cell.quantization.name == "int8" and bool(cell.peft.config.get("use_dora")),
-        "DoRA over bitsandbytes int8 weights fails inside peft (seen with peft 0.21.2, bitsandbytes 0.50.2)",
+        lambda cell: _int8(cell) and _lora_with(cell, "use_dora"),
+        f"DoRA over bitsandbytes int8 weights fails inside peft {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            _quantized(cell)
+            and (
+                _is(cell, "Psoft", "Delora", "Adamss", "TinyLora", "Glora", "Supertuning")
+                or _lora_with(cell, "init_lora_weights", "pissa")
+                or _lora_with(cell, "velora_config")
+            )
+        ),
+        f"peft's implementation of this method needs floating-point weights {_SEEN}",
+    ),
+    (
+        lambda cell: _quantized(cell) and _is(cell, "HRA", "Deft", "Peanut", "UniLora"),
+        f"over quantized weights peft runs this method on the raw integers or trains nothing, silently {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            cell.quantization.target == "left_bench.fivebit.FiveBitConfig"
+            and (
+                _is(cell, "LoHa", "LoKr", "Shira", "Hira")
+                or _lora_with(cell, "init_lora_weights", "olora", "orthogonal", "mica")
+            )
+        ),
+        f"peft reads this method's shape or values from the dense weight, which 5-bit layers do not hold {_SEEN}",
+    ),
+    (
+        lambda cell: _four_bit(cell) and _is(cell, "LoHa", "LoKr"),
+        f"peft reads the packed 4-bit weight's shape for the layer's {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            not _has_autocast(cell)
+            and cell.precision.weights_dtype != "float32"
+            and (
+                ((_int8(cell) or _four_bit(cell)) and _is(cell, "IA3", "Road", "RandLora", "Pvera"))
+                or (_int8(cell) and _is(cell, "Shira"))
+            )
+        ),
+        f"peft mixes dtypes here unless autocast is on; precision=bf16_mixed runs {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            (_int8(cell) or _four_bit(cell)) and _is(cell, "C3A", "Gralora") and model_type(cell) == "gpt_neox"
+        ),
+        f"peft's in-place update of this method fails over bitsandbytes layers that have a bias {_SEEN}",
+    ),
+    (
+        lambda cell: cell.peft.target == "left_bench.methods.LayerFreezeConfig" and _quantized(cell),
+        "training whole layers needs unquantized weights: integer storage takes no gradient",
+    ),
+    (
+        lambda cell: (
+            cell.peft.target == "left_bench.methods.BitFitConfig" and model_type(cell) in _FAMILIES_WITHOUT_BIAS
+        ),
+        "BitFit trains bias terms, and this model's layers have none",
     ),
 )
 

@@ -17,19 +17,9 @@ import pytest
 from left_bench.cell import Cell
 
 TINY = [
-    "model=tiny_llama",
-    "precision=fp32",
-    "hardware=cpu",
-    "hardware.threads=1",
-    "hardware.timeout=120",
-    "tracker=none",
-    "training.steps=2",
-    "training.batch_size=4",
-    "training.warmup_ratio=0",
-    "data.train_rows=8",
-    "data.test_rows=4",
-    "eval.forgetting=false",
-    "eval.max_new_tokens=3",
+    *("model=tiny_llama", "precision=fp32", "hardware=cpu", "hardware.threads=1", "hardware.timeout=120"),
+    *("training.steps=2", "training.batch_size=4", "training.warmup_ratio=0", "tracker=none"),
+    *("data.train_rows=8", "data.test_rows=4", "eval.forgetting=false", "eval.max_new_tokens=3"),
 ]
 
 
@@ -64,7 +54,7 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def composed() -> Callable[..., Any]:
-    """`composed(*overrides)` is Hydra's whole configuration, `hydra` included, as `left-bench OVERRIDES` composes it."""
+    """`composed(*overrides)`: Hydra's whole configuration, `hydra` included, as `left-bench OVERRIDES` composes it."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode

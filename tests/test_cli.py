@@ -82,7 +82,7 @@ def test_version_and_help(left_bench):
     [
         (["reprot", "runs"], ["unknown command 'reprot'", "did you mean 'report'"]),
         (["zzz"], ["unknown command 'zzz'", "list"]),
-        (["peft=lroa"], ["unknown peft 'lroa'", "did you mean 'lora'?", "vera"]),
+        (["peft=lorra"], ["unknown peft 'lorra'", "did you mean 'lora'?", "vera"]),
         (["quantization=int9"], ["unknown quantization 'int9'", "int8", "nf4_dq"]),
         (["+sweep=smoke", "peft=lora,qlara"], ["unknown peft 'qlara'", "did you mean 'qlora'?"]),
         (["+sweep=xyz", "--cfg", "job"], ["unknown sweep 'xyz'", "smoke"]),

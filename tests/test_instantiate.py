@@ -67,7 +67,7 @@ def test_a_wrong_argument_names_the_nearest():
 
 
 def test_a_keyword_that_an_open_ended_class_would_swallow():
-    """BitsAndBytesConfig takes **kwargs and drops what it does not know: load_in_4bits would leave the model as it is."""
+    """BitsAndBytesConfig takes any keyword and drops what it does not know: the model would stay as it is."""
     with pytest.raises(UserError, match=r"quantization\.config\.load_in_4bits.*did you mean 'load_in_4bit'"):
         instantiate("transformers.BitsAndBytesConfig", {"load_in_4bits": True}, key="quantization")
 

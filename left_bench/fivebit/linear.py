@@ -45,7 +45,8 @@ class Linear5bit(nn.Linear):
         for name, (length, kind) in shapes.items():
             self.register_buffer(name, torch.zeros(length, dtype=kind, device=device))
         self.constant_names = tuple(shapes)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        values = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", values)
 
     @property
     def constants(self) -> dict[str, torch.Tensor]:
@@ -74,8 +75,8 @@ class Linear5bit(nn.Linear):
         stored = blocks.padded_numel(self.in_features * self.out_features, self.block_size) * 5 // 8
         if self.weight.shape != (stored,) or self.weight.dtype != torch.uint8:
             raise RuntimeError(
-                f"the packed 5-bit weight was overwritten with {self.weight.dtype} {tuple(self.weight.shape)}: adapters "
-                "cannot be merged into it; reload the model, and call model.dequantize() before attaching one to merge"
+                f"the packed 5-bit weight was overwritten with {self.weight.dtype} {tuple(self.weight.shape)}; "
+                "adapters cannot be merged into it: reload the model, and call model.dequantize() before attaching"
             )
         return blocks.dequantize(
             self.weight,
@@ -87,7 +88,7 @@ class Linear5bit(nn.Linear):
         )
 
     @property
-    def W_q(self) -> nn.Parameter:
+    def W_q(self) -> torch.Tensor:
         """The packed weight by the name that makes peft (DoRA) ask the layer for `dequantize()`, as it does HQQ's."""
         return self.weight
 

@@ -1,4 +1,4 @@
-"""Five bits for five bits: 16 codes in five 16-bit words (8 in 5 bytes), laid out so that unpacking is whole-array work.
+"""Five bits for five bits: 16 codes in five 16-bit words (8 in 5 bytes), laid out for whole-array operations.
 
 A flat array of codes is cut into 8 segments. Column j of the packed array holds the j-th pair of codes, 10 bits, of
 each segment. Words 0 to 4 carry the pairs of segments 0 to 4 in their low 10 bits; the pairs of segments 5 to 7 lie

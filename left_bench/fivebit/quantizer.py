@@ -109,12 +109,11 @@ class _Quantize(ConversionOps):
     """One dense weight in, codes and constants out; transformers reads the next only when this one is done."""
 
     def convert(
-        self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        assert model is not None
-        found = {}
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for name, value in input_dict.items():
-            layer, _ = get_module_from_name(model, name)
+            layer, _ = get_module_from_name(kwargs["model"], name)
             dense = value[0] if isinstance(value, list) else value
             path = name.removesuffix("weight")
             found |= {path + key: tensor for key, tensor in layer.encode(dense).items()}
