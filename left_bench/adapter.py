@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType, PromptLearningConfig, get_peft_model, initialize_kv_prefix_from_text
+from peft import (
+    PeftModel,
+    PeftType,
+    PromptLearningConfig,
+    get_peft_model,
+    initialize_kv_prefix_from_text,
+    initialize_lora_eva_weights,
+)
 from peft.tuners.adalora import AdaLoraModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from left_bench.cell import Cell
+from left_bench.data import Example, collate
 from left_bench.errors import UserError
 from left_bench.instantiate import instantiate
 from left_bench.methods import Method, load_attached, method_in
 from left_bench.model import DTYPES, quantized_weights
 
+_EVA_ROWS = 256
 _KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 
-def attach_adapter(model: PreTrainedModel, cell: Cell, *, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+def attach_adapter(
+    model: PreTrainedModel, cell: Cell, *, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]
+) -> torch.nn.Module:
     """Freeze the base model and attach the cell's method; full fine-tuning attaches nothing and freezes nothing.
+
+    `rows` are the training rows, for a method that is initialized from data (EVA).
 
     Raises:
         UserError: an argument that the method's configuration does not have, or a method that does not fit the model.
@@ -52,7 +66,21 @@ def attach_adapter(model: PreTrainedModel, cell: Cell, *, tokenizer: PreTrainedT
             parameter.data = parameter.data.to(DTYPES[cell.precision.adapter_dtype])
     if cell.peft.init_text is not None:
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
+    if getattr(config, "init_lora_weights", None) == "eva":
+        batches = _first_batches(rows, cell, pad_id=tokenizer.pad_token_id, device=model.device)
+        initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
     return adapted
+
+
+def _first_batches(rows: Sequence[Example], cell: Cell, *, pad_id: Any, device: torch.device) -> list[dict[str, Any]]:
+    """The training rows in their own order, as many as EVA's decompositions may ask for."""
+    size = cell.training.batch_size
+    starts = range(0, min(len(rows), _EVA_ROWS), size)
+    batches = [collate(rows[start : start + size], pad_id=pad_id).to(device) for start in starts]
+    return [
+        {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+        for batch in batches
+    ]
 
 
 def _prepare_quantized(model: PreTrainedModel) -> None:

@@ -42,7 +42,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Loss and greedy answers on `rows`, and the loss on general text where `eval.forgetting` asks for it."""
     model.eval()
-    with torch.inference_mode(), autocast(cell, device=device):
+    with torch.no_grad(), autocast(cell, device=device):
         found = row_losses(model, rows, cell, pad_id=pad_of(tokenizer), device=device)
         if cell.eval.generate:
             found.predictions = generate(model, tokenizer, rows, cell, device=device)
@@ -103,7 +103,7 @@ def generation_speed(
     inputs = _left_padded(prompts, pad_of(tokenizer)).to(device.kind)
     mask = _left_mask([len(prompt) for prompt in prompts]).to(device.kind)
     model.eval()
-    with torch.inference_mode(), autocast(cell, device=device.kind):
+    with torch.no_grad(), autocast(cell, device=device.kind):
         for tokens in (2, _SPEED_TOKENS):
             device.synchronize()
             start = time.perf_counter()

@@ -120,7 +120,7 @@ def _why_no_outcome(
     if timed_out:
         return "timeout", f"ended after hardware.timeout={cell.hardware.timeout:g} s{where}"
     if code is not None and code < 0:
-        name = signal.Signals(-code).name
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         if -code == signal.SIGKILL and kernel_kills > 0:
             return "oom", f"the kernel ended the worker for want of memory{where}"
         return "crashed", f"the worker was ended by {name}{where}"
@@ -130,7 +130,10 @@ def _why_no_outcome(
 def _read_outcome(path: Path) -> Record | None:
     if not path.exists():
         return None
-    return Record.model_validate_json(path.read_text(encoding="utf-8"))
+    try:
+        return Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError:  # not this package's writing, which is whole or not there
+        return None
 
 
 def _finished_phases(seen: list[dict[str, Any]]) -> list[Phase]:

@@ -56,7 +56,7 @@ def last_logits(model: torch.nn.Module, rows: Sequence[Example], *, pad_id: int,
     forward: Any = model
     found = []
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         for row in rows:
             batch = collate([row], pad_id=pad_id).to(device)
             outputs = forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask)

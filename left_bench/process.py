@@ -80,6 +80,7 @@ class _Forked:
 
     def end(self) -> int | None:
         _kill_group(self._process.pid)
+        self._process.kill()  # in its first moments it has no group of its own yet
         self._process.join()
         code: int | None = self._process.exitcode
         return code

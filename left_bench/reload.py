@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     base, _ = models.load_model(cell, folder=folder, device=device)
     model = adapter.load_trained(base, run_dir / ADAPTER_NAME)
     model.eval()
-    with torch.inference_mode(), train.autocast(cell, device=device):
+    with torch.no_grad(), train.autocast(cell, device=device):
         found = evaluate.row_losses(model, test, cell, pad_id=evaluate.pad_of(tokenizer), device=device).nll
     lines = (run_dir / ROWS_NAME).read_text(encoding="utf-8").splitlines()
     recorded = [json.loads(line)["nll"] for line in lines]

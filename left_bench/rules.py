@@ -109,6 +109,10 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "FlashAttention 2 runs on CUDA alone",
     ),
     (
+        lambda cell: _lora_with(cell, "init_lora_weights", "loftq") and cell.hardware.device not in ("cuda", "xpu"),
+        f"peft's LoftQ rounds weights on CUDA or XPU alone {_SEEN}",
+    ),
+    (
         lambda cell: _int8(cell) and _lora_with(cell, "use_dora"),
         f"DoRA over bitsandbytes int8 weights fails inside peft {_SEEN}",
     ),
@@ -136,6 +140,10 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             )
         ),
         f"peft reads this method's shape or values from the dense weight, which 5-bit layers do not hold {_SEEN}",
+    ),
+    (
+        lambda cell: cell.quantization.target == "transformers.QuantoConfig" and _lora_with(cell, "use_dora"),
+        f"Quanto's weights refuse the cast that peft's DoRA makes {_SEEN.replace(')', ', optimum-quanto 0.2.7)')}",
     ),
     (
         lambda cell: _four_bit(cell) and _is(cell, "LoHa", "LoKr"),

@@ -31,6 +31,8 @@ _VERSIONS = (
     *("left-bench", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
     *("datasets", "evaluate", "tokenizers", "safetensors", "numpy"),
 )
+# torch's CPU allocator raises a plain RuntimeError; its words differ between systems
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
 
 
 def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWriter) -> None:
@@ -84,7 +86,7 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
         found["provenance"]["base_scores_from"] = source
 
     with meter.phase("attach"):
-        model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer)
+        model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer, rows=splits.train)
     trainable = adapter.trainable_parameters(model)
     meter.metrics["trainable_params"] = sum(logical_numel(parameter) for parameter in trainable)
     if cell.peft.target is not None:
@@ -152,7 +154,7 @@ def main(argv: list[str]) -> int:
     try:
         work(cell, run_dir=run_dir, found=found, events=events)
     except Exception as error:
-        status, reason = classify(error)
+        status, reason = classify(error, limit_bytes=cell.hardware.memory_limit)
         traceback.print_exc()
     # JSON has no NaN, and a loss that is none is the reason above, not a number to compare
     found["metrics"] = {name: value for name, value in found.get("metrics", {}).items() if math.isfinite(value)}
@@ -173,7 +175,7 @@ def main(argv: list[str]) -> int:
     os._exit(0)  # the outcome is on disk; tearing down torch's threads takes a second and can hang
 
 
-def classify(error: Exception) -> tuple[Status, str]:
+def classify(error: Exception, *, limit_bytes: int | None = None) -> tuple[Status, str]:
     """The status and the one-line reason of a run that ended in `error`."""
     import torch
 
@@ -182,19 +184,22 @@ def classify(error: Exception) -> tuple[Status, str]:
     text = " ".join(str(error).split())
     if isinstance(error, Diverged):
         return "diverged", text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text:
-        return "oom", out_of_memory_reason(text or type(error).__name__)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in _NO_MEMORY):
+        return "oom", out_of_memory_reason(text or type(error).__name__, limit_bytes=limit_bytes)
     if isinstance(error, UserError):
         return "failed", text
     return "failed", f"{type(error).__name__}: {text[:500]}"
 
 
-def out_of_memory_reason(text: str) -> str:
-    """The allocator's words, with how much memory the machine has."""
+def out_of_memory_reason(text: str, *, limit_bytes: int | None) -> str:
+    """The allocator's words, with how much memory there was."""
     import psutil
 
     gc.collect()
-    return f"{text[:300]} (machine memory {psutil.virtual_memory().total / 2**30:.1f} GiB)"
+    there_was = f"machine memory {psutil.virtual_memory().total / 2**30:.1f} GiB"
+    if limit_bytes is not None:
+        there_was = f"hardware.memory_limit={limit_bytes / 2**20:.0f}MiB, {there_was}"
+    return f"{text[:300]} ({there_was})"
 
 
 def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> None:

@@ -36,6 +36,7 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "quantization": {
         "_target_": "transformers.BitsAndBytesConfig",
+        "checkpoint_method": "gptq",
         "nominal_bits": 4,
         "config": {"load_in_4bit": True},
     },
@@ -53,12 +54,6 @@ OTHER: dict[str, dict[str, Any]] = {
         "matrices": {"rank": 8},
         "b_ratio": 16,
     },
-    "optimizer": {
-        "_target_": "torch.optim.SGD",
-        "config": {"momentum": 0.8},
-        "matrices": {"rank": 3},
-        "b_ratio": 2.0,
-    },
     "training": {
         "steps": 41,
         "batch_size": 4,
@@ -70,9 +65,6 @@ OTHER: dict[str, dict[str, Any]] = {
         "max_grad_norm": None,
         "max_length": 256,
         "activation_checkpointing": True,
-        "attention": "eager",
-        "compile": True,
-        "neftune_alpha": 5,
         "attention": "eager",
         "compile": True,
         "neftune_alpha": 4.0,

@@ -10,7 +10,7 @@ import yaml
 
 from left_bench import __version__
 from left_bench.cell import GROUPS
-from left_bench.cli import check_choices, help_text, launch_name, open_section, options
+from left_bench.cli import check_choices, help_text, launch_name, open_section
 from left_bench.errors import UserError
 from left_bench.paths import config_root
 
@@ -48,9 +48,7 @@ def test_an_unknown_sweep(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["+sweep=nope"], ["+sweep=smoke", "training.schedule=cosin"], ["list"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["+sweep=nope"], ["+sweep=smoke", "training.schedule=cosin"]])
 def test_torch_is_not_imported(arguments, tmp_path):
     program = (
         "import sys; from left_bench.cli import main\n"
@@ -187,16 +185,6 @@ def test_config_dir_adds_options_and_sweeps(left_bench, tmp_path, monkeypatch):
 
     refused = left_bench("--config-dir", "mine", "peft=slmi")
     assert (refused.code, "did you mean 'slim'" in refused.err) == (2, True)
-
-
-def test_list_names_every_option(left_bench):
-    answer = left_bench("list")
-    assert answer.code == 0
-    lines = answer.out.splitlines()
-    for group in ("sweep", *GROUPS, "tracker"):
-        assert f"{group}:" in lines
-        for name in options(group):
-            assert any(line.split()[:1] == [name] and len(line.split()) > 3 for line in lines), name
 
 
 def test_interrupted(left_bench, monkeypatch):

@@ -23,9 +23,9 @@ PREAMBLE = """
 import json, os, pathlib, signal, subprocess, sys, time
 folder = pathlib.Path(sys.argv[1])
 cell = json.loads((folder / "cell.json").read_text())
-def event(name, **fields):
+def event(event, /, **fields):
     with open(folder / "events.jsonl", "a") as file:
-        file.write(json.dumps({"event": name, "time": 0, **fields}) + "\\n")
+        file.write(json.dumps({"event": event, "time": 0, **fields}) + "\\n")
 def outcome(**fields):
     record = {"schema_version": 1, "cell_id": "x", "status": "ok", "started_at": "s", "finished_at": "f",
               "choices": cell["choices"], "config": {}}
@@ -71,7 +71,8 @@ def test_ok(cell, tmp_path):
     record = run(
         """
         time.sleep(0.3)
-        outcome(metrics={"eval_loss": 1.5}, phases=[{"name": "train", "seconds": 0.2}, {"name": "load", "seconds": 0.05}])
+        phases = [{"name": "train", "seconds": 0.2}, {"name": "load", "seconds": 0.05}]
+        outcome(metrics={"eval_loss": 1.5}, phases=phases)
         """,
         cell,
         tmp_path / "deep" / "run",
@@ -214,7 +215,8 @@ def test_a_killed_parent_takes_its_worker_along(cell, tmp_path):
             "-c",
             "import pathlib, sys; from left_bench.cell import Cell; from left_bench.isolate import run_isolated\n"
             "cell = Cell.model_validate_json(pathlib.Path(sys.argv[1], 'cell.json').read_text())\n"
-            "run_isolated(cell, pathlib.Path(sys.argv[1]), on_event=print, command=[sys.executable, '-c', sys.argv[2]])",
+            "command = [sys.executable, '-c', sys.argv[2]]\n"
+            "run_isolated(cell, pathlib.Path(sys.argv[1]), on_event=print, command=command)",
             str(tmp_path),
             worker,
         ]
@@ -289,6 +291,46 @@ def test_the_environment(tiny_cell, monkeypatch):
 # --- the real worker ---
 
 
+ENDLESS = ("training.steps=1000000", "training.measure_after=0")
+
+
+def test_a_timeout_of_a_real_run_keeps_what_was_measured(tiny_cell, tmp_path):
+    real(tiny_cell("training.steps=1", "eval.generate=false"), tmp_path / "first")  # the imports are not this test's
+    record, seen = real(tiny_cell(*ENDLESS, "hardware.timeout=4"), tmp_path / "endless")
+    assert (record.status, record.reason) == ("timeout", "ended after hardware.timeout=4 s in phase train")
+    assert [phase.name for phase in record.phases] == ["load", "attach"]
+    assert 4 <= record.metrics["wall_seconds"] < 6
+    assert len([event for event in seen if event["event"] == "step"]) > 3
+
+
+@linux
+def test_a_killed_launcher_takes_its_real_worker_along(tiny_cell, tmp_path):
+    import psutil
+
+    (tmp_path / "cell.json").write_text(tiny_cell(*ENDLESS).model_dump_json(by_alias=True))
+    launcher = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import pathlib, sys; from left_bench.cell import Cell; from left_bench.isolate import run_isolated\n"
+            "cell = Cell.model_validate_json(pathlib.Path(sys.argv[1], 'cell.json').read_text())\n"
+            "run_isolated(cell, pathlib.Path(sys.argv[1]), on_event=lambda event: None)",
+            str(tmp_path),
+        ]
+    )
+    try:
+        end = time.monotonic() + 60
+        while '"step"' not in (events.read_text() if (events := tmp_path / "events.jsonl").exists() else ""):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        family = [child.pid for child in psutil.Process(launcher.pid).children(recursive=True)]
+        assert family
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert all(gone(pid) for pid in family)
+
+
 def real(cell: Cell, folder: Path) -> tuple[Record, list[dict[str, Any]]]:
     seen: list[dict[str, Any]] = []
     return run_isolated(cell, folder, on_event=seen.append), seen
@@ -297,12 +339,12 @@ def real(cell: Cell, folder: Path) -> tuple[Record, list[dict[str, Any]]]:
 def test_an_error_in_the_cell(tiny_cell, tmp_path):
     record, _ = real(tiny_cell("peft.config.target_modules=[nowhere]"), tmp_path)
     assert record.status == "failed"
-    assert record.reason.startswith("ValueError: ")
+    assert "Error: " in record.reason
     assert "nowhere" in record.reason
     assert "\n" not in record.reason
     assert "Traceback" in record.provenance["log_tail"]
     assert [phase.name for phase in record.phases] == ["load", "attach"]
-    assert record.metrics["weights_bytes"] == 4 * 139_584
+    assert 0 <= record.metrics["weights_bytes"] - 4 * 139_584 < 256  # the rotary frequencies are counted too
     assert record.environment["machine"]["device"] == "cpu"
     assert "train_tokens_per_second" not in record.metrics
 
@@ -320,8 +362,7 @@ def test_a_memory_limit(tiny_cell, tmp_path):
     )
     record, _ = real(cell, tmp_path)
     assert record.status == "oom", (record.reason, record.provenance["log_tail"])
-    assert "GiB" in record.reason
-    assert "300" in record.reason or "286" in record.reason
+    assert "(hardware.memory_limit=286MiB, machine memory " in record.reason
     assert [phase.name for phase in record.phases] == ["load", "attach", "train"]
     assert record.phases[-1].peak_memory_bytes < 450 * 10**6
 
@@ -329,7 +370,7 @@ def test_a_memory_limit(tiny_cell, tmp_path):
 def test_a_loss_that_is_no_number(tiny_cell, tmp_path):
     cell = tiny_cell(
         "peft=full",
-        "training.optimizer=sgd",
+        "optimizer=sgd",
         "training.learning_rate=1e30",
         "training.max_grad_norm=null",
         "training.steps=9",

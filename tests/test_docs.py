@@ -1,0 +1,37 @@
+"""The documentation says what the code does: metric names, group options, commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from left_bench import cli
+from left_bench.record import METRICS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_metric_is_defined_in_the_docs_and_nothing_else_is():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(METRICS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
+def test_options_and_sweeps_named_in_the_docs_exist(page, tmp_path):
+    text = (ROOT / page).read_text()
+    groups = "sweep|model|quantization|peft|precision|optimizer|training|data|eval"
+    named = re.findall(rf"(?:^|\s)\+?({groups})=([\w,]+)", text)
+    for group, options in named:
+        unknown = set(options.split(",")) - set(cli.options(group)) - {"NAME", "A", "OPTION", "mine"}
+        assert not unknown, f"{page} names {group}={unknown}"
+
+
+def test_the_readme_has_the_two_command_lines():
+    text = (ROOT / "README.md").read_text()
+    for mark, ending in (("run", "python -m left_bench +sweep=peft_methods"), ("test", "python -m pytest")):
+        command = re.search(rf"<!-- {mark} -->\n```bash\n(.+)\n```", text)
+        assert command and command[1].endswith(ending)
+        assert "constraints.txt" in command[1]

@@ -1,0 +1,66 @@
+"""Merging: the merged model is the adapted model, and what has no merge says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from left_bench.data import Example
+from left_bench.device import CpuDevice
+from left_bench.events import EventWriter
+from left_bench.measure import Meter
+from left_bench.merge import last_logits, merge, why_not
+
+ROWS = [Example(prompt_ids=[5, 6, 7], answer_ids=[8, 1], prompt="", reference="") for _ in range(2)]
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+
+
+@pytest.fixture
+def meter(tmp_path) -> Meter:
+    return Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
+
+
+def test_a_merged_lora_gives_the_attached_ones_logits(meter):
+    model = get_peft_model(tiny(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    attached = last_logits(model, ROWS, pad_id=0, device="cpu")
+    merged, note = merge(model, ROWS, meter=meter, pad_id=0, device="cpu")
+    assert merged is not None
+    assert note.startswith("merged")
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    again = last_logits(merged, ROWS, pad_id=0, device="cpu")
+    torch.testing.assert_close(again, attached, rtol=1e-4, atol=1e-5)
+    difference = (again - attached).abs().max().item()
+    assert meter.metrics["merge_max_abs_difference"] == pytest.approx(difference)
+    base = last_logits(tiny(), ROWS, pad_id=0, device="cpu")
+    assert (again - base).abs().max() > 1e-2  # the adapter does something
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_not_merged(config, meter):
+    model = get_peft_model(tiny(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    merged, note = merge(model, ROWS, meter=meter, pad_id=0, device="cpu")
+    assert merged is None
+    assert "virtual tokens" in note
+    assert "merge_max_abs_difference" not in meter.metrics
+
+
+def test_a_model_without_an_adapter_has_nothing_to_merge():
+    assert "no peft adapter" in (why_not(tiny()) or "")

@@ -1,0 +1,318 @@
+"""The loss, the gradients and the loop, on two-layer models in float32."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from left_bench.adapter import attach_adapter, regularization, trainable_parameters, virtual_positions
+from left_bench.data import collate
+from left_bench.device import CpuDevice
+from left_bench.events import EventReader, EventWriter
+from left_bench.measure import Meter, PhaseCounts
+from left_bench.paths import config_root
+from left_bench.rules import why_unsupported
+from left_bench.train import (
+    Diverged,
+    answer_losses,
+    autocast,
+    embedding_noise,
+    make_optimizer,
+    needs_autocast,
+    takes_logits_to_keep,
+    train,
+)
+
+# what a two-layer model of width 64 is too small for, in the option's own arguments
+SMALLER = {
+    "custom": [
+        "peft._target_=peft.OFTConfig",
+        "peft.config.oft_block_size=16",
+        "peft.config.target_modules=all-linear",
+    ],
+    "vera": ["peft.config.r=8"],
+    "pvera": ["peft.config.r=8"],
+    "vblora": ["peft.config.vector_length=32", "peft.config.num_vectors=16"],
+    "fourierft": ["peft.config.n_frequency=100"],
+    "adalora": ["training.steps=10"],
+}
+OPTIONS = sorted(path.stem for path in (config_root() / "conf" / "peft").glob("*.yaml"))
+
+
+@pytest.fixture
+def run(load_tiny, addition_rows, tmp_path):
+    """`run(cell)`: attach and train; the model, the meter and the step events."""
+
+    def run(cell: Any, rows: Any = None) -> tuple[Any, Meter, list[dict[str, Any]]]:
+        model, tokenizer = load_tiny(cell)
+        adapted = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
+        meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
+        counts = PhaseCounts()
+        train(adapted, rows or addition_rows, cell, meter=meter, counts=counts, pad_id=0)
+        assert counts.steps == cell.training.steps == len(meter.steps)
+        assert counts.tokens == sum(step.tokens for step in meter.steps)
+        return (
+            adapted,
+            meter,
+            [event for event in EventReader(tmp_path / "events.jsonl").new() if event["event"] == "step"],
+        )
+
+    return run
+
+
+def losses(meter: Meter) -> list[float]:
+    return [step.loss for step in meter.steps]
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox"])
+@pytest.mark.parametrize("peft", ["full", "lora", "prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_the_loss_is_the_models_own(name, peft, tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell(f"model={name}", f"peft={peft}")
+    model, tokenizer = load_tiny(cell)
+    model = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows).eval()
+    batch = collate(addition_rows, pad_id=0)
+    with torch.no_grad():
+        own = answer_losses(model, batch)
+        theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    assert own.dtype == torch.float32
+    assert own.shape[0] == len(addition_rows)
+    assert (own > 0).sum() == batch.answer_tokens
+    assert own.sum() / batch.answer_tokens == pytest.approx(theirs.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("peft", "positions"), [("full", 0), ("lora", 0), ("prompt_tuning", 16), ("prefix_tuning", 0)])
+def test_virtual_positions(peft, positions, tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell(f"peft={peft}")
+    model, tokenizer = load_tiny(cell)
+    assert virtual_positions(attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)) == positions
+
+
+def test_a_rows_loss_does_not_depend_on_its_neighbours(tiny_cell, load_tiny, addition_rows):
+    model, _ = load_tiny(tiny_cell())
+    with torch.no_grad():
+        together = answer_losses(model, collate(addition_rows, pad_id=0)).sum(dim=1)
+        apart = torch.cat([answer_losses(model, collate([row], pad_id=0)).sum(dim=1) for row in addition_rows])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox"])
+def test_the_output_head_runs_on_labelled_positions_alone(name, tiny_cell, load_tiny, addition_rows):
+    model, _ = load_tiny(tiny_cell(f"model={name}"))
+    assert takes_logits_to_keep(model)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: seen.append(output.shape[1]))
+    batch = collate(addition_rows, pad_id=0)
+    answer_losses(model, batch)
+    assert seen == [int((batch.labels[:, 1:] != -100).any(dim=0).sum())]
+    assert seen[0] < batch.input_ids.shape[1] / 2
+
+
+# --- gradients ---
+
+
+def gradients(cell: Any, load_tiny: Any, addition_rows: Any, monkeypatch: Any, tmp_path: Path) -> list[torch.Tensor]:
+    """Of the first step, as the optimizer would see them."""
+    model, tokenizer = load_tiny(cell)
+    model = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
+    kept: list[torch.Tensor] = []
+
+    class Keep(torch.optim.SGD):
+        def step(self, closure=None):
+            kept.extend(p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+    monkeypatch.setattr("left_bench.train.make_optimizer", lambda *a, **k: Keep(trainable_parameters(model), lr=0.1))
+    meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
+    train(model, addition_rows, cell, meter=meter, counts=PhaseCounts(), pad_id=0)
+    return kept
+
+
+@pytest.mark.parametrize("peft", ["full", "lora"])
+@pytest.mark.parametrize(("size", "passes", "batching"), [(2, 4, "padded"), (2, 4, "grouped"), (1, 8, "padded")])
+def test_accumulated_gradients_are_one_big_batchs(
+    peft, size, passes, batching, tiny_cell, load_tiny, addition_rows, monkeypatch, tmp_path
+):
+    common = [f"peft={peft}", "training.steps=1", "training.max_grad_norm=null"]
+    whole = tiny_cell(*common, "training.batch_size=8", "training.gradient_accumulation=1")
+    parts = [f"training.batch_size={size}", f"training.gradient_accumulation={passes}", f"training.batching={batching}"]
+    one = gradients(whole, load_tiny, addition_rows, monkeypatch, tmp_path)
+    other = gradients(tiny_cell(*common, *parts), load_tiny, addition_rows, monkeypatch, tmp_path)
+    assert len(one) == len(other) > 0
+    assert any(gradient.abs().max() > 1e-3 for gradient in one)
+    for left, right in zip(one, other, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
+
+
+def test_activation_checkpointing_changes_no_number(tiny_cell, run):
+    plain, kept = run(tiny_cell("training.steps=3"))[1], run(tiny_cell("training.steps=3", "training=checkpointing"))[1]
+    assert losses(kept) == pytest.approx(losses(plain), abs=1e-6)
+
+
+def test_gradients_are_clipped(tiny_cell, load_tiny, addition_rows, monkeypatch, tmp_path):
+    cell = tiny_cell("peft=full", "training.steps=1", "training.max_grad_norm=0.01")
+    clipped = gradients(cell, load_tiny, addition_rows, monkeypatch, tmp_path)
+    assert math.sqrt(sum(float((g**2).sum()) for g in clipped)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_adaloras_regularization_is_what_peft_adds(tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell("peft=adalora", "training.steps=10")
+    model, tokenizer = load_tiny(cell)
+    model = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows).eval()
+    batch = collate(addition_rows, pad_id=0)
+    with torch.no_grad():
+        plain = answer_losses(model, batch).sum() / batch.answer_tokens
+        theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        ours = regularization(model)
+    assert ours is not None
+    assert ours.item() > 0.01
+    assert ours.item() == pytest.approx((theirs - plain).item(), rel=1e-4)
+
+
+def test_other_methods_have_no_regularization(tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell()
+    model, tokenizer = load_tiny(cell)
+    assert regularization(model) is None
+    assert regularization(attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)) is None
+
+
+# --- the loop ---
+
+
+def test_a_seed_repeats_bit_by_bit_and_another_differs(tiny_cell, run):
+    cell = tiny_cell("training.steps=5", "training.batch_size=2", "peft.config.lora_dropout=0.1")
+    unlike = tiny_cell("seed=1", "training.steps=5", "training.batch_size=2", "peft.config.lora_dropout=0.1")
+    first, again, other = (run(one)[1] for one in (cell, cell, unlike))
+    assert losses(first) == losses(again)
+    assert losses(first) != losses(other)
+
+
+def test_training_learns(tiny_cell, run):
+    _, meter, _ = run(
+        tiny_cell("training.steps=30", "training.batch_size=8", "peft=full", "training.learning_rate=1e-2")
+    )
+    assert losses(meter)[0] == pytest.approx(math.log(512), abs=0.5)  # random weights: every token as likely
+    assert losses(meter)[-1] < 1
+    assert meter.memory_breakdown["gradients"] == 4 * 139_584
+    assert 8 * 139_584 <= meter.memory_breakdown["optimizer"] < 8.1 * 139_584  # two float32 moments
+
+
+def test_steps_are_counted_by_hand(tiny_cell, run, addition_rows):
+    _, meter, _ = run(tiny_cell("training.steps=1", "training.batch_size=4", "training.gradient_accumulation=2"))
+    [step] = meter.steps
+    assert step.rows == 8
+    assert step.tokens == sum(row.length for row in addition_rows)
+    assert step.answer_tokens == sum(len(row.answer_ids) for row in addition_rows)
+    assert step.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1, 1]),
+        ("linear", 0.0, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("linear", 0.4, [0, 0.5, 1, 2 / 3, 1 / 3]),
+        ("cosine", 0.0, [(1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)]),
+        ("cosine", 0.2, [0, *((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]),
+    ],
+)
+def test_the_schedule(schedule, warmup, expected, tiny_cell, run):
+    cell = tiny_cell(
+        "training.steps=5",
+        f"training.schedule={schedule}",
+        f"training.warmup_ratio={warmup}",
+        "training.learning_rate=0.01",
+    )
+    _, _, events = run(cell)
+    assert [event["learning_rate"] for event in events] == pytest.approx([0.01 * part for part in expected])
+
+
+def test_a_constant_schedule_is_warmed_up_when_that_is_asked_for(tiny_cell, run):
+    cell = tiny_cell("training.steps=4", "training.schedule=constant", "training.warmup_ratio=0.5")
+    _, _, events = run(cell)
+    rate = cell.learning_rate
+    assert [event["learning_rate"] for event in events] == pytest.approx([0, rate / 2, rate, rate])
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("adafactor", torch.optim.Adafactor)]
+)
+def test_optimizers_of_torch(option, kind, tiny_cell, run, load_tiny):
+    cell = tiny_cell(
+        f"optimizer={option}", "optimizer.config.weight_decay=0.01", "training.learning_rate=0.004", "peft=full"
+    )
+    model, _ = load_tiny(cell)
+    optimizer = make_optimizer(model, cell, device="cpu")
+    assert type(optimizer) is kind
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(0.004, 0.01)}
+    _, meter, _ = run(cell)
+    assert all(math.isfinite(loss) for loss in losses(meter))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step(tiny_cell, run):
+    cell = tiny_cell(
+        "peft=full", "optimizer=sgd", "training.learning_rate=1e30", "training.max_grad_norm=null", "training.steps=9"
+    )
+    with pytest.raises(Diverged, match=r"^loss \S+, gradient norm \S+ at step [2-4] of 9$"):
+        run(cell)
+
+
+def test_neftune_disturbs_by_its_formula_and_only_inside(tiny_cell, load_tiny):
+    model, _ = load_tiny(tiny_cell())
+    embedding, ids = model.get_input_embeddings(), torch.arange(32).repeat(4, 1)
+    plain = embedding(ids)
+    with embedding_noise(model, 5.0):
+        noise = embedding(ids) - plain
+    bound = 5 / math.sqrt(32 * 64)
+    assert bound * 0.95 < noise.abs().max() <= bound * 1.001
+    assert noise.mean().abs() < bound / 20
+    assert torch.equal(embedding(ids), plain)
+    with embedding_noise(model, None):
+        assert torch.equal(embedding(ids), plain)
+
+
+@pytest.mark.parametrize(
+    ("precision", "mixed"), [("fp32", False), ("bf16", False), ("bf16_mixed", True), ("fp16_mixed", True)]
+)
+def test_precisions(precision, mixed, tiny_cell, run):
+    cell = tiny_cell(f"precision={precision}", "training.steps=3")
+    assert needs_autocast(cell) == mixed
+    with autocast(cell, device="cpu"):
+        product = torch.ones(2, 2, dtype=torch.float32) @ torch.ones(2, 2, dtype=torch.float32)
+    assert (product.dtype != torch.float32) == mixed
+    _, meter, _ = run(cell)
+    assert losses(meter)[0] == pytest.approx(math.log(512), abs=0.5)
+    assert all(math.isfinite(loss) for loss in losses(meter))
+
+
+# --- every method ---
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_method_trains(name, tiny_cell, run, load_tiny, addition_rows):
+    cell = tiny_cell(f"peft={name}", *SMALLER.get(name, ["training.steps=3"]))
+    refusal = why_unsupported(cell)
+    if refusal is not None:
+        pytest.skip(refusal)
+    base, tokenizer = load_tiny(cell)
+    start = attach_adapter(
+        base, cell, tokenizer=tokenizer, rows=addition_rows
+    )  # the seed's own start, which `run` begins from too
+    model, meter, _ = run(cell)
+    assert all(math.isfinite(loss) for loss in losses(meter))
+    before, after = dict(start.named_parameters()), dict(model.named_parameters())
+    trained = [key for key, parameter in start.named_parameters() if parameter.requires_grad]
+    assert [key for key in trained if not torch.equal(before[key], after[key])], "nothing moved"
+    for key in set(before) - set(trained):  # and what is frozen stays
+        assert torch.equal(before[key], after[key]), key
+
+
+def test_prefix_tuning_starts_near_the_base_model(tiny_cell, run):
+    base = losses(run(tiny_cell("peft=full", "training.steps=1"))[1])[0]
+    prefix = losses(run(tiny_cell("peft=prefix_tuning", "training.steps=1"))[1])[0]
+    assert prefix == pytest.approx(base, abs=0.05)
