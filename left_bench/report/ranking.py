@@ -128,6 +128,10 @@ def pareto_front(rows: Sequence[Row], quality: str, cost: str = "peak_memory_byt
     return sorted((row for row in both if not beaten(row)), key=lambda row: points[id(row)])
 
 
+# precision and quantization have columns of their own; merging comes after everything that is compared
+_NO_CONFOUNDERS = {"weights_dtype", "merge"}
+
+
 def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str, str]]:
     """What differs beside the thing compared, as (what, how): layout, machine, kernels, unfulfilled requests, notes.
 
@@ -142,7 +146,7 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
         found += _differing(key, rows, [row.section(section).get(leaf) for row in rows], names)
     asked = {what.rpartition(".")[2] for what, _ in found}
     for key in dict.fromkeys(key for row in done for key in row.noted("effective")):
-        if key not in asked and key != "weights_dtype":  # precision and quantization have columns of their own
+        if key not in asked and key not in _NO_CONFOUNDERS:
             found += _differing(key, done, [row.noted("effective").get(key) for row in done], names)
     found += _differing("torch version", done, [row.noted("versions").get("torch") for row in done], names)
     if len(machines_of(rows)) > 1:

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from left_bench import evaluate
+from left_bench.data import Example, collate
+from left_bench.device import CpuDevice
+from left_bench.evaluate import (
+    Evaluation,
+    batches_by_length,
+    evaluate_model,
+    general_passages,
+    general_texts,
+    generate,
+    generation_speed,
+    row_losses,
+    samples,
+    scores,
+    token_loss,
+)
+from left_bench.model import _feed_head_contiguous
+
+
+def measured(nll: list[float], tokens: list[int], **rest: Any) -> Evaluation:
+    return Evaluation(nll=nll, answer_tokens=tokens, **rest)
+
+
+def row(prompt: str = "q", reference: str = "a", ids: tuple[int, ...] = (5, 6)) -> Example:
+    return Example(prompt_ids=list(ids), answer_ids=[7, 1], prompt=prompt, reference=reference)
+
+
+# --- the loss and its error ---
+
+
+def test_the_loss_is_per_token_not_per_row():
+    mean, _ = token_loss(measured([2.0, 12.0], [1, 9]))
+    assert mean == pytest.approx(14 / 10)
+
+
+def test_the_error_of_equal_rows_is_the_means():
+    """With one token in every row the ratio estimator is the ordinary standard error."""
+    values = [1.0, 2.0, 4.0, 9.0]
+    _, stderr = token_loss(measured(values, [1, 1, 1, 1]))
+    assert stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(4))
+
+
+def test_the_error_is_the_bootstraps():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(1, 30, size=400)
+    nll = tokens * draw.gamma(2.0, 0.5, size=400)
+    _, stderr = token_loss(measured(nll.tolist(), tokens.tolist()))
+    drawn = draw.integers(0, 400, size=(2000, 400))
+    means = nll[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)
+    assert stderr == pytest.approx(means.std(), rel=0.1)
+
+
+def test_rows_of_one_loss_have_no_error():
+    assert token_loss(measured([1.0, 2.0], [1, 2]))[1] == pytest.approx(0)
+    assert token_loss(measured([1.0], [2])) == (0.5, 0.0)
+
+
+def test_row_losses_are_in_the_rows_order(tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell("eval.batch_size=3")
+    model, _ = load_tiny(cell)
+    with torch.no_grad():
+        found = row_losses(model, addition_rows, cell, pad_id=0, device="cpu")
+        alone = [row_losses(model, [one], cell, pad_id=0, device="cpu").nll[0] for one in addition_rows]
+    assert found.nll == pytest.approx(alone, abs=1e-4)
+    assert found.answer_tokens == [len(one.answer_ids) for one in addition_rows]
+    assert found.tokens == sum(one.length for one in addition_rows)
+
+
+# --- batches ---
+
+
+@given(st.lists(st.integers(0, 100), max_size=40), st.integers(1, 10))
+def test_batches_hold_every_row_once_longest_first(lengths, size):
+    batches = batches_by_length(lengths, size)
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat) == list(range(len(lengths)))
+    assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
+    assert all(len(batch) == size for batch in batches[:-1])
+    assert all(0 < len(batch) <= size for batch in batches)
+
+
+# --- generation ---
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox"])
+def test_a_batch_answers_as_its_rows_alone(name, tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell(f"model={name}", "eval.max_new_tokens=8", "eval.batch_size=8")
+    model, tokenizer = load_tiny(cell)
+    model.eval()
+    with torch.no_grad():
+        together = generate(model, tokenizer, addition_rows, cell, device="cpu")
+        apart = [generate(model, tokenizer, [one], cell, device="cpu")[0] for one in addition_rows]
+    assert together == apart
+    assert len(set(together)) > 1
+
+
+def test_generation_is_the_argmax_of_the_full_forward_pass(tiny_cell, load_tiny, addition_rows):
+    """No cache, no padding, no sampling: one forward pass for every token."""
+    cell = tiny_cell("eval.max_new_tokens=5")
+    model, tokenizer = load_tiny(cell)
+    model.eval()
+    with torch.no_grad():
+        for one, answer in zip(
+            addition_rows, generate(model, tokenizer, addition_rows, cell, device="cpu"), strict=True
+        ):
+            ids = list(one.prompt_ids)
+            for _ in range(5):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == tokenizer.eos_token_id:
+                    break
+            new = ids[len(one.prompt_ids) :]
+            assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_an_answer_ends_at_the_end_token(tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell("eval.max_new_tokens=6")
+    _, tokenizer = load_tiny(cell)
+    letters = [2 + byte for byte in b"ab"]
+
+    class Scripted:
+        """Answers 'ab', ends, and would go on."""
+
+        def generate(self, *, input_ids, max_new_tokens, **_):
+            answer = torch.tensor([*letters, tokenizer.eos_token_id, *letters][:max_new_tokens])
+            return torch.cat([input_ids, answer.expand(len(input_ids), -1)], dim=1)
+
+    expected = tokenizer.decode(letters)
+    assert generate(Scripted(), tokenizer, addition_rows, cell, device="cpu") == [expected] * len(addition_rows)
+
+
+def test_sampling_settings_of_a_checkpoint_are_not_taken(tiny_cell, load_tiny):
+    model, _ = load_tiny(tiny_cell())
+    settings = model.generation_config
+    assert settings.do_sample is False
+    assert (settings.temperature, settings.top_p, settings.top_k) == (None, None, None)
+
+
+def test_generation_speed_is_over_a_fixed_number_of_tokens(tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell()
+    _, tokenizer = load_tiny(cell)
+    calls = []
+
+    class Timed(torch.nn.Module):
+        def generate(self, *, input_ids, min_new_tokens, max_new_tokens, **_):
+            import time
+
+            time.sleep(0.2)
+            calls.append((len(input_ids), min_new_tokens, max_new_tokens))
+            return input_ids
+
+    speed = generation_speed(Timed(), tokenizer, addition_rows, cell, device=CpuDevice())
+    rows, least, most = calls[-1]
+    assert least == most == evaluate._SPEED_TOKENS
+    assert rows == len(addition_rows)
+    assert speed == pytest.approx(rows * most / 0.2, rel=0.2)
+
+
+def test_the_head_hook_changes_no_logit(tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell()
+    hooked, _ = load_tiny(cell)
+    head = hooked.get_output_embeddings()
+    inputs = collate(addition_rows, pad_id=0).input_ids
+    with torch.no_grad():
+        with_hook = hooked(inputs).logits
+        strided = torch.randn(4, 6, 64)[:, -1:]
+        through_hook = head(strided)
+        head._forward_pre_hooks.clear()
+        assert torch.equal(hooked(inputs).logits, with_hook)
+        torch.testing.assert_close(head(strided), through_hook)
+        seen = []
+        _feed_head_contiguous(hooked)
+        head.register_forward_pre_hook(lambda _module, given: seen.append(given[0].is_contiguous()))
+        head(strided)
+    assert not strided.is_contiguous()
+    assert seen == [True]
+
+
+# --- general text ---
+
+
+def test_the_general_text_is_prose_in_passages(tiny_cell, load_tiny):
+    texts = general_texts()
+    assert len(texts) >= 8
+    assert all(len(text) > 200 for text in texts)
+    assert len(set(texts)) == len(texts)
+    _, tokenizer = load_tiny(tiny_cell())
+    passages = general_passages(tokenizer)
+    assert [len(one.prompt_ids) for one in passages] == [1] * len(texts)
+    assert [tokenizer.decode(one.prompt_ids + one.answer_ids) for one in passages] == texts
+
+
+def test_general_loss_is_over_all_tokens(tiny_cell, load_tiny, addition_rows, monkeypatch):
+    monkeypatch.setattr(evaluate, "general_texts", lambda: ["Short one.", "A somewhat longer passage of text."])
+    cell = tiny_cell("eval.forgetting=true", "eval.generate=false")
+    model, tokenizer = load_tiny(cell)
+    found = evaluate_model(model, tokenizer, addition_rows, cell, device="cpu")
+    assert found.predictions is None
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for text in evaluate.general_texts():
+            ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+            total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+    assert found.general_loss == pytest.approx(total / tokens, abs=1e-4)
+
+
+# --- scores ---
+
+
+def test_scores_stand_beside_the_base_models(tiny_cell):
+    cell = tiny_cell("eval.metrics=[exact_match,bleu]")
+    rows = [row(reference="a"), row(reference="b"), row(reference="c"), row(reference="d")]
+    base = measured([4.0] * 4, [2] * 4, predictions=["a", "x", "x", "x"], general_loss=3.0)
+    after = measured([1.0] * 4, [2] * 4, predictions=["a", "b", "c", "x"], general_loss=3.25)
+    found = {score.metric: score for score in scores(after, base, rows, cell)}
+    assert set(found) == {"eval_loss", "eval_perplexity", "exact_match", "bleu", "forgetting_nats"}
+    assert (found["eval_loss"].value, found["eval_loss"].base_value) == (0.5, 2.0)
+    assert found["eval_perplexity"].value == pytest.approx(math.exp(0.5))
+    assert found["eval_perplexity"].base_value == pytest.approx(math.exp(2))
+    assert (found["exact_match"].value, found["exact_match"].base_value) == (0.75, 0.25)
+    assert found["exact_match"].stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert found["bleu"].stderr is None
+    assert found["forgetting_nats"].value == pytest.approx(0.25)
+    assert found["forgetting_nats"].base_value is None
+    assert {score.task for score in found.values()} == {"chain_sum", "general_text"}
+    assert found["exact_match"].n == 4
+
+
+def test_perplexitys_error_is_the_delta_methods(tiny_cell):
+    after = measured([1.0, 3.0], [1, 1])
+    found = {score.metric: score for score in scores(after, None, [row(), row()], tiny_cell())}
+    assert found["eval_perplexity"].stderr == pytest.approx(math.exp(2) * found["eval_loss"].stderr)
+    assert found["eval_loss"].base_value is None
+
+
+def test_a_hopeless_loss_has_no_infinite_perplexity(tiny_cell):
+    found = {one.metric: one.value for one in scores(measured([9000.0], [1]), None, [row()], tiny_cell())}
+    assert found["eval_loss"] == 9000
+    assert math.isfinite(found.get("eval_perplexity", 0.0))
+
+
+def test_without_generation_there_are_no_text_scores(tiny_cell):
+    found = scores(measured([1.0], [1]), measured([2.0], [1]), [row()], tiny_cell("eval.generate=false"))
+    assert {score.metric for score in found} == {"eval_loss", "eval_perplexity"}
+
+
+def test_samples_are_the_first_rows(tiny_cell):
+    rows = [row(prompt=f"q{i}", reference=str(i)) for i in range(6)]
+    after = measured([1.0] * 6, [1] * 6, predictions=[f"p{i}" for i in range(6)])
+    base = measured([1.0] * 6, [1] * 6, predictions=[f"b{i}" for i in range(6)])
+    kept = samples(after, base, rows, tiny_cell("eval.samples=2"))
+    assert [(one.prompt, one.reference, one.prediction, one.base_prediction) for one in kept] == [
+        ("q0", "0", "p0", "b0"),
+        ("q1", "1", "p1", "b1"),
+    ]
+    assert samples(measured([1.0], [1]), None, rows[:1], tiny_cell()) == []
+    assert samples(after, None, rows, tiny_cell("eval.samples=1"))[0].base_prediction is None
+
+
+def test_random_weights_have_no_scores(tiny_cell, work_in_process):
+    found = work_in_process(tiny_cell("training.steps=1", "eval.forgetting=true"))
+    assert "scores" not in found
+    assert "samples" not in found
+    quality = {"eval_loss", "eval_perplexity", "exact_match", "forgetting_nats", "base_eval_loss"}
+    assert quality.isdisjoint(found["metrics"])
+    assert found["metrics"]["train_steps"] == 1

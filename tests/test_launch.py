@@ -1,0 +1,228 @@
+"""From a composed configuration to records, with a stand-in for the measured run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from left_bench.launch import command_of
+from left_bench.record import RECORD_NAME, Record, read_record
+
+QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=1", "data.train_rows=8"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Cells that were run; `runs.status[peft name]` decides how they end."""
+
+    class Runs(list):
+        status: dict[str, str] = {}  # noqa: RUF012
+
+    started = Runs()
+
+    def run_isolated(cell, run_dir, *, on_event):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        started.append(cell)
+        on_event({"event": "step", "step": 1, "loss": 2.0, "tokens_per_second": 5.0, "seconds": 1.0, "tokens": 5})
+        status = Runs.status.get(cell.peft.name, "ok")
+        return Record(
+            cell_id=cell.id,
+            status=status,
+            reason=None if status == "ok" else f"{status} for a reason",
+            started_at="2026-01-01T00:00:00+00:00",
+            finished_at="2026-01-01T00:00:01+00:00",
+            choices=cell.choices,
+            config=cell.sections(),
+            metrics={"wall_seconds": 1.0},
+        )
+
+    Runs.status = {}
+    monkeypatch.setattr("left_bench.launch.run_isolated", run_isolated)
+    return started
+
+
+def records(place: Path) -> list[Record]:
+    return [read_record(path) for path in sorted(place.glob(f"runs/*/{RECORD_NAME}"))]
+
+
+def test_one_cell(place, runs, left_bench):
+    answer = left_bench(*QUICK)
+    assert answer.code == 0, answer
+    [record] = records(place)
+    [cell] = runs
+    assert (record.cell_id, record.status, record.attempt) == (cell.id, "ok", 1)
+    assert record.provenance["sweep"] is None
+    assert shlex.split(record.provenance["command"]) == ["left-bench", *QUICK]
+    assert cell.id in answer.out
+    assert not (place / "runs" / "sweeps").exists()
+    assert not (place / "reports").exists()
+
+
+def test_a_sweep(place, runs, left_bench):
+    answer = left_bench("+sweep=smoke", *QUICK)
+    assert answer.code == 0, answer
+    assert [cell.peft.name for cell in runs] == ["lora", "ia3"]
+    manifest = json.loads((place / "runs" / "sweeps" / "smoke.json").read_text())
+    assert manifest["cells"] == [cell.id for cell in runs]
+    assert manifest["finished_at"] >= manifest["started_at"]
+    assert shlex.split(manifest["command"]) == ["left-bench", "+sweep=smoke", *QUICK]
+    assert {record.provenance["sweep"] for record in records(place)} == {"smoke"}
+    assert (place / "reports" / "smoke.md").is_file()
+    assert "[2/2]" in answer.out
+
+
+def test_the_command_of_a_record_makes_the_same_cell(place, runs, left_bench):
+    left_bench("+sweep=lora_rank", *QUICK, "peft.config.r=2,4")
+    first = list(runs)
+    command = next(record.provenance["command"] for record in records(place) if record.cell_id == first[1].id)
+    runs.clear()
+    answer = left_bench(*shlex.split(command)[1:], "force=true")
+    assert answer.code == 0, answer
+    assert [cell.id for cell in runs] == [first[1].id]
+
+
+def test_an_ok_record_is_kept(place, runs, left_bench):
+    left_bench(*QUICK)
+    answer = left_bench(*QUICK)
+    assert answer.code == 0
+    assert len(runs) == 1
+    assert "kept from an earlier run" in answer.out
+    left_bench(*QUICK, "force=true")
+    assert len(runs) == 2
+    assert records(place)[0].attempt == 2
+
+
+@pytest.mark.parametrize("override", ["seed=1", "training.steps=2", "data.train_rows=9", "peft.config.r=3"])
+def test_any_changed_setting_is_another_run(override, place, runs, left_bench):
+    left_bench(*QUICK)
+    left_bench(*(one for one in QUICK if one.split("=")[0] != override.split("=")[0]), override)
+    assert len({cell.id for cell in runs}) == 2
+
+
+def test_a_failed_cell_is_run_again(place, runs, left_bench):
+    type(runs).status = {"lora": "oom"}
+    assert left_bench(*QUICK).code == 1
+    type(runs).status = {}
+    assert left_bench(*QUICK).code == 0
+    [record] = records(place)
+    assert (record.status, record.attempt, len(runs)) == ("ok", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [("ok", 0), ("unsupported", 0), ("oom", 1), ("failed", 1), ("crashed", 1), ("timeout", 1), ("diverged", 1)],
+)
+def test_the_exit_code_of_a_sweep(status, code, place, runs, left_bench):
+    type(runs).status = {"lora": status}
+    answer = left_bench("+sweep=smoke", *QUICK)
+    assert answer.code == code, answer
+    assert len(runs) == 2  # a cell's failure does not end the sweep
+    assert {record.status for record in records(place)} == {status, "ok"}
+    assert (place / "reports" / "smoke.md").is_file()
+
+
+def test_an_unsupported_cell_is_a_record_and_not_started(place, runs, left_bench):
+    answer = left_bench(*QUICK, "peft=full", "quantization=nf4")
+    assert answer.code == 0, answer
+    assert runs == []
+    [record] = records(place)
+    assert record.status == "unsupported"
+    assert "full fine-tuning" in record.reason
+    left_bench(*QUICK, "peft=full", "quantization=nf4", "force_unsupported=true")
+    assert len(runs) == 1
+
+
+def test_a_model_that_cannot_be_had_is_a_failed_record(place, runs, left_bench, monkeypatch):
+    from left_bench.errors import UserError
+
+    def unreachable(model, *, dtype):
+        raise UserError("no network\nsecond line")
+
+    monkeypatch.setattr("left_bench.pretrained.model_folder", unreachable)
+    assert left_bench(*QUICK).code == 1
+    [record] = records(place)
+    assert (record.status, record.reason, runs) == ("failed", "no network", [])
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"schema_version": 99}', "[]"])
+def test_a_damaged_record_is_said_and_run_again(damage, place, runs, left_bench):
+    left_bench(*QUICK)
+    [path] = place.glob(f"runs/*/{RECORD_NAME}")
+    path.write_text(damage)
+    answer = left_bench(*QUICK)
+    assert answer.code == 0, answer
+    assert "the cell is run again" in answer.err
+    assert len(runs) == 2
+    assert records(place)[0].status == "ok"
+
+
+def test_an_interrupted_sweep_goes_on(place, runs, left_bench, monkeypatch):
+    import left_bench.launch as launch
+
+    whole = launch.run_isolated
+
+    def interrupted(cell, run_dir, *, on_event):
+        if cell.peft.name == "ia3":
+            raise KeyboardInterrupt
+        return whole(cell, run_dir, on_event=on_event)
+
+    monkeypatch.setattr("left_bench.launch.run_isolated", interrupted)
+    answer = left_bench("+sweep=smoke", *QUICK)
+    assert answer.code == 130, answer
+    assert "the same command goes on" in answer.err
+    assert [record.status for record in records(place)] == ["ok"]
+    monkeypatch.setattr("left_bench.launch.run_isolated", whole)
+    assert left_bench("+sweep=smoke", *QUICK).code == 0
+    assert [cell.peft.name for cell in runs] == ["lora", "ia3"]
+
+
+def test_a_multirun_of_ones_own_has_a_name_of_its_own(place, runs, left_bench):
+    answer = left_bench("-m", *QUICK, "seed=0,1")
+    assert answer.code == 0, answer
+    [manifest] = (place / "runs" / "sweeps").glob("*.json")
+    assert manifest.stem.startswith("multirun_")
+    assert json.loads(manifest.read_text())["command"].startswith("left-bench -m ")
+    left_bench("-m", *QUICK, "seed=0,2")
+    assert len(list((place / "runs" / "sweeps").glob("*.json"))) == 2
+
+
+def test_folders_can_be_elsewhere(place, runs, left_bench):
+    left_bench("+sweep=smoke", *QUICK, "runs_dir=there/r u n s", "reports_dir=there/out")
+    assert len(list(place.glob(f"there/r u n s/*/{RECORD_NAME}"))) == 2
+    assert (place / "there" / "out" / "smoke.md").is_file()
+    assert not (place / "runs").exists()
+    assert not list(place.rglob(".hydra"))
+
+
+def test_a_broken_tracker_costs_nothing(place, runs, left_bench, monkeypatch):
+    import left_bench.tracker as tracker
+
+    def broken(self, *arguments, **named):
+        raise RuntimeError("no wandb today")
+
+    monkeypatch.setattr(tracker.WandbTracker, "start", broken)
+    answer = left_bench(*[one for one in QUICK if not one.startswith("tracker")], "tracker=wandb")
+    assert answer.code == 0, answer
+    assert "no wandb today" in answer.err
+    assert records(place)[0].status == "ok"
+
+
+def test_equal_cells_of_a_sweep_run_once(place, runs, left_bench):
+    answer = left_bench("-m", *QUICK, "peft=qlora,lora", "quantization=nf4_dq")
+    assert answer.code == 0, answer
+    assert len(runs) == 1
+    assert len(records(place)) == 1
+
+
+def test_commands_are_quoted():
+    command = command_of(["++peft.config.r=2", "data.template='a b'", "+sweep=smoke"])
+    assert shlex.split(command) == ["left-bench", "peft.config.r=2", "data.template='a b'", "+sweep=smoke"]
