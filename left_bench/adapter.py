@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,32 @@ def attach_adapter(
     if cell.peft.init_text is not None:
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
     if getattr(config, "init_lora_weights", None) == "eva":
-        batches = _first_batches(rows, cell, pad_id=tokenizer.pad_token_id, device=model.device)
+        directions = math.ceil(config.r * config.eva_config.rho)
+        batches = _first_batches(
+            rows, cell, answer_tokens=directions, pad_id=tokenizer.pad_token_id, device=model.device
+        )
         initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
     return adapted
 
 
-def _first_batches(rows: Sequence[Example], cell: Cell, *, pad_id: Any, device: torch.device) -> list[dict[str, Any]]:
-    """The training rows in their own order, as many as EVA's decompositions may ask for."""
-    size = cell.training.batch_size
-    starts = range(0, min(len(rows), _EVA_ROWS), size)
-    batches = [collate(rows[start : start + size], pad_id=pad_id).to(device) for start in starts]
+def _first_batches(
+    rows: Sequence[Example], cell: Cell, *, answer_tokens: int, pad_id: Any, device: torch.device
+) -> list[dict[str, Any]]:
+    """The training rows in their own order, as many as EVA's decompositions may ask for.
+
+    Every batch has at least so many answer tokens: peft skips a smaller one, and would go on skipping for ever.
+    """
+    batches, taken = [], []
+    for row in rows[:_EVA_ROWS]:
+        taken.append(row)
+        if len(taken) >= cell.training.batch_size and sum(len(row.answer_ids) for row in taken) >= answer_tokens:
+            batches.append(collate(taken, pad_id=pad_id).to(device))
+            taken = []
+    if not batches:
+        raise UserError(
+            f"peft.config.r={cell.peft.config['r']}: EVA looks for {answer_tokens} directions in the inputs of answer "
+            "tokens, and the training rows have fewer; lower the rank or give more rows"
+        )
     return [
         {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
         for batch in batches

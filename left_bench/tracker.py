@@ -95,7 +95,7 @@ class WandbTracker:
         self._run.tags = (*self._run.tags, record.status)
         if record.samples:
             columns: list[str | int] = ["prompt", "reference", "prediction", "base_prediction"]
-            rows = [[getattr(sample, str(column)) for column in columns] for sample in record.samples]
+            rows: list[Any] = [[getattr(sample, str(column)) for column in columns] for sample in record.samples]
             self._run.log({"samples": wandb.Table(columns=columns, data=rows)})
         self._run.finish(exit_code=0 if record.status in ("ok", "unsupported") else 1)
         self._run = None
