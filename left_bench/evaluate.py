@@ -21,6 +21,7 @@ from left_bench.scores import score_text
 from left_bench.train import answer_losses, autocast
 
 _SPEED_ROWS, _SPEED_TOKENS = 16, 16
+_LARGEST_LOSS = 600.0  # nats; a perplexity beyond it, or its error, overflows a float
 
 
 class Evaluation(BaseModel):
@@ -127,15 +128,18 @@ def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], 
     base_loss = token_loss(base)[0] if base else None
     made = [
         Score(task=task, metric="eval_loss", value=loss, stderr=stderr, n=len(rows), base_value=base_loss),
-        Score(
-            task=task,
-            metric="eval_perplexity",
-            value=math.exp(loss),
-            stderr=math.exp(loss) * stderr,  # delta method
-            n=len(rows),
-            base_value=None if base_loss is None else math.exp(base_loss),
-        ),
     ]
+    if loss < _LARGEST_LOSS:
+        made.append(
+            Score(
+                task=task,
+                metric="eval_perplexity",
+                value=math.exp(loss),
+                stderr=math.exp(loss) * stderr,  # delta method
+                n=len(rows),
+                base_value=None if base_loss is None or base_loss >= _LARGEST_LOSS else math.exp(base_loss),
+            )
+        )
     references = [row.reference for row in rows]
     if found.predictions is not None:
         for name in cell.eval.metrics or []:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from typing import Any
 
@@ -65,8 +66,9 @@ def locate(target: str, *, key: str) -> Any:
         module = importlib.import_module(module_name)
         found = getattr(module, name)
     except (ImportError, AttributeError, ValueError) as error:
-        known = dir(importlib.import_module(package)) if package else []
-        hint = nearest(name, known)
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{key}._target_={target!r}: install the package {package}") from error
+        hint = nearest(name, dir(importlib.import_module(package)))
         raise UserError(f"{key}._target_={target!r}: no such class{hint}") from error
     if not inspect.isclass(found) and not (package == "left_bench" and inspect.isfunction(found)):
         raise UserError(f"{key}._target_={target!r}: not a class")

@@ -31,13 +31,15 @@ EXTRAS = (
     ("transformers.TorchAoConfig", "torchao", "torchao"),
     ("transformers.HqqConfig", "hqq", "hqq"),
     ("transformers.QuantoConfig", "optimum.quanto", "quanto"),
+    ("peft.AdamssConfig", "sklearn", "adamss"),
     ("galore_torch.", "galore_torch", "galore"),
     ("apollo_torch.", "apollo_torch", "apollo"),
 )
 
 
 def _wants(cell: Cell, target: str) -> bool:
-    return any((named or "").startswith(target) for named in (cell.quantization.target, cell.optimizer.target))
+    named = (cell.quantization.target, cell.peft.target, cell.optimizer.target)
+    return any((one or "").startswith(target) for one in named)
 
 
 def _installed(module: str) -> bool:

@@ -86,9 +86,9 @@ def train(
     accelerator = Accelerator(cpu=device == "cpu")
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(model, cell, device=device)
-    schedule = get_scheduler(
-        settings.schedule, optimizer, math.ceil(settings.steps * settings.warmup_ratio), settings.steps
-    )
+    # transformers' plain `constant` knows no warm-up
+    shape = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    schedule = get_scheduler(shape, optimizer, math.ceil(settings.steps * settings.warmup_ratio), settings.steps)
     scaler = torch.amp.GradScaler(device, enabled=cell.precision.loss_scaling)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()

@@ -99,6 +99,8 @@ def test_peft_arguments_are_the_upstream_classs_own(name, compose_cell):
         arguments["task_type"] = "CAUSAL_LM"
     if "adapter_layers" in arguments:
         arguments["adapter_layers"] = 2
+    if "not installed" in str(why_unsupported(cell)):
+        return  # the rule says so in the report; test_rules.py holds that it does
     config = instantiate(cell.peft.target, arguments, key="peft")
     for key, value in cell.peft.config.items():
         kept = getattr(config, key)
@@ -143,7 +145,8 @@ def test_quantization_arguments_are_the_upstream_classs_own(name, compose_cell):
         return
     try:
         config = instantiate(cell.quantization.target, cell.quantization.config, key="quantization")
-    except ImportError:
+    except UserError as error:
+        assert "install the package" in str(error)
         assert "not installed" in str(why_unsupported(cell))
         return
     dtype = cell.quantization.config.get("bnb_4bit_compute_dtype")
@@ -174,7 +177,7 @@ def test_a_sweep_names_options_that_exist(name):
     parameters = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())["hydra"]["sweeper"]["params"]
     for key, value in parameters.items():
         if key in GROUPS:
-            chosen = value.split(",")
+            chosen = [name.strip() for name in value.split(",")]
             assert set(chosen) <= set(options(key))
             assert len(set(chosen)) == len(chosen)
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +32,52 @@ def made(cell: Any, **changes: Any) -> Record:
     return Record.model_validate(plain | changes)
 
 
+def stored(path: Path) -> list[bytes]:
+    """The records of wandb's file: LevelDB's log, blocks of 32 KiB with pieces of 7 bytes of header, after 7 bytes."""
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    records, whole, at = [], b"", 7
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # full, or the last of its pieces
+            records.append(whole)
+            whole = b""
+    return records
+
+
 def contents(runs_dir: Path) -> dict[str, Any]:
-    """What the one offline file under `wandb/` holds, read with wandb's own reader."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    """What the one offline file under `wandb/` holds."""
+    from wandb.proto.wandb_internal_pb2 import Record as Stored
+
+    def plain(items: Any) -> dict[str, Any]:
+        return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
     [path] = runs_dir.glob("wandb/offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(path))
+    settled = b""
+    while not settled or settled != path.read_bytes():  # wandb's own process may write on for a moment
+        settled = path.read_bytes()
+        time.sleep(0.5)
     found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "run": None, "exit": None}
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            found["run"] = record.run
-            for item in record.run.config.update:
-                found["config"][item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        elif kind == "config":
-            for item in record.config.update:
-                found["config"][item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        elif kind == "history":
-            found["history"].append(
-                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            )
-        elif kind == "summary":
-            for item in record.summary.update:
-                found["summary"][item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        elif kind == "exit":
-            found["exit"] = record.exit.exit_code
+    for data in stored(path):
+        one = Stored.FromString(data)
+        match one.WhichOneof("record_type"):
+            case "run":
+                found["run"] = one.run
+                found["config"] |= plain(one.run.config.update)
+            case "config":
+                found["config"] |= plain(one.config.update)
+            case "history":
+                found["history"].append(plain(one.history.item))
+            case "summary":
+                found["summary"] |= plain(one.summary.update)
+            case "exit":
+                found["exit"] = one.exit.exit_code
     return found
 
 

