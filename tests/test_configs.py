@@ -145,8 +145,7 @@ def test_quantization_arguments_are_the_upstream_classs_own(name, compose_cell):
         return
     try:
         config = instantiate(cell.quantization.target, cell.quantization.config, key="quantization")
-    except UserError as error:
-        assert "install the package" in str(error)
+    except (ImportError, UserError):
         assert "not installed" in str(why_unsupported(cell))
         return
     dtype = cell.quantization.config.get("bnb_4bit_compute_dtype")

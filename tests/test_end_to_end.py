@@ -27,7 +27,9 @@ LAYERS, HIDDEN, INNER, KEYS, VOCABULARY = 2, 64, 128, 32, 512  # conf/model/tiny
 
 
 def left_bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"WANDB_MODE": "offline"}
+    # a wandb service that another test of this process started is not this command's
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment["WANDB_MODE"] = "offline"
     return subprocess.run(
         [sys.executable, "-m", "left_bench", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
