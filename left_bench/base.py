@@ -1,7 +1,8 @@
-"""The base model's own scores: measured once per model, quantization, precision and data, shared by a sweep's cells."""
+"""What a sweep's cells share, measured once and kept beside the runs: the base model's scores, the machine's peak."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from left_bench.cell import Cell, fingerprint
 from left_bench.data import Example
+from left_bench.device import describe_machine, matrix_product_peak
 from left_bench.evaluate import Evaluation, evaluate_model
 from left_bench.measure import Meter
 from left_bench.record import write_atomically
@@ -38,11 +40,29 @@ def evaluate_base(
             return Evaluation.model_validate_json(path.read_text(encoding="utf-8")), f"{BASE_FOLDER}/{path.name}"
         except ValueError:  # an older or damaged file: measure again and replace it
             pass
+    # without the adapter that autocast may be on for: the file is shared by all methods
+    bare = cell.model_copy(update={"peft": cell.peft.model_copy(update={"target": None})})
     with meter.phase("evaluate_base") as counts:
-        found = evaluate_model(model, tokenizer, rows, cell, device=meter.device.kind)
+        found = evaluate_model(model, tokenizer, rows, bare, device=meter.device.kind)
         counts.tokens = found.tokens
     write_atomically(path, found.model_dump_json())
     return found, "measured here"
+
+
+def shared_peak(cell: Cell, *, meter: Meter, runs_dir: Path, threads: int) -> float:
+    """FLOP/s of this machine's matrix products in the cell's compute dtype, from `runs_dir/base/` or measured now."""
+    machine = describe_machine(meter.device)["id"]
+    dtype = cell.precision.compute_dtype
+    path = runs_dir / BASE_FOLDER / f"peak-{machine}-{dtype}-{threads}.json"
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["flops_per_second"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measure and replace it
+        pass
+    with meter.phase("peak"):
+        found = matrix_product_peak(meter.device.kind, dtype)
+    facts = {"machine": machine, "dtype": dtype, "threads": threads, "flops_per_second": found}
+    write_atomically(path, json.dumps(facts) + "\n")
+    return found
 
 
 def base_key(cell: Cell) -> str:

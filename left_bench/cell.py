@@ -66,7 +66,7 @@ class Precision(_Section):
     weights_dtype: Dtype
     """The base weights' dtype, where they are not quantized."""
     compute_dtype: Dtype
-    """The matrix products' dtype: by autocast where it differs from the weights'."""
+    """The matrix products' dtype, an adapter's too: by autocast where it is not that of both their weights."""
     adapter_dtype: Dtype = "float32"
     """An adapter's dtype, where the method lets it be chosen; full fine-tuning trains the weights' own."""
     loss_scaling: bool = False
@@ -95,8 +95,11 @@ class Training(_Section):
     """Rows of one forward and backward pass."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Passes summed into one optimizer step; rows per step = batch_size x gradient_accumulation."""
-    batching: Literal["padded", "grouped"] = "padded"
-    """Batch layout. `grouped` sorts the rows of a step by length before they are cut into passes."""
+    batching: Literal["padded", "grouped", "packed"] = "padded"
+    """Batch layout. `grouped` sorts the rows of a step by length before they are cut into passes; `packed` puts the
+    rows of a pass end to end, each attending within itself (a method that cannot falls back, recorded as effective)."""
+    output_head: Literal["labelled", "all"] = "labelled"
+    """Where logits are computed: at labelled positions, in chunks; or at all of them, as a plain loop does."""
     learning_rate: float | None = Field(default=None, gt=0)
     """None: the method's own (`peft.learning_rate`)."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -246,14 +249,23 @@ class Cell(BaseModel):
         assert self.training.learning_rate is not None
         return self.training.learning_rate
 
+    @property
+    def autocast(self) -> bool:
+        """Whether some matrix product's weight is not in the compute dtype."""
+        adapter = self.peft.target is not None and self.precision.adapter_dtype != self.precision.compute_dtype
+        return adapter or self.precision.weights_dtype != self.precision.compute_dtype
+
     def sections(self) -> dict[str, Any]:
         """The resolved sections and the seed, as plain data (`Record.config`)."""
         return self.model_dump(mode="json", by_alias=True, exclude={"choices"})
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that changes the result, and nothing else."""
-        plain = self.sections()
+        """Everything that changes the result, and nothing else.
+
+        What has its default is left out: a field added later then changes no identity that was given before.
+        """
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"choices"}, exclude_defaults=True)
         for group, section in plain.items():
             if isinstance(section, dict):
                 for key in {"name"} | _NOT_IDENTITY.get(group, set()):

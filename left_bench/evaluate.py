@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from left_bench.cell import Cell
 from left_bench.data import Example, collate
 from left_bench.device import Device
+from left_bench.loss import AnswerLoss
+from left_bench.model import autocast
 from left_bench.record import Sample, Score
 from left_bench.scores import score_text
-from left_bench.train import answer_losses, autocast
 
 _SPEED_ROWS, _SPEED_TOKENS = 16, 16
 _LARGEST_LOSS = 600.0  # nats; a perplexity beyond it, or its error, overflows a float
@@ -56,14 +57,16 @@ def evaluate_model(
 
 def row_losses(model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str) -> Evaluation:
     """Summed loss of each row, batched by length."""
+    loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
     nll = [0.0] * len(rows)
     tokens = [0] * len(rows)
     seen = 0
     for indices in batches_by_length([len(row.prompt_ids) + len(row.answer_ids) for row in rows], cell.eval.batch_size):
         batch = collate([rows[index] for index in indices], pad_id=pad_id).to(device)
-        for index, loss in zip(indices, answer_losses(model, batch).sum(dim=1).tolist(), strict=True):
-            nll[index] = loss
-            tokens[index] = len(rows[index].answer_ids)
+        losses = loss.of_tokens(batch).split(batch.answer_lengths)
+        for index, of_row, length in zip(indices, losses, batch.answer_lengths, strict=True):
+            nll[index] = of_row.sum().item()
+            tokens[index] = length
         seen += batch.tokens
     return Evaluation(nll=nll, answer_tokens=tokens, tokens=seen)
 

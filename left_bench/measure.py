@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ class Step:
     answer_tokens: int
     rows: int
     loss: float
+    pairs: int = 0
+    """Sum over the rows of tokens squared."""
 
 
 @dataclass(kw_only=True)
@@ -88,8 +90,14 @@ class Meter:
             **extra,
         )
 
-    def finish(self, *, measure_after: int) -> dict[str, float]:
-        """All metrics of the run, phases and steps summed up."""
+    def finish(
+        self, *, measure_after: int, flops: Callable[[list[Step]], float] | None = None, peak_flops: float | None = None
+    ) -> dict[str, float]:
+        """All metrics of the run, phases and steps summed up.
+
+        Args:
+            flops: of steps, for `model_flops_utilization` against `peak_flops` (FLOP/s).
+        """
         by_name = {phase.name: phase for phase in self.phases}
         found: dict[str, float | None] = {}
         if train := by_name.get("train"):
@@ -99,6 +107,10 @@ class Meter:
             found["load_seconds"] = load.seconds
             found["load_peak_memory_bytes"] = load.peak_memory_bytes
         found.update(summarize_steps(self.steps, measure_after=measure_after))
+        if self.steps and flops is not None and peak_flops is not None:
+            measured = measured_steps(self.steps, measure_after=measure_after)
+            seconds = sum(step.seconds for step in measured)
+            found["model_flops_utilization"] = flops(measured) / seconds / peak_flops
         self.metrics.update({name: value for name, value in found.items() if value is not None})
         return self.metrics
 

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from left_bench.cell import Cell
 from left_bench.data import Example, collate
 from left_bench.measure import Meter
+from left_bench.model import autocast
 
 
 def merge(
-    model: torch.nn.Module, rows: Sequence[Example], *, meter: Meter, pad_id: int, device: str
+    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, meter: Meter, pad_id: int
 ) -> tuple[torch.nn.Module | None, str]:
     """Fold the adapter into the base weights and compare the logits of both on `rows`.
 
@@ -25,13 +27,15 @@ def merge(
     refusal = why_not(model)
     if refusal is not None:
         return None, refusal
-    attached = last_logits(model, rows, pad_id=pad_id, device=device)
+    attached = last_logits(model, rows, cell, pad_id=pad_id, device=meter.device.kind)
     tuner: Any = model.base_model
     try:
         merged: torch.nn.Module = tuner.merge_and_unload()
     except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         return None, f"not merged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    difference = (last_logits(merged, rows, pad_id=pad_id, device=device) - attached).abs().max().item()
+    difference = (
+        (last_logits(merged, rows, cell, pad_id=pad_id, device=meter.device.kind) - attached).abs().max().item()
+    )
     meter.metrics["merge_max_abs_difference"] = difference
     dtype = next(p.dtype for p in merged.parameters() if p.is_floating_point())
     rounding = torch.finfo(dtype).eps * attached.abs().max().item()
@@ -51,12 +55,14 @@ def why_not(model: torch.nn.Module) -> str | None:
     return None
 
 
-def last_logits(model: torch.nn.Module, rows: Sequence[Example], *, pad_id: int, device: str) -> torch.Tensor:
+def last_logits(
+    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str
+) -> torch.Tensor:
     """Float32 logits at the last token of each of the rows, shape (rows, vocabulary)."""
     forward: Any = model
     found = []
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast(cell, device=device):
         for row in rows:
             batch = collate([row], pad_id=pad_id).to(device)
             outputs = forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask)

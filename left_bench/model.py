@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -64,6 +65,19 @@ def apply_precision(cell: Cell, *, device: str) -> None:
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = cell.precision.tf32
         torch.backends.cudnn.allow_tf32 = cell.precision.tf32
+
+
+def autocast(cell: Cell, *, device: str) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in the compute dtype, where it is not that of all weights."""
+    if not cell.autocast:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device, dtype=DTYPES[cell.precision.compute_dtype])
+
+
+def layers_of(model: Any) -> list[torch.nn.Module]:
+    """The model's repeated blocks, by the class names that transformers keeps for placing them on devices."""
+    names = set(getattr(model, "_no_split_modules", None) or [])
+    return [module for module in model.modules() if type(module).__name__ in names] or [model]
 
 
 def quantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

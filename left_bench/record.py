@@ -81,6 +81,9 @@ METRICS: dict[str, Metric] = {
     "quantization_error": Metric(
         "fraction", "lower", "quality", "mean relative Frobenius error of the quantized weights"
     ),
+    "other_cpu_share": Metric(
+        "fraction", "none", "fact", "share of the machine's CPU time that other processes took in the train phase"
+    ),
     "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
     "baseline_memory_bytes": Metric("bytes", "none", "fact", "process memory after imports, before the load phase"),
     # merging and saving

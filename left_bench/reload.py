@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     """Print `equal`, or the largest difference of a row's loss."""
     import torch
 
-    from left_bench import adapter, evaluate, train
+    from left_bench import adapter, evaluate
     from left_bench import model as models
     from left_bench.data import load_data
     from left_bench.worker import set_threads
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     base, _ = models.load_model(cell, folder=folder, device=device)
     model = adapter.load_trained(base, run_dir / ADAPTER_NAME)
     model.eval()
-    with torch.no_grad(), train.autocast(cell, device=device):
+    with torch.no_grad(), models.autocast(cell, device=device):
         found = evaluate.row_losses(model, test, cell, pad_id=evaluate.pad_of(tokenizer), device=device).nll
     lines = (run_dir / ROWS_NAME).read_text(encoding="utf-8").splitlines()
     recorded = [json.loads(line)["nll"] for line in lines]

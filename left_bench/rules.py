@@ -65,10 +65,6 @@ def _four_bit(cell: Cell) -> bool:
     return cell.quantization.target == _BITSANDBYTES and bool(cell.quantization.config.get("load_in_4bit"))
 
 
-def _has_autocast(cell: Cell) -> bool:
-    return cell.precision.compute_dtype != cell.precision.weights_dtype
-
-
 def _lora_with(cell: Cell, key: str, *values: object) -> bool:
     value = cell.peft.config.get(key)
     return _is(cell, "Lora") and (value in values if values else bool(value))
@@ -153,7 +149,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: (
-            not _has_autocast(cell)
+            not cell.autocast
             and cell.precision.weights_dtype != "float32"
             and (
                 ((_int8(cell) or _four_bit(cell)) and _is(cell, "IA3", "Road", "RandLora", "Pvera"))

@@ -1,9 +1,8 @@
-"""The training loop, and the loss that it and the evaluation share."""
+"""The training loop: optimizer steps over passes, measured one by one."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -11,70 +10,41 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
-from left_bench.adapter import after_optimizer_step, regularization, trainable_parameters, virtual_positions
+from left_bench.adapter import after_optimizer_step, regularization, trainable_parameters
 from left_bench.cell import Cell
-from left_bench.data import Batch, Example, collate, split_passes, step_rows
+from left_bench.data import Example, collate, split_passes, step_rows
 from left_bench.errors import UserError
 from left_bench.instantiate import instantiate
+from left_bench.loss import AnswerLoss
 from left_bench.measure import Meter, PhaseCounts, Step, stored_bytes
-from left_bench.model import DTYPES, NotInForce
+from left_bench.model import NotInForce, autocast, layers_of
 
 
 class Diverged(RuntimeError):
     """The loss or the gradient stopped being a finite number."""
 
 
-def answer_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Negative log-likelihood of every labelled token.
-
-    The output head runs only where some row of the batch has a label: with a vocabulary of 50,000 and short answers
-    most of the logits would be computed and thrown away.
-
-    Returns:
-        float32, shape (rows, positions), zero where there is no label; summing it over a row gives the row's loss.
-    """
-    # the logits at position t predict the token at t + 1
-    targets = batch.labels[:, 1:]
-    positions = (targets != -100).any(dim=0).nonzero().squeeze(1)
-    offset = virtual_positions(model)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if takes_logits_to_keep(model):
-        logits = model(**inputs, logits_to_keep=positions + offset).logits
-    else:
-        logits = model(**inputs).logits[:, positions + offset]
-    targets = targets[:, positions]
-    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
-    return losses.view_as(targets)
-
-
-def takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether the base model can run its output head at chosen positions alone."""
-    get_base: Any = getattr(model, "get_base_model", lambda: model)
-    return "logits_to_keep" in inspect.signature(get_base().forward).parameters
-
-
-def autocast(cell: Cell, *, device: str) -> contextlib.AbstractContextManager[Any]:
-    """Matrix products in the compute dtype, where it is not the weights' own."""
-    if not needs_autocast(cell):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type=device, dtype=DTYPES[cell.precision.compute_dtype])
-
-
-def needs_autocast(cell: Cell) -> bool:
-    """Whether the matrix products' dtype is not the weights' own."""
-    return cell.precision.compute_dtype != cell.precision.weights_dtype
-
-
 def train(
-    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, meter: Meter, counts: PhaseCounts, pad_id: int
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    loss: AnswerLoss,
+    meter: Meter,
+    counts: PhaseCounts,
+    pad_id: int,
+    packed: bool = False,
 ) -> str:
     """Take `training.steps` optimizer steps; measurements go into `meter`.
 
     Every answer token of a step weighs the same, in whichever pass it comes: the passes' summed losses are divided by
     the step's answer tokens.
+
+    Args:
+        loss: of `model`.
+        packed: put the rows of a pass end to end (see `packing`).
 
     Returns:
         The dtypes of the optimizer's states.
@@ -105,16 +75,17 @@ def train(
         passes = split_passes(
             [rows[index] for index in indices], batch_size=settings.batch_size, batching=settings.batching
         )
-        batches = [collate(examples, pad_id=pad_id).to(accelerator.device) for examples in passes]
+        batches = [collate(examples, pad_id=pad_id, packed=packed).to(accelerator.device) for examples in passes]
         answer_tokens = sum(batch.answer_tokens for batch in batches)
+        scale = float(scaler.scale(torch.ones((), device=accelerator.device)))  # 1 where it is off
 
         total = torch.zeros((), device=accelerator.device)
         for batch in batches:
             with autocast(cell, device=device):
-                loss = answer_losses(model, batch).sum() / answer_tokens
-            total += loss.detach()
+                part = loss.summed(batch, gain=scale / answer_tokens)
+            total += part.detach() / scale
             penalty = regularization(model)
-            accelerator.backward(scaler.scale(loss if penalty is None else loss + penalty / len(batches)))
+            accelerator.backward(part if penalty is None else part + scale * penalty / len(batches))
 
         scaler.unscale_(optimizer) if scaler.is_enabled() else None
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
@@ -134,6 +105,7 @@ def train(
             answer_tokens=answer_tokens,
             rows=len(indices),
             loss=total.item(),
+            pairs=sum(example.length**2 for examples in passes for example in examples),
         )
         counts.steps += 1
         counts.tokens += measured.tokens
@@ -145,19 +117,33 @@ def train(
     return optimizer_state_dtypes(optimizer)
 
 
-def compile_model(model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, device: str, pad_id: int) -> None:
-    """Compile the model in place with dynamic shapes, and run it once both ways so that training compiles nothing."""
-    model.compile(dynamic=True)
+def compile_model(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    loss: AnswerLoss,
+    device: str,
+    pad_id: int,
+    packed: bool = False,
+) -> None:
+    """Compile the model's layers in place with dynamic shapes, and run it both ways so that training compiles nothing.
+
+    Layer by layer: they are alike, so one is compiled and all are served, in a fraction of the whole model's time.
+    """
+    for layer in layers_of(model):
+        layer.compile(dynamic=True)
     model.train()
-    batch = collate([rows[index] for index in range(cell.training.batch_size)], pad_id=pad_id).to(device)
+    batch = collate([rows[index] for index in range(cell.training.batch_size)], pad_id=pad_id, packed=packed)
     with autocast(cell, device=device):
-        answer_losses(model, batch).sum().backward()
+        loss.summed(batch.to(device)).backward()
     model.zero_grad(set_to_none=True)
 
 
 def uncompile(model: torch.nn.Module) -> None:
     """Back to eager: generation would compile again for every length."""
-    model._compiled_call_impl = None
+    for layer in layers_of(model):
+        layer._compiled_call_impl = None
 
 
 @contextlib.contextmanager

@@ -41,13 +41,16 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
     Raises:
         Exception: whatever went wrong; `found` then holds what was measured before.
     """
-    from left_bench import adapter, base, evaluate
+    from left_bench import adapter, base, evaluate, packing
     from left_bench import merge as merging
     from left_bench import model as models
     from left_bench import train as training
     from left_bench.data import load_data
     from left_bench.device import describe_machine, open_device
+    from left_bench.flops import step_flops
+    from left_bench.loss import AnswerLoss
     from left_bench.measure import Meter, logical_numel, stored_bytes
+    from left_bench.neighbours import Neighbours
     from left_bench.quantization import quantization_error
     from left_bench.reload import gives_the_same_loss
 
@@ -56,7 +59,7 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
     models.apply_precision(cell, device=device.kind)
     found["environment"] = {"machine": describe_machine(device), "versions": versions(), "effective": {}}
     effective = found["environment"]["effective"]
-    effective |= {"threads": threads_in_use(), "peak_memory": device.peak_source, "batching": cell.training.batching}
+    effective |= {"threads": threads_in_use(), "peak_memory": device.peak_source}
 
     folder, tokenizer = models.open_pretrained(cell)
     splits = load_data(cell.data, tokenizer, max_length=cell.training.max_length)
@@ -94,19 +97,29 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
     effective |= {
         "learning_rate": cell.learning_rate,
         "trainable_dtype": "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable})),
-        "autocast": cell.precision.compute_dtype if training.needs_autocast(cell) else "off",
-        "output_head": "labelled positions" if training.takes_logits_to_keep(model) else "all positions",
+        "autocast": cell.precision.compute_dtype if cell.autocast else "off",
     }
 
     pad_id = evaluate.pad_of(tokenizer)
-    if cell.training.compile:
-        with meter.phase("compile"):
-            training.compile_model(model, splits.train, cell, device=device.kind, pad_id=pad_id)
-    try:
-        with meter.phase("train") as counts, training.embedding_noise(model, cell.training.neftune_alpha):
-            states = training.train(model, splits.train, cell, meter=meter, counts=counts, pad_id=pad_id)
-    finally:
-        meter.finish(measure_after=cell.training.measure_after)
+    peak = base.shared_peak(cell, meter=meter, runs_dir=run_dir.parent, threads=threads_in_use())
+    with models.autocast(cell, device=device.kind):
+        loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+        flops = step_flops(model)
+    with packing.laid_out(model, loss, splits.train, cell, pad_id=pad_id, device=device.kind) as layout:
+        effective |= {"output_head": loss.output_head, **layout.effective}
+        common: dict[str, Any] = {"loss": loss, "pad_id": pad_id, "packed": layout.packed}
+        if cell.training.compile:
+            with meter.phase("compile"):
+                training.compile_model(model, splits.train, cell, device=device.kind, **common)
+        neighbours = Neighbours()
+        try:
+            with meter.phase("train") as counts, training.embedding_noise(model, cell.training.neftune_alpha):
+                states = training.train(model, splits.train, cell, meter=meter, counts=counts, **common)
+        finally:
+            others = neighbours.share()
+            if others is not None:
+                meter.metrics["other_cpu_share"] = others
+            meter.finish(measure_after=cell.training.measure_after, flops=flops.of, peak_flops=peak)
     effective["optimizer_state_dtype"] = states
     training.uncompile(model)
     account_for_peak(meter.memory_breakdown, meter.metrics)
@@ -135,7 +148,7 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
 
     if cell.peft.target is not None:
         with meter.phase("merge"):
-            merged, effective["merge"] = merging.merge(model, test[:8], meter=meter, pad_id=pad_id, device=device.kind)
+            merged, effective["merge"] = merging.merge(model, test[:8], cell, meter=meter, pad_id=pad_id)
             if merged is not None and cell.eval.generate:
                 meter.metrics["merged_generate_tokens_per_second"] = speed(merged)
 

@@ -35,28 +35,29 @@ def meter(tmp_path) -> Meter:
     return Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
 
 
-def test_a_merged_lora_gives_the_attached_ones_logits(meter):
+def test_a_merged_lora_gives_the_attached_ones_logits(meter, tiny_cell):
+    cell = tiny_cell()
     model = get_peft_model(tiny(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    attached = last_logits(model, ROWS, pad_id=0, device="cpu")
-    merged, note = merge(model, ROWS, meter=meter, pad_id=0, device="cpu")
+    attached = last_logits(model, ROWS, cell, pad_id=0, device="cpu")
+    merged, note = merge(model, ROWS, cell, meter=meter, pad_id=0)
     assert merged is not None
     assert note.startswith("merged")
     assert not any("lora" in name for name, _ in merged.named_modules())
-    again = last_logits(merged, ROWS, pad_id=0, device="cpu")
+    again = last_logits(merged, ROWS, cell, pad_id=0, device="cpu")
     torch.testing.assert_close(again, attached, rtol=1e-4, atol=1e-5)
     difference = (again - attached).abs().max().item()
     assert meter.metrics["merge_max_abs_difference"] == pytest.approx(difference)
-    base = last_logits(tiny(), ROWS, pad_id=0, device="cpu")
+    base = last_logits(tiny(), ROWS, cell, pad_id=0, device="cpu")
     assert (again - base).abs().max() > 1e-2  # the adapter does something
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
-def test_virtual_tokens_are_not_merged(config, meter):
+def test_virtual_tokens_are_not_merged(config, meter, tiny_cell):
     model = get_peft_model(tiny(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    merged, note = merge(model, ROWS, meter=meter, pad_id=0, device="cpu")
+    merged, note = merge(model, ROWS, tiny_cell(), meter=meter, pad_id=0)
     assert merged is None
     assert "virtual tokens" in note
     assert "merge_max_abs_difference" not in meter.metrics

@@ -9,22 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from left_bench.adapter import attach_adapter, regularization, trainable_parameters, virtual_positions
+from left_bench.adapter import attach_adapter, regularization, trainable_parameters
 from left_bench.data import collate
 from left_bench.device import CpuDevice
 from left_bench.errors import UserError
 from left_bench.events import EventReader, EventWriter
+from left_bench.loss import AnswerLoss
 from left_bench.measure import Meter, PhaseCounts
+from left_bench.model import autocast
 from left_bench.paths import config_root
 from left_bench.rules import why_unsupported
 from left_bench.train import (
     Diverged,
-    answer_losses,
-    autocast,
     embedding_noise,
     make_optimizer,
-    needs_autocast,
-    takes_logits_to_keep,
     train,
 )
 
@@ -53,7 +51,7 @@ def run(load_tiny, addition_rows, tmp_path):
         adapted = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
         meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
         counts = PhaseCounts()
-        train(adapted, rows or addition_rows, cell, meter=meter, counts=counts, pad_id=0)
+        train(adapted, rows or addition_rows, cell, loss=AnswerLoss(adapted), meter=meter, counts=counts, pad_id=0)
         assert counts.steps == cell.training.steps == len(meter.steps)
         assert counts.tokens == sum(step.tokens for step in meter.steps)
         return (
@@ -67,52 +65,6 @@ def run(load_tiny, addition_rows, tmp_path):
 
 def losses(meter: Meter) -> list[float]:
     return [step.loss for step in meter.steps]
-
-
-# --- the loss ---
-
-
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox"])
-@pytest.mark.parametrize("peft", ["full", "lora", "prompt_tuning", "p_tuning", "prefix_tuning"])
-def test_the_loss_is_the_models_own(name, peft, tiny_cell, load_tiny, addition_rows):
-    cell = tiny_cell(f"model={name}", f"peft={peft}")
-    model, tokenizer = load_tiny(cell)
-    model = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows).eval()
-    batch = collate(addition_rows, pad_id=0)
-    with torch.no_grad():
-        own = answer_losses(model, batch)
-        theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    assert own.dtype == torch.float32
-    assert own.shape[0] == len(addition_rows)
-    assert (own > 0).sum() == batch.answer_tokens
-    assert own.sum() / batch.answer_tokens == pytest.approx(theirs.item(), abs=1e-5)
-
-
-@pytest.mark.parametrize(("peft", "positions"), [("full", 0), ("lora", 0), ("prompt_tuning", 16), ("prefix_tuning", 0)])
-def test_virtual_positions(peft, positions, tiny_cell, load_tiny, addition_rows):
-    cell = tiny_cell(f"peft={peft}")
-    model, tokenizer = load_tiny(cell)
-    assert virtual_positions(attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)) == positions
-
-
-def test_a_rows_loss_does_not_depend_on_its_neighbours(tiny_cell, load_tiny, addition_rows):
-    model, _ = load_tiny(tiny_cell())
-    with torch.no_grad():
-        together = answer_losses(model, collate(addition_rows, pad_id=0)).sum(dim=1)
-        apart = torch.cat([answer_losses(model, collate([row], pad_id=0)).sum(dim=1) for row in addition_rows])
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox"])
-def test_the_output_head_runs_on_labelled_positions_alone(name, tiny_cell, load_tiny, addition_rows):
-    model, _ = load_tiny(tiny_cell(f"model={name}"))
-    assert takes_logits_to_keep(model)
-    seen = []
-    model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: seen.append(output.shape[1]))
-    batch = collate(addition_rows, pad_id=0)
-    answer_losses(model, batch)
-    assert seen == [int((batch.labels[:, 1:] != -100).any(dim=0).sum())]
-    assert seen[0] < batch.input_ids.shape[1] / 2
 
 
 # --- gradients ---
@@ -130,7 +82,7 @@ def gradients(cell: Any, load_tiny: Any, addition_rows: Any, monkeypatch: Any, t
 
     monkeypatch.setattr("left_bench.train.make_optimizer", lambda *a, **k: Keep(trainable_parameters(model), lr=0.1))
     meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
-    train(model, addition_rows, cell, meter=meter, counts=PhaseCounts(), pad_id=0)
+    train(model, addition_rows, cell, loss=AnswerLoss(model), meter=meter, counts=PhaseCounts(), pad_id=0)
     return kept
 
 
@@ -167,7 +119,7 @@ def test_adaloras_regularization_is_what_peft_adds(tiny_cell, load_tiny, additio
     model = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows).eval()
     batch = collate(addition_rows, pad_id=0)
     with torch.no_grad():
-        plain = answer_losses(model, batch).sum() / batch.answer_tokens
+        plain = AnswerLoss(model).of_tokens(batch).sum() / batch.answer_tokens
         theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         ours = regularization(model)
     assert ours is not None
@@ -288,11 +240,19 @@ def test_neftune_disturbs_by_its_formula_and_only_inside(tiny_cell, load_tiny):
 
 
 @pytest.mark.parametrize(
-    ("precision", "mixed"), [("fp32", False), ("bf16", False), ("bf16_mixed", True), ("fp16_mixed", True)]
+    ("overrides", "mixed"),
+    [
+        (["precision=fp32"], False),
+        (["precision=bf16"], True),  # the adapter's weights are float32
+        (["precision=bf16", "precision.adapter_dtype=bfloat16"], False),
+        (["precision=bf16", "peft=full"], False),
+        (["precision=bf16_mixed"], True),
+        (["precision=fp16_mixed"], True),
+    ],
 )
-def test_precisions(precision, mixed, tiny_cell, run):
-    cell = tiny_cell(f"precision={precision}", "training.steps=3")
-    assert needs_autocast(cell) == mixed
+def test_precisions(overrides, mixed, tiny_cell, run):
+    cell = tiny_cell(*overrides, "training.steps=3")
+    assert cell.autocast == mixed
     with autocast(cell, device="cpu"):
         product = torch.ones(2, 2, dtype=torch.float32) @ torch.ones(2, 2, dtype=torch.float32)
     assert (product.dtype != torch.float32) == mixed

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from left_bench.data.tokens import Example
 
@@ -19,26 +20,61 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The rows of one pass, padded at the right to the longest; tensors of shape (rows, longest), int64."""
+    """The rows of one pass: padded at the right to the longest, or packed end to end into one row.
+
+    Token tensors have the shape (rows, longest) or (1, tokens); what is said of labels has one entry per answer token.
+    """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    """1 on tokens, 0 on padding."""
     labels: torch.Tensor
     """The answer's tokens in their own places (not shifted); -100 on prompt and padding."""
+    label_rows: torch.Tensor
+    """Row of `input_ids` whose logits predict the answer token."""
+    label_positions: torch.Tensor
+    """Position in that row whose logits predict it: the one before its own."""
+    targets: torch.Tensor
+    """The answer token."""
+    answer_lengths: list[int]
+    """Answer tokens of each example, in the examples' order and the labels'."""
+    attention_mask: torch.Tensor | None
+    """1 on tokens, 0 on padding; None when packed."""
+    position_ids: torch.Tensor | None
+    """When packed: positions, from 0 in each example."""
+    boundaries: torch.Tensor | None
+    """When packed: int32 (examples + 1), where each begins, and the end."""
     tokens: int
     """Non-padding tokens."""
-    answer_tokens: int
-    """Tokens that carry loss."""
+    longest: int
+    """Tokens of the longest example."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(self.answer_lengths)
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of a model's forward pass, by the names that transformers gives them."""
+        if self.boundaries is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "use_cache": False,
+            # what FlashAttention's kernels take too; segments read the first
+            "cu_seq_lens_q": self.boundaries,
+            "cu_seq_lens_k": self.boundaries,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return dataclasses.replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            labels=self.labels.to(device),
-        )
+        moved = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if hasattr(value := getattr(self, field.name), "to")
+        }
+        return dataclasses.replace(self, **moved)
 
 
 def step_rows(n_rows: int, *, rows_per_step: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -60,7 +96,7 @@ def _epochs(n_rows: int, generator: random.Random) -> Iterator[int]:
 
 
 def split_passes(
-    rows: Sequence[Example], *, batch_size: int, batching: Literal["padded", "grouped"]
+    rows: Sequence[Example], *, batch_size: int, batching: Literal["padded", "grouped", "packed"]
 ) -> list[list[Example]]:
     """Cut a step's rows into passes of at most `batch_size`.
 
@@ -71,23 +107,43 @@ def split_passes(
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
-    """Prompt and answer of each row in one tensor, padded at the right with `pad_id`."""
+def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -> Batch:
+    """Prompt and answer of each row in one tensor: padded at the right with `pad_id`, or packed end to end.
+
+    A token that opens a row is predicted by nothing, so an answer without a prompt loses its first token as a label.
+    """
     import torch
 
     longest = max(example.length for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
+    total = sum(example.length for example in examples)
+    starts = list(itertools.accumulate((example.length for example in examples), initial=0))
+    shape = (1, total) if packed else (len(examples), longest)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
     labels = torch.full_like(input_ids, IGNORED)
+    attention_mask = None if packed else torch.zeros_like(input_ids)
+    label_rows, label_positions, answer_lengths = [], [], []
     for i, example in enumerate(examples):
-        answer_start, end = len(example.prompt_ids), example.length
-        input_ids[i, :end] = torch.tensor(example.prompt_ids + example.answer_ids, dtype=torch.long)
-        attention_mask[i, :end] = 1
-        labels[i, answer_start:end] = input_ids[i, answer_start:end]
+        row, start = (0, starts[i]) if packed else (i, 0)
+        answer_start, end = start + len(example.prompt_ids), start + example.length
+        input_ids[row, start:end] = torch.tensor(example.prompt_ids + example.answer_ids, dtype=torch.long)
+        if attention_mask is not None:
+            attention_mask[row, start:end] = 1
+        labels[row, answer_start:end] = input_ids[row, answer_start:end]
+        first = max(answer_start, start + 1)
+        label_positions.append(torch.arange(first - 1, end - 1))
+        label_rows.append(torch.full((end - first,), row))
+        answer_lengths.append(end - first)
+    rows, positions = torch.cat(label_rows), torch.cat(label_positions)
     return Batch(
         input_ids=input_ids,
-        attention_mask=attention_mask,
         labels=labels,
-        tokens=sum(example.length for example in examples),
-        answer_tokens=sum(len(example.answer_ids) for example in examples),
+        label_rows=rows,
+        label_positions=positions,
+        targets=input_ids[rows, positions + 1],
+        answer_lengths=answer_lengths,
+        attention_mask=attention_mask,
+        position_ids=torch.cat([torch.arange(example.length) for example in examples])[None] if packed else None,
+        boundaries=torch.tensor(starts, dtype=torch.int32) if packed else None,
+        tokens=total,
+        longest=longest,
     )

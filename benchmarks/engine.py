@@ -1,0 +1,402 @@
+"""left_bench's training loop beside a bare loop, HF Trainer and TRL, on the same rows: `python benchmarks/engine.py`.
+
+    pip install -e ".[benchmarks]"
+    python benchmarks/engine.py --data lamini_docs.jsonl [--steps 24] [--out reports/benchmarks]
+
+Every contender lives in a process of its own and holds the same model, adapter, optimizer and rows. They take their
+steps in turn, one step each (A B C A B C), and sleep in between, so whatever else the machine does falls on all of
+them, and each step is compared with the others' step on the same rows. A ratio is the median over steps of the peer's
+seconds / ours; beside it stand its 10th and 90th percentile. Memory is the high-water mark of the process in training,
+over what it held before the model was loaded. Losses must agree, or the run fails: speed on other work is no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 3
+# the largest difference of a step's loss that bfloat16 arithmetic in another order explains, nats
+TOLERANCE = 0.03
+CONTENDERS = {
+    "left_bench packed": ["training.batching=packed"],
+    "left_bench padded": [],
+    "left_bench padded, plain loss": ["training.output_head=all"],
+    "bare loop": None,
+    "HF Trainer": None,
+    "TRL": None,
+}
+
+
+class Pause:
+    """Called after each step: reports its seconds and loss, then sleeps until it is this process's turn again."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    def ready(self, **facts: Any) -> None:
+        self.connection.send(facts)
+        self._wait()
+
+    def __call__(self, loss: float) -> None:
+        self.connection.send({"seconds": time.perf_counter() - self.resumed, "loss": loss})
+        self._wait()
+
+    def _wait(self) -> None:
+        self.connection.recv()
+        self.resumed = time.perf_counter()
+
+
+def compose_cell(overrides: list[str]) -> Any:
+    import hydra
+
+    from left_bench.cli import open_section, register_resolvers, register_sweeps
+    from left_bench.launch import compose
+    from left_bench.paths import config_root
+
+    register_resolvers()
+    register_sweeps()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf")):
+        config = hydra.compose("config", overrides=[open_section(one) for one in overrides], return_hydra_config=True)
+        return compose(config, config.hydra)[0]
+
+
+def contend(name: str, overrides: list[str], connection: Any) -> None:
+    """The process of one contender."""
+    import torch
+
+    from left_bench import adapter
+    from left_bench import model as models
+    from left_bench.data import load_data, step_rows
+    from left_bench.device import open_device
+
+    cell = compose_cell([*overrides, *(CONTENDERS[name] or [])])
+    device = open_device(cell.hardware.device)
+    folder, tokenizer = models.open_pretrained(cell)
+    rows = load_data(cell.data, tokenizer, max_length=cell.training.max_length).train
+    order = list(
+        step_rows(len(rows), rows_per_step=cell.training.batch_size, steps=cell.training.steps, seed=cell.seed)
+    )
+    device.set_baseline()
+    base, _ = models.load_model(cell, folder=folder, device=device.kind)
+    model = adapter.attach_adapter(base, cell, tokenizer=tokenizer, rows=rows)
+    device.reset_peak()
+    pause = Pause(connection)
+    chosen = [[rows[index] for index in step] for step in order]
+    facts = {
+        "tokens": [sum(row.length for row in step) for step in chosen],
+        "answer_tokens": [sum(len(row.answer_ids) for row in step) for step in chosen],
+        "pairs": [sum(row.length**2 for row in step) for step in chosen],
+        "longest": max(row.length for step in chosen for row in step),
+        "threads": torch.get_num_threads(),
+    }
+    pause.ready(**facts)
+    run: Callable[..., None] = {"bare loop": bare_loop, "HF Trainer": hf_trainer, "TRL": trl_trainer}.get(name, ours)
+    run(model, tokenizer, rows, chosen, cell, device, pause)
+    connection.send({"peak_memory_bytes": device.peak_bytes(), "flops": _flops(model, facts)})
+
+
+def _flops(model: Any, facts: dict[str, Any]) -> list[float]:
+    from left_bench.flops import step_flops
+    from left_bench.measure import Step
+
+    counted = step_flops(model)
+    return [
+        counted.of([Step(seconds=1, tokens=tokens, answer_tokens=labels, rows=0, loss=0, pairs=pairs)])
+        for tokens, labels, pairs in zip(facts["tokens"], facts["answer_tokens"], facts["pairs"], strict=True)
+    ]
+
+
+def ours(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: Any, pause: Pause) -> None:
+    from left_bench import evaluate, packing
+    from left_bench import model as models
+    from left_bench.events import EventWriter
+    from left_bench.loss import AnswerLoss
+    from left_bench.measure import Meter, PhaseCounts, Step
+    from left_bench.train import train
+
+    class Paused(Meter):
+        def step(self, step: Step, **extra: float) -> None:
+            super().step(step, **extra)
+            pause(step.loss)
+
+    pad_id = evaluate.pad_of(tokenizer)
+    with models.autocast(cell, device=device.kind):
+        loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        packing.laid_out(model, loss, rows, cell, pad_id=pad_id, device=device.kind) as layout,
+    ):
+        assert layout.packed == (cell.training.batching == "packed")
+        meter = Paused(device, EventWriter(Path(folder) / "events.jsonl"))
+        train(model, rows, cell, loss=loss, meter=meter, counts=PhaseCounts(), pad_id=pad_id, packed=layout.packed)
+
+
+def _padded(examples: Any, pad_id: int) -> dict[str, Any]:
+    from left_bench.data import collate
+
+    batch = collate(examples, pad_id=pad_id)
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+
+
+def bare_loop(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: Any, pause: Pause) -> None:
+    """What one writes in ten lines: the model's own loss over labels, backward, clip, step."""
+    import torch
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cell.learning_rate, weight_decay=0.0, fused=True)
+    model.train()
+    for examples in chosen:
+        loss = model(**_padded(examples, tokenizer.pad_token_id)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        pause(loss.item())
+
+
+def _trainer_settings(cell: Any, folder: str) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "max_steps": cell.training.steps,
+        "per_device_train_batch_size": cell.training.batch_size,
+        "learning_rate": cell.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": cell.hardware.device == "cpu",
+        "bf16": False,  # the weights are bfloat16 already; autocast would only add casts
+        "remove_unused_columns": False,
+    }
+
+
+def _run_trainer(kind: Any, pause: Pause, **arguments: Any) -> None:
+    import torch
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Turns(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                pause(logs["loss"])
+
+    class InOrder(kind):  # type: ignore[misc, valid-type]
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    trainer = InOrder(callbacks=[Turns()], **arguments)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def _dataset(chosen: Any) -> Any:
+    from datasets import Dataset
+
+    flat = [row for step in chosen for row in step]
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": row.prompt_ids + row.answer_ids,
+                "attention_mask": [1] * row.length,
+                "labels": [-100] * len(row.prompt_ids) + row.answer_ids,
+            }
+            for row in flat
+        ]
+    )
+
+
+def hf_trainer(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: Any, pause: Pause) -> None:
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    with tempfile.TemporaryDirectory() as folder:
+        _run_trainer(
+            Trainer,
+            pause,
+            model=model,
+            args=TrainingArguments(**_trainer_settings(cell, folder)),
+            train_dataset=_dataset(chosen),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        )
+
+
+def trl_trainer(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: Any, pause: Pause) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = _trainer_settings(cell, folder) | {"max_length": None, "gradient_checkpointing": False}
+        _run_trainer(
+            SFTTrainer,
+            pause,
+            model=model,
+            args=SFTConfig(**settings),
+            train_dataset=_dataset(chosen).remove_columns("attention_mask"),
+            processing_class=tokenizer,
+        )
+
+
+def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, Any]:
+    """All contenders' steps in turn."""
+    context = multiprocessing.get_context("spawn")
+    connections: dict[str, Any] = {}
+    processes = []
+    facts: dict[str, Any] = {}
+    for name in names:
+        mine, theirs = context.Pipe()
+        process = context.Process(target=contend, args=(name, overrides, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        connections[name] = mine
+        facts[name] = mine.recv()  # one loads at a time
+    found: dict[str, Any] = {name: {"seconds": [], "losses": []} for name in names}
+    for step in range(steps):
+        for name in names[step % len(names) :] + names[: step % len(names)]:
+            connections[name].send("go")
+            said = connections[name].recv()
+            found[name]["seconds"].append(said["seconds"])
+            found[name]["losses"].append(said["loss"])
+        print(f"step {step + 1}/{steps}", end="\r", flush=True)
+    for name in names:
+        connections[name].send("go")
+        found[name] |= connections[name].recv()
+    for process in processes:
+        process.join(30)
+    first = facts[names[0]]
+    assert all(fact == first for fact in facts.values()), "contenders see other rows"
+    return {"contenders": found, **first}
+
+
+def summarize(run: dict[str, Any], *, peak_flops: float) -> list[dict[str, Any]]:
+    """One row per contender: tokens/s, utilization, memory, and its ratio to the packed loop, step by step."""
+    counted = slice(WARM_UP, None)
+    tokens = sum(run["tokens"][counted])
+    reference = run["contenders"]["left_bench packed"]
+    rows = []
+    for name, one in run["contenders"].items():
+        seconds = one["seconds"][counted]
+        ratios = [theirs / ours for theirs, ours in zip(seconds, reference["seconds"][counted], strict=True)]
+        tenths = statistics.quantiles(ratios, n=10)
+        difference = max(abs(a - b) for a, b in zip(one["losses"], reference["losses"], strict=True))
+        rows.append(
+            {
+                "contender": name,
+                "tokens_per_second": tokens / sum(seconds),
+                "model_flops_utilization": sum(one["flops"][counted]) / sum(seconds) / peak_flops,
+                "peak_memory_bytes": one["peak_memory_bytes"],
+                "packed_is_faster": statistics.median(ratios),
+                "packed_is_faster_p10": tenths[0],
+                "packed_is_faster_p90": tenths[-1],
+                "largest_loss_difference": difference,
+            }
+        )
+    return rows
+
+
+def ratio(run: dict[str, Any], faster: str, slower: str) -> str:
+    """How many times `faster` is as fast as `slower`, step by step: median (10th to 90th percentile)."""
+    pairs = zip(run["contenders"][slower]["seconds"], run["contenders"][faster]["seconds"], strict=True)
+    ratios = [one / other for one, other in pairs][WARM_UP:]
+    tenths = statistics.quantiles(ratios, n=10)
+    return f"{statistics.median(ratios):.2f} ({tenths[0]:.2f} to {tenths[-1]:.2f})"
+
+
+def markdown(run: dict[str, Any], rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    from left_bench.report.markdown import table
+
+    packed = next(row for row in rows if row["contender"] == "left_bench packed")
+    cells = [
+        [
+            row["contender"],
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['packed_is_faster']:.2f} ({row['packed_is_faster_p10']:.2f} to {row['packed_is_faster_p90']:.2f})",
+            f"{100 * row['model_flops_utilization']:.0f} %",
+            f"{row['peak_memory_bytes'] / 2**20:.0f} MiB",
+            f"{packed['peak_memory_bytes'] / row['peak_memory_bytes']:.2f}",
+            f"{row['largest_loss_difference']:.3f}",
+        ]
+        for row in rows
+    ]
+    head = [
+        "",
+        "tokens/s",
+        "packed is faster by (p10 to p90)",
+        "FLOPs utilization",
+        "peak memory",
+        "packed needs",
+        "loss difference, at most",
+    ]
+    lines = [
+        "## Training loop",
+        "",
+        f"{facts['what']} {facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"transformers {facts['transformers']}, trl {facts['trl']}; {facts['steps']} steps, the first {WARM_UP} left "
+        f"out; the machine's measured matrix-product peak is {facts['peak_flops'] / 1e9:.0f} GFLOP/s. Tokens are "
+        "non-padding tokens. Ratios are medians over steps on the same rows, taken in turn.",
+        "",
+        table(head, cells),
+        "",
+    ]
+    same_work = ("left_bench padded, plain loss", "bare loop")
+    if all(name in run["contenders"] for name in same_work):
+        found = ratio(run, *same_work)
+        lines += [f"`{same_work[0]}` is {found} times as fast as the bare loop, which does the same work.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="JSON lines with `question` and `answer`; default: the cell's own data")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--out", type=Path, help="write engine.json and engine.md into this folder")
+    parser.add_argument("overrides", nargs="*", help="of the cell, for all contenders: model=..., peft=...")
+    arguments = parser.parse_args()
+    overrides = [
+        *("peft=lora", "precision=bf16", "training.schedule=constant", "training.warmup_ratio=0"),
+        *(f"training.steps={arguments.steps}", f"training.batch_size={arguments.batch_size}"),
+        *(["data=lamini_docs", f"data.path={Path(arguments.data).resolve()}"] if arguments.data else []),
+        *arguments.overrides,
+    ]
+    names = [name for name in CONTENDERS if name in arguments.only]
+    run = measure(names, overrides, steps=arguments.steps)
+
+    from importlib.metadata import version
+
+    from left_bench.device import describe_machine, matrix_product_peak, open_device
+
+    peak = matrix_product_peak("cpu", "bfloat16", seconds=2)
+    rows = summarize(run, peak_flops=peak)
+    facts = {
+        "what": f"SmolLM2-135M in bfloat16, LoRA r=16 on all linear layers, batches of {arguments.batch_size} rows of "
+        f"{Path(arguments.data).stem if arguments.data else 'the default data'} (mean "
+        f"{sum(run['tokens']) / arguments.steps / arguments.batch_size:.0f} tokens, longest {run['longest']}).",
+        "machine": describe_machine(open_device("cpu"))["cpu"],
+        "threads": run["threads"],
+        "steps": arguments.steps,
+        "peak_flops": peak,
+        **{name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+    }
+    text = markdown(run, rows, facts)
+    print(text)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "engine.json").write_text(json.dumps({"facts": facts, "rows": rows, "run": run}, indent=1))
+        (arguments.out / "engine.md").write_text(text)
+    apart = [row["contender"] for row in rows if row["largest_loss_difference"] > TOLERANCE]
+    if apart:
+        raise SystemExit(f"losses differ by more than {TOLERANCE} nats: {', '.join(apart)}")
+
+
+if __name__ == "__main__":
+    main()

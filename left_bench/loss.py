@@ -1,0 +1,167 @@
+"""The loss of answer tokens: the output head runs at labelled positions alone, and in chunks.
+
+With a vocabulary of 50,000 to 260,000 the logits are the largest tensor of a step by far, and most of them, at prompt
+and padding, are thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from left_bench.adapter import virtual_positions
+from left_bench.data import Batch
+
+_CHUNK_LOGITS = 2**23  # 32 MiB of float32: large enough for the product to run at full speed, small beside a model
+Suffix = Callable[[torch.Tensor], torch.Tensor]
+
+
+class AnswerLoss:
+    """Negative log-likelihood of a batch's answer tokens under a model, in nats, worked out in float32.
+
+    Attributes:
+        output_head: what is in force: `labelled positions, in chunks`; `labelled positions` where the model does
+            something to its logits that is not known here, and has to do it itself; or `all positions`.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, everywhere: bool = False) -> None:
+        """Look at what the model does with its output head, by a pass over two tokens.
+
+        Args:
+            everywhere: compute all logits, as a model does that is given labels.
+        """
+        self.model: Any = model
+        self.head: Any = None
+        self.suffix: Suffix | None = None
+        self.output_head = "all positions"
+        get_head = getattr(model, "get_output_embeddings", lambda: None)
+        if not everywhere and get_head() is not None:
+            self._probe(get_head())
+
+    def of_tokens(self, batch: Batch) -> torch.Tensor:
+        """The loss of every labelled token, float32 [answer tokens], in the batch's order of labels; for evaluating."""
+        hidden = self._states(batch)
+        if self.suffix is None:
+            return _token_losses(hidden, batch.targets)
+        chunks = zip(*(part.split(self._chunk) for part in (hidden, batch.targets)), strict=True)
+        return torch.cat([_token_losses(self.suffix(self.head(states)), targets) for states, targets in chunks])
+
+    def summed(self, batch: Batch, *, gain: float = 1.0) -> torch.Tensor:
+        """`gain` times the summed loss of the labelled tokens; differentiable.
+
+        The gradient of each chunk is worked out together with its loss, so that no chunk's logits outlive it. `gain`
+        goes in here, not on the result: in float16 a gradient that was not scaled up is gone before a later factor.
+        """
+        states = self._states(batch)
+        if self.suffix is None:
+            return gain * _token_losses(states, batch.targets).sum()
+        parameters = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
+        total: torch.Tensor = _Chunked.apply(states, batch.targets, self, gain, *parameters)
+        return total
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The model's logits for hidden states of shape [n, width]."""
+        assert self.suffix is not None
+        return self.suffix(self.head(states))
+
+    @property
+    def _chunk(self) -> int:
+        return max(1, _CHUNK_LOGITS // self._vocabulary)
+
+    def _states(self, batch: Batch) -> torch.Tensor:
+        """Hidden states at the labelled positions [n, width]; logits there [n, vocabulary] where there is no suffix."""
+        rows, positions = batch.label_rows, batch.label_positions + virtual_positions(self.model)
+        inputs = batch.inputs()
+        if self.head is None:
+            return self.model(**inputs).logits[rows, positions]
+        kept: list[torch.Tensor] = []
+
+        def take(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            states = arguments[0][rows, positions]
+            kept.append(states)
+            # with a known suffix the head is fed nothing here, and the states later, chunk by chunk
+            return (states[None, :0] if self.suffix else states[None], *arguments[1:])
+
+        with self.head.register_forward_pre_hook(take):
+            logits = self.model(**inputs).logits
+        return kept[0] if self.suffix else logits[0]
+
+    def _probe(self, head: Any) -> None:
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        device = next(self.model.parameters()).device
+        with (
+            torch.no_grad(),
+            head.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output))),
+        ):
+            logits = self.model(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False).logits
+        if len(seen) != 1 or seen[0][0].shape[:-1] != logits.shape[:-1]:
+            return  # the head is not run as a module, or not once over all positions
+        self.head = head
+        self._vocabulary = logits.shape[-1]
+        raw = seen[0][1]
+        self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one(raw), logits)), None)
+        self.output_head = "labelled positions, in chunks" if self.suffix else "labelled positions"
+
+
+def _suffixes(config: Any) -> list[Suffix]:
+    """What models do to their logits after the head: nothing, soft-capping (Gemma 2), a factor (Granite, Cohere)."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found: list[Suffix] = [lambda logits: logits]
+    if cap := getattr(config, "final_logit_softcapping", None):
+        found.append(lambda logits: torch.tanh(logits / cap) * cap)
+    if divisor := getattr(config, "logits_scaling", None):
+        found.append(lambda logits: logits / divisor)
+    if factor := getattr(config, "logit_scale", None):
+        found.append(lambda logits: logits * factor)
+    return found
+
+
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits.float(), targets, reduction="none")
+
+
+class _Chunked(torch.autograd.Function):
+    """Summed cross-entropy whose gradient is taken in the forward pass, chunk by chunk (as Liger-Kernel's
+    FusedLinearCrossEntropy does, Hsu et al. 2024, arXiv 2410.10989)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, loss: AnswerLoss, gain: float, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wants_states = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wants_states else None
+        # summed over chunks in float32: adding bfloat16 parts would round at every chunk
+        sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+        start = 0
+        for part, wanted in zip(hidden.split(loss._chunk), targets.split(loss._chunk), strict=True):
+            with torch.enable_grad():
+                states = part.detach().requires_grad_(wants_states)
+                logits = loss.logits(states)
+            log_probability = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+            total -= log_probability.gather(1, wanted[:, None]).sum()
+            if not wants_states and not parameters:
+                continue
+            # d loss / d logits = probabilities - one at the target
+            slope = log_probability.exp_()
+            slope.scatter_add_(1, wanted[:, None], -torch.ones_like(slope[:, :1])).mul_(gain)
+            found = torch.autograd.grad(
+                logits, [*([states] if wants_states else []), *parameters], slope.to(logits.dtype)
+            )
+            if gradient is not None:
+                gradient[start : start + len(part)] = found[0]
+            for one, more in zip(sums, found[len(found) - len(sums) :], strict=True):
+                one += more
+            start += len(part)
+        ctx.gradients = (gradient, *(one.to(parameter.dtype) for one, parameter in zip(sums, parameters, strict=True)))
+        return total * gain
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        # in place: they belong to this function alone, and a tied embedding's is as large as the model's largest weight
+        states, *others = (None if one is None else one.mul_(outer[0].to(one.dtype)) for one in ctx.gradients)
+        ctx.gradients = None
+        return states, None, None, None, *others

@@ -1,0 +1,276 @@
+"""Packed batches: the rows of a pass end to end, each attending within itself, and nothing masked ever computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from left_bench.adapter import virtual_positions
+from left_bench.cell import Cell
+from left_bench.data import Example, collate
+from left_bench.loss import AnswerLoss
+from left_bench.model import autocast
+
+SEGMENTS = "segments"
+"""The kernel's name in `model.config._attn_implementation`, and in a record's `effective.attention`."""
+
+
+class NotPackable(RuntimeError):
+    """The model's attention has something that segments do not provide."""
+
+
+@torch.compiler.disable  # the rows' lengths differ at every step: compiled, each would be a new graph
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each of the rows that lie end to end.
+
+    A block-diagonal mask over the packed row, which is what transformers makes of restarting positions, computes the
+    products between all pairs of rows and then throws most of them away.
+
+    Args:
+        query: [1, heads, tokens, width]; `key` and `value` may have fewer heads (grouped-query attention).
+        cu_seq_lens_q: int32 [rows + 1], where each row begins, and the end.
+
+    Returns:
+        [1, tokens, heads, width], and no attention weights.
+
+    Raises:
+        NotPackable: no row boundaries were given, or the layer wants a cache, a bias, soft-capping or sinks.
+    """
+    wanted = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if wanted or cu_seq_lens_q is None or attention_mask is not None or query.shape[2] != key.shape[2]:
+        raise NotPackable(f"attention with {wanted[0] if wanted else 'a mask or a cache'}, which segments do not have")
+    if query.device.type == "cuda" and query.dtype != torch.float32:
+        return _variable_length(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+    boundaries = cu_seq_lens_q.tolist()
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cpu" and dropout == 0 and query.dtype != torch.float16:
+        out: torch.Tensor = _Segments.apply(query, key, value, boundaries, scaling, sliding_window)
+        return out, None
+    lengths = [end - start for start, end in itertools.pairwise(boundaries)]
+    # `split`, not slices: a slice's gradient is a tensor of zeros as long as all rows together, one for each row
+    parts = [
+        scaled_dot_product_attention(
+            *part,
+            attn_mask=_window(part[0].shape[2], sliding_window, query.device),
+            is_causal=sliding_window is None or part[0].shape[2] <= sliding_window,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        ).transpose(1, 2)
+        for part in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+class _Segments(torch.autograd.Function):
+    """Attention of each row as plain matrix products; the probabilities are computed again in the backward pass.
+
+    torch's CPU FlashAttention spends three to five times as long on rows of 60 to 300 tokens in bfloat16, nearly all of
+    it in the backward pass (torch 2.13, AVX-512). Heads that share a key are rows of one product (grouped-query
+    attention needs no copies of keys and values).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        boundaries: list[int],
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        _, heads, tokens, _ = query.shape
+        out = query.new_empty(1, tokens, heads, value.shape[-1])
+        for start, end in itertools.pairwise(boundaries):
+            q, k, v = (_by_key_head(tensor[0, :, start:end], key.shape[1]) for tensor in (query, key, value))
+            products = torch.bmm(_probabilities(q, k, scaling, window), v)
+            out[0, start:end] = products.view(heads, end - start, -1).transpose(0, 1)
+        ctx.save_for_backward(query, key, value, out)
+        ctx.settings = boundaries, scaling, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        query, key, value, out = ctx.saved_tensors
+        boundaries, scaling, window = ctx.settings
+        slopes = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        groups = key.shape[1]
+        for start, end in itertools.pairwise(boundaries):
+            q, k, v = (_by_key_head(tensor[0, :, start:end], groups) for tensor in (query, key, value))
+            o, slope = (_by_key_head(tensor[0, start:end].transpose(0, 1), groups) for tensor in (out, outer[0]))
+            probabilities = _probabilities(q, k, scaling, window)
+            # softmax: the slope of the scores is p (dp - sum p dp), and sum p dp is slope . out
+            scores = torch.bmm(slope, v.transpose(1, 2)).sub_((slope * o).sum(-1, keepdim=True))
+            scores.mul_(probabilities).mul_(scaling)
+            found = (
+                torch.bmm(scores, k),
+                torch.bmm(scores.transpose(1, 2), q),
+                torch.bmm(probabilities.transpose(1, 2), slope),
+            )
+            for whole, part in zip(slopes, found, strict=True):
+                whole[0, :, start:end] = part.view(whole.shape[1], end - start, -1)
+        return *slopes, None, None, None
+
+
+def _by_key_head(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """[heads, tokens, width] with the heads of one key below each other: [groups, heads / groups x tokens, width]."""
+    return tensor.reshape(groups, -1, tensor.shape[-1])
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
+    length = key.shape[1]
+    scores = torch.bmm(query, key.transpose(1, 2)).mul_(scaling)
+    scores.view(len(key), -1, length, length).add_(_causal_mask(length, window, scores.dtype))
+    return torch.softmax(scores, dim=-1)
+
+
+def _causal_mask(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a token may look, minus infinity elsewhere: the corner of one kept mask, large enough for most rows."""
+    return _kept_mask(-(-length // 256) * 256, window, dtype)[:length, :length]
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_mask(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    position = torch.arange(length)
+    distance = position[:, None] - position[None, :]
+    seen = (distance >= 0) & (distance < (window or length))
+    return torch.zeros(length, length, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+def _window(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+    """The mask of a row longer than the layer's window, else None."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def _variable_length(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """torch's variable-length FlashAttention, CUDA alone: one kernel for all rows (written, not yet run on a GPU)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    tokens = len(query)  # no row is longer; asking for the longest would wait for the device
+    out: Any = varlen_attn(
+        query,
+        key,
+        value,
+        boundaries,
+        boundaries,
+        tokens,
+        tokens,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.unsqueeze(0)
+
+
+class Layout(NamedTuple):
+    """How the rows of a pass are laid out in training."""
+
+    packed: bool
+    effective: dict[str, str]
+    """For the record: `batching` in force, `batching_fallback` where it is not what was asked for, `attention`."""
+
+
+@contextmanager
+def laid_out(
+    model: Any, loss: AnswerLoss, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str
+) -> Iterator[Layout]:
+    """The layout the cell asks for, or `padded` where model or method cannot; attention is set accordingly."""
+    asked, kernel = cell.training.batching, cell.training.attention
+    if asked != "packed":
+        yield Layout(False, {"batching": asked})
+        return
+    with autocast(cell, device=device):
+        reason = why_not_packed(model, loss, rows, kernel=kernel, pad_id=pad_id, device=device)
+    if reason is not None:
+        yield Layout(False, {"batching": "padded", "batching_fallback": reason})
+        return
+    with attending_in_segments(model, kernel=kernel):
+        yield Layout(True, {"batching": "packed", "attention": kernel or SEGMENTS})
+
+
+def why_not_packed(
+    model: Any, loss: AnswerLoss, rows: Sequence[Example], *, kernel: str | None, pad_id: int, device: str
+) -> str | None:
+    """Why this model, with its adapter, cannot take packed rows; None when two rows packed lose what they lose padded.
+
+    Tried, not looked up: whether restarting positions reach the positions' embedding, and whether every attention
+    layer takes its kernel from transformers' table, differs from architecture to architecture and method to method.
+    """
+    if virtual_positions(model) or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "virtual tokens come before each row"
+    pair = [_brief(rows[index % len(rows)]) for index in (0, 1)]
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()  # dropout would tell the two apart
+    try:
+        with torch.no_grad():
+            apart = loss.of_tokens(collate(pair, pad_id=pad_id).to(device))
+            with attending_in_segments(model, kernel=kernel):
+                together = loss.of_tokens(collate(pair, pad_id=pad_id, packed=True).to(device))
+    except (NotPackable, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally:
+        for module in in_training:
+            module.training = True
+    largest = (together - apart).abs().max().item()
+    allowed = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2  # nats; rounding alone stays far below
+    return None if largest <= allowed else f"a token's loss changes by {largest:.2g} nats when rows are packed"
+
+
+def _brief(row: Example) -> Example:
+    return dataclasses.replace(row, prompt_ids=row.prompt_ids[-16:], answer_ids=row.answer_ids[:16])
+
+
+@contextmanager
+def attending_in_segments(model: Any, *, kernel: str | None) -> Iterator[None]:
+    """Let `model` attend in segments, or with `kernel` where one was asked for by name (it builds a block mask)."""
+    config = model.config
+    before = config._attn_implementation
+    _set_kernel(model, kernel or SEGMENTS)
+    try:
+        yield
+    finally:
+        _set_kernel(model, before)
+
+
+def _set_kernel(model: Any, name: str) -> None:
+    # every part of a model that has parts (text, vision) reads its own configuration
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            config._attn_implementation = name
+
+
+AttentionInterface.register(SEGMENTS, segment_attention)  # without a mask function of that name no mask is built

@@ -1,0 +1,166 @@
+"""The loss of answer tokens: the model's own number and gradient, with the head at labelled positions, in chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import left_bench.loss
+from left_bench.adapter import attach_adapter, virtual_positions
+from left_bench.data import collate
+from left_bench.loss import AnswerLoss
+
+SMALL = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+FAMILIES = {
+    "llama, tied": ("LlamaConfig", {"intermediate_size": 48, "tie_word_embeddings": True}),
+    "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 48}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gemma2, soft-capped": ("Gemma2Config", {"intermediate_size": 48, "num_key_value_heads": 1, "head_dim": 16}),
+    "granite, scaled": ("GraniteConfig", {"intermediate_size": 48, "num_key_value_heads": 1, "logits_scaling": 3.0}),
+    "cohere, scaled": ("CohereConfig", {"intermediate_size": 48, "num_key_value_heads": 1, "logit_scale": 0.2}),
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Five rows of logits at a time, so that a batch takes several chunks and the last is not full."""
+    monkeypatch.setattr(left_bench.loss, "_CHUNK_LOGITS", 5 * 256)
+
+
+def family(name: str) -> torch.nn.Module:
+    kind, arguments = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2, **arguments)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # larger logits: soft-capping then does something
+    return model
+
+
+def own_loss(model, batch):
+    """The model's own loss over labels, summed over the answer tokens."""
+    found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    return found * batch.answer_tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients_are_the_models_own(name, addition_rows, small_chunks):
+    model = family(name)
+    loss, batch = AnswerLoss(model), collate(addition_rows, pad_id=0)
+    assert loss.output_head == "labelled positions, in chunks"
+    theirs = own_loss(model, batch)
+    theirs.backward()
+    gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    ours = loss.summed(batch)
+    ours.backward()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert any(gradient.abs().max() > 0.1 for gradient in gradients.values())
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key], atol=1e-4, rtol=1e-5, msg=key)
+    with torch.no_grad():
+        assert loss.of_tokens(batch).sum().item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("peft", ["full", "lora", "prompt_tuning", "p_tuning", "prefix_tuning", "llama_adapter"])
+def test_every_method_has_the_models_own_loss(peft, tiny_cell, load_tiny, addition_rows, small_chunks):
+    cell = tiny_cell(f"peft={peft}")
+    model, tokenizer = load_tiny(cell)
+    model = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows).eval()
+    batch = collate(addition_rows, pad_id=0)
+    with torch.no_grad():
+        own = AnswerLoss(model).of_tokens(batch)
+        theirs = own_loss(model, batch)
+    assert own.dtype == torch.float32
+    assert own.shape == (batch.answer_tokens,)
+    assert own.sum().item() == pytest.approx(theirs.item(), abs=1e-4)
+
+
+def test_an_adapter_on_the_head_gets_its_gradient(tiny_cell, load_tiny, addition_rows, small_chunks):
+    """The head is then no plain matrix: what is run chunk by chunk is the module with its adapter."""
+    cell = tiny_cell("peft=lora", "peft.config.target_modules=[lm_head,q_proj]")
+    model, tokenizer = load_tiny(cell)
+    model = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows).eval()
+    batch = collate(addition_rows, pad_id=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    own_loss(model, batch).backward()
+    theirs = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    AnswerLoss(model).summed(batch).backward()
+    assert any("lm_head" in name for name in theirs)
+    for name, parameter in model.named_parameters():
+        if name in theirs:
+            torch.testing.assert_close(parameter.grad, theirs[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_logits_exist_at_labelled_positions_alone_and_never_whole(addition_rows, small_chunks):
+    model = family("llama, tied")
+    loss, batch = AnswerLoss(model), collate(addition_rows, pad_id=0)
+    seen = []
+    with model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[:-1].numel())):
+        loss.summed(batch)
+    assert max(seen) <= 5 < batch.answer_tokens
+    assert sum(seen) == batch.answer_tokens
+
+
+def test_what_is_done_to_logits_unknown_to_us_the_model_does_itself(addition_rows):
+    class Odd(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            found = super().forward(*args, **kwargs)
+            found.logits = found.logits + 0.1 * found.logits.abs().sqrt()
+            return found
+
+    torch.manual_seed(0)
+    model = Odd(transformers.LlamaConfig(**SMALL, intermediate_size=48)).eval()
+    loss, batch = AnswerLoss(model), collate(addition_rows, pad_id=0)
+    assert loss.output_head == "labelled positions"
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = torch.nn.functional.cross_entropy(logits[batch.label_rows, batch.label_positions], batch.targets)
+    ours = loss.summed(batch) / batch.answer_tokens
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours.backward()
+    assert model.lm_head.weight.grad.abs().max() > 0
+
+
+def test_all_positions_where_asked_for(addition_rows):
+    model = family("gpt_neox")
+    everywhere, batch = AnswerLoss(model, everywhere=True), collate(addition_rows, pad_id=0)
+    assert everywhere.output_head == "all positions"
+    torch.testing.assert_close(everywhere.of_tokens(batch), AnswerLoss(model).of_tokens(batch))
+
+
+def test_gain_scales_the_gradient_before_it_is_rounded(addition_rows):
+    """float16 holds nothing below 6e-8: a loss scale that came after the chunk's gradient would come too late."""
+    model = family("llama, tied").half()
+    loss, batch = AnswerLoss(model), collate(addition_rows, pad_id=0)
+
+    def share_above_zero(gain):
+        model.zero_grad()
+        loss.summed(batch, gain=gain).backward()
+        return (model.model.layers[0].mlp.up_proj.weight.grad != 0).float().mean()
+
+    assert share_above_zero(1e-10) < 0.5
+    assert share_above_zero(1e-10 * 2**16) > 0.9
+
+
+def test_a_rows_loss_does_not_depend_on_its_neighbours(tiny_cell, load_tiny, addition_rows):
+    model, _ = load_tiny(tiny_cell())
+    loss = AnswerLoss(model)
+    with torch.no_grad():
+        together = loss.of_tokens(collate(addition_rows, pad_id=0))
+        apart = torch.cat([loss.of_tokens(collate([row], pad_id=0)) for row in addition_rows])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("peft", "positions"), [("full", 0), ("lora", 0), ("prompt_tuning", 16), ("prefix_tuning", 0)])
+def test_virtual_positions(peft, positions, tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell(f"peft={peft}")
+    model, tokenizer = load_tiny(cell)
+    assert virtual_positions(attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)) == positions

@@ -1,0 +1,178 @@
+"""Packed rows lose what padded rows lose, and get the same gradients; what cannot be packed says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from left_bench.adapter import attach_adapter
+from left_bench.data import collate
+from left_bench.data.tokens import Example
+from left_bench.loss import AnswerLoss
+from left_bench.packing import SEGMENTS, attending_in_segments, laid_out, segment_attention, why_not_packed
+
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=lengths, groups=st.sampled_from([1, 2]), window=st.sampled_from([None, 3]), kernels=st.booleans())
+def test_segments_are_causal_attention_under_a_block_mask(lengths, groups, window, kernels):
+    torch.manual_seed(0)
+    total, heads, width = sum(lengths), 2, 8
+    query = torch.randn(1, heads, total, width, dtype=torch.float64, requires_grad=True)
+    key, value = (
+        torch.randn(1, heads // groups, total, width, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    position = torch.cat([torch.arange(length) for length in lengths])
+    distance = position[:, None] - position[None, :]
+    mask = (row[:, None] == row[None, :]) & (distance >= 0) & (distance < (window or total + 1))
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    ours, _ = segment_attention(
+        # vanishing dropout: what is taken where there is any, and on other devices, torch's own kernels row by row
+        *(torch.nn.Identity(), query, key, value, None),
+        cu_seq_lens_q=boundaries,
+        sliding_window=window,
+        dropout=1e-300 if kernels else 0.0,
+    )
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), attn_mask=mask
+    )
+    torch.testing.assert_close(ours, theirs.transpose(1, 2))
+    slope = torch.randn_like(ours)
+    expected = torch.autograd.grad(theirs.transpose(1, 2), (query, key, value), slope)
+    for found, wanted in zip(torch.autograd.grad(ours, (query, key, value), slope), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=5))
+def test_both_layouts_hold_the_same_tokens_and_labels(sizes):
+    examples = [Example([9] * before, list(range(10, 10 + answer)), "", "") for before, answer in sizes]
+    padded, packed = collate(examples, pad_id=0), collate(examples, pad_id=0, packed=True)
+    assert packed.input_ids.shape == (1, packed.tokens)
+    assert packed.tokens == padded.tokens
+    assert packed.answer_lengths == padded.answer_lengths
+    assert torch.equal(packed.targets, padded.targets)
+    assert torch.equal(packed.input_ids[0], padded.input_ids[padded.attention_mask.bool()])
+    # a row's first token has no predecessor: it must not be predicted from the row before it
+    starts = set(packed.boundaries.tolist())
+    assert not starts & {int(position) + 1 for position in packed.label_positions}
+    assert packed.position_ids[0].tolist() == [i for example in examples for i in range(example.length)]
+
+
+def attached(tiny_cell: Any, load_tiny: Any, rows: Any, *overrides: str) -> tuple[Any, Any]:
+    cell = tiny_cell("training.batching=packed", *overrides)
+    model, tokenizer = load_tiny(cell)
+    return cell, attach_adapter(model, cell, tokenizer=tokenizer, rows=rows)
+
+
+def loss_and_gradients(loss: AnswerLoss, rows: Any, *, packed: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    model = loss.model
+    model.zero_grad()
+    found = loss.summed(collate(rows, pad_id=0, packed=packed))
+    found.backward()
+    return found.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox", "tiny_opt"])
+@pytest.mark.parametrize("peft", ["full", "lora", "ia3", "houlsby"])
+def test_packed_is_padded(name, peft, tiny_cell, load_tiny, addition_rows):
+    cell, model = attached(tiny_cell, load_tiny, addition_rows, f"model={name}", f"peft={peft}")
+    loss = AnswerLoss(model)
+    padded, expected = loss_and_gradients(loss, addition_rows, packed=False)
+    with laid_out(model, loss, addition_rows, cell, pad_id=0, device="cpu") as layout:
+        assert layout.effective == {"batching": "packed", "attention": SEGMENTS}
+        packed, found = loss_and_gradients(loss, addition_rows, packed=True)
+    assert packed == pytest.approx(padded, abs=1e-5 * padded)
+    assert found.keys() == expected.keys()
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[key], atol=1e-4, rtol=1e-4, msg=key)
+    assert model.config._attn_implementation != SEGMENTS  # evaluation is padded again
+
+
+def test_checkpointed_activations_are_computed_again_in_segments(tiny_cell, load_tiny, addition_rows):
+    cell, model = attached(tiny_cell, load_tiny, addition_rows, "training.activation_checkpointing=true")
+    loss = AnswerLoss(model.train())  # transformers recomputes in training alone
+    with laid_out(model, loss, addition_rows, cell, pad_id=0, device="cpu") as layout:
+        assert layout.packed
+        packed, _ = loss_and_gradients(loss, addition_rows, packed=True)
+    padded, _ = loss_and_gradients(loss, addition_rows, packed=False)
+    assert packed == pytest.approx(padded, rel=1e-5)
+
+
+@pytest.mark.parametrize("peft", ["prompt_tuning", "prefix_tuning", "p_tuning"])
+def test_virtual_tokens_fall_back_and_say_so(peft, tiny_cell, load_tiny, addition_rows):
+    cell, model = attached(tiny_cell, load_tiny, addition_rows, f"peft={peft}")
+    loss = AnswerLoss(model)
+    with laid_out(model, loss, addition_rows, cell, pad_id=0, device="cpu") as layout:
+        assert not layout.packed
+        assert layout.effective["batching"] == "padded"
+        assert "virtual tokens" in layout.effective["batching_fallback"]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_kernel_asked_for_by_name_packs_under_its_own_mask(kernel, tiny_cell, load_tiny, addition_rows):
+    cell, model = attached(tiny_cell, load_tiny, addition_rows, f"training.attention={kernel}")
+    loss = AnswerLoss(model)
+    padded, _ = loss_and_gradients(loss, addition_rows, packed=False)
+    with laid_out(model, loss, addition_rows, cell, pad_id=0, device="cpu") as layout:
+        assert layout.effective == {"batching": "packed", "attention": kernel}
+        packed, _ = loss_and_gradients(loss, addition_rows, packed=True)
+    assert packed == pytest.approx(padded, rel=1e-5)
+
+
+def test_an_architecture_that_mixes_rows_is_found_out(addition_rows):
+    """Bloom's positions are biases made of the attention mask: packed, a row would go on where the last one ended."""
+    import transformers
+
+    config = transformers.BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    reason = why_not_packed(model, AnswerLoss(model), addition_rows, kernel=None, pad_id=0, device="cpu")
+    assert reason is not None
+    assert "nats" in reason
+
+
+def test_soft_capped_attention_is_not_packed(addition_rows):
+    import transformers
+
+    config = transformers.Gemma2Config(
+        vocab_size=256,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        head_dim=16,
+        num_key_value_heads=1,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    reason = why_not_packed(model, AnswerLoss(model), addition_rows, kernel=None, pad_id=0, device="cpu")
+    assert "softcap" in str(reason)
+    assert model.config._attn_implementation != SEGMENTS
+
+
+def test_a_packed_cell_from_start_to_end(tiny_cell, work_in_process):
+    found = work_in_process(tiny_cell("training=packed", "training.steps=3", "eval.generate=false"))
+    effective = found["environment"]["effective"]
+    assert effective["batching"] == "packed"
+    assert effective["attention"] == SEGMENTS
+    plain = work_in_process(tiny_cell("training.steps=3", "eval.generate=false"))
+    assert found["metrics"]["train_loss"] == pytest.approx(plain["metrics"]["train_loss"], rel=1e-4)
+    assert found["metrics"]["train_tokens"] == plain["metrics"]["train_tokens"]
+
+
+def test_attention_is_put_back_after_an_error(tiny_cell, load_tiny, addition_rows):
+    _, model = attached(tiny_cell, load_tiny, addition_rows)
+    before = model.config._attn_implementation
+    with pytest.raises(ZeroDivisionError), attending_in_segments(model, kernel=None):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == before
