@@ -1,0 +1,173 @@
+"""What left_bench itself costs around the measured runs: `python benchmarks/overhead.py [--out reports/benchmarks]`.
+
+Times the command's answer to `--help`; what a cell costs beside loading, training and evaluating, once a sweep's first
+cell is done; going over a finished sweep of 100 cells again; and a report over 10,000 records. Needs no download: the
+models are two-layer ones with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TINY = [
+    *("model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=2", "eval.generate=false"),
+    *("data.train_rows=16", "data.test_rows=4", "eval.forgetting=false"),
+]
+MEASURED = {"load", "train", "evaluate"}
+
+
+def run(arguments: list[str], folder: Path) -> float:
+    """Seconds of one command."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "left_bench", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode != 0:
+        raise SystemExit(f"left-bench {' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return seconds
+
+
+def help_seconds(folder: Path) -> float:
+    return statistics.median(run(["--help"], folder) for _ in range(7))
+
+
+def cell_overhead(folder: Path, cells: int) -> tuple[float, float]:
+    """Seconds per cell beside load, train and evaluate: (the first cell's, the mean of all later ones').
+
+    The first cell's is the whole launch less its measured phases; a later one's is what the launch takes longer for it.
+    """
+    walls, measured = {}, {}
+    for count in (1, cells):
+        runs = folder / f"runs{count}"
+        seeds = ",".join(map(str, range(count)))
+        walls[count] = run(["-m", *TINY, f"seed={seeds}", f"runs_dir={runs}"], folder)
+        records = [json.loads(path.read_text()) for path in runs.glob("*/record.json")]
+        assert len(records) == count
+        measured[count] = sum(p["seconds"] for r in records for p in r["phases"] if p["name"] in MEASURED)
+    first = walls[1] - measured[1]
+    return first, (walls[cells] - measured[cells] - first) / (cells - 1)
+
+
+def resume_seconds(folder: Path, cells: int) -> float:
+    """Going over a sweep whose cells are all done; their records are one real run's, under the ids they would have."""
+    runs = folder / "resume"
+    run([*TINY, "seed=0", f"runs_dir={runs}"], folder)
+    record = json.loads(next(runs.glob("*/record.json")).read_text())
+    for cell in _cells(cells, runs):
+        (runs / cell.id).mkdir(exist_ok=True)
+        copy = record | {"cell_id": cell.id, "config": cell.sections()}
+        (runs / cell.id / "record.json").write_text(json.dumps(copy))
+    return run(["-m", *TINY, f"seed=range({cells})", f"runs_dir={runs}"], folder)
+
+
+def _cells(count: int, runs: Path) -> list[Any]:
+    import hydra
+
+    from left_bench.cli import open_section, register_resolvers, register_sweeps
+    from left_bench.launch import compose
+    from left_bench.paths import config_root
+
+    register_resolvers()
+    register_sweeps()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf")):
+        overrides = [open_section(one) for one in (*TINY, f"runs_dir={runs}")]
+        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+        cell = compose(config, config.hydra)[0]
+    return [cell.model_copy(update={"seed": seed}) for seed in range(count)]
+
+
+def report_cost(folder: Path, records: int) -> tuple[float, float]:
+    """Seconds and peak MiB of a report over so many records: one real run's under other seeds, methods and figures."""
+    runs = folder / "many"
+    run([*TINY, "seed=0", f"runs_dir={runs}"], folder)
+    path = next(runs.glob("*/record.json"))
+    record = json.loads(path.read_text())
+    for index in range(records):
+        cell_id = f"tiny-{index:06d}"
+        choices = record["choices"] | {"peft": f"method_{index % 50}", "quantization": f"kind_{index % 8}"}
+        metrics = {name: value * (1 + (index * 7919 % 1000) / 5000) for name, value in record["metrics"].items()}
+        config = record["config"] | {"seed": index // 400}
+        (runs / cell_id).mkdir()
+        copy = record | {"cell_id": cell_id, "choices": choices, "metrics": metrics, "config": config}
+        (runs / cell_id / "record.json").write_text(json.dumps(copy))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    seconds = run(["report", str(runs), "--out", str(folder / "out")], folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    if after <= before:  # an earlier child was larger, so the report's own peak is not known
+        raise SystemExit("the report's memory could not be told from an earlier command's")
+    return seconds, after / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=int, default=8, help="of the sweep that per-cell overhead is taken from")
+    parser.add_argument("--records", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, help="write overhead.json and overhead.md into this folder")
+    arguments = parser.parse_args()
+    os.environ.setdefault("WANDB_MODE", "offline")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # in a process tree of its own: the largest child so far would hide the report's memory
+        with_records = [sys.executable, __file__, "--report-only", str(arguments.records)]
+        figures: dict[str, float] = {"help_seconds": help_seconds(folder)}
+        first, later = cell_overhead(folder, arguments.cells)
+        figures |= {"first_cell_overhead_seconds": first, "cell_overhead_seconds": later}
+        figures["resume_100_cells_seconds"] = resume_seconds(folder, 100)
+        done = subprocess.run(with_records, capture_output=True, text=True, check=True)
+        figures |= json.loads(done.stdout)
+    text = markdown(figures, arguments)
+    print(text)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "overhead.json").write_text(json.dumps(figures, indent=1) + "\n")
+        (arguments.out / "overhead.md").write_text(text)
+
+
+def markdown(figures: dict[str, float], arguments: argparse.Namespace) -> str:
+    from left_bench.device import describe_machine, open_device
+    from left_bench.report.markdown import table
+
+    machine = describe_machine(open_device("cpu"))
+    rows = [
+        ["`left-bench --help`", f"{figures['help_seconds']:.2f} s"],
+        [
+            "the first cell of a launch, beside load, train and evaluate",
+            f"{figures['first_cell_overhead_seconds']:.1f} s",
+        ],
+        ["every further cell, beside load, train and evaluate", f"{figures['cell_overhead_seconds']:.2f} s"],
+        ["a finished sweep of 100 cells, launched again", f"{figures['resume_100_cells_seconds']:.1f} s"],
+        [
+            f"a report over {arguments.records:,} records",
+            f"{figures['report_seconds']:.1f} s, {figures['report_peak_mib']:.0f} MiB",
+        ],
+    ]
+    return "\n".join(
+        [
+            "## Overhead",
+            "",
+            f"Two-layer models with random weights on {machine['cpu']}, {machine['cores']} cores.",
+            "",
+            table(["what", "cost"], rows),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    if "--report-only" in sys.argv:
+        with tempfile.TemporaryDirectory() as name:
+            seconds, mebibytes = report_cost(Path(name), int(sys.argv[-1]))
+        print(json.dumps({"report_seconds": seconds, "report_peak_mib": mebibytes}))
+    else:
+        main()
