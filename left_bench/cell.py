@@ -116,6 +116,8 @@ class Training(_Section):
     """NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings while training (Jain et al. 2023)."""
     measure_after: int = Field(default=3, ge=0)
     """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints from which a killed cell goes on when it is run again; None: it starts anew."""
 
 
 class Data(_Section):
@@ -173,6 +175,8 @@ class Hardware(_Section):
     """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds before a cell is ended as `timeout`."""
+    phase_timeout: float | None = Field(default=None, gt=0)
+    """Seconds without a finished step or a new phase before a cell counts as hanging and is ended as `timeout`."""
 
     @field_validator("memory_limit", mode="before")
     @classmethod
@@ -200,8 +204,9 @@ _TAKEN_OVER = (
 # What does not change the result besides the sections' names: limits on patience, and what was taken over above.
 _NOT_IDENTITY = {
     "peft": {"learning_rate"},
+    "training": {"checkpoint_every"},
     "data": {"metrics", "max_new_tokens"},
-    "hardware": {"timeout"},
+    "hardware": {"timeout", "phase_timeout"},
 }
 
 
