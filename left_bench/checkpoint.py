@@ -76,7 +76,7 @@ class Checkpoint:
             "key": self._key,
             "step": step,
             "trainable": {name: p.data for name, p in self._model.named_parameters() if p.requires_grad},
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": _optimizer_state(self._optimizer),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
             "adalora": _adalora_state(self._model),
@@ -112,13 +112,24 @@ class Checkpoint:
         )
 
 
-def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """torch's own loading casts states to their parameter's dtype; here they keep the dtype they had."""
-    optimizer.load_state_dict(state)
+def _optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """The states as the optimizer holds them, by their parameter's place; `state_dict` may wrap them (bitsandbytes)."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    for index, saved in state["state"].items():
-        inner.state[parameters[index]] = saved
+    states = [dict(inner.state.get(parameter, {})) for parameter in _parameters(inner)]
+    return {"groups": inner.state_dict()["param_groups"], "states": states}
+
+
+def _restore_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
+    """torch's own loading casts states to their parameter's dtype; here they keep the dtype they had."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    inner.load_state_dict({"state": {}, "param_groups": saved["groups"]})
+    for parameter, state in zip(_parameters(inner), saved["states"], strict=True):
+        if state:
+            inner.state[parameter] = state
+
+
+def _parameters(optimizer: Any) -> list[Any]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _adalora_state(model: Any) -> dict[str, Any] | None:
