@@ -10,10 +10,11 @@ from typing import Any
 from left_bench.errors import UserError, nearest
 
 ALLOWED_PACKAGES = (
-    *("left_bench", "peft", "transformers", "torch", "bitsandbytes"),
+    *("left_bench", "peft", "transformers", "torch.optim", "bitsandbytes"),
     *("torchao", "galore_torch", "apollo_torch"),
 )
-"""The one place that says whose classes a configuration may name."""
+"""The one place that says whose classes a configuration may name; of torch the optimizers alone, for some of its other
+classes start processes or unpickle files when they are made."""
 
 
 def instantiate(target: str, arguments: dict[str, Any], *, key: str) -> Any:
@@ -54,10 +55,14 @@ def _keeps(made: Any, name: str) -> bool:
     return name in kept or any(isinstance(value, dict) and name in value for value in kept.values())
 
 
+def _allowed(target: str) -> bool:
+    return any(target.startswith(f"{package}.") for package in ALLOWED_PACKAGES)
+
+
 def locate(target: str, *, key: str) -> Any:
     """The object behind a dotted name, from an allowed package alone."""
     package, _, _ = target.partition(".")
-    if package not in ALLOWED_PACKAGES:
+    if not _allowed(target):
         raise UserError(f"{key}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
     module_name, _, name = target.rpartition(".")
     if any(part.startswith("_") for part in target.split(".")):
@@ -72,6 +77,6 @@ def locate(target: str, *, key: str) -> Any:
         raise UserError(f"{key}._target_={target!r}: no such class{hint}") from error
     if not inspect.isclass(found) and not (package == "left_bench" and inspect.isfunction(found)):
         raise UserError(f"{key}._target_={target!r}: not a class")
-    if found.__module__.partition(".")[0] not in ALLOWED_PACKAGES:  # an import of theirs
+    if not _allowed(f"{found.__module__}."):  # an import of theirs
         raise UserError(f"{key}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
     return found

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 PRELOAD = "left_bench.worker_imports"
+LAUNCHER_PID = "LEFT_BENCH_LAUNCHER_PID"
 STACK_SIGNAL = getattr(signal, "SIGUSR1", None)
 _MOMENT_SECONDS = 0.5
 
@@ -54,7 +55,7 @@ class _Spawned:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=environment,
+                env=environment | {LAUNCHER_PID: str(os.getpid())},
             )
 
     def wait(self, seconds: float) -> int | None:

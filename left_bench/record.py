@@ -89,6 +89,10 @@ METRICS: dict[str, Metric] = {
 }
 
 
+ANSWER_METRICS = ("exact_match", "rouge_l", "bleu", "f1")
+"""Those of METRICS that are scored on generated answers (`left_bench.scores`)."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

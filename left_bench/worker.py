@@ -29,7 +29,7 @@ from left_bench import limits
 from left_bench.cell import Cell
 from left_bench.errors import UserError
 from left_bench.events import EVENTS_NAME, EventWriter
-from left_bench.process import STACK_SIGNAL
+from left_bench.process import LAUNCHER_PID, STACK_SIGNAL
 from left_bench.record import Record, Status, write_atomically
 
 CELL_NAME, OUTCOME_NAME, ADAPTER_NAME, ROWS_NAME = "cell.json", "outcome.json", "adapter", "rows.jsonl"
@@ -305,7 +305,8 @@ def versions() -> dict[str, str]:
 def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent ends, however that happens (Linux)."""
     if sys.platform == "linux":
-        parent = os.getppid()
+        # a spawned worker is told whose it is: the parent may have ended while the imports were still running
+        parent = int(os.environ.pop(LAUNCHER_PID, os.getppid()))
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it ended before the request took hold
             os._exit(1)
