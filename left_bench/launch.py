@@ -250,7 +250,7 @@ class Launch(Callback):
         with user_errors():
             cell, settings = compose(config, config.hydra)
             check_cell(cell)
-            _begin([cell.id], settings, later=None)
+            begin([cell.id], settings, later=None)
             open_tracker(settings.tracker)
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
@@ -264,7 +264,7 @@ class Launch(Callback):
             for cell in unlike.values():
                 check_cell(cell)
             settings = composed[0][1]
-            _begin([cell.id for cell, _ in composed], settings, later=[])
+            begin([cell.id for cell, _ in composed], settings, later=[])
             open_tracker(settings.tracker)
             overrides = list(config.hydra.overrides.task)
             name = sweep_name(config.hydra)
@@ -326,7 +326,7 @@ class user_errors:
             raise SystemExit(2) from None
 
 
-def _begin(cells: list[str], settings: Settings, *, later: list[Callable[[], Record | None]] | None) -> None:
+def begin(cells: list[str], settings: Settings, *, later: list[Callable[[], Record | None]] | None) -> None:
     """Look at the folders before the first cell runs, and note which attempts are on record.
 
     Raises:
