@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from left_bench.device import parse_bytes
 from left_bench.errors import UserError, nearest
+from left_bench.instantiate import check_targets
 from left_bench.record import ANSWER_METRICS
 
 GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware")
@@ -298,6 +299,7 @@ def slugify(name: str) -> str:
 def _validated(group: str, section: Any) -> _Section:
     if not isinstance(section, Mapping):
         raise UserError(f"{group}={section!r}: the group '{group}' is missing; choose one with {group}=NAME")
+    check_targets(section, key=group)
     try:
         return SECTIONS[group].model_validate(dict(section))
     except ValidationError as error:

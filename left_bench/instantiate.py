@@ -55,6 +55,27 @@ def _keeps(made: Any, name: str) -> bool:
     return name in kept or any(isinstance(value, dict) and name in value for value in kept.values())
 
 
+def check_targets(section: Any, *, key: str) -> None:
+    """Refuse a `_target_` anywhere in a section that names no allowed package; nothing is imported for it.
+
+    Raises:
+        UserError: naming the key and the packages that are allowed.
+    """
+    if isinstance(section, dict):
+        for name, value in section.items():
+            if name == "_target_" and isinstance(value, str):
+                _check_package(value, key=key)
+            check_targets(value, key=f"{key}.{name}")
+    elif isinstance(section, list):
+        for value in section:
+            check_targets(value, key=key)
+
+
+def _check_package(target: str, *, key: str) -> None:
+    if not _allowed(target):
+        raise UserError(f"{key}._target_={target[:200]!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
+
+
 def _allowed(target: str) -> bool:
     return any(target.startswith(f"{package}.") for package in ALLOWED_PACKAGES)
 
@@ -62,8 +83,7 @@ def _allowed(target: str) -> bool:
 def locate(target: str, *, key: str) -> Any:
     """The object behind a dotted name, from an allowed package alone."""
     package, _, _ = target.partition(".")
-    if not _allowed(target):
-        raise UserError(f"{key}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
+    _check_package(target, key=key)
     module_name, _, name = target.rpartition(".")
     if any(part.startswith("_") for part in target.split(".")):
         raise UserError(f"{key}._target_={target!r}: private names may not be named")

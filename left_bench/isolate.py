@@ -125,10 +125,14 @@ def worker_environment(cell: Cell) -> dict[str, str]:
 
 
 def log_tail(path: Path) -> str:
-    """The end of a log."""
+    """The end of a log, without the list of imported modules that follows the stack of a segmentation fault."""
     if not path.exists():
         return ""
-    return path.read_bytes()[-_TAIL_CHARACTERS:].decode("utf-8", errors="replace")
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 16 * _TAIL_CHARACTERS))
+        end = file.read().decode("utf-8", errors="replace")
+    told = [line for line in end.splitlines(keepends=True) if not line.startswith("Extension modules: ")]
+    return "".join(told)[-_TAIL_CHARACTERS:]
 
 
 def _too_long(cell: Cell, *, running: float, silent: float) -> str | None:

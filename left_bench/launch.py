@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,7 @@ class Launch(Callback):
     """Hydra's hooks around a run: all cells are checked before the first starts; the end is summed up."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        with user_errors():
+        with user_errors(callback=True):
             cell, settings = compose(config, config.hydra)
             check_cell(cell)
             begin([cell.id], settings, later=None)
@@ -258,7 +259,7 @@ class Launch(Callback):
         _finish([cell.id], settings.runs_dir, report=None)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        with user_errors():
+        with user_errors(callback=True):
             composed = [compose(job, job.hydra) for job in jobs_of(config)]
             unlike = {fingerprint([cell.identity["model"], cell.identity["data"]]): cell for cell, _ in composed}
             for cell in unlike.values():
@@ -280,7 +281,7 @@ class Launch(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         runs_dir, reports_dir = Path(config.runs_dir), Path(config.reports_dir)
-        with user_errors():
+        with user_errors(callback=True):
             if _later:
                 print(f"waiting for {len(_later)} cells that another launch is running")
                 until_done(_later)
@@ -315,15 +316,25 @@ def command_of(overrides: Iterable[str], *, multirun: bool = False) -> str:
 
 
 class user_errors:
-    """Turns a UserError into one line and exit code 2; Hydra would swallow it in a callback."""
+    """Turns a UserError into one line and exit code 2.
+
+    Hydra swallows what its callbacks raise, with a warning, and would run what could not be checked: `callback` makes
+    an end of any other exception as well.
+    """
+
+    def __init__(self, *, callback: bool = False) -> None:
+        self._callback = callback
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, UserError):
             print(f"left-bench: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        if isinstance(error, Exception) and self._callback:
+            traceback.print_exception(error)
+            raise SystemExit(1) from None
 
 
 def begin(cells: list[str], settings: Settings, *, later: list[Callable[[], Record | None]] | None) -> None:

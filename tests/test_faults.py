@@ -117,6 +117,8 @@ SWEEP = [
 
 
 def launch(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    for path in place.glob("runs/*/events.jsonl"):  # an earlier attempt's steps are not waited for
+        path.unlink()
     command = [sys.executable, "-m", "left_bench", *arguments]
     return subprocess.Popen(
         command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
