@@ -115,6 +115,8 @@ def run_cell(
         with claim(run_dir) as mine:
             if not mine:
                 return None
+            for unfinished in run_dir.glob(".*.*"):  # what a killed process was still writing
+                unfinished.unlink()
             previous = _previous(run_dir / RECORD_NAME)
             recorded = previous.attempt if previous is not None else 0
             made_elsewhere = recorded > _found_at_start.get(cell.id, recorded)

@@ -107,6 +107,14 @@ def test_progress_is_no_hang(tiny_cell, tmp_path):
     assert record.metrics["train_steps"] > 1
 
 
+def test_an_exploding_loss_is_divergence(tiny_cell, work_in_process, monkeypatch):
+    from left_bench import train
+
+    monkeypatch.setattr(train, "EXPLODED", 5.0)  # an untrained model of 512 tokens is at ln 512 = 6.2
+    with pytest.raises(train.Diverged, match=r"^loss 6\.\d+, gradient norm \S+ at step 1 of 2$"):
+        work_in_process(tiny_cell())
+
+
 # --- faults of the parent ---
 
 SWEEP = [

@@ -62,7 +62,7 @@ def refused(left_bench, tmp_path, monkeypatch):
         ([f"training.schedule={LONG}"], ["training.schedule='xxx", "…"]),
         ([f"model.name_or_path={LONG}"], ["model.name_or_path='xxx", "at most 1024 printable characters"]),
         (["model.name_or_path='a\x1b[31m\nb'"], ["model.name_or_path='a\\x1b[31m\\nb'", "printable"]),
-        ([f"data.path={LONG}", "data=jsonl"], ["data.path=", "no such file"]),
+        ([f"data.path={LONG}", "data=jsonl"], ["data.path='xxx", "File name too long", "check the path"]),
         ([f"runs_dir={LONG}"], ["runs_dir='xxx", "File name too long", "give another"]),
         (["peft._target_=os.system"], ["peft._target_='os.system'", "only classes of left_bench"]),
     ],
