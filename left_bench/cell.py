@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from left_bench.device import parse_bytes
 from left_bench.errors import UserError, nearest
+from left_bench.instantiate import check_targets
+from left_bench.record import ANSWER_METRICS
 
 GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware")
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -119,6 +121,18 @@ class Training(_Section):
     """NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings while training (Jain et al. 2023)."""
     measure_after: int = Field(default=3, ge=0)
     """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints from which a killed cell goes on when it is run again; None: it starts anew."""
+
+
+def _known_metrics(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in ANSWER_METRICS:
+            raise ValueError(f"no such metric{nearest(name, ANSWER_METRICS)} (there are {', '.join(ANSWER_METRICS)})")
+    return names
+
+
+AnswerMetrics = Annotated[list[str], AfterValidator(_known_metrics)]
 
 
 class Data(_Section):
@@ -140,7 +154,7 @@ class Data(_Section):
     train_rows: int | None = Field(default=None, ge=1)
     """None: all that is left after the test rows."""
     test_rows: int = Field(default=128, ge=1)
-    metrics: list[str] = Field(default_factory=lambda: ["exact_match"])
+    metrics: AnswerMetrics = Field(default_factory=lambda: ["exact_match"])
     """What fits this data's answers, where `eval.metrics` is null."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Tokens an answer may need, where `eval.max_new_tokens` is null."""
@@ -150,7 +164,7 @@ class Data(_Section):
 
 class Eval(_Section):
     name: str
-    metrics: list[str] | None = None
+    metrics: AnswerMetrics | None = None
     """Names of METRICS scored on generated answers: exact_match, rouge_l, bleu, f1. None: the data's own."""
     generate: bool = True
     """False: held-out loss alone, nothing is generated."""
@@ -176,6 +190,8 @@ class Hardware(_Section):
     """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds before a cell is ended as `timeout`."""
+    phase_timeout: float | None = Field(default=None, gt=0)
+    """Seconds without a finished step or a new phase before a cell counts as hanging and is ended as `timeout`."""
 
     @field_validator("memory_limit", mode="before")
     @classmethod
@@ -203,8 +219,9 @@ _TAKEN_OVER = (
 # What does not change the result besides the sections' names: limits on patience, and what was taken over above.
 _NOT_IDENTITY = {
     "peft": {"learning_rate"},
+    "training": {"checkpoint_every"},
     "data": {"metrics", "max_new_tokens"},
-    "hardware": {"timeout"},
+    "hardware": {"timeout", "phase_timeout"},
 }
 
 
@@ -294,6 +311,7 @@ def slugify(name: str) -> str:
 def _validated(group: str, section: Any) -> _Section:
     if not isinstance(section, Mapping):
         raise UserError(f"{group}={section!r}: the group '{group}' is missing; choose one with {group}=NAME")
+    check_targets(section, key=group)
     try:
         return SECTIONS[group].model_validate(dict(section))
     except ValidationError as error:
@@ -307,9 +325,12 @@ def _first_error(error: ValidationError, group: str) -> str:
         known = [field.alias or name for name, field in SECTIONS[group].model_fields.items()] if group else list(GROUPS)
         hint = nearest(str(detail["loc"][-1]), known) or f"; {group or 'the cell'} has {', '.join(known)}"
         return f"{key}: no such key{hint}"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     hint = nearest(str(detail["input"]), _allowed(detail)) if detail["type"] == "literal_error" else ""
-    return f"{key}={detail['input']!r}: {message}{hint}"
+    shown = repr(detail["input"])
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
+    return f"{key}={shown}: {message}{hint}"
 
 
 def _allowed(detail: Any) -> list[str]:

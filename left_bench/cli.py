@@ -5,10 +5,13 @@ Nothing here imports torch: `--help` and a mistyped sweep are answered at once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"left-bench: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT  # a Ctrl-C comes without
         print("\nleft-bench: interrupted; finished cells are kept, the same command goes on", file=sys.stderr)
-        return 130
+        return 128 + int(number)
 
 
 def help_text() -> str:
@@ -96,8 +100,30 @@ def _run(argv: list[str]) -> int:
         with user_errors():
             return run_job(config)
 
-    hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(task)()
+    with ended_as_by_ctrl_c():
+        hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(task)()
     return 0
+
+
+@contextlib.contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """Take a request to end (a batch system's SIGTERM, a closed terminal) as a Ctrl-C: workers end, nothing is torn."""
+
+    def end(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        asked = []  # only there may handlers be set
+    # what is ignored stays ignored: `nohup`
+    before = {number: signal.getsignal(number) for number in asked if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def launch_name(argv: list[str]) -> str:

@@ -13,9 +13,11 @@ import platform
 import re
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from left_bench import limits
 from left_bench.errors import UserError
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
@@ -72,8 +74,11 @@ class Device(Protocol):
     def peak_reserved_bytes(self) -> int | None:
         """The allocator's own peak, where there is an allocator."""
 
-    def limit(self, limit_bytes: int) -> None:
-        """Make use beyond the baseline plus `limit_bytes` fail as out-of-memory."""
+    def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
+        """Make use beyond the baseline plus `limit_bytes` fail as out-of-memory; returns how, in words.
+
+        `exceeded` is called with the bytes in use, from another thread, where use can be seen but not refused.
+        """
 
     def name(self) -> str | None:
         """The accelerator's name."""
@@ -125,12 +130,11 @@ class CpuDevice:
     def peak_reserved_bytes(self) -> int | None:
         return None
 
-    def limit(self, limit_bytes: int) -> None:
-        import resource
-
-        # RLIMIT_DATA counts private writable memory alone; RLIMIT_AS would count every mapped library and file
-        ceiling = _status_bytes("VmData") + limit_bytes
-        resource.setrlimit(resource.RLIMIT_DATA, (ceiling, ceiling))
+    def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
+        grouped = limits.enter_group(run_dir, limit_bytes)
+        limits.limit_data(limit_bytes)
+        limits.watch(limit_bytes, baseline_bytes=self._baseline, exceeded=exceeded)
+        return "RLIMIT_DATA, control group, watchdog" if grouped else "RLIMIT_DATA, watchdog"
 
     def name(self) -> str | None:
         return None
@@ -173,12 +177,13 @@ class AcceleratorDevice:
             return None
         return int(self._module.max_memory_reserved())
 
-    def limit(self, limit_bytes: int) -> None:
+    def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
         if hasattr(self._module, "get_device_properties"):
             total = self._module.get_device_properties(0).total_memory
         else:
             total = self._module.recommended_max_memory()
         self._module.set_per_process_memory_fraction(min(1.0, (self._baseline + limit_bytes) / total))
+        return f"torch.{self.kind} allocator fraction"
 
     def name(self) -> str | None:
         return str(self._module.get_device_name(0)) if hasattr(self._module, "get_device_name") else self.kind

@@ -19,6 +19,7 @@ class EventWriter:
     """Appends events to a file; each line is whole before the next begins."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = path.open("w", encoding="utf-8", buffering=1)
 
     def write(self, event: str, **fields: Any) -> None:

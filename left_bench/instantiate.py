@@ -10,10 +10,11 @@ from typing import Any
 from left_bench.errors import UserError, nearest
 
 ALLOWED_PACKAGES = (
-    *("left_bench", "peft", "transformers", "torch", "bitsandbytes"),
+    *("left_bench", "peft", "transformers", "torch.optim", "bitsandbytes"),
     *("torchao", "galore_torch", "apollo_torch"),
 )
-"""The one place that says whose classes a configuration may name."""
+"""The one place that says whose classes a configuration may name; of torch the optimizers alone, for some of its other
+classes start processes or unpickle files when they are made."""
 
 
 def instantiate(target: str, arguments: dict[str, Any], *, key: str) -> Any:
@@ -54,11 +55,35 @@ def _keeps(made: Any, name: str) -> bool:
     return name in kept or any(isinstance(value, dict) and name in value for value in kept.values())
 
 
+def check_targets(section: Any, *, key: str) -> None:
+    """Refuse a `_target_` anywhere in a section that names no allowed package; nothing is imported for it.
+
+    Raises:
+        UserError: naming the key and the packages that are allowed.
+    """
+    if isinstance(section, dict):
+        for name, value in section.items():
+            if name == "_target_" and isinstance(value, str):
+                _check_package(value, key=key)
+            check_targets(value, key=f"{key}.{name}")
+    elif isinstance(section, list):
+        for value in section:
+            check_targets(value, key=key)
+
+
+def _check_package(target: str, *, key: str) -> None:
+    if not _allowed(target):
+        raise UserError(f"{key}._target_={target[:200]!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
+
+
+def _allowed(target: str) -> bool:
+    return any(target.startswith(f"{package}.") for package in ALLOWED_PACKAGES)
+
+
 def locate(target: str, *, key: str) -> Any:
     """The object behind a dotted name, from an allowed package alone."""
     package, _, _ = target.partition(".")
-    if package not in ALLOWED_PACKAGES:
-        raise UserError(f"{key}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
+    _check_package(target, key=key)
     module_name, _, name = target.rpartition(".")
     if any(part.startswith("_") for part in target.split(".")):
         raise UserError(f"{key}._target_={target!r}: private names may not be named")
@@ -72,6 +97,6 @@ def locate(target: str, *, key: str) -> Any:
         raise UserError(f"{key}._target_={target!r}: no such class{hint}") from error
     if not inspect.isclass(found) and not (package == "left_bench" and inspect.isfunction(found)):
         raise UserError(f"{key}._target_={target!r}: not a class")
-    if found.__module__.partition(".")[0] not in ALLOWED_PACKAGES:  # an import of theirs
+    if not _allowed(f"{found.__module__}."):  # an import of theirs
         raise UserError(f"{key}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -10,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from left_bench import limits
 from left_bench import process as processes
 from left_bench.cell import Cell
+from left_bench.checkpoint import forget_checkpoints
 from left_bench.events import EVENTS_NAME, EventReader
 from left_bench.record import Phase, Record, Status, write_atomically
-from left_bench.worker import ADAPTER_NAME, CELL_NAME, OUTCOME_NAME, ROWS_NAME, utc_now
+from left_bench.worker import ADAPTER_NAME, CELL_NAME, NO_OUTCOME, OUTCOME_NAME, ROWS_NAME, utc_now
 
 LOG_NAME = "worker.log"
 _LOOK_EVERY_SECONDS = 0.25
@@ -26,7 +29,8 @@ def run_isolated(
 ) -> Record:
     """Run the cell's worker and wait for it, asleep but for a look at its events four times a second.
 
-    The worker's process group is ended whatever happens, also when this process is interrupted.
+    The worker's process group is ended whatever happens, also when this process is interrupted. What it had measured
+    by then is in the record: finished phases, steps, losses, the peak of memory so far.
 
     Args:
         on_event: is given every event of `events.jsonl` as it appears.
@@ -36,15 +40,20 @@ def run_isolated(
     for name in (OUTCOME_NAME, EVENTS_NAME, ROWS_NAME):
         (run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)  # an earlier attempt's adapter is not this one's
+    if cell.training.checkpoint_every is None:
+        forget_checkpoints(run_dir)
     write_atomically(run_dir / CELL_NAME, cell.model_dump_json(by_alias=True, indent=1))
     reader = EventReader(run_dir / EVENTS_NAME)
     killed_before = _kernel_kills()
     started_at, start = utc_now(), time.monotonic()
-    timed_out = False
+    too_long: str | None = None
     seen: list[dict[str, Any]] = []
+    last_sign = start
 
     def look() -> None:
+        nonlocal last_sign
         for event in reader.new():
+            last_sign = time.monotonic()
             seen.append(event)
             on_event(event)
 
@@ -58,18 +67,23 @@ def run_isolated(
     try:
         while process.wait(_LOOK_EVERY_SECONDS) is None:
             look()
-            if cell.hardware.timeout is not None and time.monotonic() - start > cell.hardware.timeout:
-                timed_out = process.wait(0) is None
+            too_long = _too_long(cell, running=time.monotonic() - start, silent=time.monotonic() - last_sign)
+            if too_long is not None:
+                if process.wait(0) is None:
+                    process.show_stack()  # where it hangs, for the log
+                else:
+                    too_long = None
                 break
     finally:
         code = process.end()
+        limits.remove_group(run_dir)
     look()
     wall = time.monotonic() - start
 
     tail = log_tail(run_dir / LOG_NAME)
     outcome = _read_outcome(run_dir / OUTCOME_NAME)
     if outcome is None:
-        status, reason = _why_no_outcome(code, timed_out, cell, _kernel_kills() - killed_before, seen)
+        status, reason = _why_no_outcome(code, too_long, cell, _kernel_kills() - killed_before, seen, run_dir)
         outcome = Record(
             cell_id=cell.id,
             status=status,
@@ -84,6 +98,10 @@ def run_isolated(
     if outcome.status != "ok":
         provenance["log_tail"] = tail
     metrics = dict(outcome.metrics)
+    if outcome.status == "ok":
+        forget_checkpoints(run_dir)
+    else:
+        metrics = _measured_so_far(seen, cell) | metrics
     metrics["wall_seconds"] = wall
     metrics["overhead_seconds"] = wall - sum(phase.seconds for phase in outcome.phases)
     (run_dir / OUTCOME_NAME).unlink(missing_ok=True)
@@ -107,22 +125,42 @@ def worker_environment(cell: Cell) -> dict[str, str]:
 
 
 def log_tail(path: Path) -> str:
-    """The end of a log."""
+    """The end of a log, without the list of imported modules that follows the stack of a segmentation fault."""
     if not path.exists():
         return ""
-    return path.read_bytes()[-_TAIL_CHARACTERS:].decode("utf-8", errors="replace")
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 16 * _TAIL_CHARACTERS))
+        end = file.read().decode("utf-8", errors="replace")
+    told = [line for line in end.splitlines(keepends=True) if not line.startswith("Extension modules: ")]
+    return "".join(told)[-_TAIL_CHARACTERS:]
+
+
+def _too_long(cell: Cell, *, running: float, silent: float) -> str | None:
+    """Why the worker's patience is over, if it is; seconds since its start, and since its last event."""
+    limits = cell.hardware
+    if limits.timeout is not None and running > limits.timeout:
+        return f"ended after hardware.timeout={limits.timeout:g} s"
+    if limits.phase_timeout is not None and silent > limits.phase_timeout:
+        return f"no progress for hardware.phase_timeout={limits.phase_timeout:g} s"
+    return None
 
 
 def _why_no_outcome(
-    code: int | None, timed_out: bool, cell: Cell, kernel_kills: int, seen: list[dict[str, Any]]
+    code: int | None, too_long: str | None, cell: Cell, kernel_kills: int, seen: list[dict[str, Any]], run_dir: Path
 ) -> tuple[Status, str]:
     where = next((f" in phase {event['name']}" for event in reversed(seen) if event["event"] == "phase"), "")
-    if timed_out:
-        return "timeout", f"ended after hardware.timeout={cell.hardware.timeout:g} s{where}"
+    where += next((f" after step {event['step']}" for event in reversed(seen) if event["event"] == "step"), "")
+    if too_long is not None:
+        return "timeout", too_long + where
+    if code == NO_OUTCOME:
+        free = shutil.disk_usage(run_dir).free
+        return "failed", f"the worker could not write its outcome, {free / 2**20:.0f} MiB are free there now{where}"
     if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         if -code == signal.SIGKILL and kernel_kills > 0:
-            return "oom", f"the kernel ended the worker for want of memory{where}"
+            limit = cell.hardware.memory_limit
+            limited = f" (hardware.memory_limit={limit / 2**20:.0f}MiB)" if limit is not None else ""
+            return "oom", f"the kernel ended the worker for want of memory{where}{limited}"
         return "crashed", f"the worker was ended by {name}{where}"
     return "crashed", f"the worker left with exit code {code} and no outcome{where}"
 
@@ -142,6 +180,19 @@ def _finished_phases(seen: list[dict[str, Any]]) -> list[Phase]:
         for event in seen
         if event["event"] == "phase_end"
     ]
+
+
+def _measured_so_far(seen: list[dict[str, Any]], cell: Cell) -> dict[str, float]:
+    """The metrics of the steps that were taken, by the same definitions as a finished run's."""
+    from left_bench.measure import step_of_event, summarize_steps
+
+    events = [event for event in seen if event["event"] == "step"]
+    steps = [step for event in events if (step := step_of_event(event)) is not None]
+    found: dict[str, float | None] = dict(summarize_steps(steps, measure_after=cell.training.measure_after))
+    peaks = [event["peak_memory_bytes"] for event in events if event.get("peak_memory_bytes") is not None]
+    if peaks:
+        found["peak_memory_bytes"] = max(peaks)
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def _kernel_kills() -> int:

@@ -7,9 +7,11 @@ first one runs and sums up after the last; `run_job` takes one of them through c
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,13 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict
 
 from left_bench.cell import GROUPS, Cell, fingerprint, slugify
+from left_bench.checkpoint import forget_checkpoints
+from left_bench.claim import claim, next_attempt, until_done
 from left_bench.device import find_device
 from left_bench.errors import UserError
 from left_bench.isolate import run_isolated
 from left_bench.progress import say_end, watch
-from left_bench.record import RECORD_NAME, Record, Status, read_record, write_atomically
+from left_bench.record import RECORD_NAME, NewerSchema, Record, Status, read_record, write_atomically
 from left_bench.rules import why_unsupported
 from left_bench.tracker import Tracker, feed, open_tracker
 from left_bench.worker import utc_now
@@ -63,30 +67,85 @@ class Manifest(BaseModel):
         write_atomically(self.path(runs_dir), self.model_dump_json(indent=1) + "\n")
 
 
+# Cells that another launch had in hand, taken up again at the end; None: no end to come back at (a launcher's process).
+_later: list[Callable[[], Record | None]] | None = None
+# Cell id -> the attempt that was on record when this launch began (0: none); a later one was made by another launch.
+_found_at_start: dict[str, int] = {}
+
+
 def run_job(config: DictConfig) -> str:
-    """Hydra's task: run the composed cell, leave its record, return the status."""
+    """Hydra's task: run the composed cell, leave its record, return the status, or `elsewhere` for another launch's."""
     hydra: Any = HydraConfig.get()
     cell, settings = compose(config, hydra)
+    overrides = list(hydra.overrides.task)
     number, total, sweep = 1, 1, None
     if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
         sweep = sweep_name(hydra)
         path = settings.runs_dir / SWEEPS_FOLDER / f"{sweep}.json"
         total = len(json.loads(path.read_text(encoding="utf-8"))["cells"])
         number = int(hydra.job.num) + 1
-    record = run_cell(cell, settings, overrides=list(hydra.overrides.task), number=number, total=total, sweep=sweep)
-    return record.status
+
+    def attempt() -> Record | None:
+        return run_cell(cell, settings, overrides=overrides, number=number, total=total, sweep=sweep)
+
+    try:
+        record = attempt()
+        if record is None and _later is not None:
+            _later.append(attempt)
+            return "elsewhere"
+        return (record or until_done([attempt])[0]).status
+    except KeyboardInterrupt:
+        print(f"\n{_left_off(cell, settings.runs_dir, sweep)}", file=sys.stderr)
+        raise
 
 
 def run_cell(
     cell: Cell, settings: Settings, *, overrides: list[str], number: int = 1, total: int = 1, sweep: str | None = None
-) -> Record:
-    """Take one cell to its record; an `ok` record that is there already is kept."""
+) -> Record | None:
+    """Take one cell to its record; None when another launch is running it just now.
+
+    An `ok` record that is there already is kept, and so is any record that another launch has made since this one
+    began.
+
+    Raises:
+        UserError: the cell's folder cannot be written, or holds a record of a newer left_bench.
+    """
     run_dir = settings.runs_dir / cell.id
-    previous = _previous(run_dir / RECORD_NAME)
-    if previous is not None and previous.status == "ok" and not settings.force:
-        say_end(previous, number=number, total=total, skipped=True)
-        return previous
-    attempt = previous.attempt + 1 if previous else 1
+    try:
+        with claim(run_dir) as mine:
+            if not mine:
+                return None
+            for unfinished in run_dir.glob(".*.*"):  # what a killed process was still writing
+                unfinished.unlink()
+            previous = _previous(run_dir / RECORD_NAME)
+            recorded = previous.attempt if previous is not None else 0
+            made_elsewhere = recorded > _found_at_start.get(cell.id, recorded)
+            if previous is not None and (made_elsewhere or (previous.status == "ok" and not settings.force)):
+                say_end(previous, number=number, total=total, skipped=True)
+                return previous
+            attempt = next_attempt(run_dir, recorded=recorded)
+            if previous is not None:  # from here on the cell counts as not done
+                Path(run_dir / RECORD_NAME).replace(run_dir / f"record.{recorded}.json")
+            if settings.force:
+                forget_checkpoints(run_dir)
+            record = _run_claimed(
+                cell, settings, attempt=attempt, overrides=overrides, number=number, total=total, sweep=sweep
+            )
+    except BrokenPipeError:  # whoever was reading the output has gone
+        raise
+    except OSError as error:
+        raise UserError(
+            f"runs_dir={settings.runs_dir}: {error.filename or run_dir} cannot be written ({error.strerror or error}); "
+            "mend that and give the same command again, finished cells are kept"
+        ) from error
+    say_end(record, number=number, total=total)
+    return record
+
+
+def _run_claimed(
+    cell: Cell, settings: Settings, *, attempt: int, overrides: list[str], number: int, total: int, sweep: str | None
+) -> Record:
+    run_dir = settings.runs_dir / cell.id
     tracker: Tracker = open_tracker(settings.tracker)
     tracker.start(cell, attempt=attempt, sweep=sweep, runs_dir=settings.runs_dir)
     refusal = None if settings.force_unsupported else why_unsupported(cell)
@@ -106,8 +165,17 @@ def run_cell(
     record = record.model_copy(update={"attempt": attempt, "provenance": provenance})
     record.write(run_dir)
     tracker.finish(record)
-    say_end(record, number=number, total=total)
     return record
+
+
+def _left_off(cell: Cell, runs_dir: Path, sweep: str | None) -> str:
+    """What an interrupted launch leaves, and what goes on from there."""
+    told = f"{cell.id} has no record of this attempt and is run again"
+    if sweep is None:
+        return told
+    cells = json.loads((runs_dir / SWEEPS_FOLDER / f"{sweep}.json").read_text(encoding="utf-8"))["cells"]
+    done = sum((runs_dir / name / RECORD_NAME).exists() for name in cells)
+    return f"{done} of {len(cells)} cells have their record; {told}"
 
 
 def _fetch_model(cell: Cell) -> str | None:
@@ -116,7 +184,7 @@ def _fetch_model(cell: Cell) -> str | None:
 
     try:
         model_folder(cell.model, dtype=cell.precision.weights_dtype)
-    except (UserError, MemoryError, RuntimeError) as error:
+    except (UserError, MemoryError, RuntimeError, OSError) as error:
         return str(error).splitlines()[0]
     return None
 
@@ -152,6 +220,11 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     if _overridden(hydra, "model.name_or_path"):
         plain["model"], choices["model"] = _named_model(plain["model"])
     plain["hardware"] = plain["hardware"] | {"device": find_device(plain["hardware"]["device"])}
+    if plain["model"].get("trust_remote_code") and not _on_command_line(hydra, "model.trust_remote_code"):
+        raise UserError(
+            "model.trust_remote_code=true stands in a file; code of a model's author runs only where the command line "
+            "says so: give model.trust_remote_code=true there"
+        )
     settings = {name: plain.pop(name) for name in Settings.model_fields}
     unknown = sorted(set(plain) - {*GROUPS, "seed"})
     if unknown:
@@ -177,9 +250,10 @@ class Launch(Callback):
     """Hydra's hooks around a run: all cells are checked before the first starts; the end is summed up."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        with user_errors():
+        with user_errors(callback=True):
             cell, settings = compose(config, config.hydra)
             check_cell(cell)
+            begin([cell.id], settings, later=None)
             open_tracker(settings.tracker)
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
@@ -187,12 +261,13 @@ class Launch(Callback):
         _finish([cell.id], settings.runs_dir, report=None)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        with user_errors():
+        with user_errors(callback=True):
             composed = [compose(job, job.hydra) for job in jobs_of(config)]
             unlike = {fingerprint([cell.identity["model"], cell.identity["data"]]): cell for cell, _ in composed}
             for cell in unlike.values():
                 check_cell(cell)
             settings = composed[0][1]
+            begin([cell.id for cell, _ in composed], settings, later=[])
             open_tracker(settings.tracker)
             overrides = list(config.hydra.overrides.task)
             name = sweep_name(config.hydra)
@@ -204,13 +279,17 @@ class Launch(Callback):
                 cells=list(dict.fromkeys(cell.id for cell, _ in composed)),
             )
             manifest.write(settings.runs_dir)
+            self._manifest = manifest
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         runs_dir, reports_dir = Path(config.runs_dir), Path(config.reports_dir)
-        path = runs_dir / SWEEPS_FOLDER / f"{sweep_name(config.hydra)}.json"
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-        manifest.finished_at = utc_now()
-        manifest.write(runs_dir)
+        with user_errors(callback=True):
+            if _later:
+                print(f"waiting for {len(_later)} cells that another launch is running")
+                until_done(_later)
+            # this launch's own: another of the same name may have written the file meanwhile
+            manifest = self._manifest.model_copy(update={"finished_at": utc_now()})
+            manifest.write(runs_dir)
         _finish(manifest.cells, runs_dir, report=(manifest.name, reports_dir))
 
 
@@ -239,15 +318,59 @@ def command_of(overrides: Iterable[str], *, multirun: bool = False) -> str:
 
 
 class user_errors:
-    """Turns a UserError into one line and exit code 2; Hydra would swallow it in a callback."""
+    """Turns a UserError into one line and exit code 2.
+
+    Hydra swallows what its callbacks raise, with a warning, and would run what could not be checked: `callback` makes
+    an end of any other exception as well.
+    """
+
+    def __init__(self, *, callback: bool = False) -> None:
+        self._callback = callback
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, UserError):
             print(f"left-bench: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        if isinstance(error, Exception) and self._callback:
+            traceback.print_exception(error)
+            raise SystemExit(1) from None
+
+
+def begin(cells: list[str], settings: Settings, *, later: list[Callable[[], Record | None]] | None) -> None:
+    """Look at the folders before the first cell runs, and note which attempts are on record.
+
+    Raises:
+        UserError: a folder that cannot be made or written, or a record of a newer left_bench.
+    """
+    global _later
+    for key in ("runs_dir", "reports_dir"):
+        _check_folder(key, getattr(settings, key))
+    _later = later
+    _found_at_start.clear()
+    for cell in cells:
+        previous = _previous(settings.runs_dir / cell / RECORD_NAME)
+        _found_at_start[cell] = previous.attempt if previous is not None else 0
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written.
+
+    Raises:
+        UserError: naming the key, the part of the path in the way, and the mend.
+    """
+    where = f"{key}={str(folder)!r}" if len(str(folder)) < 200 else f"{key}={str(folder)[:200]!r}…"
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # too long a name, a null character
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: cannot be a folder's name ({reason}); give another") from error
+    if not there.is_dir():
+        raise UserError(f"{where}: {there} is a file, not a folder; give another folder with {key}=")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{where}: no permission to write to {there}; give a folder of yours with {key}=")
 
 
 def _finish(cells: list[str], runs_dir: Path, *, report: tuple[str, Path] | None) -> None:
@@ -265,17 +388,36 @@ def _finish(cells: list[str], runs_dir: Path, *, report: tuple[str, Path] | None
 
 
 def _previous(path: Path) -> Record | None:
+    """The record that is there; a damaged one is said, put aside, and counts as none.
+
+    Raises:
+        UserError: it was written by a newer left_bench, and running the cell again would lose it.
+    """
     if not path.exists():
         return None
     try:
         return read_record(path)
+    except NewerSchema as error:
+        raise UserError(f"{error}; upgrade left_bench or give another runs_dir=") from error
     except ValueError as error:
-        print(f"warning: {error}; the cell is run again", file=sys.stderr)
+        if isinstance(error.__cause__, FileNotFoundError):  # put aside by another launch just now
+            return None
+        if isinstance(error.__cause__, OSError):
+            raise UserError(f"{error}; make it readable or give another runs_dir=") from error
+        aside = path.with_name("record.damaged.json")
+        path.replace(aside)
+        print(f"warning: {error}; kept as {aside.name}, the cell is run again", file=sys.stderr)
         return None
 
 
 def _overridden(hydra: DictConfig, key: str) -> bool:
     return any(override.lstrip("+").startswith(f"{key}=") for override in hydra.overrides.task)
+
+
+def _on_command_line(hydra: DictConfig, key: str) -> bool:
+    """Whether a person gave the key, and not a file of options or a sweep's parameters."""
+    parameters = OmegaConf.select(hydra, "sweeper.params") or {}
+    return _overridden(hydra, key) and not any(str(one).lstrip("+") == key for one in parameters)
 
 
 def _named_model(section: dict[str, Any]) -> tuple[dict[str, Any], str]:

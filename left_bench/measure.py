@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,15 @@ class Step:
     """Sum over the rows of tokens squared."""
 
 
+def step_of_event(event: Mapping[str, Any]) -> Step | None:
+    """The step that a line of `events.jsonl` tells of; None when a part of it is missing."""
+    try:
+        # what has a default came later: events of before are still steps
+        return Step(**{p.name: event[p.name] for p in fields(Step) if p.default is MISSING or p.name in event})
+    except KeyError:
+        return None
+
+
 @dataclass(kw_only=True)
 class PhaseCounts:
     """What a phase's own code may count while it runs."""
@@ -50,6 +59,10 @@ class Meter:
     steps: list[Step] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     memory_breakdown: dict[str, int] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=lambda: [0])
+    """Steps before which a process began: 0, and wherever a later attempt went on from a checkpoint."""
+    peak_before: int = 0
+    """The highest memory of the steps taken over from earlier attempts."""
 
     def __post_init__(self) -> None:
         self.metrics["baseline_memory_bytes"] = self.device.set_baseline()
@@ -80,15 +93,26 @@ class Meter:
     def step(self, step: Step, **extra: float) -> None:
         """Take in one optimizer step and tell the outside."""
         self.steps.append(step)
+        peak = self.device.peak_bytes()
         self.events.write(
             "step",
             step=len(self.steps),
-            loss=step.loss,
-            seconds=step.seconds,
-            tokens=step.tokens,
+            **asdict(step),
             tokens_per_second=step.tokens / step.seconds,
+            **({} if peak is None else {"peak_memory_bytes": peak}),  # of the phase so far, should the run be killed
             **extra,
         )
+
+    def take_over(
+        self, events: Sequence[Mapping[str, Any]], *, starts: Sequence[int], memory_breakdown: Mapping[str, int]
+    ) -> None:
+        """Count the steps of earlier attempts as taken, from their events; they are told to the outside again."""
+        for event in events:
+            self.events.write(**event)
+        self.steps = [step for event in events if (step := step_of_event(event)) is not None]
+        self.starts = [*starts, len(events)]
+        self.peak_before = max((event.get("peak_memory_bytes", 0) for event in events), default=0)
+        self.memory_breakdown |= memory_breakdown
 
     def finish(
         self, *, measure_after: int, flops: Callable[[list[Step]], float] | None = None, peak_flops: float | None = None
@@ -101,30 +125,38 @@ class Meter:
         by_name = {phase.name: phase for phase in self.phases}
         found: dict[str, float | None] = {}
         if train := by_name.get("train"):
-            found["train_seconds"] = train.seconds
-            found["peak_memory_bytes"] = train.peak_memory_bytes
+            before = sum(step.seconds for step in self.steps[: self.starts[-1]])
+            found["train_seconds"] = before + train.seconds
+            if train.peak_memory_bytes is not None:
+                found["peak_memory_bytes"] = max(train.peak_memory_bytes, self.peak_before)
         if load := by_name.get("load"):
             found["load_seconds"] = load.seconds
             found["load_peak_memory_bytes"] = load.peak_memory_bytes
-        found.update(summarize_steps(self.steps, measure_after=measure_after))
+        found.update(summarize_steps(self.steps, measure_after=measure_after, starts=self.starts))
         if self.steps and flops is not None and peak_flops is not None:
-            measured = measured_steps(self.steps, measure_after=measure_after)
+            measured = measured_steps(self.steps, measure_after=measure_after, starts=self.starts)
             seconds = sum(step.seconds for step in measured)
             found["model_flops_utilization"] = flops(measured) / seconds / peak_flops
         self.metrics.update({name: value for name, value in found.items() if value is not None})
         return self.metrics
 
 
-def measured_steps(steps: list[Step], *, measure_after: int) -> list[Step]:
-    """The steps that count for speed: all but the warm-up, which is at most half of them."""
-    return steps[min(measure_after, len(steps) // 2) :]
+def measured_steps(steps: list[Step], *, measure_after: int, starts: Sequence[int] = (0,)) -> list[Step]:
+    """The steps that count for speed: all but the warm-up, which is at most half of them.
+
+    A process warms up wherever it begins, so an attempt that went on from a checkpoint leaves out as many again.
+    """
+    counted: list[Step] = []
+    for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
+        counted += steps[start + min(measure_after, (end - start) // 2) : end]
+    return counted
 
 
-def summarize_steps(steps: list[Step], *, measure_after: int) -> dict[str, float | None]:
+def summarize_steps(steps: list[Step], *, measure_after: int, starts: Sequence[int] = (0,)) -> dict[str, float | None]:
     """Throughput and percentiles over the measured steps, totals over all of them."""
     if not steps:
         return {}
-    measured = measured_steps(steps, measure_after=measure_after)
+    measured = measured_steps(steps, measure_after=measure_after, starts=starts)
     seconds = np.array([step.seconds for step in measured])
     last = steps[-max(1, len(steps) // 10) :]
     return {

@@ -43,7 +43,7 @@ def load_model(cell: Cell, *, folder: str, device: str) -> tuple[PreTrainedModel
         arguments["revision"] = cell.model.revision
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=cell.model.trust_remote_code, **arguments
+            folder, trust_remote_code=cell.model.trust_remote_code, use_safetensors=True, **arguments
         )
     except OSError as error:
         raise unloadable(cell.model, error) from error

@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 PRELOAD = "left_bench.worker_imports"
+LAUNCHER_PID = "LEFT_BENCH_LAUNCHER_PID"
+STACK_SIGNAL = getattr(signal, "SIGUSR1", None)
+_MOMENT_SECONDS = 0.5
 
 
 class Process(Protocol):
@@ -28,6 +31,9 @@ class Process(Protocol):
 
     def wait(self, seconds: float) -> int | None:
         """Wait at most so long; the exit code (negative: a signal), or None while it runs."""
+
+    def show_stack(self) -> None:
+        """Have the worker write to its log where it is, and give it a moment to do so."""
 
     def end(self) -> int | None:
         """Kill the worker and all its children; the exit code it had or now has."""
@@ -49,13 +55,17 @@ class _Spawned:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=environment,
+                env=environment | {LAUNCHER_PID: str(os.getpid())},
             )
 
     def wait(self, seconds: float) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(seconds)
         return None
+
+    def show_stack(self) -> None:
+        _ask_for_stack(self._process.pid)
+        self.wait(_MOMENT_SECONDS)
 
     def end(self) -> int | None:
         _kill_group(self._process.pid)
@@ -77,6 +87,10 @@ class _Forked:
         self._process.join(seconds)
         code: int | None = self._process.exitcode
         return code
+
+    def show_stack(self) -> None:
+        _ask_for_stack(self._process.pid)
+        self.wait(_MOMENT_SECONDS)
 
     def end(self) -> int | None:
         _kill_group(self._process.pid)
@@ -150,6 +164,12 @@ def _main_hidden() -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(main, name, value)
+
+
+def _ask_for_stack(pid: int | None) -> None:
+    if pid is not None and STACK_SIGNAL is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, STACK_SIGNAL)
 
 
 def _kill_group(pid: int | None) -> None:

@@ -92,6 +92,10 @@ METRICS: dict[str, Metric] = {
 }
 
 
+ANSWER_METRICS = ("exact_match", "rouge_l", "bleu", "f1")
+"""Those of METRICS that are scored on generated answers (`left_bench.scores`)."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -166,10 +170,15 @@ class Record(_Frozen):
         return write_atomically(run_dir / RECORD_NAME, self.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
+class NewerSchema(ValueError):
+    """A record that a newer left_bench has written."""
+
+
 def read_record(path: Path) -> Record:
     """Read one record.
 
     Raises:
+        NewerSchema: it was written by a newer left_bench; a ValueError too.
         ValueError: the file is no record of this schema; the message is one line with the file's name.
     """
     try:
@@ -178,7 +187,8 @@ def read_record(path: Path) -> Record:
         raise ValueError(f"{path}: unreadable ({error})") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
-        raise ValueError(f"{path}: schema version {version!r}, this left_bench reads {SCHEMA_VERSION}")
+        kind = NewerSchema if isinstance(version, int) and version > SCHEMA_VERSION else ValueError
+        raise kind(f"{path}: schema version {version!r}, this left_bench reads {SCHEMA_VERSION}")
     try:
         return Record.model_validate(raw)
     except ValidationError as error:

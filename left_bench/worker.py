@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import errno
 import faulthandler
 import gc
 import importlib.metadata
 import json
-import math
 import os
+import shutil
 import signal
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from left_bench import limits
 from left_bench.cell import Cell
 from left_bench.errors import UserError
 from left_bench.events import EVENTS_NAME, EventWriter
+from left_bench.process import LAUNCHER_PID, STACK_SIGNAL
 from left_bench.record import Record, Status, write_atomically
 
 CELL_NAME, OUTCOME_NAME, ADAPTER_NAME, ROWS_NAME = "cell.json", "outcome.json", "adapter", "rows.jsonl"
@@ -31,12 +37,23 @@ _VERSIONS = (
     *("left-bench", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
     *("datasets", "evaluate", "tokenizers", "safetensors", "numpy"),
 )
+NO_OUTCOME = 74  # sysexits.h: EX_IOERR
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch's CPU allocator raises a plain RuntimeError; its words differ between systems
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
 
 
-def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWriter) -> None:
+def work(
+    cell: Cell,
+    *,
+    run_dir: Path,
+    found: dict[str, Any],
+    events: EventWriter,
+    exceeded: Callable[[int], None] = lambda used: None,
+) -> None:
     """Fine-tune and measure one cell; everything learned goes into `found` as soon as it is known.
+
+    `exceeded` is told, from another thread, of memory in use beyond `hardware.memory_limit`.
 
     Raises:
         Exception: whatever went wrong; `found` then holds what was measured before.
@@ -69,7 +86,7 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics["truncated_rows"] = splits.truncated_rows
     if cell.hardware.memory_limit is not None:
-        device.limit(cell.hardware.memory_limit)
+        effective["memory_limit"] = device.limit(cell.hardware.memory_limit, run_dir=run_dir, exceeded=exceeded)
 
     with meter.phase("load"):
         base_model, loaded = models.load_model(cell, folder=folder, device=device.kind)
@@ -119,6 +136,8 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
             others = neighbours.share()
             if others is not None:
                 meter.metrics["other_cpu_share"] = others
+            if meter.starts[1:]:
+                found["provenance"]["resumed_after_steps"] = meter.starts[1:]
             meter.finish(measure_after=cell.training.measure_after, flops=flops.of, peak_flops=peak)
     effective["optimizer_state_dtype"] = states
     training.uncompile(model)
@@ -154,38 +173,59 @@ def work(cell: Cell, *, run_dir: Path, found: dict[str, Any], events: EventWrite
 
 
 def main(argv: list[str]) -> int:
-    """Run the cell in `RUN_DIR`; 0 when an outcome was written, whatever its status."""
+    """Run the cell in `RUN_DIR` and leave its outcome, whatever its status; exit code NO_OUTCOME where that fails."""
     run_dir = Path(argv[0])
     faulthandler.enable()  # a segfault leaves its stack in worker.log
+    if STACK_SIGNAL is not None:
+        faulthandler.register(STACK_SIGNAL)  # and so does a run that the parent finds hanging
     die_with_parent()
     cell = Cell.model_validate_json((run_dir / CELL_NAME).read_text(encoding="utf-8"))
     events = EventWriter(run_dir / EVENTS_NAME)
     started = utc_now()
     found: dict[str, Any] = {"provenance": {}}
+    ended = threading.Lock()
+
+    def end(status: Status, reason: str | None) -> None:
+        """Leave the outcome and go: the run itself or its memory watchdog, whichever comes first."""
+        ended.acquire()
+        limits.lift()  # a run that is out of memory needs some to say so
+        # JSON has no NaN, and a loss that is none is in the reason, not a number to compare
+        found["metrics"] = {name: value for name, value in dict(found.get("metrics", {})).items() if isfinite(value)}
+        outcome = Record(
+            cell_id=cell.id,
+            status=status,
+            reason=reason,
+            started_at=started,
+            finished_at=utc_now(),
+            choices=cell.choices,
+            config=cell.sections(),
+            **found,
+        )
+        try:
+            write_atomically(run_dir / OUTCOME_NAME, outcome.model_dump_json(exclude_none=True))
+        except OSError as error:
+            print(f"no outcome: {error}", file=sys.stderr, flush=True)
+            os._exit(NO_OUTCOME)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # the outcome is on disk; tearing down torch's threads takes a second and can hang
+
+    def exceeded(used_bytes: int) -> None:
+        used = f"{used_bytes / 2**20:.0f} MiB resident"
+        end("oom", out_of_memory_reason(used, limit_bytes=cell.hardware.memory_limit))
+
     status: Status = "ok"
     reason = None
     try:
-        work(cell, run_dir=run_dir, found=found, events=events)
+        work(cell, run_dir=run_dir, found=found, events=events, exceeded=exceeded)
     except Exception as error:
+        limits.lift()
         status, reason = classify(error, limit_bytes=cell.hardware.memory_limit)
+        if disk_full(error):  # half an adapter is of no use, and its room is wanted for the outcome
+            shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)
         traceback.print_exc()
-    # JSON has no NaN, and a loss that is none is the reason above, not a number to compare
-    found["metrics"] = {name: value for name, value in found.get("metrics", {}).items() if math.isfinite(value)}
-    outcome = Record(
-        cell_id=cell.id,
-        status=status,
-        reason=reason,
-        started_at=started,
-        finished_at=utc_now(),
-        choices=cell.choices,
-        config=cell.sections(),
-        **found,
-    )
-    write_atomically(run_dir / OUTCOME_NAME, outcome.model_dump_json(exclude_none=True))
-    events.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # the outcome is on disk; tearing down torch's threads takes a second and can hang
+    end(status, reason)
+    return 0
 
 
 def classify(error: Exception, *, limit_bytes: int | None = None) -> tuple[Status, str]:
@@ -199,9 +239,16 @@ def classify(error: Exception, *, limit_bytes: int | None = None) -> tuple[Statu
         return "diverged", text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in _NO_MEMORY):
         return "oom", out_of_memory_reason(text or type(error).__name__, limit_bytes=limit_bytes)
+    if disk_full(error):
+        return "failed", f"disk full: {text[:300]}"
     if isinstance(error, UserError):
         return "failed", text
     return "failed", f"{type(error).__name__}: {text[:500]}"
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether writing failed for want of room; safetensors says so in words alone."""
+    return getattr(error, "errno", None) in _NO_ROOM or "No space left on device" in str(error)
 
 
 def out_of_memory_reason(text: str, *, limit_bytes: int | None) -> str:
@@ -271,7 +318,8 @@ def versions() -> dict[str, str]:
 def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent ends, however that happens (Linux)."""
     if sys.platform == "linux":
-        parent = os.getppid()
+        # a spawned worker is told whose it is: the parent may have ended while the imports were still running
+        parent = int(os.environ.pop(LAUNCHER_PID, os.getppid()))
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it ended before the request took hold
             os._exit(1)

@@ -96,7 +96,12 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "hardware": {"device": "cuda", "threads": 3, "memory_limit": "6GiB"},
 }
-NO_RESULT = {"peft": {"learning_rate"}, "data": {"metrics", "max_new_tokens"}, "hardware": {"timeout"}}
+NO_RESULT = {
+    "peft": {"learning_rate"},
+    "training": {"checkpoint_every"},
+    "data": {"metrics", "max_new_tokens"},
+    "hardware": {"timeout", "phase_timeout"},
+}
 
 
 def build(**changes: Any) -> Cell:
@@ -155,7 +160,7 @@ def test_a_name_changes_only_the_slug(group):
 
 
 def test_what_does_not_change_the_result_keeps_the_id():
-    assert build(hardware__timeout=5).id == build().id
+    assert build(hardware__timeout=5, hardware__phase_timeout=5, training__checkpoint_every=1).id == build().id
     given_rate = {"training__learning_rate": 1e-3}
     assert build(**given_rate, peft__learning_rate=7e-3).id == build(**given_rate).id
     shown = {"eval__metrics": ["bleu"], "eval__max_new_tokens": 9}

@@ -147,12 +147,13 @@ def test_where_the_mark_cannot_be_reset_memory_is_sampled(monkeypatch):
 
 
 @linux
-def test_the_limit_is_over_the_baseline():
+def test_the_limit_is_over_the_baseline(tmp_path):
     program = """
-import json
+import json, sys
+from pathlib import Path
 from left_bench.device import CpuDevice
 first = bytearray(b"x" * 100_000_000)
-device = CpuDevice(); device.set_baseline(); device.limit(200_000_000)
+device = CpuDevice(); device.set_baseline(); device.limit(200_000_000, run_dir=Path(sys.argv[1]), exceeded=print)
 held = bytearray(150_000_000)
 try:
     more = bytearray(100_000_000)
@@ -160,7 +161,7 @@ try:
 except MemoryError:
     print(json.dumps("limited"))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == "limited"
 
 
@@ -216,9 +217,9 @@ def test_an_allocators_peak_is_over_the_baseline(monkeypatch):
     cuda.allocated = 300
     device.reset_peak()
     assert device.peak_bytes() == 200
-    device.limit(400)
+    assert "allocator" in device.limit(400, run_dir=Path(), exceeded=print)
     assert cuda.fraction == pytest.approx(0.5)
-    device.limit(4000)
+    device.limit(4000, run_dir=Path(), exceeded=print)
     assert cuda.fraction == 1.0
     assert device.name() == "H1"
 

@@ -35,3 +35,13 @@ def test_the_readme_has_the_two_command_lines():
         command = re.search(rf"<!-- {mark} -->\n```bash\n(.+)\n```", text)
         assert command and command[1].endswith(ending)
         assert "constraints.txt" in command[1]
+
+
+def test_every_test_named_on_the_reliability_page_exists():
+    import ast
+
+    named = set(re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")))
+    assert len(named) > 50
+    for file, test in named:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"

@@ -61,6 +61,13 @@ def data_file(section: Data) -> Path:
     if not section.path:
         raise UserError("data.path is missing; set data.path=FILE to a JSON-lines file, one object on each line")
     path = Path(section.path).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # longer than a name may be, a null character, no permission
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.path={section.path[:200]!r}: cannot be opened ({reason}); check the path") from error
     if path.is_dir():
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".jsonl", ".json"))
         hint = f", such as {path / inside[0]}" if inside else ""

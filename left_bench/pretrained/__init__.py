@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import json
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -12,10 +10,12 @@ from typing import Any, Literal
 from left_bench.cell import Model, fingerprint, slugify
 from left_bench.errors import UserError
 from left_bench.pretrained.cache import in_fresh_process, made_once
+from left_bench.pretrained.folder import check_folder
 from left_bench.pretrained.wheel import INSTEAD, check_wheel, unpack_wheel
 
 # Part of every made folder's name: raise it when what is written changes, and old folders are left behind.
 LAYOUT = 1
+_LONGEST_NAME = 1024
 
 
 def model_folder(model: Model, *, dtype: str = "bfloat16") -> str:
@@ -51,6 +51,11 @@ def check_model(model: Model) -> None:
     Raises:
         UserError: one sentence naming the key, the value and the mend.
     """
+    if len(model.name_or_path) > _LONGEST_NAME or not model.name_or_path.isprintable():
+        raise UserError(
+            f"model.name_or_path={model.name_or_path[:80]!r}: neither a hub id nor a folder's path "
+            f"(at most {_LONGEST_NAME} printable characters)"
+        )
     kind = source(model)
     if kind in ("random", "wheel") and model.trust_remote_code:
         raise UserError(
@@ -64,7 +69,7 @@ def check_model(model: Model) -> None:
     if kind == "wheel":
         check_wheel(model)
     if kind == "folder":
-        _check_folder(_local(model))
+        check_folder(_local(model))
 
 
 def source(model: Model) -> Literal["random", "wheel", "folder", "hub"]:
@@ -75,7 +80,10 @@ def source(model: Model) -> Literal["random", "wheel", "folder", "hub"]:
     if name.startswith("pypi:"):
         return "wheel"
     looks_like_path = name.startswith((".", "~")) or Path(name).is_absolute() or name.count(os.sep) > 1
-    return "folder" if looks_like_path or _local(model).exists() else "hub"
+    try:
+        return "folder" if looks_like_path or _local(model).exists() else "hub"
+    except (OSError, ValueError):  # longer than a name may be, or with a null character
+        return "hub"
 
 
 def resolved_revision(model: Model) -> str | None:
@@ -151,31 +159,3 @@ def unloadable(model: Model, error: Exception) -> UserError:
 
 def _local(model: Model) -> Path:
     return Path(model.name_or_path).expanduser().absolute()
-
-
-def _check_folder(folder: Path) -> None:
-    key = f"model.name_or_path={folder}"
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"{key} {what}; give a folder with config.json, *.safetensors and a tokenizer, or a hub id")
-    names = {path.name for path in folder.iterdir()}
-    if "config.json" not in names:
-        hint = "it holds an adapter: give its base model" if "adapter_config.json" in names else "save the model there"
-        raise UserError(f"{key} has no config.json; {hint} (model.save_pretrained writes it)")
-    weights = {name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")}
-    if not weights:
-        pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
-        if pickled:
-            raise UserError(
-                f"{key} holds {pickled[0]}, a pickle that could run code when read; convert it to safetensors "
-                "(load it once with transformers and call model.save_pretrained)"
-            )
-        raise UserError(f"{key} has no weights (*.safetensors); finish the download or give another folder")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        with contextlib.suppress(ValueError, KeyError, AttributeError):  # an unreadable index: the loader will say
-            missing = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - names
-            if missing:
-                raise UserError(f"{key} lacks {min(missing)}, which its index names; finish the download")
-    if not any(name.startswith(("tokenizer", "vocab", "tekken")) or name.endswith(".model") for name in names):
-        raise UserError(f"{key} has no tokenizer; save it there with tokenizer.save_pretrained")

@@ -1,0 +1,120 @@
+"""`hardware.memory_limit` on CPU: would it fit into so much memory?
+
+Three nets, each for what falls through the one before:
+
+- `RLIMIT_DATA`: an allocation of private memory beyond the limit fails, and the run survives to say where;
+- a control group, where this process may make one: the kernel holds all of the run's memory to the limit;
+- a watchdog on the resident set: pages of mapped files count towards the peak and towards no rlimit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+_LOOK_EVERY_SECONDS = 0.02
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def limit_data(limit_bytes: int) -> None:
+    """Let private writable memory grow by at most so many bytes from here.
+
+    RLIMIT_AS would count every mapped library and file as well. Only the soft limit is set: `lift` gives a run that
+    has ended the memory to say so.
+    """
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_status_bytes("VmData") + limit_bytes, hard))
+
+
+def lift() -> None:
+    """Take the limit on private memory away again."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def watch(limit_bytes: int, *, baseline_bytes: int, exceeded: Callable[[int], None]) -> None:
+    """Call `exceeded` with the resident bytes over the baseline, once, from a thread, when they pass the limit."""
+
+    def look() -> None:
+        pause = threading.Event()
+        with Path("/proc/self/statm").open("rb", buffering=0) as statm:
+            page = os.sysconf("SC_PAGE_SIZE")
+            while not pause.wait(_LOOK_EVERY_SECONDS):
+                statm.seek(0)
+                used = int(statm.read().split()[1]) * page - baseline_bytes
+                if used > limit_bytes:
+                    exceeded(used)
+                    return
+
+    threading.Thread(target=look, name="memory watchdog", daemon=True).start()
+
+
+def enter_group(run_dir: Path, limit_bytes: int, *, root: Path = _CGROUPS) -> bool:
+    """Move this process into a control group of its own that may grow by so many bytes; False where not permitted.
+
+    What was allocated before stays charged to the group it was in, so the limit is over the baseline by itself.
+    Version 2 needs the memory controller delegated to this user; version 1 is taken where that is what there is.
+    """
+    for parent, version in _memory_groups(root):
+        group = parent / _group_name(run_dir)
+        try:
+            group.mkdir(exist_ok=True)
+            if version == 2:
+                (group / "memory.max").write_text(str(limit_bytes))
+                with contextlib.suppress(OSError):  # no swap to speak of
+                    (group / "memory.swap.max").write_text("0")
+            else:
+                (group / "memory.limit_in_bytes").write_text(str(limit_bytes))
+                with contextlib.suppress(OSError):  # swap is not accounted for
+                    (group / "memory.memsw.limit_in_bytes").write_text(str(limit_bytes))
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+        except OSError:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            continue
+        return True
+    return False
+
+
+def remove_group(run_dir: Path, *, root: Path = _CGROUPS) -> None:
+    """Remove what `enter_group` made, from outside and after its process has ended."""
+    for parent, _ in _memory_groups(root):
+        with contextlib.suppress(OSError):
+            (parent / _group_name(run_dir)).rmdir()
+
+
+def _memory_groups(root: Path) -> list[tuple[Path, int]]:
+    """The control group that accounts for this process's memory, with the version of its interface."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        inside = path.lstrip("/")
+        if "memory" in controllers.split(","):
+            found.append((root / "memory" / inside, 1))
+        elif not controllers:
+            found.append((root / inside, 2))
+    return [(group, version) for group, version in found if group.is_dir()]
+
+
+def _group_name(run_dir: Path) -> str:
+    return f"left_bench-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]}"
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)

@@ -1,0 +1,78 @@
+"""A local folder with a base model in it: what can be seen to be wrong by reading its small files alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from left_bench.errors import UserError
+
+_WITHOUT_DEFAULTS = ("TokenizersBackend", "PreTrainedTokenizerFast", "")
+"""Tokenizer classes that bring no special tokens of their own: what the folder does not name is not there."""
+
+
+def check_folder(folder: Path) -> None:
+    """Whether the folder holds what loading needs: configuration, safetensors, a tokenizer that goes with them.
+
+    Raises:
+        UserError: naming what is missing, and the mend.
+    """
+    key = f"model.name_or_path={folder}"
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{key} {what}; give a folder with config.json, *.safetensors and a tokenizer, or a hub id")
+    names = {path.name for path in folder.iterdir()}
+    if "config.json" not in names:
+        hint = "it holds an adapter: give its base model" if "adapter_config.json" in names else "save the model there"
+        raise UserError(f"{key} has no config.json; {hint} (model.save_pretrained writes it)")
+    weights = {name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")}
+    if not weights:
+        pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+        if pickled:
+            raise UserError(
+                f"{key} holds {pickled[0]}, a pickle that could run code when read; convert it to safetensors "
+                "(load it once with transformers and call model.save_pretrained)"
+            )
+        raise UserError(f"{key} has no weights (*.safetensors); finish the download or give another folder")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        with contextlib.suppress(ValueError, KeyError, AttributeError):  # an unreadable index: the loader will say
+            missing = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - names
+            if missing:
+                raise UserError(f"{key} lacks {min(missing)}, which its index names; finish the download")
+    if not any(name.startswith(("tokenizer", "vocab", "tekken")) or name.endswith(".model") for name in names):
+        raise UserError(f"{key} has no tokenizer; save it there with tokenizer.save_pretrained")
+    _check_tokenizer(folder, key)
+
+
+def _check_tokenizer(folder: Path, key: str) -> None:
+    """An end-of-text token, and no id beyond the embedding; where the files do not tell, the worker will."""
+    settings = _json(folder / "tokenizer_config.json")
+    older = _json(folder / "special_tokens_map.json")
+    ends = settings.get("eos_token") or older.get("eos_token")
+    if settings and not ends and settings.get("tokenizer_class", "") in _WITHOUT_DEFAULTS:
+        raise UserError(
+            f"{key}: the tokenizer has no end-of-text token, so no answer could end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    tokenizer, config = _json(folder / "tokenizer.json"), _json(folder / "config.json")
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    listed = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))  # unigram: a list
+    added = [token.get("id", 0) for token in tokenizer.get("added_tokens", [])]
+    largest = max([*listed, *added], default=-1)
+    rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    if isinstance(rows, int) and largest >= rows:
+        raise UserError(
+            f"{key}: the tokenizer gives ids up to {largest}, the model's embedding has {rows} rows; "
+            "give a folder whose model and tokenizer belong together"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}

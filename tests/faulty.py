@@ -1,0 +1,86 @@
+"""Faults for tests: a worker whose events strike. The package itself has no switch for any of this.
+
+`LEFT_BENCH_TEST_FAULT=segfault@step2` strikes when the second step has been told; `hang@train`, when the phase begins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FAULT = "LEFT_BENCH_TEST_FAULT"
+
+
+def arm() -> None:
+    """Make the worker of this process strike as the environment says."""
+    from left_bench import events, worker
+
+    wanted, _, where = os.environ[FAULT].partition("@")
+    write = events.EventWriter.write
+
+    def strike_after(self: Any, event: str, **fields: Any) -> None:
+        write(self, event, **fields)
+        here = f"step{fields['step']}" if event == "step" else fields.get("name")
+        if event in ("step", "phase") and here == where:
+            strike(wanted, self)
+
+    events.EventWriter.write = strike_after  # type: ignore[method-assign]
+    worker.EventWriter = events.EventWriter
+
+
+def strike(wanted: str, writer: Any) -> None:
+    """Do what the fault's name says."""
+    if wanted == "exception":
+        raise ValueError("a fault\nof two lines")
+    if wanted == "memory_error":
+        raise MemoryError
+    if wanted == "cuda_oom":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if wanted == "segfault":
+        ctypes.string_at(0)
+    if wanted == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if wanted == "hang":
+        hang_for_ever()
+    if wanted == "exit":
+        os._exit(3)
+    if wanted == "disk_full_once":  # room for the outcome, none for what is written now
+        raise OSError(errno.ENOSPC, "No space left on device", str(writer.path))
+    if wanted == "disk_full":
+        from left_bench import worker
+
+        def no_room(path: Path, text: str) -> Path:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        worker.write_atomically = no_room
+        raise OSError(errno.ENOSPC, "No space left on device", str(writer.path))
+
+
+def hang_for_ever() -> None:
+    """Neither an event nor an end."""
+    while True:
+        time.sleep(60)
+
+
+def run_forked(run_dir: str, log: str, environment: dict[str, str]) -> None:
+    """What the fork server runs in place of `left_bench.process._run_forked`."""
+    from left_bench import process
+
+    os.environ[FAULT] = environment[FAULT]
+    arm()
+    process._run_forked(run_dir, log, environment)
+
+
+if __name__ == "__main__":
+    from left_bench.worker import main
+
+    arm()
+    main(sys.argv[1:])

@@ -1,0 +1,238 @@
+"""What happens to a real worker, and to what had been measured by then."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from faulty import FAULT, run_forked
+
+from left_bench import isolate, process
+from left_bench.isolate import run_isolated
+from left_bench.record import Record, read_record
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+
+
+@pytest.fixture
+def strike(monkeypatch, tiny_cell, tmp_path):
+    """`strike("segfault@step2", *overrides)`: the record of a cell with that fault, and its events."""
+
+    def strike(fault: str, *overrides: str) -> tuple[Record, list[dict[str, Any]]]:
+        monkeypatch.setenv(FAULT, fault)
+        monkeypatch.setattr(process, "_run_forked", run_forked)
+        seen: list[dict[str, Any]] = []
+        cell = tiny_cell("training.steps=4", "training.measure_after=0", "eval.generate=false", *overrides)
+        return run_isolated(cell, tmp_path / "run", on_event=seen.append), seen
+
+    return strike
+
+
+def family() -> list[psutil.Process]:
+    """Workers of this process that are alive: forks of the server."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and child.ppid() != os.getpid()]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "words"),
+    [
+        ("exception@step2", "failed", ["ValueError: a fault of two lines"]),
+        ("memory_error@step2", "oom", ["MemoryError", "machine memory "]),
+        ("cuda_oom@step2", "oom", ["CUDA out of memory", "machine memory "]),
+        ("segfault@step2", "crashed", ["SIGSEGV", "in phase train after step 2"]),
+        ("kill@step2", "crashed", ["SIGKILL", "in phase train after step 2"]),
+        ("exit@step2", "crashed", ["exit code 3", "in phase train after step 2"]),
+        ("disk_full_once@step2", "failed", ["disk full: ", "No space left on device", "events.jsonl"]),
+        ("disk_full@step2", "failed", ["could not write its outcome", "MiB are free"]),
+    ],
+)
+def test_a_fault_while_training(fault, status, words, strike, monkeypatch):
+    monkeypatch.setattr(isolate, "_kernel_kills", lambda: 0)
+    record, seen = strike(fault)
+    assert record.status == status, (record.reason, record.provenance["log_tail"])
+    for word in words:
+        assert word in record.reason
+    assert "\n" not in record.reason
+    # what was measured before is kept, by the definitions of a run that ends
+    assert [phase.name for phase in record.phases][:2] == ["load", "attach"]
+    losses = [event["loss"] for event in seen if event["event"] == "step"]
+    assert len(losses) == 2
+    assert record.metrics["train_steps"] == 2
+    assert record.metrics["first_train_loss"] == losses[0]
+    assert record.metrics["train_loss"] == losses[1]
+    assert record.metrics["peak_memory_bytes"] > 0
+    assert record.metrics["train_tokens_per_second"] > 0
+    assert set(record.metrics) >= {"wall_seconds", "overhead_seconds"}
+    tail = record.provenance["log_tail"]
+    assert {"failed": "Error", "oom": "Error", "crashed": ""}[status] in tail
+    if "segfault" in fault:
+        assert "Segmentation fault" in tail
+        assert "faulty.py" in tail  # where it was
+    assert not family()
+
+
+def test_the_kernels_kill_names_the_limit(strike, monkeypatch):
+    kills = iter([0, 1])
+    monkeypatch.setattr(isolate, "_kernel_kills", lambda: next(kills))
+    record, _ = strike("kill@step1", "hardware.memory_limit=3GiB")
+    assert record.status == "oom"
+    assert "for want of memory in phase train after step 1 (hardware.memory_limit=3072MiB)" in record.reason
+
+
+@pytest.mark.parametrize(("fault", "where"), [("hang@load", "in phase load"), ("hang@step1", "after step 1")])
+def test_a_hang_is_ended_and_shows_where(fault, where, strike):
+    start = time.monotonic()
+    record, _ = strike(fault, "hardware.phase_timeout=3")
+    assert time.monotonic() - start < 30
+    assert record.status == "timeout"
+    assert record.reason.startswith("no progress for hardware.phase_timeout=3 s in phase ")
+    assert record.reason.endswith(where)
+    assert "hang_for_ever" in record.provenance["log_tail"]
+    assert not family()
+
+
+def test_progress_is_no_hang(tiny_cell, tmp_path):
+    cell = tiny_cell("training.steps=100000", "hardware.phase_timeout=2", "hardware.timeout=6")
+    record = run_isolated(cell, tmp_path / "run", on_event=lambda event: None)
+    assert record.reason.startswith("ended after hardware.timeout=6 s in phase train after step ")
+    assert record.metrics["train_steps"] > 1
+
+
+def test_an_exploding_loss_is_divergence(tiny_cell, work_in_process, monkeypatch):
+    from left_bench import train
+
+    monkeypatch.setattr(train, "EXPLODED", 5.0)  # an untrained model of 512 tokens is at ln 512 = 6.2
+    with pytest.raises(train.Diverged, match=r"^loss 6\.\d+, gradient norm \S+ at step 1 of 2$"):
+        work_in_process(tiny_cell())
+
+
+# --- faults of the parent ---
+
+SWEEP = [
+    *("-m", "model=tiny_llama", "precision=fp32", "hardware=cpu", "hardware.threads=1", "tracker=none"),
+    *("data.train_rows=8", "data.test_rows=4", "eval.generate=false", "eval.forgetting=false", "training.batch_size=4"),
+    *("seed=0,1", "training.steps=200"),
+]
+
+
+def launch(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    for path in place.glob("runs/*/events.jsonl"):  # an earlier attempt's steps are not waited for
+        path.unlink()
+    command = [sys.executable, "-m", "left_bench", *arguments]
+    return subprocess.Popen(
+        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for_step(place: Path, *, records: int, seconds: float = 90) -> None:
+    """Until so many cells have their record and another is training."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done = {path.parent for path in place.glob("runs/*/record.json")}
+        events = [path for path in place.glob("runs/*/events.jsonl") if path.parent not in done]
+        if len(done) == records and any('"step"' in path.read_text() for path in events):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the sweep did not get there")
+
+
+def test_an_interrupted_sweep_leaves_nothing_torn_and_goes_on(tmp_path):
+    sweep = launch(tmp_path, *SWEEP)
+    wait_for_step(tmp_path, records=0)
+    children = psutil.Process(sweep.pid).children(recursive=True)
+    assert children
+    os.killpg(sweep.pid, signal.SIGINT)  # as a terminal's Ctrl-C: the whole foreground group
+    out, err = sweep.communicate(timeout=30)
+    assert sweep.returncode == 130, out + err
+    assert "0 of 2 cells have their record" in err
+    assert "has no record of this attempt and is run again" in err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+    sweep = launch(tmp_path, *SWEEP)
+    wait_for_step(tmp_path, records=1)
+    children = psutil.Process(sweep.pid).children(recursive=True)
+    sweep.terminate()
+    out, err = sweep.communicate(timeout=30)
+    assert sweep.returncode == 143, out + err
+    assert "1 of 2 cells have their record" in err
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    [first] = [read_record(path) for path in tmp_path.glob("runs/*/record.json")]
+    assert (first.status, first.attempt) == ("ok", 2)
+
+    sweep = launch(tmp_path, *SWEEP)
+    wait_for_step(tmp_path, records=1)
+    children = psutil.Process(sweep.pid).children(recursive=True)
+    sweep.kill()
+    sweep.communicate()
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+    sweep = launch(tmp_path, *SWEEP)
+    out, err = sweep.communicate(timeout=120)
+    assert sweep.returncode == 0, out + err
+    assert "kept from an earlier run" in out
+    records = {record.config["seed"]: record for record in map(read_record, tmp_path.glob("runs/*/record.json"))}
+    assert {seed: (record.status, record.attempt) for seed, record in records.items()} == {0: ("ok", 2), 1: ("ok", 3)}
+    leftovers = [path.name for path in tmp_path.glob("runs/*/*") if path.name.startswith(".record")]
+    assert leftovers == []
+
+
+def test_a_full_disk_stops_the_launch_and_says_so(left_bench, tmp_path, monkeypatch):
+    """The parent's own writes: no traceback, and what is finished stays."""
+    from left_bench import record as records
+    from left_bench.record import write_atomically
+
+    monkeypatch.chdir(tmp_path)
+    quick = [*SWEEP[1:-2], "seed=0", "training.steps=1"]
+
+    def run_at_once(cell, run_dir, *, on_event):
+        return Record(
+            cell_id=cell.id, status="ok", started_at="s", finished_at="f", choices=cell.choices, config=cell.sections()
+        )
+
+    def no_room(path: Path, text: str) -> Path:
+        if path.name == records.RECORD_NAME:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_atomically(path, text)
+
+    monkeypatch.setattr("left_bench.launch.run_isolated", run_at_once)
+    monkeypatch.setattr(records, "write_atomically", no_room)
+    answer = left_bench(*quick)
+    assert answer.code == 2, answer
+    assert "record.json cannot be written (No space left on device)" in answer.err
+    assert "give the same command again, finished cells are kept" in answer.err
+    assert not list(tmp_path.glob("runs/*/record.json"))
+    monkeypatch.setattr(records, "write_atomically", write_atomically)
+    assert left_bench(*quick).code == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_really_full_disk(tiny_cell, tmp_path):
+    """The whole of the run's folder on a file system with room for everything but the adapter."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("this machine lets no one mount")
+    try:
+        cell = tiny_cell("training.steps=1", "peft.config.r=64", "eval.generate=false")
+        record = run_isolated(cell, place / "run", on_event=lambda event: None)
+        assert record.status == "failed", record
+        assert record.reason.startswith("disk full: ")
+        assert record.metrics["train_steps"] == 1
+        assert "train" in [phase.name for phase in record.phases]
+        assert not (place / "run" / "adapter").exists()
+        record.write(place / "run")
+        assert read_record(place / "run" / "record.json") == record
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

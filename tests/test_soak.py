@@ -1,0 +1,57 @@
+"""A small soak; `benchmarks/soak.py` runs the large one and writes reports/soak.md."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills")
+
+
+def test_twenty_launches_killed_at_random(tmp_path):
+    # in a process of its own: the launches are forks, and this one has torch's threads in it
+
+    out = tmp_path / "soak.md"
+    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--cells", "40", "--launches", "20"]
+    done = subprocess.run(
+        [*command, "--kills", "40", "--seed", "1", "--out", str(out)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = read(out)
+    assert figures["cells"] == 40
+    assert figures["kills"] >= 10  # it ends when all are done, however few
+    assert figures["attempts begun"] > 40
+
+
+@pytest.mark.parametrize("path", [ROOT / "reports" / "soak.md"])
+def test_the_page_says_what_it_must(path):
+    figures = read(path)
+    assert figures["cells"] >= 200
+    assert figures["kills"] >= 100
+    for name in ("cells lost", "cells doubled", "records torn", "workers that outlived their launch"):
+        assert figures[name] == 0
+
+
+def test_the_soak_sees_a_doubled_cell(tmp_path, monkeypatch):
+    """A count that could never rise would prove nothing: without claims, cells do run twice."""
+
+    program = (
+        "import contextlib, runpy, sys, pathlib\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import soak\n"
+        "soak.launch.claim = lambda folder: contextlib.nullcontext(not folder.mkdir(parents=True, exist_ok=True))\n"
+        "figures = soak.soak(pathlib.Path(sys.argv[1]), cells=6, launches=6, kills=3)\n"
+        "print(figures.doubled)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert int(done.stdout) > 0, done.stderr
+
+
+def read(path: Path) -> dict[str, int]:
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \|$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name.strip(): int(value) for name, value in rows}
