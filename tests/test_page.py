@@ -1,4 +1,4 @@
-"""The HTML report without a browser: what is in the file, and that nothing in it can act. See `test_page_browser.py`."""
+"""The HTML report without a browser: what is in the file, and that nothing in it can act."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from left_bench.record import STATUSES, Record, Sample
 from left_bench.report.cells import Row, find_baseline, row_of, sweep_rows
 from left_bench.report.load import Problem, read_runs, read_sweeps
 from left_bench.report.page import _SCRIPTS, _asset, as_json, write_page
-from left_bench.report.page.data import CURVE_POINTS, thin_out
+from left_bench.report.page.data import CURVE_POINTS, status_of, thin_out
 from left_bench.report.page.markup import ROWS_SHOWN
 from left_bench.report.values import format_value
 
@@ -120,7 +120,7 @@ def test_every_cell_status_and_reason_is_there_without_a_script(methods: str) ->
     elements, rows = Elements(methods), recorded_rows("methods")
     assert {row.status for row in rows} == {*STATUSES, "not run"}
     for row in rows:
-        assert row.status in elements.text
+        assert status_of(row) in elements.text
         assert row.reason is None or row.reason in elements.text
     table = methods.split('<table id="leaderboard">', 1)[1].split("</table>", 1)[0]
     assert table.count("<tr>") == len(rows) + 1
@@ -134,7 +134,7 @@ def test_the_data_hold_the_numbers_and_their_text(methods: str) -> None:
     strings = data["strings"]
     assert data["cells"] == len(rows) and len(set(strings)) == len(strings)
     assert [strings[i] for i in data["ids"]] == [row.cell_id for row in rows]
-    assert [strings[i] for i in data["status"]] == [row.status for row in rows]
+    assert [strings[i] for i in data["status"]] == [status_of(row) for row in rows] and "OOM" in strings
     for metric in data["metrics"]:
         for i, row in enumerate(rows):
             value = row.value(metric["name"])
@@ -164,9 +164,34 @@ def test_random_weights_have_no_quality(tmp_path: Path) -> None:
     assert not [m for m in Elements(page).data["metrics"] if m["kind"] == "quality"]
 
 
+def test_a_row_of_several_seeds_tells_of_each(tmp_path: Path) -> None:
+    changes = peft("lora", r=16)
+    runs = [
+        make_record(
+            changes=changes | {"seed": seed}, exact_match=0.5 + seed / 10, peak_mib=800 + 10 * seed, minute=seed
+        )
+        for seed in range(2)
+    ]
+    runs.append(make_record(changes=changes | {"seed": 2}, status="oom", reason="not enough memory", minute=3))
+    pooled, other = row_of(runs[0]), row_of(make_record(exact_match=0.4))
+    object.__setattr__(pooled, "members", tuple(map(row_of, runs)))
+    page = Elements(page_of([pooled, other], tmp_path, labels=["lora", "full"]))
+    data = page.data
+    told = data["details"][0]
+    strings = data["strings"]
+    assert strings[data["status"][0]] == "2 of 3 ok" and strings[data["reasons"][0]] == "not enough memory"
+    assert [strings[run[0]] for run in told["runs"]] == ["0", "1", "2"] and strings[told["seed"]] == "0"
+    assert [strings[run[1]] for run in told["runs"]] == ["ok", "ok", "OOM"]
+    assert data["memory"][0][-1][0] == pytest.approx(805 * 2**20, rel=1e-6)
+    assert "4 cells (3 ok, 1 OOM)" in page.text and "lora seed 2 OOM not enough memory" in page.text
+    assert "runs" not in data["details"][1]
+
+
 def test_files_that_could_not_be_read_and_notes_are_told(tmp_path: Path) -> None:
     problem = Problem(Path("/home/someone/runs/a-cell/record.json"), "schema version 0 <b>")
-    text = Elements(page_of(recorded_rows("ranks"), tmp_path, problems=[problem], notes=["Take <i>this</i> cell."])).text
+    text = Elements(
+        page_of(recorded_rows("ranks"), tmp_path, problems=[problem], notes=["Take <i>this</i> cell."])
+    ).text
     assert "1 file could not be read" in text and "runs/a-cell/record.json : schema version 0 <b>" in text
     assert "Take <i>this</i> cell." in text and "/home/someone" not in text
 
@@ -209,9 +234,7 @@ def test_long_curves_are_thinned_out() -> None:
 def test_a_record_writes_nothing_into_the_page_but_text(turn: int, tmp_path: Path) -> None:
     texts = HOSTILE[turn:] + HOSTILE[:turn]
     plain = Elements(page_of([row_of(hostile_record(["word"] * 7 + ["other"]))], tmp_path))
-    elements = Elements(
-        page_of([row_of(hostile_record(texts))], tmp_path, title=texts[0], notes=[texts[1]])
-    )
+    elements = Elements(page_of([row_of(hostile_record(texts))], tmp_path, title=texts[0], notes=[texts[1]]))
     allowed = {tag for tag, _ in plain.found} | {"p"}
     assert {tag for tag, _ in elements.found} <= allowed and not allowed & NEVER
     assert not [name for _, attributes in elements.found for name in attributes if name.startswith("on")]
@@ -222,7 +245,11 @@ def test_a_record_writes_nothing_into_the_page_but_text(turn: int, tmp_path: Pat
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00\x1b\ud800]", json.dumps(elements.data, ensure_ascii=False))
 
 
-@given(st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
 @settings(max_examples=100, deadline=None)
 def test_json_in_a_script_element_is_the_same_json(value: Any) -> None:
     text = as_json(value)

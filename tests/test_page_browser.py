@@ -19,6 +19,7 @@ from test_page import HOSTILE, hostile_record, recorded_rows
 
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of
 from left_bench.report.page import write_page
+from left_bench.report.page.data import status_of
 from left_bench.report.ranking import pareto_front
 from left_bench.report.values import one_line
 
@@ -76,7 +77,9 @@ class Browser:
 
     def rows(self) -> list[int]:
         """The table's rows, by their place in the sweep."""
-        script = "return [...document.querySelectorAll('#leaderboard tr[data-row]')].map((tr) => Number(tr.dataset.row))"
+        script = (
+            "return [...document.querySelectorAll('#leaderboard tr[data-row]')].map((tr) => Number(tr.dataset.row))"
+        )
         return self.run(script)
 
     def heading(self, name: str) -> WebElement:
@@ -93,7 +96,7 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def wait(self, condition: Any) -> Any:
-        return WebDriverWait(self.driver, 10).until(lambda _: condition())
+        return WebDriverWait(self.driver, 30).until(lambda _: condition())
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,9 @@ def browser() -> Iterator[Browser]:
 
 
 def written(rows: list[Row], folder: Path, **more: Any) -> Path:
-    return write_page(rows, **({"title": "a sweep", "path": folder / "page.html", "baseline": find_baseline(rows)} | more))
+    return write_page(
+        rows, **({"title": "a sweep", "path": folder / "page.html", "baseline": find_baseline(rows)} | more)
+    )
 
 
 METHODS = recorded_rows("methods")
@@ -145,7 +150,7 @@ def test_the_page_loads_from_itself_alone(page: Browser) -> None:
     assert page.one("#count").text == "13 of 13 cells."
     text = page.one("#leaderboard").text
     for row in METHODS:
-        assert row.status in text
+        assert status_of(row) in text
         assert row.reason is None or row.reason in page.one("body").get_attribute("textContent")
     assert page.one("#theme").is_displayed() and page.one("#plots").is_displayed()
 
@@ -257,7 +262,11 @@ def test_one_cell_in_full_and_back(page: Browser) -> None:
 
 @pytest.mark.parametrize(
     ("x", "y"),
-    [("peak_memory_bytes", "exact_match"), ("train_tokens_per_second", "peak_memory_bytes"), ("wall_seconds", "eval_loss")],
+    [
+        ("peak_memory_bytes", "exact_match"),
+        ("train_tokens_per_second", "peak_memory_bytes"),
+        ("wall_seconds", "eval_loss"),
+    ],
 )
 def test_axes_are_chosen_and_the_front_is_the_reports_own(page: Browser, x: str, y: str) -> None:
     Select(page.one("#scatter-x")).select_by_value(x)
@@ -274,7 +283,9 @@ def test_an_axis_of_many_sizes_is_logarithmic(page: Browser) -> None:
     Select(page.one("#scatter-x")).select_by_value("trainable_params")  # 11.5 k to 135 M
     assert page.one("#log-x").is_selected()
     placed = {i: point.rect["x"] for i, point in points(page).items()}
-    assert sorted(placed, key=placed.__getitem__) == sorted(placed, key=lambda i: METHODS[i].value("trainable_params") or 0)
+    assert sorted(placed, key=placed.__getitem__) == sorted(
+        placed, key=lambda i: METHODS[i].value("trainable_params") or 0
+    )
     widest = max(placed.values()) - min(placed.values())
     page.click(page.one("#log-x"))
     linear = sorted(point.rect["x"] for point in points(page).values())
@@ -315,11 +326,11 @@ def test_a_phone_scrolls_tables_in_their_own_box(page: Browser, width: int) -> N
     page.run("arguments[0].scrollLeft = 200", box)
     assert abs(first.rect["x"] - box.rect["x"]) <= 1  # the first column stays
     for point in page.all("#scatter .point"):
-        assert 0 <= point.rect["x"] and point.rect["x"] + point.rect["width"] <= width
+        assert point.rect["x"] >= 0 and point.rect["x"] + point.rect["width"] <= width
         page.run("arguments[0].focus()", point)
         page.wait(page.one("#tip").is_displayed)
         tip = page.one("#tip").rect
-        assert 0 <= tip["x"] and tip["x"] + tip["width"] <= width
+        assert tip["x"] >= 0 and tip["x"] + tip["width"] <= width
     assert page.run("return document.documentElement.scrollWidth") <= width
 
 
@@ -354,7 +365,8 @@ def test_hostile_records_are_text_and_nothing_else(browser: Browser, tmp_path: P
     assert 0 < len(browser.rows()) < len(rows)
     made = browser.run("return [...document.querySelectorAll('*')].map((n) => n.tagName.toLowerCase())")
     assert not {"img", "iframe", "image", "object", "embed", "link"} & set(made) and made.count("script") == 2
-    assert browser.run("return [...document.querySelectorAll('*')].flatMap((n) => n.getAttributeNames()).filter((n) => n.startsWith('on'))") == []
+    attributes = browser.run("return [...document.querySelectorAll('*')].flatMap((n) => n.getAttributeNames())")
+    assert not [name for name in attributes if name.startswith("on")]
     assert browser.complaints() == [] and browser.requests() == [browser.driver.current_url]
     with pytest.raises(Exception, match="no such alert"):
         browser.driver.switch_to.alert  # noqa: B018
@@ -362,17 +374,20 @@ def test_hostile_records_are_text_and_nothing_else(browser: Browser, tmp_path: P
 
 def test_thousands_of_cells_come_a_page_at_a_time(browser: Browser, tmp_path: Path) -> None:
     rows = [
-        row_of(make_record(changes=peft(f"method_{n % 50}") | {"seed": n // 50}, exact_match=(n * 7919 % 3000) / 3000,
+        row_of(make_record(changes=peft(f"method_{n % 50}") | {"seed": n // 50}, exact_match=(n * 7919 % 1700) / 1700,
             peak_mib=500 + n * 104729 % 3000))
-        for n in range(3000)
+        for n in range(1700)
     ]  # fmt: skip
     browser.open(written(rows, tmp_path))
-    assert browser.rows() == list(range(200)) and browser.one("#count").text == "3,000 of 3,000 cells, rows 1 to 200."
+    assert browser.rows() == list(range(200)) and browser.one("#count").text == "1,700 of 1,700 cells, rows 1 to 200."
     browser.click(next(button for button in browser.all("#pages button") if button.text == "Last"))
-    assert browser.rows() == list(range(2800, 3000))
+    assert browser.rows() == list(range(1600, 1700))
     browser.click(browser.heading("exact match").find_element(By.TAG_NAME, "button"))
     assert rows[browser.rows()[0]].value("exact_match") == max(row.value("exact_match") or 0 for row in rows)
-    assert len(browser.all("#scatter .point")) == 1500 and "1,500 of 3,000 cells are drawn" in browser.one("#scatter-note").text
+    assert (
+        len(browser.all("#scatter .point")) == 1500
+        and "1,500 of 1,700 cells are drawn" in browser.one("#scatter-note").text
+    )
     browser.one("#query").send_keys("method_7 ")
     assert {row.record.choices["peft"] for i in browser.rows() if (row := rows[i]).record} == {"method_7"}
-    assert browser.one("#count").text.startswith("60 of 3,000 cells")
+    assert browser.one("#count").text.startswith("34 of 1,700 cells")

@@ -17,7 +17,7 @@ from string import Template
 from typing import Any
 
 from left_bench.record import write_atomically
-from left_bench.report.cells import Axis, Row, find_axes
+from left_bench.report.cells import Axis, Row, find_axes, find_baseline
 from left_bench.report.cells import labels as name_rows
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import page_data
@@ -58,7 +58,7 @@ def write_page(
         title: the report's name.
         axes: the label columns; None: those in which the rows differ.
         labels: a name for every row, all different; None: made from the axes.
-        baseline: one of `rows`, which the others are held against.
+        baseline: one of `rows`, which the others are held against; None: `find_baseline`'s choice.
         sweep: what the launcher noted, for the command that repeats it.
         problems: files that could not be read, named on the page.
         notes: sentences in plain text to print above the table, a recommendation for instance.
@@ -68,6 +68,7 @@ def write_page(
     """
     axes = find_axes(rows) if axes is None else axes
     labels = name_rows(rows, axes) if labels is None else labels
+    baseline = find_baseline(rows) if baseline is None else baseline
     page = render_page(
         rows, title=title, axes=axes, labels=labels, baseline=baseline, sweep=sweep, problems=problems, notes=notes
     )

@@ -26,16 +26,16 @@ function drawMemory() {
   const largest = Math.max(...drawn.map((i) => data.memory[i].at(-1)[0]));
   byId("bars").replaceChildren(...drawn.flatMap((i) => {
     const sizes = data.memory[i];
-    const told = data.parts.map((part, n) => [say(part), ...sizes[n], partColour(n)]).filter(([, size]) => size > 0);
+    const told = data.parts.map((part, n) => [say(part), sizes[n][0], say(sizes[n][1]), partColour(n)]).filter(([, size]) => size > 0);
     return [
       el("span", { class: "name", "aria-hidden": "true" }, say(data.labels[i])),
-      el("span", { class: "bar", role: "listitem", "aria-label": `${say(data.labels[i])}: ${sizes.at(-1)[1]}, of which ${told.map(([part, , text]) => `${part} ${text}`).join(", ")}` },
+      el("span", { class: "bar", role: "listitem", "aria-label": `${say(data.labels[i])}: ${say(sizes.at(-1)[1])}, of which ${told.map(([part, , text]) => `${part} ${text}`).join(", ")}` },
         told.map(([part, size, text, colour]) => {
           const piece = el("span", { class: colour, title: `${part}: ${text}` });
           piece.style.width = `calc(${(100 * size) / largest}% - 1px)`;
           return piece;
         })),
-      el("span", { "aria-hidden": "true" }, sizes.at(-1)[1]),
+      el("span", { "aria-hidden": "true" }, say(sizes.at(-1)[1])),
     ];
   }));
   byId("bars-note").textContent = [

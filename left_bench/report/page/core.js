@@ -9,7 +9,9 @@ const byId = (id) => document.getElementById(id);
 /** The text that stands behind a number in the data. */
 const say = (index) => (index === null || index === undefined ? ABSENT : data.strings[index]);
 const metricOf = (name) => data.metrics.find((metric) => metric.name === name);
-const isOk = (i) => say(data.status[i]) === "ok";
+const isOk = (i) => data.ok[i];
+/** How a status is shown: all went well, or not. */
+const statusClass = (i) => `status ${say(data.status[i]) === "ok" ? "ok" : "failed"}`;
 
 /** An element; whatever is text goes in as text, so nothing from a record is ever read as markup. */
 function el(tag, attributes = {}, ...children) {

@@ -68,12 +68,14 @@ def page_data(
     metrics = [_metric(rows, name, baseline, put) for name in _metric_names(rows)]
     shown = present(rows, (*QUALITY, *MEMORY_AND_SIZE, *SPEED))
     parts = _parts(rows)
+    main = [name for name in (headline_quality(rows), "peak_memory_bytes", "train_tokens_per_second") if name]
     return {
         "cells": len(rows),
         "ids": [put(row.cell_id) for row in rows],
         "labels": [put(label) for label in labels],
-        "status": [put(row.status) for row in rows],
-        "reasons": [None if row.ok else put(row.reason or "no reason was recorded") for row in rows],
+        "ok": [row.ok for row in rows],
+        "status": [put(status_of(row)) for row in rows],
+        "reasons": [_reason(row, put) for row in rows],
         "commands": [_command(row, put) for row in rows],
         "baseline": next((i for i, row in enumerate(rows) if row is baseline), None) if len(rows) > 1 else None,
         "axes": [
@@ -82,22 +84,41 @@ def page_data(
         ],
         "metrics": metrics,
         "shown": shown,
-        "main": [name for name in (headline_quality(rows), "peak_memory_bytes", "train_tokens_per_second") if name],
+        "main": main,
         "parts": [put(part.replace("_", " ")) for part in parts],
-        "memory": [_memory(row, parts) for row in rows],
+        "memory": [_memory(row, parts, put) for row in rows],
         "curves": _curves(rows),
         "constants": [[put(key), put(format_setting(value))] for key, value in same.items()],
         "details": [
-            _detail(row, own, put, strings, full=i < DETAILED_CELLS)
+            _detail(row, own, put, strings, full=i < DETAILED_CELLS, main=main)
             for i, (row, own) in enumerate(zip(rows, told, strict=True))
         ],
         "strings": list(strings),  # last: the other entries fill it
     }
 
 
+def runs_of(row: Row) -> tuple[Row, ...]:
+    """The single runs behind a row: itself, or one for each seed that it was pooled from."""
+    return getattr(row, "members", ()) or (row,)
+
+
+def status_of(row: Row) -> str:
+    """The status as a word: `ok`, `OOM`, `2 of 3 ok`."""
+    runs = runs_of(row)
+    done = sum(run.ok for run in runs)
+    if row.ok and done < len(runs):
+        return f"{done} of {len(runs)} ok"
+    return "OOM" if row.status == "oom" else row.status
+
+
+def _reason(row: Row, put: Callable[[object], int]) -> int | None:
+    failed = next((run for run in runs_of(row) if not run.ok), None)
+    return None if failed is None else put(failed.reason or "no reason was recorded")
+
+
 def _metric_names(rows: Sequence[Row]) -> list[str]:
     """Every metric that some row has; the columns a report shows come first, then the others as METRICS lists them."""
-    known = {name: None for row in rows if row.record for name in row.record.metrics}
+    known = {name: None for row in rows for run in runs_of(row) if run.record for name in run.record.metrics}
     order = [*QUALITY, *MEMORY_AND_SIZE, *SPEED, *METRICS]
     places = {name: place for place, name in reversed(list(enumerate(order)))}
 
@@ -179,16 +200,25 @@ def _command(row: Row, put: Callable[[object], int]) -> int | None:
 
 
 def _parts(rows: Sequence[Row]) -> list[str]:
-    found = {part for row in rows if row.record for part, size in row.record.memory_breakdown.items() if size > 0}
+    found = {part for row in rows for breakdown in _breakdowns(row) for part, size in breakdown.items() if size > 0}
     return [*(part for part in _PARTS if part in found), *sorted(found - set(_PARTS))]
 
 
-def _memory(row: Row, parts: Sequence[str]) -> list[list[Any]] | None:
-    """(bytes, as text) of every part; null where the peak is not known part by part."""
-    if row.record is None or not row.ok or sum(row.record.memory_breakdown.values()) <= 0:
+def _breakdowns(row: Row) -> list[dict[str, int]]:
+    return [
+        run.record.memory_breakdown for run in runs_of(row) if run.record and run.ok and run.record.memory_breakdown
+    ]
+
+
+def _memory(row: Row, parts: Sequence[str], put: Callable[[object], int]) -> list[list[int]] | None:
+    """(bytes, as text) of every part and of all; means over the seeds, null where the parts are not known."""
+    found = _breakdowns(row)
+    if not found:
         return None
-    sizes = [max(0, row.record.memory_breakdown.get(part, 0)) for part in parts]
-    return [[size, format_value("peak_memory_bytes", size)] for size in (*sizes, sum(sizes))]
+    sizes = [round(sum(max(0, breakdown.get(part, 0)) for breakdown in found) / len(found)) for part in parts]
+    if sum(sizes) <= 0:
+        return None
+    return [[size, put(format_value("peak_memory_bytes", size))] for size in (*sizes, sum(sizes))]
 
 
 def _curves(rows: Sequence[Row]) -> list[list[Any]]:
@@ -220,13 +250,17 @@ def _settings(rows: Sequence[Row]) -> tuple[dict[str, Any], list[dict[str, Any]]
     first = known[0] if known else {}
     missing = object()
     same = {key: value for key, value in first.items() if all(one.get(key, missing) == value for one in known)}
+    if any(len(runs_of(row)) > 1 for row in rows):  # then a row stands for several seeds, whatever its record says
+        same.pop("seed", None)
+        flat = [{key: value for key, value in one.items() if key != "seed"} for one in flat]
     own = [{key: value for key, value in one.items() if key not in same and value is not None} for one in flat]
     return {key: value for key, value in same.items() if value is not None}, own
 
 
 def _detail(
-    row: Row, own: dict[str, Any], put: Callable[[object], int], strings: _Strings, *, full: bool
+    row: Row, own: dict[str, Any], put: Callable[[object], int], strings: _Strings, *, full: bool, main: Sequence[str]
 ) -> dict[str, Any] | None:
+    """What the page tells of one cell alone. Of a row over several seeds it is one seed's, and every seed is listed."""
     record = row.record
     if record is None:
         return None
@@ -250,6 +284,17 @@ def _detail(
     }
     if row.machine:
         detail["machine"] = put(row.machine)
+    if len(runs := runs_of(row)) > 1:
+        detail["seed"] = put(record.config.get("seed"))
+        detail["runs"] = [
+            [
+                put(run.record.config.get("seed") if run.record else run.cell_id),
+                put(status_of(run)),
+                *(put(format_value(name, run.value(name))) for name in main),
+                _command(run, put),
+            ]
+            for run in runs
+        ]
     if not full:
         return detail
     if row.scored:

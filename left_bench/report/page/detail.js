@@ -10,7 +10,7 @@ function openDetail(i) {
       el("h2", { id: "detail-name" }, say(data.labels[i])),
       el("button", { type: "button", click: () => dialog.close() }, "Close")),
     el("p", {}, el("code", {}, say(data.ids[i]))),
-    el("p", {}, el("span", { class: `status ${isOk(i) ? "ok" : "failed"}` }, say(data.status[i])),
+    el("p", {}, el("span", { class: statusClass(i) }, say(data.status[i])),
       data.reasons[i] === null ? null : `: ${say(data.reasons[i])}`),
     ...(command === null
       ? [el("p", { class: "hint" }, "No command was recorded.")]
@@ -38,8 +38,10 @@ function parts(detail, i) {
   const phases = detail.phases.map(([name, seconds, peak]) =>
     el("tr", {}, el("th", { scope: "row" }, say(name)), el("td", { class: "number" }, say(seconds)), el("td", { class: "number" }, say(peak))));
   const sizes = memory && [...data.parts, null].map((part, place) =>
-    memory[place][0] ? el("tr", {}, el("th", { scope: "row" }, part === null ? "together" : say(part)), el("td", { class: "number" }, memory[place][1])) : null);
+    memory[place][0] ? el("tr", {}, el("th", { scope: "row" }, part === null ? "together" : say(part)), el("td", { class: "number" }, say(memory[place][1]))) : null);
   return [
+    detail.runs ? fold("Every seed", seedsTable(detail.runs), true) : null,
+    detail.runs ? el("p", { class: "hint" }, `What follows is of seed ${say(detail.seed)}.`) : null,
     detail.samples?.length ? fold(`Answers (${detail.samples.length})`, detail.samples.map(sample), true) : null,
     detail.log === undefined ? null : fold("End of the log", el("pre", {}, say(detail.log)), true),
     phases.length ? fold("Phases", plainTable(["phase", "time", "peak memory"], phases)) : null,
@@ -49,6 +51,16 @@ function parts(detail, i) {
     detail.effective.length ? fold("Found after loading", plainTable(["what", "value"], rowsOf(detail.effective))) : null,
     el("p", { class: "hint" }, `${say(detail.when)}${detail.machine === undefined ? "" : `, on ${say(detail.machine)}`}`),
   ].filter(Boolean);
+}
+
+function seedsTable(runs) {
+  const lines = runs.map(([seed, status, ...values]) =>
+    el("tr", {},
+      el("th", { scope: "row" }, say(seed)),
+      el("td", {}, say(status)),
+      values.slice(0, -1).map((value) => el("td", { class: "number" }, say(value))),
+      el("td", {}, el("code", {}, say(values.at(-1))))));
+  return plainTable(["seed", "status", ...data.main.map((name) => metricOf(name)?.heading ?? name), "command"], lines);
 }
 
 function sample([prompt, reference, before, after]) {

@@ -12,7 +12,7 @@ from left_bench.cell import GROUPS
 from left_bench.record import METRICS
 from left_bench.report.cells import Row, machines_of
 from left_bench.report.load import Problem, Sweep
-from left_bench.report.page.data import CURVES, DETAILED_CELLS
+from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
 from left_bench.report.ranking import confounders
 from left_bench.report.values import ABSENT, format_value, one_line
 
@@ -29,14 +29,16 @@ def text(value: object, *, limit: int = _TEXT_LIMIT) -> str:
 
 def introduction(rows: Sequence[Row], sweep: Sweep | None) -> str:
     """What was measured, when, where, and with which versions."""
-    counts = Counter(row.status for row in rows)
+    pooled, rows = len(rows), [run for row in rows for run in runs_of(row)]
+    counts = Counter(map(status_of, rows))
     tally = ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items(), key=lambda count: count[0] != "ok"))
     days = sorted({one_line(row.record.started_at)[:10] for row in rows if row.record})
     when = f" measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
     several = len(machines_of(rows)) > 1
     where = list(dict.fromkeys(_machine(row, several=several) for row in rows if row.machine))
     counted = f"{len(rows):,} {'cell' if len(rows) == 1 else 'cells'} ({tally})"
-    lines = [f"<p>{text(counted + when)}.</p>"]
+    seeds = f" {pooled:,} rows: cells that differ in the seed alone are one." if pooled < len(rows) else ""
+    lines = [f"<p>{text(counted + when)}.{seeds}</p>"]
     lines += [f"<p><b>Machine:</b> {text('; '.join(where))}</p>"] if where else []
     if versions := _versions(rows):
         lines.append(f"<p><b>Versions:</b> {text(versions)}</p>")
@@ -47,6 +49,7 @@ def introduction(rows: Sequence[Row], sweep: Sweep | None) -> str:
 
 def commands(rows: Sequence[Row], sweep: Sweep | None) -> str:
     """How the whole is repeated, as a block to copy."""
+    rows = [run for row in rows for run in runs_of(row)]
     if sweep and sweep.command:
         lines = [one_line(line) for line in sweep.command.splitlines()]
     else:
@@ -54,8 +57,9 @@ def commands(rows: Sequence[Row], sweep: Sweep | None) -> str:
         found = list(dict.fromkeys(one_line(command) for command in recorded if command))
         lines = found[:_NAMED] + [f"# and {len(found) - _NAMED:,} more"] * (len(found) > _NAMED)
     block = html.escape("\n".join(lines) or "# no command was recorded")
-    return f"<p>Written by left_bench {text(__version__)} from the records alone. The command that repeats it:</p>\n" + (
-        f'<pre class="command" tabindex="0"><code id="command">{block}</code></pre>'
+    return (
+        f"<p>Written by left_bench {text(__version__)} from the records alone. The command that repeats it:</p>\n"
+        + (f'<pre class="command" tabindex="0"><code id="command">{block}</code></pre>')
     )
 
 
@@ -83,9 +87,18 @@ def notices(rows: Sequence[Row], labels: Sequence[str], notes: Sequence[str], da
         lines.append(f"Random weights: no quality is scored{those}.")
     if any("groups" in metric and metric["kind"] == "speed" for metric in data["metrics"]):
         lines.append("The cells come from different machines: speed is sorted within each machine and has no best.")
-    seeds = {row.record.config.get("seed") for row, _ in records if row.record}
-    if len(rows) > 1 and len(seeds) == 1 and any("errors" in metric for metric in data["metrics"]):
-        lines.append("One seed only: ± is the standard error over the held-out rows and tells nothing of other seeds.")
+    seeds = {run.record.config.get("seed") for row, _ in records for run in runs_of(row) if run.record}
+    if any("errors" in metric for metric in data["metrics"]):
+        if len(rows) > 1 and len(seeds) == 1:
+            lines.append(
+                "One seed only: ± is one standard error over the held-out rows and tells nothing of other seeds."
+            )
+        elif any(len(runs_of(row)) > 1 for row in rows):
+            lines.append(
+                "± is one standard error of the mean over seeds where there are several, else over held-out rows."
+            )
+    if data["curves"] and any(len(runs_of(row)) > 1 for row in rows):
+        lines.append("Loss curves are those of one seed, the first that is ok.")
     if len(rows) > DETAILED_CELLS:
         lines.append(f"Answers and logs are in this page for the first {DETAILED_CELLS:,} cells only.")
     if len(data["curves"]) == CURVES:
@@ -129,8 +142,11 @@ def failures(rows: Sequence[Row], labels: Sequence[str], problems: Sequence[Prob
     """Every cell that is not ok under its reason, and every file that could not be read."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row, label in zip(rows, labels, strict=True):
-        if not row.ok:
-            groups.setdefault((row.status, row.reason or "no reason was recorded"), []).append(label)
+        for run in runs_of(row):
+            if not run.ok:
+                seed = f" seed {run.record.config.get('seed')}" if run.record and len(runs_of(row)) > 1 else ""
+                reason = run.reason or "no reason was recorded"
+                groups.setdefault((status_of(run), reason), []).append(label + seed)
     parts: list[str] = []
     if groups:
         lines = [

@@ -2,6 +2,7 @@
 
 const MAX_POINTS = 1500;
 const MAX_LABELLED = 60;
+const MAX_BARRED = 200;
 const LOG_FROM = 30; // the ratio of largest to smallest from which an axis is logarithmic unless asked otherwise
 const RADIUS = 6;
 const SHAPES = [
@@ -117,7 +118,8 @@ function drawScatterControls(section) {
 
 function wantsLog(name) {
   const values = rowNumbers.filter(isOk).map((i) => metricOf(name).numbers[i]).filter((value) => value !== null);
-  return values.length > 1 && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) >= LOG_FROM;
+  // a share between nothing and one is read on a plain axis
+  return metricOf(name).kind !== "quality" && values.length > 1 && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) >= LOG_FROM;
 }
 
 function drawScatter() {
@@ -129,17 +131,19 @@ function drawScatter() {
   const front = paretoFront(having, x, y);
   const onFront = new Set(front);
   const drawn = [...front, ...having.filter((i) => !onFront.has(i))].slice(0, MAX_POINTS);
-  noteScatter(having, drawn, front, [logX !== state.scatter.logX, logY !== state.scatter.logY]);
   const kinds = colouring(drawn);
   if (!drawn.length) {
     chart.replaceChildren(el("p", { class: "hint" }, "No cell that passes the filters is ok and has both metrics."), byId("tip"));
+    byId("scatter-note").textContent = "";
     return;
   }
   const width = Math.max(280, chart.clientWidth - 14);
   const height = Math.round(Math.min(460, Math.max(300, width * 0.6)));
   const value = { x: (i) => x.numbers[i] / x.scale, y: (i) => y.numbers[i] / y.scale };
   const reach = (i, sign) => value.y(i) + (sign * (y.errors?.[i] ?? 0)) / y.scale;
-  const ends = drawn.flatMap((i) => [value.y(i), reach(i, 1), reach(i, -1)]).filter((end) => !logY || end > 0);
+  const bars = drawn.length <= MAX_BARRED ? drawn.filter((i) => y.errors?.[i]) : [];
+  noteScatter(having, drawn, { front, bars, refused: [logX !== state.scatter.logX, logY !== state.scatter.logY] });
+  const ends = [...drawn.map(value.y), ...bars.flatMap((i) => [reach(i, 1), reach(i, -1)])].filter((end) => !logY || end > 0);
   const down = makeScale(ends, { log: logY, from: height - 42, to: 30, steps: 6 });
   const left = 14 + 6.6 * Math.max(...down.ticks.map((tick) => tickText(tick).length));
   const across = makeScale(drawn.map(value.x), { log: logX, from: left, to: width - 12, steps: Math.max(2, Math.floor(width / 110)) });
@@ -149,7 +153,7 @@ function drawScatter() {
     svg("text", { x: 4, y: 14 }, `↑ ${axisName(y)}${logY ? ", log" : ""}${better(y, "down", "up")}`),
     svg("text", { x: width - 8, y: height - 4, "text-anchor": "end" }, `${axisName(x)}${logX ? ", log" : ""}${better(x, "left", "right")} →`),
     ...(front.length > 1 ? [svg("path", { class: "front", d: stair(front.map((i) => place.get(i))) })] : []),
-    ...drawn.filter((i) => y.errors?.[i]).map((i) => errorBar(place.get(i), down.at(reach(i, 1)), logY && reach(i, -1) <= 0 ? null : down.at(reach(i, -1)))),
+    ...bars.map((i) => errorBar(place.get(i), down.at(reach(i, 1)), logY && reach(i, -1) <= 0 ? null : down.at(reach(i, -1)))),
   );
   const order = [...drawn].sort((a, b) => place.get(a).x - place.get(b).x || place.get(a).y - place.get(b).y);
   const marks = new Map();
@@ -203,13 +207,13 @@ function colouring(rows) {
   return (i) => markOf(numbers.get(filter.values[i]));
 }
 
-function noteScatter(having, drawn, front, refused) {
+function noteScatter(having, drawn, { front, bars, refused }) {
   const told = [];
   if (front.length) told.push("Dashed line and thick outline: the Pareto front, the cells that none of those shown beats in both metrics.");
   else if (having.length > 1) told.push("No Pareto front: one of the metrics has no better and worse, or not all of these cells may be ranked with each other.");
   if (drawn.length < having.length) told.push(`${drawn.length.toLocaleString("en")} of ${having.length.toLocaleString("en")} cells are drawn; filter the table to see the others.`);
   if (refused.some(Boolean)) told.push("An axis with values that are not above zero stays linear.");
-  if (metricOf(state.scatter.y).errors) told.push("Vertical bars: ± one standard error.");
+  if (bars.length) told.push("Vertical bars: ± one standard error.");
   byId("scatter-note").textContent = told.join(" ");
 }
 
