@@ -88,7 +88,7 @@ function drawLoss() {
   const height = Math.round(Math.min(420, Math.max(280, width * 0.5)));
   const down = makeScale(curves.flatMap((curve) => curve.losses), { log: false, from: height - 42, to: 30, steps: 6 });
   const left = 14 + 6.6 * Math.max(...down.ticks.map((tick) => tickText(tick).length));
-  const across = makeScale(curves.flatMap((curve) => [curve.steps[0], curve.steps.at(-1)]), { log: false, from: left, to: width - 12, steps: Math.max(2, Math.floor(width / 110)) });
+  const across = makeScale(curves.flatMap((curve) => [curve.steps[0], curve.steps.at(-1)]), { log: false, from: left, to: width - 12, steps: Math.max(2, Math.floor(width / 85)) });
   const lines = curves.map((curve) => svg("polyline", {
     class: `line ${curve.colour}`,
     "data-row": curve.i,

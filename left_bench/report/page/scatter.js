@@ -146,7 +146,7 @@ function drawScatter() {
   const ends = [...drawn.map(value.y), ...bars.flatMap((i) => [reach(i, 1), reach(i, -1)])].filter((end) => !logY || end > 0);
   const down = makeScale(ends, { log: logY, from: height - 42, to: 30, steps: 6 });
   const left = 14 + 6.6 * Math.max(...down.ticks.map((tick) => tickText(tick).length));
-  const across = makeScale(drawn.map(value.x), { log: logX, from: left, to: width - 12, steps: Math.max(2, Math.floor(width / 110)) });
+  const across = makeScale(drawn.map(value.x), { log: logX, from: left, to: width - 12, steps: Math.max(2, Math.floor(width / 85)) });
   const place = new Map(drawn.map((i) => [i, { x: across.at(value.x(i)), y: down.at(value.y(i)) }]));
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `${y.heading} against ${x.heading}: ${drawn.length} cells; the arrow keys go from one to the next` },
     ...frame({ across, down, left, width, height }),
@@ -164,7 +164,7 @@ function drawScatter() {
     picture.append(mark);
   }
   marks.get(order[0]).setAttribute("tabindex", "0");
-  picture.append(...placeNames(front.length > 1 ? [...front, ...order.filter((i) => !onFront.has(i))] : order, place, { left, width, height }));
+  picture.append(...placeNames([...front, ...order.filter((i) => !onFront.has(i))], place, { front, left, width, height }));
   chart.replaceChildren(picture, byId("tip"));
 }
 
@@ -248,10 +248,15 @@ function scatterPoint(i, { x, y, kinds, best, at, order, marks }) {
   return mark;
 }
 
-/** Names beside the points, as many as find room: over no other name, no point, and inside the picture. */
-function placeNames(rows, place, { left, width, height }) {
+/** Names beside the points, as many as find room: over no other name, no point and no line, inside the picture. */
+function placeNames(rows, place, { front, left, width, height }) {
   if (rows.length > MAX_LABELLED) return [];
   const taken = [...place.values()].map((at) => ({ x: at.x - RADIUS, y: at.y - RADIUS, w: 2 * RADIUS, h: 2 * RADIUS }));
+  for (const [n, i] of front.slice(1).entries()) {
+    const [from, to] = [place.get(front[n]), place.get(i)];
+    taken.push({ x: Math.min(from.x, to.x), y: from.y - 1, w: Math.abs(to.x - from.x), h: 2 });
+    taken.push({ x: to.x - 1, y: Math.min(from.y, to.y), w: 2, h: Math.abs(to.y - from.y) });
+  }
   const overlaps = (a, b) => a.x < b.x + b.w && b.x < a.x + a.w && a.y < b.y + b.h && b.y < a.y + a.h;
   const names = [];
   for (const i of rows) {
@@ -260,8 +265,8 @@ function placeNames(rows, place, { left, width, height }) {
     if (name.length > 28) continue;
     const w = 6.4 * name.length + 2;
     const spots = [
-      { x: at.x + 9, y: at.y - 7 }, { x: at.x - 9 - w, y: at.y - 7 }, { x: at.x - w / 2, y: at.y - 22 }, { x: at.x - w / 2, y: at.y + 8 },
-      { x: at.x + 7, y: at.y - 20 }, { x: at.x + 7, y: at.y + 7 }, { x: at.x - 7 - w, y: at.y - 20 }, { x: at.x - 7 - w, y: at.y + 7 },
+      { x: at.x + 9, y: at.y - 7 }, { x: at.x - 9 - w, y: at.y - 7 }, { x: at.x + 7, y: at.y - 20 }, { x: at.x + 7, y: at.y + 7 },
+      { x: at.x - 7 - w, y: at.y - 20 }, { x: at.x - 7 - w, y: at.y + 7 }, { x: at.x - w / 2, y: at.y - 22 }, { x: at.x - w / 2, y: at.y + 8 },
     ].map((spot) => ({ ...spot, w, h: 14 }));
     const free = spots.find((spot) =>
       spot.x > left && spot.x + w < width && spot.y > 20 && spot.y + 14 < height - 38 && !taken.some((box) => overlaps(spot, box)));
