@@ -17,6 +17,7 @@ from left_bench.report.ranking import (
     headline_quality,
     present,
     rankable,
+    ties_with_best,
     yardstick,
 )
 from left_bench.report.tables import heading
@@ -134,7 +135,8 @@ def _metric(rows: Sequence[Row], name: str, baseline: Row | None, put: Callable[
     values = [row.value(name) for row in rows]
     numbers = [_number(value) for value in values]
     best = {id(row) for row in best_rows(rows, name)}
-    errors = [row.stderr(name) for row in rows]
+    # what is the same under every seed has no error worth a place
+    errors = [error if (error := row.stderr(name)) or meaning.kind == "quality" else None for row in rows]
     size, unit = _scale(meaning.unit, [abs(number) for number in numbers if number is not None])
     column: dict[str, Any] = {
         "name": one_line(name),
@@ -153,6 +155,9 @@ def _metric(rows: Sequence[Row], name: str, baseline: Row | None, put: Callable[
     if any(error is not None for error in errors):
         column["errors"] = [_number(error) for error in errors]
         column["error_texts"] = [None if error is None else put(format_value(name, error)) for error in errors]
+    if meaning.kind == "quality" and not name.startswith("base_") and (found := ties_with_best(rows, name)):
+        tied = {id(row) for row in found[1]} - best
+        column["ties"] = [i for i, row in enumerate(rows) if id(row) in tied]
     if baseline is not None and len(rows) > 1 and not name.startswith("base_"):
         column["against"] = [_against(row, baseline, name, put) for row in rows]
     if not rankable(rows, name):

@@ -103,7 +103,8 @@ def notices(rows: Sequence[Row], labels: Sequence[str], notes: Sequence[str], da
         lines.append(f"Answers and logs are in this page for the first {DETAILED_CELLS:,} cells only.")
     if len(data["curves"]) == CURVES:
         lines.append(f"Loss curves are in this page for the first {CURVES} cells that have one.")
-    return "\n".join(f"<p>{text(line)}</p>" for line in lines)
+    listed = "\n".join(f"<p>{text(line)}</p>" for line in lines)
+    return f'<div class="notices">\n{listed}\n</div>' if lines else ""
 
 
 def leaderboard(data: Mapping[str, Any]) -> str:
@@ -200,6 +201,7 @@ def _number(strings: Sequence[str], metric: Mapping[str, Any], i: int) -> str:
     shown = f"<strong>{shown}</strong>" if best else shown
     if "error_texts" in metric and (error := metric["error_texts"][i]) is not None:
         shown += f' <span class="error">± {text(strings[error])}</span>'
+    shown += ' <span class="tie">≈</span>' if i in metric.get("ties", ()) else ""
     if "against" in metric and (against := metric["against"][i]) is not None:
         shown += f'<span class="against">{text(strings[against])}</span>'
     return f'<td class="number">{shown}</td>'

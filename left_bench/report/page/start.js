@@ -27,7 +27,7 @@ function drawTheme() {
     }
     return "";
   };
-  let theme = keep() in names ? keep() : "";
+  let theme = Object.hasOwn(names, keep()) ? keep() : "";
   show(theme);
   button.addEventListener("click", () => {
     theme = order[(order.indexOf(theme) + 1) % order.length];
@@ -37,7 +37,10 @@ function drawTheme() {
   button.hidden = false;
 }
 
-for (const metric of data.metrics) metric.bestRows = new Set(metric.best);
+for (const metric of data.metrics) {
+  metric.bestRows = new Set(metric.best);
+  metric.tiedRows = new Set(metric.ties ?? []);
+}
 drawTheme();
 drawControls();
 drawHead();
