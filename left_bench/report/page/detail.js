@@ -29,7 +29,7 @@ function numbersTable(metrics, i) {
       el("th", { scope: "row", title: metric.meaning }, metric.heading),
       el("td", { class: "number" }, numberText(metric, i)),
       against ? el("td", { class: "number" }, metric.against?.[i] == null ? "" : say(metric.against[i])) : null));
-  return fold("Numbers", plainTable(["", "measured", ...(against ? ["against the baseline"] : [])], lines), true);
+  return fold("Numbers", plainTable(["metric", "measured", ...(against ? ["against the baseline"] : [])], lines), true);
 }
 
 function parts(detail, i) {
