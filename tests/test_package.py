@@ -50,6 +50,8 @@ def test_the_wheel_holds_every_option_and_nothing_of_the_tests(wheel):
         for path in (ROOT / folder).rglob("*.yaml"):
             assert f"left_bench/{path.relative_to(ROOT)}" in names
     assert "left_bench/general_text.txt" in names
+    for path in (ROOT / "left_bench" / "report" / "page").glob("*.*"):
+        assert str(path.relative_to(ROOT)) in names
     assert not [name for name in names if name.startswith(("tests/", "reports/", "docs/", "conf/", "benchmarks/"))]
     assert not [name for name in names if name.endswith((".pyc", ".safetensors", ".wandb"))]
     assert f"left_bench-{__version__}" in wheel.name

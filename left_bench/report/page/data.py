@@ -1,0 +1,315 @@
+"""Rows -> the one block of JSON that the page's script reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from left_bench.record import METRICS
+from left_bench.report.cells import Axis, Row, settings
+from left_bench.report.load import read_losses
+from left_bench.report.ranking import (
+    MEMORY_AND_SIZE,
+    QUALITY,
+    SPEED,
+    best_rows,
+    comparable,
+    headline_quality,
+    present,
+    rankable,
+    ties_with_best,
+    yardstick,
+)
+from left_bench.report.tables import heading
+from left_bench.report.values import (
+    clean,
+    format_against,
+    format_setting,
+    format_share,
+    format_value,
+    is_number,
+    metric_of,
+    one_line,
+)
+
+DETAILED_CELLS = 1000
+"""Cells whose answers and logs are in the page; a file of any more would be slow to open."""
+CURVES = 200
+CURVE_POINTS = 100
+_SAMPLES, _TEXT_LIMIT, _LOG_LIMIT = 4, 600, 4000
+_SCALES = {
+    "bytes": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")),
+    "params": ((10**9, "billion"), (10**6, "million"), (10**3, "thousand"), (1, "")),
+}
+_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations_and_workspace")
+
+
+class _Strings(dict[str, int]):
+    """Every text of the page once, by number: thousands of cells repeat the same few."""
+
+    def __missing__(self, text: str) -> int:
+        self[text] = len(self)
+        return self[text]
+
+
+def page_data(
+    rows: Sequence[Row], *, axes: Sequence[Axis], labels: Sequence[str], baseline: Row | None
+) -> dict[str, Any]:
+    """Everything the script shows, column by column; whatever is text is a number, its place in `strings`.
+
+    Numbers stand beside their formatted text, so that units are written in one place only. What was not measured, is
+    not finite or does not exist is null.
+    """
+    strings = _Strings()
+
+    def put(value: object) -> int:
+        return strings[one_line(value)]
+
+    same, told = _settings(rows)
+    metrics = [_metric(rows, name, baseline, put) for name in _metric_names(rows)]
+    shown = present(rows, (*QUALITY, *MEMORY_AND_SIZE, *SPEED))
+    parts = _parts(rows)
+    main = [name for name in (headline_quality(rows), "peak_memory_bytes", "train_tokens_per_second") if name]
+    return {
+        "cells": len(rows),
+        "ids": [put(row.cell_id) for row in rows],
+        "labels": [put(label) for label in labels],
+        "ok": [row.ok for row in rows],
+        "status": [put(status_of(row)) for row in rows],
+        "reasons": [_reason(row, put) for row in rows],
+        "commands": [_command(row, put) for row in rows],
+        "baseline": next((i for i, row in enumerate(rows) if row is baseline), None) if len(rows) > 1 else None,
+        "axes": [
+            {"key": put(axis.key), "heading": put(axis.heading), "values": [put(value) for value in axis.values]}
+            for axis in axes
+        ],
+        "metrics": metrics,
+        "shown": shown,
+        "main": main,
+        "parts": [put(part.replace("_", " ")) for part in parts],
+        "memory": [_memory(row, parts, put) for row in rows],
+        "curves": _curves(rows),
+        "constants": [[put(key), put(format_setting(value))] for key, value in same.items()],
+        "details": [
+            _detail(row, own, put, strings, full=i < DETAILED_CELLS, main=main)
+            for i, (row, own) in enumerate(zip(rows, told, strict=True))
+        ],
+        "strings": list(strings),  # last: the other entries fill it
+    }
+
+
+def runs_of(row: Row) -> tuple[Row, ...]:
+    """The single runs behind a row: itself, or one for each seed that it was pooled from."""
+    return getattr(row, "members", ()) or (row,)
+
+
+def status_of(row: Row) -> str:
+    """The status as a word: `ok`, `OOM`, `2 of 3 ok`."""
+    runs = runs_of(row)
+    done = sum(run.ok for run in runs)
+    if row.ok and done < len(runs):
+        return f"{done} of {len(runs)} ok"
+    return "OOM" if row.status == "oom" else row.status
+
+
+def _reason(row: Row, put: Callable[[object], int]) -> int | None:
+    failed = next((run for run in runs_of(row) if not run.ok), None)
+    return None if failed is None else put(failed.reason or "no reason was recorded")
+
+
+def _metric_names(rows: Sequence[Row]) -> list[str]:
+    """Every metric that some row has; the columns a report shows come first, then the others as METRICS lists them."""
+    known = {name: None for row in rows for run in runs_of(row) if run.record for name in run.record.metrics}
+    order = [*QUALITY, *MEMORY_AND_SIZE, *SPEED, *METRICS]
+    places = {name: place for place, name in reversed(list(enumerate(order)))}
+
+    def place(name: str) -> tuple[bool, int, str]:
+        plain = name.removeprefix("base_")
+        return plain not in places or name != plain, places.get(plain, len(order)), name
+
+    return [name for name in sorted(known, key=place) if any(row.value(name) is not None for row in rows)]
+
+
+def _metric(rows: Sequence[Row], name: str, baseline: Row | None, put: Callable[[object], int]) -> dict[str, Any]:
+    meaning = metric_of(name)
+    values = [row.value(name) for row in rows]
+    numbers = [_number(value) for value in values]
+    best = {id(row) for row in best_rows(rows, name)}
+    # what is the same under every seed has no error worth a place
+    errors = [error if (error := row.stderr(name)) or meaning.kind == "quality" else None for row in rows]
+    size, unit = _scale(meaning.unit, [abs(number) for number in numbers if number is not None])
+    column: dict[str, Any] = {
+        "name": one_line(name),
+        "heading": one_line(_heading(name)),
+        "kind": meaning.kind,
+        "better": meaning.better,
+        "meaning": meaning.meaning + (", before training" if name.startswith("base_") else ""),
+        "unit": unit,
+        "scale": size,
+        "numbers": numbers,
+        "texts": [
+            None if value is None else put(_text(name, value, row)) for row, value in zip(rows, values, strict=True)
+        ],
+        "best": [i for i, row in enumerate(rows) if id(row) in best],
+    }
+    if any(error is not None for error in errors):
+        column["errors"] = [_number(error) for error in errors]
+        column["error_texts"] = [None if error is None else put(format_value(name, error)) for error in errors]
+    if meaning.kind == "quality" and not name.startswith("base_") and (found := ties_with_best(rows, name)):
+        tied = {id(row) for row in found[1]} - best
+        column["ties"] = [i for i, row in enumerate(rows) if id(row) in tied]
+    if baseline is not None and len(rows) > 1 and not name.startswith("base_"):
+        column["against"] = [_against(row, baseline, name, put) for row in rows]
+    if not rankable(rows, name):
+        # rows of two groups are not to be ranked with each other
+        groups: dict[Any, int] = {}
+        column["groups"] = [groups.setdefault(yardstick(row, name), len(groups)) if row.ok else None for row in rows]
+    return column
+
+
+def _heading(name: str) -> str:
+    plain = heading(name.removeprefix("base_"))
+    plain = plain.replace("_", " ") if plain == name.removeprefix("base_") else plain
+    return f"{plain} before training" if name.startswith("base_") else plain
+
+
+def _text(name: str, value: float, row: Row) -> str:
+    text = format_value(name, value)
+    share = format_share(value, row.value("total_params")) if name == "trainable_params" else ""
+    return f"{text}, {share}" if share else text
+
+
+def _against(row: Row, baseline: Row, name: str, put: Callable[[object], int]) -> int | None:
+    if row is baseline or not row.ok or not comparable(row, baseline, name):
+        return None
+    text = format_against(name, row.value(name), baseline.value(name))
+    return put(text) if text else None
+
+
+def _number(value: float | None) -> float | int | None:
+    """A number as JSON can hold it; seven figures are more than any measurement here has."""
+    if value is None or not is_number(value):
+        return None
+    return int(value) if float(value).is_integer() and abs(value) < 2**53 else float(f"{value:.7g}")
+
+
+def _scale(unit: str, sizes: Sequence[float]) -> tuple[int, str]:
+    """What an axis of these numbers is counted in: (1048576, "MiB")."""
+    steps = _SCALES.get(unit, ((1, unit if unit not in ("fraction", "count") else ""),))
+    return next((step for step in steps if max(sizes, default=0) >= step[0]), steps[-1])
+
+
+def _command(row: Row, put: Callable[[object], int]) -> int | None:
+    command = row.record.provenance.get("command") if row.record else None
+    return put(command) if command else None
+
+
+def _parts(rows: Sequence[Row]) -> list[str]:
+    found = {part for row in rows for breakdown in _breakdowns(row) for part, size in breakdown.items() if size > 0}
+    return [*(part for part in _PARTS if part in found), *sorted(found - set(_PARTS))]
+
+
+def _breakdowns(row: Row) -> list[dict[str, int]]:
+    return [
+        run.record.memory_breakdown for run in runs_of(row) if run.record and run.ok and run.record.memory_breakdown
+    ]
+
+
+def _memory(row: Row, parts: Sequence[str], put: Callable[[object], int]) -> list[list[int]] | None:
+    """(bytes, as text) of every part and of all; means over the seeds, null where the parts are not known."""
+    found = _breakdowns(row)
+    if not found:
+        return None
+    sizes = [round(sum(max(0, breakdown.get(part, 0)) for breakdown in found) / len(found)) for part in parts]
+    if sum(sizes) <= 0:
+        return None
+    return [[size, put(format_value("peak_memory_bytes", size))] for size in (*sizes, sum(sizes))]
+
+
+def _curves(rows: Sequence[Row]) -> list[list[Any]]:
+    """(row, steps, losses) of the first cells that have a curve."""
+    found: list[list[Any]] = []
+    for i, row in enumerate(rows):
+        if len(found) == CURVES:
+            break
+        if row.path is None:
+            continue
+        steps, losses = read_losses(row.path)
+        if len(steps) > 1:
+            found.append([i, *thin_out(steps, losses)])
+    return found
+
+
+def thin_out(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[int], list[float]]:
+    """At most `CURVE_POINTS` points: the last step and the mean loss of stretches of equal length."""
+    width = -(-len(steps) // CURVE_POINTS)
+    starts = range(0, len(steps), width)
+    means = [sum(part := losses[start : start + width]) / len(part) for start in starts]
+    return [steps[min(start + width, len(steps)) - 1] for start in starts], [float(f"{mean:.4g}") for mean in means]
+
+
+def _settings(rows: Sequence[Row]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings that all records share, and what each row has beside them; None is no setting."""
+    flat = [settings(row) for row in rows]
+    known = [one for one in flat if one]
+    first = known[0] if known else {}
+    missing = object()
+    same = {key: value for key, value in first.items() if all(one.get(key, missing) == value for one in known)}
+    if any(len(runs_of(row)) > 1 for row in rows):  # then a row stands for several seeds, whatever its record says
+        same.pop("seed", None)
+        flat = [{key: value for key, value in one.items() if key != "seed"} for one in flat]
+    own = [{key: value for key, value in one.items() if key not in same and value is not None} for one in flat]
+    return {key: value for key, value in same.items() if value is not None}, own
+
+
+def _detail(
+    row: Row, own: dict[str, Any], put: Callable[[object], int], strings: _Strings, *, full: bool, main: Sequence[str]
+) -> dict[str, Any] | None:
+    """What the page tells of one cell alone. Of a row over several seeds it is one seed's, and every seed is listed."""
+    record = row.record
+    if record is None:
+        return None
+
+    def text(value: object, limit: int) -> int:
+        cleaned = clean(value).strip("\n")
+        return strings[cleaned if len(cleaned) <= limit else cleaned[: limit - 1] + "…"]
+
+    detail: dict[str, Any] = {
+        "settings": [[put(key), put(format_setting(value))] for key, value in own.items()],
+        "effective": [[put(key), put(format_setting(value))] for key, value in row.noted("effective").items()],
+        "when": put(f"{record.started_at} to {record.finished_at}, attempt {record.attempt}"),
+        "phases": [
+            [
+                put(phase.name),
+                put(format_value("load_seconds", phase.seconds)),
+                put(format_value("peak_memory_bytes", phase.peak_memory_bytes)),
+            ]
+            for phase in record.phases
+        ],
+    }
+    if row.machine:
+        detail["machine"] = put(row.machine)
+    if len(runs := runs_of(row)) > 1:
+        detail["seed"] = put(record.config.get("seed"))
+        detail["runs"] = [
+            [
+                put(run.record.config.get("seed") if run.record else run.cell_id),
+                put(status_of(run)),
+                *(put(format_value(name, run.value(name))) for name in main),
+                _command(run, put),
+            ]
+            for run in runs
+        ]
+    if not full:
+        return detail
+    if row.scored:
+        detail["samples"] = [
+            [
+                None if part is None else text(part, _TEXT_LIMIT)
+                for part in (sample.prompt, sample.reference, sample.base_prediction, sample.prediction)
+            ]
+            for sample in record.samples[:_SAMPLES]
+        ]
+    if tail := record.provenance.get("log_tail"):
+        detail["log"] = text(clean(tail)[-_LOG_LIMIT:], _LOG_LIMIT)
+    return detail
