@@ -17,7 +17,9 @@ from left_bench.errors import UserError, nearest
 from left_bench.paths import config_root
 
 _GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
-_ROOT_KEYS = ("sweep", "seed", "runs_dir", "reports_dir", "force", "force_unsupported", "hydra")
+# files with defaults of their own, package _global_: a named set of cells, a named choice in several groups
+_PRESETS = ("sweep", "recipe")
+_ROOT_KEYS = (*_PRESETS, "seed", "runs_dir", "reports_dir", "force", "force_unsupported", "hydra")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +137,7 @@ def check_choices(argv: list[str]) -> None:
             OverridesParser.create().parse_override(argument)
         except HydraException as error:
             raise UserError(f"{argument}: {str(error).splitlines()[0]}; quote what is special to Hydra") from error
-        if not separator or group not in (*_GROUPS, "sweep"):
+        if not separator or group not in (*_GROUPS, *_PRESETS):
             continue
         known = options(group, extra)
         for option in value.split(","):
