@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas
 
 LOOSE_NAME = "cells"
+CLAIMS_SWEEP = "claims"
 FORMATS = ("md", "html", "csv", "parquet")
 
 
@@ -37,6 +38,7 @@ class Wanted:
     group_by: str | None = None
     where: str | None = None
     needs: Sequence[Need] = ()
+    claims: bool = False
 
 
 @dataclass(kw_only=True)
@@ -61,6 +63,7 @@ def main(argv: list[str]) -> int:
             group_by=options.group_by,
             where=options.where,
             needs=needs,
+            claims=options.claims,
         )
         for path in write_reports(options.runs, out=options.out, name=options.name, wanted=wanted, say=print):
             print(path)
@@ -94,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         "--where",
         metavar="CONDITION",
         help="only the records that fulfil it: 'choices.quantization == \"nf4\" and exact_match > 0.5'",
+    )
+    parser.add_argument(
+        "--claims",
+        action="store_true",
+        help=f"put the field's usual sentences to the test in every report; the sweep '{CLAIMS_SWEEP}' always does",
     )
     parser.add_argument("--name", help="only the sweep of this name; where there is no sweep, the report's name")
     return parser
@@ -186,7 +194,10 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
         from left_bench.report.page import write_page
 
         path = stem.with_name(f"{plan.file_name}.html")
-        write_page(plan.rows, title=plan.name, path=path)
+        advice = [_advice(plan, wanted.needs).removeprefix(f"{plan.name}: ")] if len(plan.rows) > 1 else []
+        write_page(
+            plan.rows, title=plan.name, path=path, baseline=baseline, sweep=plan.sweep, problems=plan.problems, notes=advice
+        )
         written.append(path)
     runs = [Run(run.record, run.path) for row in plan.rows for run in row.runs if run.record and run.path]
     if "csv" in wanted.formats:
@@ -216,6 +227,7 @@ def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> st
         plots=write_plots(plan.rows, names, out=out, name=plan.file_name),
         needs=wanted.needs,
         group_by=wanted.group_by,
+        claims=wanted.claims or plan.name == CLAIMS_SWEEP,
         where=wanted.where,
     )
     return write_document(report)

@@ -11,6 +11,7 @@ from left_bench import __version__
 from left_bench.cell import GROUPS
 from left_bench.record import METRICS, Sample
 from left_bench.report.cells import Row
+from left_bench.report.claims import claims_section
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.ranking import MEMORY_AND_SIZE, QUALITY, SPEED, present
@@ -59,6 +60,7 @@ def write_document(report: Report) -> str:
         f"# {escape(report.name)}",
         *_what_this_is(report),
         *_constants(report),
+        *(claims_section(report.rows) if report.claims else ()),
         *how_to_read(report),
         *recommendation(report),
         *leaderboard(report),

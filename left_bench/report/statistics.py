@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.report.cells import Row
-from left_bench.report.load import RowResult, read_row_results
+from left_bench.report.load import RowResult, read_row_results, read_steps
 from left_bench.report.values import is_number
 
 if TYPE_CHECKING:
@@ -166,6 +166,29 @@ def _difference_of_means(x: tuple[float, ...], y: tuple[float, ...]) -> Interval
         rng=0,
     ).confidence_interval
     return Interval(float(found.low), float(found.high))
+
+
+def speed_ratio(a: Row, b: Row) -> tuple[float, Interval] | None:
+    """How many times as many tokens per second `a` trained on as `b`, from the steps of the seeds that both ran.
+
+    None where the steps were not kept. The steps of a run are taken as independent draws: what slows a machine for
+    minutes is not in the interval.
+    """
+    by_seed = [{run.seed: run for run in row.runs if run.ok and run.path} for row in (a, b)]
+    shared = [seed for seed in by_seed[0] if seed in by_seed[1]]
+    pooled: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+    for seed in shared:
+        for side, runs in zip(pooled, by_seed, strict=True):
+            side += measured_steps(runs[seed])
+    return ratio_of_sums(*pooled)
+
+
+def measured_steps(run: Row) -> list[tuple[float, float]]:
+    """(tokens, seconds) of a run's steps, its warm-up left out as in `train_tokens_per_second`."""
+    found = read_steps(run.path) if run.path else None
+    steps = list(zip(found.tokens, found.seconds, strict=True)) if found else []
+    warm_up = run.section("training").get("measure_after", 3)
+    return steps[min(warm_up if isinstance(warm_up, int) else 3, len(steps) // 2) :]
 
 
 def ratio_of_sums(

@@ -79,6 +79,8 @@ class Report:
     """What a recommended cell has to fulfil."""
     group_by: str | None = None
     """The setting whose every value gets a leaderboard of its own."""
+    claims: bool = False
+    """Whether the field's usual sentences are put beside the rows."""
     where: str | None = None
     """The condition that chose the rows."""
 
