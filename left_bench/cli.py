@@ -34,7 +34,13 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"left-bench {__version__}")
                 return 0
             return _run(argv)
-        commands: dict[str, Callable[[list[str]], int]] = {"report": _report, "doctor": _doctor, "list": _list}
+        commands: dict[str, Callable[[list[str]], int]] = {
+            "report": _report,
+            "compare": _compare,
+            "export": _export,
+            "doctor": _doctor,
+            "list": _list,
+        }
         if argv[0] not in commands:
             hint = nearest(argv[0], commands) or f"; commands are {', '.join(commands)}"
             raise UserError(f"unknown command '{argv[0]}'{hint} (overrides are written key=value)")
@@ -55,6 +61,8 @@ def help_text() -> str:
         "left-bench [GROUP=OPTION | KEY=VALUE ...]      run one cell",
         "left-bench +sweep=NAME [GROUP=A,B | KEY=VALUE ...]   run a sweep; report in reports/NAME.md",
         "left-bench report RUNS... [--out DIR]         make reports again from records",
+        "left-bench compare A B [--fail-on 'METRIC<-5%']   what changed between two sets of records; a gate",
+        "left-bench export CELL --format model-card    a record's scores as a model card's metadata",
         "left-bench list                               every group's options, one line each",
         "left-bench doctor                             what this machine has and can run",
         "",
@@ -193,6 +201,18 @@ def _report(argv: list[str]) -> int:
     from left_bench.report import main as report
 
     return report(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from left_bench.report.compare import main as compare
+
+    return compare(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from left_bench.report.export import main as export
+
+    return export(argv)
 
 
 def _doctor(argv: list[str]) -> int:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from left_bench.cell import slugify
 from left_bench.errors import UserError, nearest
@@ -19,10 +18,6 @@ from left_bench.report.load import PathLike, Problem, Run, Sweep, choose, frame_
 from left_bench.report.recommend import Need, recommend, sentence, take_needs
 from left_bench.report.seeds import pool
 from left_bench.report.tables import Report
-from left_bench.report.values import format_setting
-
-if TYPE_CHECKING:
-    import pandas
 
 LOOSE_NAME = "cells"
 CLAIMS_SWEEP = "claims"
@@ -205,9 +200,9 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
         write_atomically(path, frame_of(runs).to_csv(index=False))
         written.append(path)
     if "parquet" in wanted.formats:
-        path = stem.with_name(f"{plan.file_name}.parquet")
-        plain_columns(frame_of(runs)).to_parquet(path, index=False)
-        written.append(path)
+        from left_bench.report.export import write_parquet
+
+        written.append(write_parquet(frame_of(runs), stem.with_name(f"{plan.file_name}.parquet")))
     return written
 
 
@@ -231,15 +226,6 @@ def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> st
         where=wanted.where,
     )
     return write_document(report)
-
-
-def plain_columns(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """The frame with columns that Parquet can type: what mixes numbers, text and lists is written as text."""
-    for name in frame.columns[frame.dtypes == object]:
-        kinds = {type(value) for value in frame[name] if value is not None and value == value}
-        if kinds - {str} and not (kinds <= {bool} or kinds <= {int, float}):
-            frame[name] = [None if value is None or value != value else format_setting(value) for value in frame[name]]
-    return frame
 
 
 def _advice(plan: Plan, needs: Sequence[Need]) -> str:
