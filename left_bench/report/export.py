@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from left_bench import __version__
 from left_bench.errors import UserError, nearest
 from left_bench.record import RECORD_NAME, Record, write_atomically
 from left_bench.report.load import Run, choose, frame_of, read_runs
@@ -75,14 +76,12 @@ def model_card(record: Record) -> str:
             task_name=_TASK[1],
             dataset_type=one_line(data.get("hub_id") or data.get("task") or score.task),
             dataset_name=one_line(score.task),
-            dataset_split="held-out rows",
+            dataset_split="test",
             dataset_args={"rows": score.n, "seed": data.get("seed", 0)},
             metric_type=_HUB_METRICS.get(score.metric, score.metric),
             metric_name=score.metric,
             metric_value=score.value,
             metric_args=_beside(score.base_value, score.stderr),
-            source_name=f"left_bench, cell {record.cell_id}",
-            source_url="https://pypi.org/project/left-bench",
         )
         for score in record.scores
     ]
@@ -94,7 +93,8 @@ def model_card(record: Record) -> str:
         tags=["left_bench", adapter, *([q] if (q := record.choices.get("quantization", "none")) != "none" else [])],
         eval_results=results,
     )
-    return f"---\n{card.to_yaml(line_break=chr(10))}\n---\n"
+    origin = f"# measured by left_bench {__version__}, cell {one_line(record.cell_id)}, {one_line(record.finished_at)}"
+    return f"---\n{origin}\n{card.to_yaml(line_break=chr(10))}\n---\n"
 
 
 def write_parquet(frame: pandas.DataFrame, path: Path) -> Path:

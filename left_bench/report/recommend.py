@@ -119,13 +119,13 @@ def sentence(found: Recommendation, needs: Sequence[Need], names: dict[int, str]
         return f"No cell fits {asked}: {_nearest_miss(done, needs, names or {})}."
     chosen = found.chosen
     facts = ", ".join(f"{format_value(metric, chosen.value(metric))} {_NOUNS.get(metric, metric)}" for metric in found.metrics)
-    among = f"of the {len(found.fitting)} of {len(done)} cells that fit {asked}" if needs else f"of {len(done)} cells"
+    among = f"of the {len(found.fitting)} of {len(done)} cells that fit {asked}, " if needs else f"of {len(done)} cells, "
     best = max(
         found.fitting,
         key=lambda row: (1.0 if metric_of(quality).better == "higher" else -1.0) * (row.value(quality) or 0.0),
     )
     if len(found.fitting) == 1:
-        why = "it is the only one"
+        among, why = "", f"the only one of {len(done)} cells that fits {asked}" if needs else "it is the only one"
     elif chosen is best and len(found.tied) <= 1:
         why = f"it has the best {quality}, and none that takes less is within one standard error of it"
     elif chosen is best:
@@ -136,7 +136,7 @@ def sentence(found: Recommendation, needs: Sequence[Need], names: dict[int, str]
             f"{format_value(quality, best.value(quality))}), and of the {len(found.tied)} that are it needs the least "
             "memory"
         )
-    return f"Take {name(id(chosen), chosen.cell_id)} ({facts}): {among}, {why}."
+    return f"Take {name(id(chosen), chosen.cell_id)} ({facts}): {among}{why}."
 
 
 def _as_good(row: Row, best: Row, quality: str) -> bool:
