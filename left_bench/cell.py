@@ -297,6 +297,12 @@ class Cell(BaseModel):
         return f"{slug}-{fingerprint(self.identity)}"
 
 
+def not_identity(key: str) -> bool:
+    """Whether a flat key of the sections (`hardware.timeout`) is left out of a cell's identity."""
+    group, _, rest = key.partition(".")
+    return rest == "name" or rest.partition(".")[0] in _NOT_IDENTITY.get(group, ())
+
+
 def fingerprint(value: Any) -> str:
     """Ten hexadecimal digits of the SHA-256 of a JSON value, keys sorted."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -20,7 +20,9 @@ from left_bench.errors import UserError, nearest
 from left_bench.paths import config_root
 
 _GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
-_ROOT_KEYS = ("sweep", "seed", "runs_dir", "reports_dir", "force", "force_unsupported", "hydra")
+# files with defaults of their own, package _global_: a named set of cells, a named choice in several groups
+_PRESETS = ("sweep", "recipe")
+_ROOT_KEYS = (*_PRESETS, "seed", "runs_dir", "reports_dir", "force", "force_unsupported", "hydra")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +37,13 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"left-bench {__version__}")
                 return 0
             return _run(argv)
-        commands: dict[str, Callable[[list[str]], int]] = {"report": _report, "doctor": _doctor, "list": _list}
+        commands: dict[str, Callable[[list[str]], int]] = {
+            "report": _report,
+            "compare": _compare,
+            "export": _export,
+            "doctor": _doctor,
+            "list": _list,
+        }
         if argv[0] not in commands:
             hint = nearest(argv[0], commands) or f"; commands are {', '.join(commands)}"
             raise UserError(f"unknown command '{argv[0]}'{hint} (overrides are written key=value)")
@@ -57,6 +65,8 @@ def help_text() -> str:
         "left-bench [GROUP=OPTION | KEY=VALUE ...]      run one cell",
         "left-bench +sweep=NAME [GROUP=A,B | KEY=VALUE ...]   run a sweep; report in reports/NAME.md",
         "left-bench report RUNS... [--out DIR]         make reports again from records",
+        "left-bench compare A B [--fail-on 'METRIC<-5%']   what changed between two sets of records; a gate",
+        "left-bench export CELL --format model-card    a record's scores as a model card's metadata",
         "left-bench list                               every group's options, one line each",
         "left-bench doctor                             what this machine has and can run",
         "",
@@ -161,7 +171,7 @@ def check_choices(argv: list[str]) -> None:
             OverridesParser.create().parse_override(argument)
         except HydraException as error:
             raise UserError(f"{argument}: {str(error).splitlines()[0]}; quote what is special to Hydra") from error
-        if not separator or group not in (*_GROUPS, "sweep"):
+        if not separator or group not in (*_GROUPS, *_PRESETS):
             continue
         known = options(group, extra)
         for option in value.split(","):
@@ -217,6 +227,18 @@ def _report(argv: list[str]) -> int:
     from left_bench.report import main as report
 
     return report(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from left_bench.report.compare import main as compare
+
+    return compare(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from left_bench.report.export import main as export
+
+    return export(argv)
 
 
 def _doctor(argv: list[str]) -> int:

@@ -31,7 +31,7 @@ PEFT = [name for group, name in OPTIONS if group == "peft"]
 
 
 def test_no_file_lies_where_nothing_looks():
-    assert {group for group, _ in OPTIONS} == {*GROUPS, "tracker"}
+    assert {group for group, _ in OPTIONS} == {*GROUPS, "tracker", "recipe"}
     assert [path for path in FILES if path.parent == ROOT / "conf"] == [ROOT / "conf" / "config.yaml"]
 
 
@@ -167,7 +167,9 @@ def test_a_sweep_is_made_of_unlike_cells(name, composed):
     assert len({cell.id for cell in cells}) == len(cells)
     assert len({cell.id.rsplit("-", 1)[1] for cell in cells}) == len(cells)
     assert sweep_name(config.hydra) == name
-    assert len({fingerprint([cell.data.model_dump(), cell.seed]) for cell in cells}) == 1  # same rows, same order
+    assert len({fingerprint(cell.data.model_dump()) for cell in cells}) == 1  # the same rows
+    seeds = [cell.seed for cell in cells]  # and the same order: every seed has as many cells as the next
+    assert len({seeds.count(seed) for seed in seeds}) == 1
     assert any(why_unsupported(cell) is None for cell in cells)
 
 
@@ -179,6 +181,19 @@ def test_a_sweep_names_options_that_exist(name):
             chosen = [name.strip() for name in value.split(",")]
             assert set(chosen) <= set(options(key))
             assert len(set(chosen)) == len(chosen)
+
+
+@pytest.mark.parametrize("name", [name for group, name in OPTIONS if group == "recipe"])
+def test_a_recipe_chooses_what_it_is_named_for(name, compose_cell):
+    cell = compose_cell(f"+recipe={name}")
+    method, _, rest = name.partition("_") if name.startswith("lora_") else (name, "", "")
+    chosen = (cell.choices["quantization"], cell.choices["precision"], cell.choices["training"])
+    assert cell.choices["peft"] == method
+    assert set(chosen) - {"none", "bf16", "default"} == ({rest} if rest else set())
+
+
+def test_the_command_line_overrules_a_recipe(compose_cell):
+    assert compose_cell("+recipe=lora_nf4", "quantization=fp4").choices["quantization"] == "fp4"
 
 
 def test_the_ranks_keep_alpha_at_twice_the_rank(composed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,14 @@ _SCORES = frozenset(name for name, metric in METRICS.items() if metric.kind == "
 # Labels, what another key has taken over, and where a file happens to lie: none of them tells two cells apart.
 _NOT_AN_AXIS = ("peft.learning_rate", "hardware.timeout", "data.path", "model.wheel.")
 # A section's key that another group's option decides when it is left open, see Cell.from_config.
-_DECIDED_BY = {"training.learning_rate": "peft", "eval.metrics": "data", "eval.max_new_tokens": "data"}
+_DECIDED_BY = {
+    "training.learning_rate": "peft",
+    "eval.metrics": "data",
+    "eval.max_new_tokens": "data",
+    "quantization.config.bnb_4bit_compute_dtype": "precision",
+    "quantization.config.compute_dtype": "precision",
+    **dict.fromkeys(("peft.config.total_step", "peft.config.tinit", "peft.config.tfinal"), "training"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +45,21 @@ class Row:
     record: Record | None = None
     path: Path | None = None
     """The record's file."""
+    members: tuple[Row, ...] = ()
+    """The runs under several seeds that this row stands for; empty where it is one run (see `seeds.pool`)."""
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def runs(self) -> tuple[Row, ...]:
+        """The runs behind this row: one for each seed, the failed ones too."""
+        return self.members or (self,)
+
+    @property
+    def seed(self) -> Any:
+        return self.record.config.get("seed") if self.record else None
 
     @property
     def scored(self) -> bool:
@@ -49,20 +68,43 @@ class Row:
         return not (isinstance(section, dict) and section.get("weights") == "random")
 
     def value(self, metric: str) -> float | None:
-        """The metric as recorded; None where it was not measured, or is a score of random weights."""
+        """The metric as recorded, a mean over the seeds; None where it was not measured, or scores random weights."""
+        if self.members:
+            return _mean(run.value(metric) for run in self.members if run.ok or not self.ok)
         if self.record is None or (metric.removeprefix("base_") in _SCORES and not self.scored):
             return None
         return self.record.metrics.get(metric)
 
     def base_value(self, metric: str) -> float | None:
         """The same metric before training."""
+        if self.members:
+            return _mean(run.base_value(metric) for run in self.members if run.ok)
         recorded = self.value(f"base_{metric}")
         score = score_of(self.record, metric) if self.record and self.scored else None
         return score.base_value if recorded is None and score else recorded
 
     def stderr(self, metric: str) -> float | None:
+        """One standard error: of the mean over seeds where there are several, else of the score over held-out rows."""
+        if self.members:
+            values = [v for run in self.members if run.ok and (v := run.value(metric)) is not None and math.isfinite(v)]
+            if len(values) > 1:
+                return statistics.stdev(values) / math.sqrt(len(values)) if len(set(values)) > 1 else 0.0
         score = score_of(self.record, metric) if self.record and self.scored else None
         return score.stderr if score and score.stderr is not None and math.isfinite(score.stderr) else None
+
+    def memory_parts(self) -> dict[str, float]:
+        """Part of the memory peak -> bytes, means over the seeds."""
+        found = [run.record.memory_breakdown for run in self.runs if run.record and run.ok]
+        parts = dict.fromkeys(part for breakdown in found for part in breakdown)
+        return {part: sum(breakdown.get(part, 0) for breakdown in found) / len(found) for part in parts}
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Phase -> seconds, means over the seeds."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            for phase in run.record.phases if run.record and (run.ok or not self.ok) else ():
+                found.setdefault(phase.name, []).append(phase.seconds)
+        return {name: sum(seconds) / len(seconds) for name, seconds in found.items()}
 
     def section(self, name: str) -> dict[str, Any]:
         """One section of the configuration; empty where there is none."""
@@ -96,9 +138,12 @@ class Axis:
 def sweep_rows(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem]) -> list[Row]:
     """The sweep's cells in its own order; a cell without a record is there too, as `not run`."""
     unreadable = {problem.path.parent.name: problem for problem in problems}
+    by_cell: dict[str, list[Run]] = {}
+    for run in runs:
+        by_cell.setdefault(run.record.cell_id, []).append(run)
     rows: list[Row] = []
     for cell_id in sweep.cells:
-        found = [run for run in runs if run.record.cell_id == cell_id]
+        found = by_cell.get(cell_id)
         if found:
             rows += map(row_of, found)
         elif cell_id in unreadable:
@@ -114,9 +159,16 @@ def row_of(run: Run | Record) -> Row:
     return Row(cell_id=record.cell_id, status=record.status, reason=record.reason, record=record, path=path)
 
 
+def _mean(values: Iterable[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return None
+    return measured[0] if len(set(measured)) == 1 else math.fsum(measured) / len(measured)
+
+
 def machines_of(rows: Sequence[Row]) -> list[str]:
     """The machines that the records name; what never started, as an unsupported cell, names none."""
-    return list(dict.fromkeys(row.machine for row in rows if row.machine))
+    return list(dict.fromkeys(run.machine for row in rows for run in row.runs if run.machine))
 
 
 def settings(row: Row) -> dict[str, Any]:
@@ -124,6 +176,13 @@ def settings(row: Row) -> dict[str, Any]:
     if row.record is None:
         return {}
     return dict(row.record.choices) | flatten(row.record.config)
+
+
+def option(row: Row, group: str) -> str | None:
+    """The option by the name of what it is: `lora` for `qlora`, which is LoRA and a choice in another group."""
+    named = row.section(group).get("name")
+    chosen = row.record.choices.get(group) if row.record else None
+    return str(named) if named is not None else chosen
 
 
 def find_axes(rows: Sequence[Row]) -> list[Axis]:
@@ -186,14 +245,14 @@ def find_baseline(rows: Sequence[Row], selector: str | None = None) -> Row | Non
 def _selected(rows: Sequence[Row], selector: str) -> Row:
     wanted = dict(part.partition("=")[::2] for part in selector.split(",")) if "=" in selector else None
     if wanted is None:
-        ids = list(dict.fromkeys(row.cell_id for row in rows))
+        ids = list(dict.fromkeys(run.cell_id for row in rows for run in row.runs))
         fitting = [selector] if selector in ids else [cell_id for cell_id in ids if cell_id.startswith(selector)]
         if not selector or not fitting:
             known = [*ids, *sorted({option for row in rows if row.record for option in row.record.choices.values()})]
             raise UserError(f"--baseline {selector}: no cell has an id that begins so{nearest(selector, known)}")
         if len(fitting) > 1:
             raise UserError(f"--baseline {selector}: {len(fitting)} ids begin so, {fitting[0]} and {fitting[1]} too")
-        found = [row for row in rows if row.cell_id == fitting[0]]
+        found = [row for row in rows if any(run.cell_id == fitting[0] for run in row.runs)]
     else:
         found = [row for row in rows if row.record]
         for key, value in ((key.strip(), value.strip()) for key, value in wanted.items()):
@@ -233,15 +292,16 @@ def _choices(rows: Sequence[Row]) -> list[dict[str, str]]:
     for row in rows:
         for group, option in row.record.choices.items() if row.record else ():
             options[group, slugify(str(row.section(group).get("name", option)))] = option
+    pooled = any(row.members for row in rows)  # then a seed tells no two rows apart, or the cell's hash has to
     found = []
     for row in rows:
         if row.record is not None:
-            seed = row.record.config.get("seed")
+            seed = None if pooled else row.seed
             found.append(dict(row.record.choices) | ({} if seed is None else {"seed": str(seed)}))
             continue
         *slugs, seed, _hash = parts if len(parts := row.cell_id.split("-")) == len(_ID_GROUPS) + 2 else ["", ""]
         named = {g: options.get((g, slug), slug) for g, slug in zip(_ID_GROUPS, slugs, strict=False)}
-        found.append(named | ({"seed": seed[1:]} if named else {}))
+        found.append(named | ({"seed": seed[1:]} if named and not pooled else {}))
     return found
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from left_bench.cell import slugify
@@ -12,17 +13,68 @@ from left_bench.errors import UserError, nearest
 from left_bench.record import write_atomically
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
 from left_bench.report.document import write_document
-from left_bench.report.load import PathLike, Problem, Sweep, read_runs, read_sweeps
+from left_bench.report.leaderboard import check_group_by
+from left_bench.report.load import PathLike, Problem, Run, Sweep, choose, frame_of, read_runs, read_sweeps
+from left_bench.report.recommend import Need, recommend, sentence, take_needs
+from left_bench.report.seeds import pool
 from left_bench.report.tables import Report
 
 LOOSE_NAME = "cells"
+CLAIMS_SWEEP = "claims"
+FORMATS = ("md", "html", "csv", "parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a report is asked for beside its records."""
+
+    formats: Sequence[str] = ("md",)
+    baseline: str | None = None
+    group_by: str | None = None
+    where: str | None = None
+    needs: Sequence[Need] = ()
+    claims: bool = False
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """One report to write."""
+
+    name: str
+    rows: list[Row]
+    sweep: Sweep | None
+    problems: Sequence[Problem] = ()
+    file_name: str = ""
 
 
 def main(argv: list[str]) -> int:
     """`left-bench report RUNS...`: write one report per sweep, print the paths; 2 when the input cannot be used."""
+    try:
+        needs, argv = take_needs(argv)
+        options = _parser().parse_args(argv)
+        wanted = Wanted(
+            formats=_formats(options.format),
+            baseline=options.baseline,
+            group_by=options.group_by,
+            where=options.where,
+            needs=needs,
+            claims=options.claims,
+        )
+        for path in write_reports(options.runs, out=options.out, name=options.name, wanted=wanted, say=print):
+            print(path)
+    except UserError as error:
+        print(f"left-bench report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="left-bench report",
+        allow_abbrev=False,
         description="Make reports from records: one per sweep, and one of the cells that belong to none.",
+        epilog="A cell to take is recommended among those that keep --budget-memory SIZE, --min-METRIC NUMBER and "
+        "--max-METRIC NUMBER, any metric by its name with dashes: --budget-memory 8GiB --min-exact-match 0.5",
     )
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs folder, cell folder or record file")
     parser.add_argument("--out", default="reports", metavar="DIR", help="where the reports go (default: %(default)s)")
@@ -32,15 +84,22 @@ def main(argv: list[str]) -> int:
         help="the cell to compare with: a cell id or its beginning, or settings as peft=lora,quantization=none "
         "(default: unquantized full fine-tuning, else the first cell that is ok)",
     )
+    parser.add_argument("--group-by", metavar="KEY", help="a leaderboard for each value of a setting, as peft")
+    parser.add_argument(
+        "--format", default="md", metavar="LIST", help=f"of {', '.join(FORMATS)}, with commas (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="only the records that fulfil it: 'choices.quantization == \"nf4\" and exact_match > 0.5'",
+    )
+    parser.add_argument(
+        "--claims",
+        action="store_true",
+        help=f"put the field's usual sentences to the test in every report; the sweep '{CLAIMS_SWEEP}' always does",
+    )
     parser.add_argument("--name", help="only the sweep of this name; where there is no sweep, the report's name")
-    options = parser.parse_args(argv)
-    try:
-        for path in write_reports(options.runs, out=options.out, name=options.name, baseline=options.baseline):
-            print(path)
-    except UserError as error:
-        print(f"left-bench report: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 def write_report(runs_dir: PathLike, *, name: str, out: PathLike, baseline: str | None = None) -> Path:
@@ -51,79 +110,149 @@ def write_report(runs_dir: PathLike, *, name: str, out: PathLike, baseline: str 
     Raises:
         UserError: there is no such sweep, no record, or no such baseline.
     """
-    return write_reports([runs_dir], out=out, name=name, baseline=baseline)[0]
+    return write_reports([runs_dir], out=out, name=name, wanted=Wanted(baseline=baseline))[0]
 
 
 def write_reports(
-    paths: Sequence[PathLike], *, out: PathLike, name: str | None = None, baseline: str | None = None
+    paths: Sequence[PathLike],
+    *,
+    out: PathLike,
+    name: str | None = None,
+    wanted: Wanted = Wanted(),  # noqa: B008 (frozen)
+    say: Callable[[str], object] = lambda _: None,
 ) -> list[Path]:
-    """Write a report per sweep under `paths` and one, `cells.md`, of the records that belong to no sweep.
+    """Write a report per sweep under `paths` and one, `cells`, of the records that belong to no sweep.
+
+    Args:
+        say: takes the recommendation of each report, where bounds were given for one.
 
     Raises:
-        UserError: a path does not exist, there is nothing to report, or `name` or `baseline` fits nothing.
+        UserError: a path does not exist, there is nothing to report, or something that was asked for fits nothing.
     """
-    runs, problems = read_runs(paths)
-    sweeps, unread = read_sweeps([path for path in paths if Path(path).is_dir()])
-    problems = [*problems, *unread]
-    if not runs:
-        listed = ", ".join(map(str, paths))
-        hint = f"; {len(problems)} could not be read, first {problems[0]}" if problems else ""
-        raise UserError(f"RUNS={listed}: there is no record (<cell id>/record.json){hint}")
-    planned: list[tuple[str, list[Row], Sweep | None]] = [
-        (sweep.name, sweep_rows(sweep, runs, problems), sweep) for sweep in sweeps
-    ]
-    swept = {cell_id for sweep in sweeps for cell_id in sweep.cells}
-    loose = [row_of(run) for run in runs if run.record.cell_id not in swept]
-    # an unreadable file of no sweep's is told where the other such cells are, else in the last report
-    homeless = [problem for problem in problems if problem.path.parent.name not in swept]
-    if loose:
-        planned.append((LOOSE_NAME, loose, None))
-    planned = _wanted(planned, name) if name is not None else planned
-    chosen = _baselines([rows for _, rows, _ in planned], baseline)
+    plans = _plans(paths, name=name, where=wanted.where)
+    chosen = _baselines([plan.rows for plan in plans], wanted.baseline)
+    if wanted.group_by is not None:
+        check_group_by([row for plan in plans for row in plan.rows], wanted.group_by)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    for (title, rows, sweep), base in zip(planned, chosen, strict=True):
-        file_name = _free_name(title, {path.stem for path in written})
-        told = homeless if len(written) + 1 == len(planned) else []
-        written.append(_write(title, rows, base, sweep, told, out=out, file_name=file_name))
+    for plan, baseline in zip(plans, chosen, strict=True):
+        written += _write(plan, baseline, wanted, out=out)
+        if wanted.needs:
+            say(_advice(plan, wanted.needs))
     return written
 
 
-def _write(
-    title: str,
-    rows: list[Row],
-    baseline: Row | None,
-    sweep: Sweep | None,
-    problems: Sequence[Problem],
-    *,
-    out: Path,
-    file_name: str,
-) -> Path:
+def _plans(paths: Sequence[PathLike], *, name: str | None, where: str | None) -> list[Plan]:
+    runs, problems = read_runs(paths)
+    sweeps, unread = read_sweeps([path for path in paths if Path(path).is_dir()])
+    problems = [*problems, *unread]
+    listed = ", ".join(map(str, paths))
+    if not runs:
+        hint = f"; {len(problems)} could not be read, first {problems[0]}" if problems else ""
+        raise UserError(f"RUNS={listed}: there is no record (<cell id>/record.json){hint}")
+    swept = {cell_id for sweep in sweeps for cell_id in sweep.cells}
+    kept = runs if where is None else choose(runs, where)
+    if not kept:
+        raise UserError(f"--where {where}: none of the {len(runs)} records fulfils it")
+    plans = [
+        Plan(name=sweep.name, rows=_sweep_rows(sweep, kept, problems, chosen=where is not None), sweep=sweep)
+        for sweep in sweeps
+    ]
+    # an unreadable file of no sweep's is told where the other such cells are, else in the last report
+    homeless = [problem for problem in problems if problem.path.parent.name not in swept]
+    if loose := [row_of(run) for run in kept if run.record.cell_id not in swept]:
+        plans.append(Plan(name=LOOSE_NAME, rows=loose, sweep=None))
+    plans = [plan for plan in plans if plan.rows]
+    plans = _wanted(plans, name) if name is not None else plans
+    plans[-1].problems = homeless
+    taken: set[str] = set()
+    for plan in plans:
+        plan.file_name = _free_name(plan.name, taken)
+        taken.add(plan.file_name)
+        plan.rows = pool(plan.rows)
+    return plans
+
+
+def _sweep_rows(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem], *, chosen: bool) -> list[Row]:
+    """The sweep's rows; a condition chose among records, and a cell without one cannot be known to fulfil it."""
+    rows = sweep_rows(sweep, runs, problems)
+    return [row for row in rows if row.record] if chosen else rows
+
+
+def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> list[Path]:
+    written = []
+    stem = out / plan.file_name
+    if "md" in wanted.formats:
+        written.append(write_atomically(stem.with_name(f"{plan.file_name}.md"), _markdown(plan, baseline, wanted, out)))
+    if "html" in wanted.formats:
+        from left_bench.report.page import write_page
+
+        path = stem.with_name(f"{plan.file_name}.html")
+        advice = [_advice(plan, wanted.needs).removeprefix(f"{plan.name}: ")] if len(plan.rows) > 1 else []
+        write_page(
+            plan.rows, title=plan.name, path=path, baseline=baseline, sweep=plan.sweep, problems=plan.problems, notes=advice
+        )
+        written.append(path)
+    runs = [Run(run.record, run.path) for row in plan.rows for run in row.runs if run.record and run.path]
+    if "csv" in wanted.formats:
+        path = stem.with_name(f"{plan.file_name}.csv")
+        write_atomically(path, frame_of(runs).to_csv(index=False))
+        written.append(path)
+    if "parquet" in wanted.formats:
+        from left_bench.report.export import write_parquet
+
+        written.append(write_parquet(frame_of(runs), stem.with_name(f"{plan.file_name}.parquet")))
+    return written
+
+
+def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> str:
     from left_bench.report.plots import write_plots
 
-    axes = find_axes(rows)
-    names = labels(rows, axes)
-    plots = write_plots(rows, names, out=out, name=file_name)
+    axes = find_axes(plan.rows)
+    names = labels(plan.rows, axes)
     report = Report(
-        name=title,
-        rows=rows,
+        name=plan.name,
+        rows=plan.rows,
         axes=axes,
         labels=names,
         baseline=baseline,
-        sweep=sweep,
-        problems=problems,
-        plots=plots,
+        sweep=plan.sweep,
+        problems=plan.problems,
+        plots=write_plots(plan.rows, names, out=out, name=plan.file_name),
+        needs=wanted.needs,
+        group_by=wanted.group_by,
+        claims=wanted.claims or plan.name == CLAIMS_SWEEP,
+        where=wanted.where,
     )
-    return write_atomically(out / f"{file_name}.md", write_document(report))
+    return write_document(report)
 
 
-def _wanted(planned: list[tuple[str, list[Row], Sweep | None]], name: str) -> list[tuple[str, list[Row], Sweep | None]]:
-    found = [plan for plan in planned if plan[0] == name]
-    if not found and all(sweep is None for _, _, sweep in planned):
-        return [(name, rows, None) for _, rows, _ in planned]
+def _advice(plan: Plan, needs: Sequence[Need]) -> str:
+    found = recommend(plan.rows, needs)
+    if found is None:
+        return f"{plan.name}: no recommendation; no cell is ok with a score, or their scores may not be ranked"
+    names = labels(plan.rows, find_axes(plan.rows))
+    by_id = {id(row): label for row, label in zip(plan.rows, names, strict=True)}
+    return f"{plan.name}: {sentence(found, needs, by_id, plan.rows)}"
+
+
+def _formats(text: str) -> list[str]:
+    named = [part.strip() for part in text.split(",") if part.strip()]
+    for name in named or [text]:
+        if name not in FORMATS:
+            raise UserError(f"--format {name}: no such format{nearest(name, FORMATS)} ({', '.join(FORMATS)})")
+    return named
+
+
+def _wanted(plans: list[Plan], name: str) -> list[Plan]:
+    found = [plan for plan in plans if plan.name == name]
+    if not found and all(plan.sweep is None for plan in plans):
+        for plan in plans:
+            plan.name = name
+        return plans
     if not found:
-        known = [title for title, _, _ in planned]
+        known = [plan.name for plan in plans]
         hint = nearest(name, known) or f"; there is {', '.join(known)}"
         raise UserError(f"--name {name}: there is no such sweep in RUNS{hint}")
     return found

@@ -10,10 +10,22 @@ from typing import Any
 from left_bench import __version__
 from left_bench.cell import GROUPS
 from left_bench.record import METRICS, Sample
-from left_bench.report.cells import Row, machines_of
+from left_bench.report.cells import Row
+from left_bench.report.claims import claims_section
 from left_bench.report.markdown import code, details, escape, fence, table
-from left_bench.report.ranking import MEMORY_AND_SIZE, QUALITY, SPEED, confounders, present
-from left_bench.report.tables import Report, cells_tables, heading, phases_table
+from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
+from left_bench.report.ranking import MEMORY_AND_SIZE, QUALITY, SPEED, present
+from left_bench.report.tables import (
+    ROWS_SHOWN,
+    Report,
+    cells_tables,
+    cut_line,
+    heading,
+    how_to_read,
+    phases_table,
+    seeds_table,
+    status_word,
+)
 from left_bench.report.values import ABSENT, format_setting, format_value, one_line
 
 # Settings that a reader wants to see once where they are the same in every cell.
@@ -39,6 +51,7 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tor
 _PROMPTS_SHOWN = 2
 _TEXT_LIMIT = 300
 _COMMANDS_SHOWN = 20
+_LOGS_SHOWN = 20
 
 
 def write_document(report: Report) -> str:
@@ -47,8 +60,14 @@ def write_document(report: Report) -> str:
         f"# {escape(report.name)}",
         *_what_this_is(report),
         *_constants(report),
+        *(claims_section(report.rows) if report.claims else ()),
+        *how_to_read(report),
+        *recommendation(report),
+        *leaderboard(report),
+        *crossed_tables(report),
+        *axis_tables(report),
         *cells_tables(report),
-        *_confounders(report),
+        *seeds_table(report),
         *_failures(report),
         *_plots(report),
         *phases_table(report),
@@ -60,15 +79,21 @@ def write_document(report: Report) -> str:
 
 
 def _what_this_is(report: Report) -> Iterator[str]:
-    counts = Counter(row.status for row in report.rows)
+    runs = [run for run, _ in report.runs]
+    counts = Counter(run.status for run in runs)
     tally = ", ".join(f"{n} {status}" for status, n in sorted(counts.items(), key=lambda count: count[0] != "ok"))
-    days = sorted({one_line(row.record.started_at)[:10] for row in report.records if row.record})
+    days = sorted({one_line(run.record.started_at)[:10] for run in runs if run.record})
     when = f" measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
-    where = "; ".join(dict.fromkeys(_machine(row, report) for row in report.records if row.machine))
-    parts = [f"{len(report.rows)} {'cell' if len(report.rows) == 1 else 'cells'} ({tally}){when}"]
+    machines = {row.machine: row for row in reversed(report.records) if row.machine}
+    where = "; ".join(dict.fromkeys(_machine(row, many=len(machines) > 1) for row in reversed(machines.values())))
+    parts = [f"{len(runs):,} {'cell' if len(runs) == 1 else 'cells'} ({tally}){when}"]
     parts[0] = escape(parts[0]) + (f" on {where}." if where else ".")
     versions = _versions(report)
     parts += [f"Versions: {versions}."] if versions else []
+    if len(runs) > len(report.rows):
+        parts.append(f"{len(report.rows):,} rows: cells that differ in the seed alone are one.")
+    if report.where:
+        parts.append(f"Chosen by `--where`: {code(report.where)}.")
     if report.sweep and report.sweep.finished_at is None:
         parts.append("**The sweep had not finished when this was written.**")
     parts.append(f"Written by left_bench {__version__} from the records alone. The command that repeats it:")
@@ -76,21 +101,21 @@ def _what_this_is(report: Report) -> Iterator[str]:
     yield fence("\n".join(_commands(report)), "bash")
 
 
-def _machine(row: Row, report: Report) -> str:
+def _machine(row: Row, *, many: bool) -> str:
     machine = row.noted("machine")
     memory = machine.get("memory_bytes")
     known = [
         f"{machine['cores']} cores" if machine.get("cores") else "",
         f"{format_value('peak_memory_bytes', memory)} memory" if isinstance(memory, (int, float)) else "",
         f"device {machine.get('device_name') or machine['device']}" if machine.get("device") else "",
-        f"here called {row.machine}" if len(machines_of(report.rows)) > 1 else "",
+        f"here called {row.machine}" if many else "",
     ]
     return escape(f"{machine.get('cpu') or row.machine} ({', '.join(part for part in known if part)})")
 
 
 def _versions(report: Report) -> str:
     found: dict[str, list[str]] = {}
-    for row in report.records:
+    for row in (run for run, _ in report.runs):
         for package, version in row.noted("versions").items():
             found.setdefault(str(package), []).append(str(version))
     order = sorted(found, key=lambda name: (_VERSIONS.index(name) if name in _VERSIONS else len(_VERSIONS), name))
@@ -119,7 +144,7 @@ def _constants(report: Report) -> Iterator[str]:
         told = ", ".join(f"{key} {format_setting(value)}" for key, value in kept if value is not None)
         if option or told:
             lines.append([group, code(option) if option else "*varies*", escape(told) or ABSENT])
-    seeds = {format_setting(row.record.config.get("seed")) for row in report.records if row.record}
+    seeds = {format_setting(run.seed) for run, _ in report.runs if run.record}
     if len(seeds) == 1:
         lines.append(["seed", escape(seeds.pop()), ABSENT])
     if lines:
@@ -134,39 +159,33 @@ def _same(values: list[Any]) -> bool:
     return all(value == values[0] for value in values)
 
 
-def _confounders(report: Report) -> Iterator[str]:
-    found = confounders(report.rows, report.names)
-    if found:
-        yield "## Confounders"
-        yield "The cells also differ in what follows; a difference between them may come from it."
-        yield "\n".join(f"- **{escape(what)}**: {escape(how)}" for what, how in found)
-
-
 def _failures(report: Report) -> Iterator[str]:
-    failed = [row for row in report.rows if not row.ok]
+    failed = [(run, name) for run, name in report.runs if not run.ok]
     problems = report.problems
     if not failed and not problems:
         return
     yield "## What did not run, and why"
     if failed:
-        names = report.names
         lines = [
             [
-                escape(names[id(row)]),
-                escape(row.status),
+                escape(name),
+                escape(status_word(row)),
                 escape(row.reason or "no reason was recorded", limit=_TEXT_LIMIT),
             ]
-            for row in failed
+            for row, name in failed[:ROWS_SHOWN]
         ]
         yield table(["cell", "status", "reason"], lines, labels=3)
-        for row in failed:
+        yield from cut_line(len(failed))
+        for row, name in failed[:_LOGS_SHOWN]:
             tail = row.record.provenance.get("log_tail") if row.record else None
             if tail:
-                yield details(f"{names[id(row)]}: end of the log", fence(tail, "text"))
+                yield details(f"{name}: end of the log", fence(tail, "text"))
     if problems:
         files = "1 file" if len(problems) == 1 else f"{len(problems)} files"
         yield f"{files} could not be read and so left out of the tables:"
-        yield "\n".join(f"- {code(_short(problem.path))}: {escape(problem.message)}" for problem in problems)
+        told = problems[:ROWS_SHOWN]
+        yield "\n".join(f"- {code(_short(problem.path))}: {escape(problem.message)}" for problem in told)
+        yield from cut_line(len(problems))
 
 
 def _plots(report: Report) -> Iterator[str]:
@@ -182,7 +201,7 @@ def _samples(report: Report) -> Iterator[str]:
     for row in report.records:
         for sample in row.record.samples if row.record and row.scored else ():
             answers = asked.setdefault((sample.prompt, sample.reference), [])
-            if not any(row is other for other, _ in answers):
+            if len(answers) < ROWS_SHOWN and not any(row is other for other, _ in answers):
                 answers.append((row, sample))
     chosen = sorted(asked.items(), key=lambda item: -len(item[1]))[:_PROMPTS_SHOWN]
     if not chosen:
@@ -232,10 +251,11 @@ def _sources(report: Report) -> Iterator[str]:
             code(_short(row.path)) if row.path else ABSENT,
             escape(row.record.finished_at) if row.record else ABSENT,
         ]
-        for row, label in zip(report.rows, report.labels, strict=True)
+        for row, label in report.runs[:ROWS_SHOWN]
     ]
     yield "## Where each number comes from"
     yield table(["cell", "id", "status", "record", "finished"], lines, labels=5)
+    yield from cut_line(len(report.runs))
 
 
 def _short(path: Path) -> str:

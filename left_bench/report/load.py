@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from left_bench.errors import UserError
-from left_bench.record import RECORD_NAME, Record, Score, read_record
+from left_bench.record import METRICS, RECORD_NAME, Record, Score, read_record
+from left_bench.report.where import parse_where
 
 if TYPE_CHECKING:
     import pandas
 
 SWEEPS_FOLDER = "sweeps"
 EVENTS_NAME = "events.jsonl"
+ROWS_NAME = "rows.jsonl"
+_PROBLEMS_LISTED = 20
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 
@@ -37,6 +42,28 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
+
+
+class RowResult(NamedTuple):
+    """One held-out row as a cell answered it (`rows.jsonl`)."""
+
+    reference: str
+    answer_tokens: int
+    nll: float
+    """Summed over the answer's tokens, nats."""
+    prediction: str | None
+    """None: nothing was generated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Optimizer steps as `events.jsonl` has them; the lists run parallel."""
+
+    steps: list[int]
+    losses: list[float]
+    """Finite ones only: a step whose loss is none is left out."""
+    seconds: list[float]
+    tokens: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,59 +108,124 @@ def read_sweeps(paths: PathLike | Iterable[PathLike]) -> tuple[list[Sweep], list
     return list(sweeps.values()), problems
 
 
-def load_records(path: PathLike | Iterable[PathLike]) -> pandas.DataFrame:
+def load_records(path: PathLike | Iterable[PathLike], *, where: str | None = None) -> pandas.DataFrame:
     """Records as a table, one row each, oldest first.
 
     Columns: `cell_id, status, reason, attempt, seed, started_at, finished_at` (UTC times), `choices.<group>`, every
     metric by its own name with `<metric>_stderr` where it has one, `config.<section>.<key>`, `machine.<key>`, `path`.
-    What was not measured is NaN. Records that cannot be read are named in `frame.attrs["unreadable"]` and in a warning.
+    What differed in fact (batch layout, threads, dtypes as they were found) is in `effective.<key>`, the notes on what
+    confounds a comparison in `notes`. What was not measured is NaN. Records that cannot be read, or are of another
+    schema, are named in `frame.attrs["unreadable"]` and in a warning.
 
     Args:
         path: a runs folder, a cell folder, a record file, or several of them.
+        where: only the records that fulfil this condition, as `left-bench report --where` takes it.
 
     Raises:
-        UserError: a path does not exist.
+        UserError: a path does not exist, or the condition cannot be used.
     """
+    runs, problems = read_runs(path)
+    if where is not None:
+        runs = choose(runs, where)
+    return frame_of(runs, problems)
+
+
+def frame_of(runs: Sequence[Run], problems: Sequence[Problem] = ()) -> pandas.DataFrame:
+    """The table of `load_records`, of runs already read."""
     import pandas
 
-    runs, problems = read_runs(path)
-    frame = pandas.DataFrame([_flat_row(run) for run in runs])
+    frame = pandas.DataFrame.from_records([flat_row(run) for run in runs])
     for column in ("started_at", "finished_at"):
         if column in frame:
             frame[column] = pandas.to_datetime(frame[column], utc=True, errors="coerce", format="ISO8601")
     frame.attrs["unreadable"] = [str(problem) for problem in problems]
     if problems:
-        listed = "; ".join(map(str, problems))
-        warnings.warn(f"{len(problems)} records could not be read and are not in the table: {listed}", stacklevel=2)
+        listed = "; ".join(map(str, problems[:_PROBLEMS_LISTED]))
+        listed += f"; and {len(problems) - _PROBLEMS_LISTED} more" if len(problems) > _PROBLEMS_LISTED else ""
+        warnings.warn(f"{len(problems)} records could not be read and are not in the table: {listed}", stacklevel=3)
     return frame
 
 
-def read_losses(record_path: Path) -> tuple[list[int], list[float]]:
-    """Steps and training losses from `events.jsonl` beside a record; broken lines are passed over.
+def choose(runs: Sequence[Run], where: str) -> list[Run]:
+    """The runs that fulfil a condition.
+
+    Raises:
+        UserError: the condition cannot be read, or names a field that no record has.
+    """
+    condition = parse_where(where)
+    flat = [flat_row(run) for run in runs]
+    if flat:
+        condition.check(METRICS.keys() | {key for row in flat for key in row})
+    return [run for run, row in zip(runs, flat, strict=True) if condition.matches(row)]
+
+
+def read_steps(record_path: Path) -> Steps:
+    """The training steps in `events.jsonl` beside a record; broken lines are passed over.
 
     Where the steps start anew (another attempt appended to the file), the last attempt counts.
     """
-    steps: list[int] = []
-    losses: list[float] = []
+    found = Steps(steps=[], losses=[], seconds=[], tokens=[])
+    for event in _json_lines(record_path.with_name(EVENTS_NAME)):
+        if event.get("event") != "step":
+            continue
+        step, loss = event.get("step"), event.get("loss")
+        if type(step) is not int or not _finite(loss):
+            continue
+        if found.steps and step <= found.steps[-1]:
+            found = Steps(steps=[], losses=[], seconds=[], tokens=[])
+        found.steps.append(step)
+        found.losses.append(float(loss))
+        seconds, tokens = event.get("seconds"), event.get("tokens")
+        if _finite(seconds) and _finite(tokens) and seconds > 0:
+            found.seconds.append(float(seconds))
+            found.tokens.append(float(tokens))
+    return found
+
+
+def read_losses(record_path: Path) -> tuple[list[int], list[float]]:
+    """Steps and training losses from `events.jsonl` beside a record."""
+    found = read_steps(record_path)
+    return found.steps, found.losses
+
+
+def read_row_results(record_path: Path) -> tuple[RowResult, ...] | None:
+    """The held-out rows in `rows.jsonl` beside a record, in their order; None where there is no whole file of them."""
+    path = record_path.with_name(ROWS_NAME)
     try:
-        lines = record_path.with_name(EVENTS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        changed = path.stat().st_mtime_ns
     except OSError:
-        return steps, losses
+        return None
+    return _row_results(path, changed)
+
+
+@lru_cache(maxsize=512)
+def _row_results(path: Path, _changed: int) -> tuple[RowResult, ...] | None:
+    results = []
+    for line in _json_lines(path):
+        reference, tokens, nll, prediction = (line.get(k) for k in ("reference", "answer_tokens", "nll", "prediction"))
+        whole = isinstance(reference, str) and type(tokens) is int and _finite(nll)
+        if not whole or not isinstance(prediction, (str, type(None))):
+            return None
+        results.append(RowResult(reference, tokens, float(nll), prediction))
+    return tuple(results) or None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
     for line in lines:
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if not isinstance(event, dict) or event.get("event") != "step":
-            continue
-        step, loss = event.get("step"), event.get("loss")
-        if type(step) is not int or not isinstance(loss, (int, float)) or not math.isfinite(loss):
-            continue
-        if steps and step <= steps[-1]:
-            steps, losses = [], []
-        steps.append(step)
-        losses.append(float(loss))
-    return steps, losses
+        if isinstance(event, dict):
+            yield event
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -143,7 +235,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = _hashable(value)
+            flat[sys.intern(f"{prefix}{key}")] = _hashable(value)  # ten thousand records share a hundred keys
     return flat
 
 
@@ -213,7 +305,8 @@ def _joined(first: Sweep, second: Sweep) -> Sweep:
     )
 
 
-def _flat_row(run: Run) -> dict[str, Any]:
+def flat_row(run: Run) -> dict[str, Any]:
+    """One record as the columns of `load_records`."""
     record = run.record
     row: dict[str, Any] = {
         "cell_id": record.cell_id,
@@ -231,10 +324,15 @@ def _flat_row(run: Run) -> dict[str, Any]:
         if score is not None and score.stderr is not None:
             row[f"{name}_stderr"] = score.stderr
     row |= flatten(record.config, "config.")
-    machine = record.environment.get("machine")
-    if isinstance(machine, dict):
-        row |= flatten(machine, "machine.")
-    return row | {"path": str(run.path)}
+    for part, prefix in (("machine", "machine."), ("effective", "effective."), ("versions", "versions.")):
+        noted = record.environment.get(part)
+        if isinstance(noted, dict):
+            row |= flatten(noted, prefix)
+    notes = record.provenance.get("notes")
+    if isinstance(notes, list) and notes:
+        row["notes"] = tuple(map(str, notes))
+    row |= {f"memory.{part}": size for part, size in record.memory_breakdown.items()}
+    return row | {"sweep": record.provenance.get("sweep"), "path": str(run.path)}
 
 
 def _hashable(value: Any) -> Any:

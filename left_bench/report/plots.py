@@ -12,8 +12,9 @@ from left_bench.report.cells import Row
 from left_bench.report.load import read_losses
 from left_bench.report.placement import place_labels
 from left_bench.report.ranking import headline_quality, pareto_front, rankable
+from left_bench.report.statistics import measured_steps
 from left_bench.report.tables import heading
-from left_bench.report.values import is_number, metric_of, one_line
+from left_bench.report.values import format_value, is_number, metric_of, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +32,8 @@ _PARTS = {
 }
 _INK, _FAINT = "#333333", "#D9D9D9"
 _LABEL_LIMIT = 40
+_NAMED, _BARS, _CURVES = 60, 60, 28
+"""Points with a name, bars and curves that one picture still holds."""
 _SMOOTHED_FROM = 40
 """Steps from which a loss curve is drawn as a running mean."""
 # A white card is read alike on a light page and on a dark one.
@@ -78,20 +81,32 @@ def write_plots(rows: Sequence[Row], labels: Sequence[str], *, out: Path, name: 
 
 def pareto_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     """Quality against peak memory, every ok cell named, the Pareto front drawn; None below two such cells."""
+    return _scatter(rows, labels, "peak_memory_bytes")
+
+
+def parameters_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
+    """Quality against trainable parameters on a logarithmic axis; None below two cells that differ in them."""
+    if len({row.value("trainable_params") for row in rows if row.ok and row.value("trainable_params")}) < 2:
+        return None
+    return _scatter(rows, labels, "trainable_params")
+
+
+def _scatter(rows: Sequence[Row], labels: Sequence[str], cost: str) -> Figure | None:
+    """Quality against a cost, the front drawn, every cell named as long as there is room for names."""
     quality = headline_quality(rows)
     if quality is None:
         return None
-    cost = "peak_memory_bytes"
     named = [
         (row, label)
         for row, label in zip(rows, labels, strict=True)
-        if row.ok and is_number(row.value(quality)) and is_number(row.value(cost))
+        if row.ok and is_number(row.value(quality)) and (is_number(row.value(cost)) and (row.value(cost) or 0) > 0)
     ]
     if len(named) < 2:
         return None
     drawn = [row for row, _ in named]
-    figure, axes = _new_figure(7.2, 4.8 + 0.06 * max(0, len(named) - 12))
-    scale, unit = _byte_scale([row.value(cost) or 0 for row in drawn])
+    figure, axes = _new_figure(7.2, 4.8 + 0.06 * min(_NAMED, max(0, len(named) - 12)))
+    in_bytes = metric_of(cost).unit == "bytes"
+    scale, unit = _byte_scale([row.value(cost) or 0 for row in drawn]) if in_bytes else (1, "log scale")
     x = {id(row): (row.value(cost) or 0) / scale for row in drawn}
     y = {id(row): row.value(quality) or 0.0 for row in drawn}
     front = pareto_front(drawn, quality, cost) if rankable(drawn, quality) and rankable(drawn, cost) else []
@@ -106,14 +121,19 @@ def pareto_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
             alpha=0.6,
             zorder=1,
         )
-    for row in drawn:
-        colour = COLOURS[0] if id(row) in on_front else "#8C8C8C"
+    for colour, group in (
+        ("#8C8C8C", [row for row in drawn if id(row) not in on_front]),
+        (COLOURS[0], [row for row in drawn if id(row) in on_front]),
+    ):
+        if not group:
+            continue
+        errors = [row.stderr(quality) or 0.0 for row in group] if len(drawn) <= _NAMED else None
         axes.errorbar(
-            x[id(row)],
-            y[id(row)],
-            yerr=row.stderr(quality),
+            [x[id(row)] for row in group],
+            [y[id(row)] for row in group],
+            yerr=errors,
             fmt="o",
-            markersize=6,
+            markersize=6 if len(drawn) <= _NAMED else 3,
             color=colour,
             ecolor=colour,
             elinewidth=0.7,
@@ -123,14 +143,21 @@ def pareto_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     higher = metric_of(quality).better == "higher"
     if not higher:
         axes.invert_yaxis()  # better is up, whatever the metric
-    axes.set_xlabel(f"peak memory in training ({unit}), left is better")
+    if not in_bytes:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: format_value(cost, value))  # mathematics is switched off
+        axes.xaxis.set_minor_formatter(lambda *_: "")
+    axes.set_xlabel(f"{'peak memory in training' if in_bytes else heading(cost)} ({unit}), left is better")
     axes.set_ylabel(f"{heading(quality)}{'' if higher else ' (axis inverted)'}, up is better")
     axes.margins(x=0.12, y=0.12)
-    marks = ["blue: no cell beats it in both"] if front else []
-    marks += ["bars: ± standard error"] if any(row.stderr(quality) for row in drawn) else []
-    axes.set_title(f"Quality against memory{' (' + ', '.join(marks) + ')' if marks else ''}")
-    points = [(x[id(row)], y[id(row)]) for row in drawn]
-    bars = [(row, row.stderr(quality) or 0.0) for row in drawn]
+    marks = ["blue: unbeaten in both"] if front else []
+    few = len(drawn) <= _NAMED
+    marks += ["bars: ± standard error"] if few and any(row.stderr(quality) for row in drawn) else []
+    axes.set_title(f"Quality against {'memory' if in_bytes else 'trained parameters'}{' (' + ', '.join(marks) + ')' if marks else ''}")
+    if not few:  # a name for each would cover the points: only the front is named
+        named = [(row, label) for row, label in named if id(row) in on_front][:_NAMED]
+    points = [(x[id(row)], y[id(row)]) for row, _ in named]
+    bars = [(row, row.stderr(quality) or 0.0) for row, _ in named]
     lines = [((x[id(row)], y[id(row)] - error), (x[id(row)], y[id(row)] + error)) for row, error in bars]
     for start, end in pairwise((x[id(row)], y[id(row)]) for row in front):
         corner = (end[0], start[1])
@@ -142,12 +169,14 @@ def pareto_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
 def memory_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     """What the training peak is made of, one bar per cell; None where no cell tells."""
     named = [
-        (row.record.memory_breakdown, label)
+        (parts, label)
         for row, label in zip(rows, labels, strict=True)
-        if row.record and row.ok and sum(row.record.memory_breakdown.values()) > 0
+        if row.ok and sum((parts := row.memory_parts()).values()) > 0
     ]
     if not named:
         return None
+    more = len(named) - _BARS
+    named = sorted(named, key=lambda bar: sum(bar[0].values()))[:_BARS] if more > 0 else named
     figure, axes = _new_figure(7.2, 1.5 + 0.32 * len(named))
     scale, unit = _byte_scale([sum(parts.values()) for parts, _ in named])
     order = [*_PARTS, *sorted({part for parts, _ in named for part in parts} - set(_PARTS))]
@@ -174,17 +203,20 @@ def memory_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     axes.margins(x=0.1)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(f"peak memory in training ({unit})")
-    axes.set_title("What the memory peak is made of")
+    axes.set_title("What the memory peak is made of" + (f" (the {_BARS} smallest, {more:,} more)" if more > 0 else ""))
     figure.legend(loc="outside lower center", ncols=5, handlelength=1.0, columnspacing=1.2)
     return figure
 
 
 def loss_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     """Training loss by step, from `events.jsonl` beside the records; None where no cell has one."""
-    curves = [(read_losses(row.path), label) for row, label in zip(rows, labels, strict=True) if row.path]
-    curves = [((steps, losses), label) for (steps, losses), label in curves if len(steps) > 1]
+    found = ((_mean_losses(row), label) for row, label in zip(rows, labels, strict=True) if row.ok or row.path)
+    curves = [((steps, losses), label) for (steps, losses), label in found if len(steps) > 1]
     if not curves:
         return None
+    more = len(curves) - _CURVES
+    if more > 0:  # the lowest ends: a hundred lines show none of them
+        curves = sorted(curves, key=lambda curve: sum(curve[0][1][-5:]) / len(curve[0][1][-5:]))[:_CURVES]
     figure, axes = _new_figure(7.2, max(4.0, 0.9 + 0.19 * len(curves)))
     for i, ((steps, losses), label) in enumerate(curves):
         colour, line = COLOURS[i % len(COLOURS)], _LINES[i // len(COLOURS) % len(_LINES)]
@@ -195,10 +227,62 @@ def loss_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss (nats)")
     longest = max(len(losses) for (_, losses), _ in curves)
-    axes.set_title("Training loss" + (", running mean over a tenth of the steps" if longest >= _SMOOTHED_FROM else ""))
+    notes = ["running mean over a tenth of the steps"] if longest >= _SMOOTHED_FROM else []
+    notes += ["mean over the seeds"] if any(row.members for row in rows) else []
+    notes += [f"the {_CURVES} lowest of {more + _CURVES:,}"] if more > 0 else []
+    axes.set_title(", ".join(["Training loss", *notes]))
     axes.margins(x=0.02)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
+
+
+def steps_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
+    """Seconds per optimizer step, every step a point over its box, warm-up left out; None where no steps were kept."""
+    named = []
+    for row, label in zip(rows, labels, strict=True):
+        seconds = [s for run in row.runs if run.ok for _, s in measured_steps(run)]
+        if len(seconds) > 2:
+            named.append((seconds, label))
+        if len(named) > _BARS:
+            break
+    if not named:
+        return None
+    more, named = len(named) > _BARS, named[:_BARS]
+    figure, axes = _new_figure(7.2, 1.3 + 0.3 * len(named))
+    axes.boxplot(
+        [seconds for seconds, _ in named],
+        orientation="horizontal",
+        positions=range(len(named)),
+        widths=0.62,
+        whis=(5, 95),
+        showfliers=False,
+        patch_artist=True,
+        boxprops={"facecolor": "#CFE3F1", "edgecolor": COLOURS[0], "linewidth": 0.9},
+        whiskerprops={"color": COLOURS[0], "linewidth": 0.9},
+        capprops={"color": COLOURS[0], "linewidth": 0.9},
+        medianprops={"color": COLOURS[3], "linewidth": 1.6},
+    )
+    for i, (seconds, _) in enumerate(named):
+        # a fixed spread in place of chance: the same records make the same picture
+        heights = [i + 0.22 * ((k * 0.618) % 1 - 0.5) for k in range(len(seconds))]
+        axes.plot(seconds, heights, ".", color=_INK, markersize=2.5, alpha=0.55, zorder=3)
+    axes.set_yticks(range(len(named)), [label for _, label in named])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds per optimizer step, left is better")
+    axes.set_title(f"Step time: box 25 to 75 %, line median, whiskers 5 to 95 %{f' (first {_BARS})' if more else ''}")
+    return figure
+
+
+def _mean_losses(row: Row) -> tuple[list[int], list[float]]:
+    """Training loss by step, the mean over the seeds at the steps that all of them have."""
+    found = [read_losses(run.path) for run in row.runs if run.path and (run.ok or not row.ok)]
+    curves = [dict(zip(*curve, strict=True)) for curve in found if len(curve[0]) > 1]
+    if not curves:
+        return [], []
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return steps, [sum(curve[step] for curve in curves) / len(curves) for step in steps]
 
 
 def _figures(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[tuple[str, Figure, str]]:
@@ -209,6 +293,10 @@ def _figures(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[tuple[str, 
         yield "memory", figure, "What the memory peak of every cell is made of"
     if (figure := loss_figure(rows, labels)) is not None:
         yield "loss", figure, "Training loss of every cell, step by step"
+    if (figure := parameters_figure(rows, labels)) is not None:
+        yield "parameters", figure, f"{heading(quality or '')} against trainable parameters of every cell"
+    if (figure := steps_figure(rows, labels)) is not None:
+        yield "steps", figure, "Seconds per optimizer step of every cell"
 
 
 @contextmanager

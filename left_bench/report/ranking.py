@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from left_bench.report.cells import Row, machines_of
+from left_bench.report.statistics import difference
 from left_bench.report.values import format_setting, format_value, is_number, metric_of, one_line
 
 QUALITY = (
@@ -46,6 +47,27 @@ _LAYOUT = (
     "training.steps",
     "hardware.threads",
 )
+_HELD_AGAINST_BEST = 200
+_LISTED = 12  # cells named one by one
+# What a difference in a setting may change; every kind where it is not here.
+_TOUCHES = {
+    "training.steps": ("quality", "speed"),
+    "hardware.threads": ("speed",),
+    "threads": ("speed",),
+    "batching": ("memory", "speed"),
+    "training.batching": ("memory", "speed"),
+    "training.activation_checkpointing": ("memory", "speed"),
+    "attention": ("memory", "speed"),
+    "output_head": ("memory", "speed"),
+    "peak_memory": ("memory",),
+    "machine": ("speed",),
+    "learning_rate": ("quality",),
+    "trainable_dtype": ("quality", "memory"),
+    "optimizer_state_dtype": ("quality", "memory"),
+    "eval_loss": ("quality",),
+    "eval_perplexity": ("quality",),
+    "forgetting_nats": ("quality",),
+}
 _PER_TOKEN = ("eval_loss", "eval_perplexity", "forgetting_nats")
 
 
@@ -94,42 +116,86 @@ def rankable(rows: Sequence[Row], metric: str) -> bool:
 
 def best_rows(rows: Sequence[Row], metric: str) -> list[Row]:
     """The ok rows with the best value, all that print alike; none where all do, or where they may not be ranked."""
+    return best_and_second(rows, metric)[0]
+
+
+def best_and_second(rows: Sequence[Row], metric: str) -> tuple[list[Row], list[Row]]:
+    """The ok rows with the best and those with the second-best value, each all that print alike.
+
+    Empty where all print alike or may not be ranked; a second needs a third to be better than.
+    """
     measured = _measured(rows, metric)
     if metric_of(metric).better == "none" or len(measured) < 2 or not rankable(rows, metric):
-        return []
-    printed = format_value(metric, _best(measured, metric).value(metric))
-    best = [row for row in measured if format_value(metric, row.value(metric)) == printed]
-    return best if len(best) < len(measured) else []
+        return [], []
+    ordered = sorted(measured, key=lambda row: row.value(metric) or 0.0, reverse=metric_of(metric).better == "higher")
+    places: list[list[Row]] = []
+    printed = None
+    for row in ordered:
+        text = format_value(metric, row.value(metric))
+        if text != printed and len(places) == 3:
+            break
+        if text != printed:
+            places.append([])
+        printed = text
+        places[-1].append(row)
+    best = places[0] if len(places) > 1 else []
+    return best, places[1] if len(places) > 2 else []
 
 
-def ties_with_best(rows: Sequence[Row], metric: str) -> tuple[Row, list[Row]] | None:
-    """The best row and those whose difference from it is inside the noise, |a - b| < 2 sqrt(se_a^2 + se_b^2).
+class Ties(NamedTuple):
+    """The best row of a metric, and what the noise leaves of its lead."""
 
-    None where the metric has no standard error, or the rows may not be ranked. The errors are taken as independent;
-    the rows of a sweep answer the same prompts, so a true difference is rather overlooked than invented.
+    best: Row
+    tied: list[Row]
+    how: list[str]
+    """What the intervals of the differences are over, see `statistics.Difference`."""
+
+
+def ties_with_best(rows: Sequence[Row], metric: str) -> Ties | None:
+    """The best row and those whose difference from it is inside the noise: its interval holds zero.
+
+    None where nothing tells how far the noise reaches, or the rows may not be ranked. Of very many rows only the best
+    ones are held against the best.
     """
     measured = [row for row in _measured(rows, metric) if row.stderr(metric) is not None]
     if len(measured) < 2 or not rankable(rows, metric):
         return None
     best = _best(measured, metric)
-    return best, [row for row in measured if row is not best and _tie(best, row, metric)]
+    nearest = sorted(measured, key=lambda row: abs((row.value(metric) or 0.0) - (best.value(metric) or 0.0)))
+    kept = {id(row) for row in nearest[:_HELD_AGAINST_BEST]}
+    found = [(row, difference(best, row, metric)) for row in measured if row is not best and id(row) in kept]
+    known = [(row, apart) for row, apart in found if apart is not None]
+    return Ties(best, [row for row, apart in known if apart.tie], list(dict.fromkeys(apart.how for _, apart in known)))
 
 
-def pareto_front(rows: Sequence[Row], quality: str, cost: str = "peak_memory_bytes") -> list[Row]:
-    """The rows that no other row beats in both quality and cost, cheapest first."""
-    both = [row for row in _measured(rows, quality) if is_number(row.value(cost))]
-    sign = -1.0 if metric_of(quality).better == "higher" else 1.0
-    points = {id(row): (row.value(cost) or 0.0, sign * (row.value(quality) or 0.0)) for row in both}
+def pareto_front(rows: Sequence[Row], quality: str, *costs: str) -> list[Row]:
+    """The rows that no other row beats: none is as good in everything and better in something.
 
-    def beaten(row: Row) -> bool:
-        x, y = points[id(row)]
-        return any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+    Args:
+        quality: any metric; each is taken the way it is better.
+        costs: the metrics beside it; none named: peak memory. The front is sorted by the first.
+    """
+    import numpy as np
 
-    return sorted((row for row in both if not beaten(row)), key=lambda row: points[id(row)])
+    metrics = [*(costs or ("peak_memory_bytes",)), quality]
+    full = [row for row in _measured(rows, quality) if all(is_number(row.value(metric)) for metric in metrics)]
+    signs = [-1.0 if metric_of(metric).better == "higher" else 1.0 for metric in metrics]
+    points = np.array([[s * (row.value(m) or 0.0) for s, m in zip(signs, metrics, strict=True)] for row in full])
+    front = [
+        i
+        for i, point in enumerate(points)
+        if not bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any())
+    ]
+    return [full[i] for i in sorted(front, key=lambda i: tuple(points[i]))]
 
 
 # precision and quantization have columns of their own; merging comes after everything that is compared
 _NO_CONFOUNDERS = {"weights_dtype", "merge"}
+
+
+def touching(found: Sequence[tuple[str, str]], kind: str) -> list[tuple[str, str]]:
+    """Those confounders that may explain a difference in a kind of metric: `quality`, `memory` or `speed`."""
+    return [(what, how) for what, how in found if kind in _TOUCHES.get(what, (kind,))]
 
 
 def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str, str]]:
@@ -204,7 +270,9 @@ def _grouped(rows: Sequence[Row], values: Sequence[str]) -> list[tuple[str, list
 
 
 def _listed(rows: Sequence[Row], names: Mapping[int, str]) -> str:
-    return ", ".join(names[id(row)] for row in rows)
+    more = len(rows) - _LISTED
+    listed = ", ".join(names[id(row)] for row in (rows[:_LISTED] if more > 1 else rows))
+    return f"{listed} and {more:,} more" if more > 1 else listed
 
 
 def _measured(rows: Sequence[Row], metric: str) -> list[Row]:
@@ -214,8 +282,3 @@ def _measured(rows: Sequence[Row], metric: str) -> list[Row]:
 def _best(rows: Sequence[Row], metric: str) -> Row:
     pick = max if metric_of(metric).better == "higher" else min
     return pick(rows, key=lambda row: row.value(metric) or 0.0)
-
-
-def _tie(a: Row, b: Row, metric: str) -> bool:
-    difference = abs((a.value(metric) or 0.0) - (b.value(metric) or 0.0))
-    return difference == 0 or difference < 2 * math.hypot(a.stderr(metric) or 0.0, b.stderr(metric) or 0.0)

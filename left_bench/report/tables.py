@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from left_bench.report.cells import Axis, Row
 from left_bench.report.load import Problem, Sweep
@@ -12,13 +14,30 @@ from left_bench.report.ranking import (
     MEMORY_AND_SIZE,
     QUALITY,
     SPEED,
-    best_rows,
+    best_and_second,
     comparable,
+    confounders,
+    headline_quality,
     present,
     rankable,
     ties_with_best,
+    touching,
 )
-from left_bench.report.values import ABSENT, format_against, format_share, format_value
+from left_bench.report.statistics import mean_interval, seed_values
+from left_bench.report.values import ABSENT, format_against, format_setting, format_share, format_value, metric_of
+
+if TYPE_CHECKING:
+    from left_bench.report.recommend import Need
+
+ROWS_SHOWN = 200
+"""Rows of a table that a person may still read."""
+CELLS_NAMED = 12
+_HOW = {
+    "paired rows": "paired by held-out row",
+    "paired rows and seeds": "paired by held-out row and by seed, the wider at either end",
+    "seeds": "over the seeds",
+    "standard errors": "two standard errors, taken as independent",
+}
 
 PHASES = ("load", "attach", "evaluate_base", "train", "evaluate", "save", "merge")
 _HEADINGS = {
@@ -56,16 +75,47 @@ class Report:
     problems: Sequence[Problem] = ()
     plots: Sequence[tuple[str, str]] = field(default=())
     """(file name, what it shows)."""
+    needs: Sequence[Need] = ()
+    """What a recommended cell has to fulfil."""
+    group_by: str | None = None
+    """The setting whose every value gets a leaderboard of its own."""
+    claims: bool = False
+    """Whether the field's usual sentences are put beside the rows."""
+    where: str | None = None
+    """The condition that chose the rows."""
 
-    @property
+    @cached_property
     def records(self) -> list[Row]:
         """The rows that have a record."""
         return [row for row in self.rows if row.record]
 
-    @property
+    @cached_property
+    def runs(self) -> list[tuple[Row, str]]:
+        """Every single run with its name, the seeds of one row after another."""
+        return [
+            (run, label if not row.members else f"{label} seed {_seed(run)}")
+            for row, label in zip(self.rows, self.labels, strict=True)
+            for run in row.runs
+        ]
+
+    @cached_property
     def names(self) -> Mapping[int, str]:
         """`id(row)` -> label."""
         return {id(row): label for row, label in zip(self.rows, self.labels, strict=True)}
+
+    @cached_property
+    def places(self) -> Mapping[int, int]:
+        """`id(row)` -> its place in `rows` and in every axis."""
+        return {id(row): i for i, row in enumerate(self.rows)}
+
+    @cached_property
+    def confounders(self) -> list[tuple[str, str]]:
+        return confounders(self.rows, self.names)
+
+
+def _seed(run: Row) -> str:
+    """The run's seed; of a run without a record, what its id says."""
+    return format_setting(run.seed) if run.record else run.cell_id.split("-")[-2].removeprefix("s")
 
 
 def heading(metric: str) -> str:
@@ -75,43 +125,102 @@ def heading(metric: str) -> str:
 
 def cells_tables(report: Report) -> Iterator[str]:
     """Quality, memory and size, speed: three tables that share the label columns, and how to read them."""
-    if report.baseline is not None and len(report.rows) > 1:
-        name = escape(report.names[id(report.baseline)])
-        yield (
-            f"In brackets: against the baseline **{name}**, a difference of scores, else a ratio. "
-            "**Bold**: the best of a column."
-        )
     yield "## Quality"
     yield from _quality(report)
+    yield from confounders_of(report, "quality")
     yield "## Memory and size"
-    yield _metrics_table(report, MEMORY_AND_SIZE)
+    yield from _metrics_table(report, MEMORY_AND_SIZE)
+    yield from confounders_of(report, "memory")
     yield "## Speed"
-    yield _metrics_table(report, SPEED)
+    yield from _metrics_table(report, SPEED)
     if not all(rankable(report.rows, metric) for metric in present(report.rows, SPEED)):
         yield (
             "The cells come from different machines: speed is neither ranked nor set against a baseline on another one."
         )
+    yield from confounders_of(report, "speed")
+
+
+def confounders_of(report: Report, kind: str) -> Iterator[str]:
+    """What else differs between the cells and may explain a difference in this kind of metric."""
+    found = touching(report.confounders, kind)
+    if found:
+        yield f"**Confounders.** The cells also differ in what follows; a difference in {kind} may come from it."
+        yield "\n".join(f"- **{escape(what)}**: {escape(how)}" for what, how in found)
+
+
+def how_to_read(report: Report) -> Iterator[str]:
+    """Brackets, bold and the plus-minus sign, explained once, above the first table that has them."""
+    if len(report.rows) < 2:
+        return
+    parts = []
+    if report.baseline is not None:
+        name = escape(report.names[id(report.baseline)])
+        parts.append(f"In brackets: against the baseline **{name}**.")
+    parts.append("**Bold**: the best of a column; <u>underlined</u>: the second.")
+    repeated = sorted({len(seeds) for row in report.rows if len(seeds := {run.seed for run in row.runs if run.ok}) > 1})
+    if repeated:
+        of = " or ".join(map(str, repeated))
+        parts.append(f"± is one standard error of the mean over {of} seeds, else of the score over the held-out rows.")
+    elif any(row.stderr(metric) is not None for row in report.rows for metric in present(report.rows, QUALITY)):
+        parts.append("± is one standard error of the score over the held-out rows.")
+    yield " ".join(parts)
+
+
+def seeds_table(report: Report) -> Iterator[str]:
+    """Mean, bootstrap interval and every seed's own value of what decides, for the rows that were repeated."""
+    rows = [row for row in report.rows if sum(run.ok for run in row.runs) > 1]
+    quality = headline_quality(report.rows)
+    metrics = present(rows, [*([quality] if quality else []), "peak_memory_bytes", "train_tokens_per_second"])
+    if not rows or not metrics:
+        return
+    yield "## Seeds"
+    yield (
+        "Mean over the seeds, the 95 % bootstrap interval of that mean in brackets, and the seeds one by one. "
+        "Of three seeds the interval spans little less than all of them."
+    )
+    lines = []
+    for row in rows[:ROWS_SHOWN]:
+        seeds = [format_setting(run.seed) for run in row.runs if run.ok]
+        cells = []
+        for metric in metrics:
+            values = seed_values(row, metric)
+            interval = mean_interval(list(values.values()))
+            text = format_value(metric, row.value(metric))
+            if interval is not None and interval.low < interval.high:
+                text += f" [{format_value(metric, interval.low)}, {format_value(metric, interval.high)}]"
+                text += ": " + ", ".join(format_value(metric, value) for value in values.values())
+            cells.append(text)
+        lines.append([escape(report.names[id(row)]), escape(", ".join(seeds)), *cells])
+    yield table(["cell", "seeds", *map(heading, metrics)], lines, labels=2)
+    yield from cut_line(len(rows))
 
 
 def phases_table(report: Report) -> Iterator[str]:
     """Seconds per phase and cell."""
-    rows = [row for row in report.rows if row.record and row.record.phases]
-    seconds = {id(row): {phase.name: phase.seconds for phase in row.record.phases} for row in rows if row.record}
+    rows = [row for row in report.rows if row.phase_seconds()]
+    seconds = {id(row): row.phase_seconds() for row in rows[:ROWS_SHOWN]}
     names = dict.fromkeys(name for phases in seconds.values() for name in phases)
     order = sorted(names, key=lambda name: PHASES.index(name) if name in PHASES else len(PHASES))
     if not order:
         return
     lines = [
         [
-            *_label_cells(report, row),
+            *label_cells(report, row),
             *(format_value("load_seconds", seconds[id(row)].get(name)) for name in order),
             format_value("overhead_seconds", row.value("overhead_seconds")),
         ]
-        for row in rows
+        for row in rows[:ROWS_SHOWN]
     ]
-    header = [*_label_headings(report), *map(escape, order), "outside phases"]
+    header = [*label_headings(report), *map(escape, order), "outside phases"]
     yield "## Phases"
     yield table(header, lines, labels=len(report.axes))
+    yield from cut_line(len(rows))
+
+
+def cut_line(rows: int) -> Iterator[str]:
+    """What was left out of a table of so many rows."""
+    if rows > ROWS_SHOWN:
+        yield f"{rows - ROWS_SHOWN:,} more rows are left out here; `--format csv` or `parquet` has them all."
 
 
 def _quality(report: Report) -> Iterator[str]:
@@ -126,63 +235,97 @@ def _quality(report: Report) -> Iterator[str]:
     metrics = present(report.rows, QUALITY)
     if not metrics and records and not any(row.scored for row in records):
         return
-    yield _metrics_table(report, QUALITY)
+    yield from _metrics_table(report, QUALITY)
     scored = [metric for metric in metrics if any(row.base_value(metric) is not None for row in report.rows)]
     if scored:
-        yield "`before → after` training, ± one standard error over the held-out rows."
+        yield "`before → after` training."
     yield from _ties(report, metrics)
 
 
 def _ties(report: Report, metrics: Sequence[str]) -> Iterator[str]:
-    names, lines = report.names, []
+    names, lines, how = report.names, [], dict[str, None]()
     for metric in metrics:
         found = ties_with_best(report.rows, metric)
         if found is None:
             continue
-        best, tied = found
-        others = ", ".join(escape(names[id(row)]) for row in tied)
+        shown = [escape(names[id(row)]) for row in found.tied[:CELLS_NAMED]]
+        more = len(found.tied) - len(shown)
+        others = ", ".join(shown) + (f" and {more:,} more" if more else "")
         lines.append(
-            f"- {heading(metric)}: best is **{escape(names[id(best)])}**; "
-            + (f"inside the noise, so tied with it: {others}." if tied else "no other cell ties with it.")
+            f"- {heading(metric)}: best is **{escape(names[id(found.best)])}**; "
+            + (f"tie with it: {others}." if found.tied else "no other cell ties with it.")
         )
+        how |= dict.fromkeys(found.how)
     if lines:
-        lines.append("\nA tie is a difference below two standard errors of that difference.")
+        told = "; ".join(_HOW[one] for one in how if one in _HOW)
+        lines.append(f"\nA tie: the 95 % interval of the difference holds zero{f' ({told})' if told else ''}.")
         yield "\n".join(lines)
-    seeds = {row.record.config.get("seed") for row in report.records if row.record}
+    seeds = {run.seed for row in report.records for run in row.runs if run.record}
     if (
         len(report.rows) > 1
         and len(seeds) == 1
         and any(row.stderr(metric) is not None for row in report.records for metric in metrics)
     ):
         yield (
-            "One seed only: the standard errors tell of the held-out rows, not of other seeds. "
-            "Differences within ±2 standard errors are no evidence."
+            "**One seed only**: the intervals tell of the held-out rows, not of other seeds, under which order and "
+            "initialization differ. Repeat with `seed=0,1,2` before a small difference is taken for one."
         )
 
 
-def _metrics_table(report: Report, metrics: Sequence[str]) -> str:
+def _metrics_table(report: Report, metrics: Sequence[str]) -> Iterator[str]:
     rows, shown = report.rows, present(report.rows, metrics)
     status = any(not row.ok for row in rows)
-    best = {metric: {id(row) for row in best_rows(rows, metric)} for metric in shown}
+    alike = {metric: text for metric in shown if (text := constant(rows, metric)) is not None}
+    yield from lifted(alike)
+    shown = [metric for metric in shown if metric not in alike]
+    marks = {metric: best_and_second(rows, metric) for metric in shown}
     lines = []
-    for row in rows:
-        numbers = [_number(report, row, metric, bold=id(row) in best[metric]) for metric in shown]
-        lines.append([*_label_cells(report, row), *([_status(row)] if status else []), *numbers])
-    header = [*_label_headings(report), *(["status"] if status else []), *map(heading, shown)]
-    return table(header, lines, labels=len(report.axes) + status)
+    for row in rows[:ROWS_SHOWN]:
+        numbers = [_number(report, row, metric, marks=marks[metric]) for metric in shown]
+        lines.append([*label_cells(report, row), *([_status(row)] if status else []), *numbers])
+    header = [*label_headings(report), *(["status"] if status else []), *map(heading, shown)]
+    yield table(header, lines, labels=len(report.axes) + status)
+    yield from cut_line(len(rows))
 
 
-def _number(report: Report, row: Row, metric: str, *, bold: bool) -> str:
+def constant(rows: Sequence[Row], metric: str) -> str | None:
+    """A metric's text where it is the same in all of several rows; None where it is not."""
+    if len(rows) < 2 or any(row.base_value(metric) is not None for row in rows):
+        return None
+    texts = {format_value(metric, row.value(metric)) for row in rows}
+    return texts.pop() if len(texts) == 1 else None
+
+
+def lifted(alike: Mapping[str, str]) -> Iterator[str]:
+    """The columns that would hold one value only, as a line above the table."""
+    if alike:
+        yield "The same in every row: " + ", ".join(f"{heading(metric)} {text}" for metric, text in alike.items()) + "."
+
+
+def marked(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]]) -> str:
+    """The value with its standard error; bold where it is the best of its table, underlined where it is the second."""
+    value = row.value(metric)
+    text = format_value(metric, value)
+    if any(row is other for other in marks[0]):
+        text = f"**{text}**"
+    elif any(row is other for other in marks[1]):
+        text = f"<u>{text}</u>"
+    stderr = row.stderr(metric)
+    quality = metric_of(metric).kind == "quality"
+    return text if value is None or stderr is None or not (quality or stderr) else (
+        f"{text} ± {format_value(metric, stderr)}"
+    )
+
+
+def _number(report: Report, row: Row, metric: str, *, marks: tuple[Sequence[Row], Sequence[Row]]) -> str:
     value = row.value(metric)
     if value is None:
         return ABSENT
-    text = f"**{format_value(metric, value)}**" if bold else format_value(metric, value)
+    text = marked(row, metric, marks)
     if metric == "trainable_params":
         share = format_share(value, row.value("total_params"))
         text += f", {share}" if share else ""
-    stderr, base = row.stderr(metric), row.base_value(metric)
-    if stderr is not None:
-        text += f" ± {format_value(metric, stderr)}"
+    base = row.base_value(metric)
     if base is not None:
         text = f"{format_value(metric, base)} → {text}"
     if row is not report.baseline and row.ok and comparable(row, report.baseline, metric) and report.baseline:
@@ -191,17 +334,24 @@ def _number(report: Report, row: Row, metric: str, *, bold: bool) -> str:
     return text
 
 
+def status_word(row: Row) -> str:
+    """The status as a word of a table: `OOM`, `unsupported`."""
+    return "OOM" if row.status == "oom" else row.status
+
+
 def _status(row: Row) -> str:
-    return "ok" if row.ok else f"**{escape(row.status)}**"
+    done = sum(run.ok for run in row.runs)
+    if row.ok and done < len(row.runs):
+        return f"{done} of {len(row.runs)} ok"
+    return "ok" if row.ok else f"**{escape(status_word(row))}**"
 
 
-def _label_headings(report: Report) -> list[str]:
+def label_headings(report: Report) -> list[str]:
     return [escape(axis.heading) for axis in report.axes]
 
 
-def _label_cells(report: Report, row: Row) -> list[str]:
-    i = next(i for i, other in enumerate(report.rows) if other is row)
-    cells = [escape(axis.values[i]) for axis in report.axes]
+def label_cells(report: Report, row: Row) -> list[str]:
+    cells = [escape(axis.values[report.places[id(row)]]) for axis in report.axes]
     if row is report.baseline and len(report.rows) > 1:
         cells[-1] += " *(baseline)*"
     return cells

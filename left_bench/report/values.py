@@ -56,7 +56,23 @@ def format_against(metric: str, value: float | None, baseline: float | None) -> 
         return format_difference(value - baseline)
     if baseline <= 0:
         return ""
-    ratio = value / baseline
+    return format_ratio(value / baseline)
+
+
+def format_against_both(metric: str, value: float | None, baseline: float | None) -> str:
+    """Difference and ratio to the baseline's: `+0.031, 1.06×`; empty where there is none."""
+    if value is None or baseline is None or not (math.isfinite(value) and math.isfinite(baseline)):
+        return ""
+    if metric_of(metric).unit in ("fraction", "nats") or metric_of(metric).kind == "quality":
+        difference = format_difference(value - baseline)
+    else:
+        sign = "+" if value > baseline else _MINUS if value < baseline else ""
+        difference = sign + format_value(metric, abs(value - baseline))
+    return f"{difference}, {format_ratio(value / baseline)}" if baseline > 0 and value >= 0 else difference
+
+
+def format_ratio(ratio: float) -> str:
+    """`0.64×`, `12.5×`."""
     plain = f"{ratio:.2f}" if 0.095 <= ratio < 9.995 else significant(ratio, digits=2 if ratio < 1 else 3)
     return plain + _TIMES
 

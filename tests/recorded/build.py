@@ -160,6 +160,25 @@ def peft(name: str, *, rate: float = 1e-3, target: str | None = "peft.LoraConfig
     }
 
 
+def write_rows(run_dir: Path, *, right: list[bool], nll: list[float]) -> None:
+    """Write what a cell answered, row by row, as the worker does."""
+    lines = [
+        {"row": i, "nll": loss, "base_nll": 4.0, "answer_tokens": 2, "reference": str(i), "base_prediction": ""}
+        | {"prediction": str(i) if fine else "wrong"}
+        for i, (fine, loss) in enumerate(zip(right, nll, strict=True))
+    ]
+    (run_dir / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+
+
+def write_steps(run_dir: Path, seconds: list[float], *, tokens: int = 300) -> None:
+    """Write a run's steps as the worker does."""
+    lines = [
+        {"event": "step", "time": 0.0, "step": i + 1, "loss": 2 / (i + 1), "seconds": s, "tokens": tokens + i % 5}
+        for i, s in enumerate(seconds)
+    ]
+    (run_dir / "events.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+
+
 def write_runs(runs_dir: Path, records: list[Record], *, curves: bool = False) -> list[str]:
     """Write records as a run does, and return their ids."""
     for number, record in enumerate(records):
@@ -271,6 +290,35 @@ def random_weights() -> list[Record]:
             file_mib=0.05, tokens_per_second=51_200 + 999 * number, wall=6.1)
         for number, (name, size) in enumerate([("full", 139_584), ("lora", 20_480)])
     ]  # fmt: skip
+
+
+QUANTIZED = {"none": (256.6, 16.0), "int8": (131.0, 8.1), "nf4": (84.0, 4.5), "nf4_dq": (78.0, 4.13)}
+
+
+def seeded(seeds: tuple[int, ...] = (0, 1, 2)) -> list[Record]:
+    """Quantization against method under several seeds, some of it unsupported or out of memory."""
+    found = []
+    for q, (quantization, (weights, bits)) in enumerate(QUANTIZED.items()):
+        for m, method in enumerate(("full", "lora", "ia3", "prompt_tuning")):
+            for seed in seeds:
+                changes = peft(method, rate=1e-3) | {"quantization.name": quantization, "seed": seed}
+                minute = (q * 4 + m) % 60
+                if method == "full" and quantization != "none":
+                    reason = "full fine-tuning does not train quantized weights"
+                    found.append(make_record(changes=changes, status="unsupported", reason=reason, minute=minute))
+                elif (quantization, method, seed) == ("nf4", "ia3", 2):
+                    found.append(make_record(changes=changes, status="oom", reason="not enough memory", minute=minute))
+                else:
+                    found.append(
+                        make_record(
+                            changes=changes, minute=minute, exact_match=round((76 - 10 * m - 2 * q + seed) / 128, 7),
+                            eval_loss=0.4 + 0.2 * m + 0.01 * q + 0.005 * seed, peak_mib=1400 - 200 * m - 60 * q + seed,
+                            weights_mib=weights, trainable=(134_515_008, 4_884_480, 69_120, 11_520)[m],
+                            tokens_per_second=400 + 60 * m - 20 * q + seed,
+                            metrics={"quantized_bits_per_param": bits} if q else None,
+                        )
+                    )
+    return found  # fmt: skip
 
 
 def main() -> None:

@@ -1,0 +1,443 @@
+"""The field's usual sentences beside numbers measured here: what is compared, the rule, and the verdict that follows.
+
+`CLAIMS` is the whole of it: a sentence, the cells it speaks of, and a rule in numbers. `sweeps/claims.yaml` runs the
+cells. A rule is written down before it is applied, a tie is a tie, and what is missing is "not measured".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from left_bench.report.cells import Row, option
+from left_bench.report.load import flatten
+from left_bench.report.markdown import code, escape, table
+from left_bench.report.statistics import Difference, Interval, difference, mean_interval, seed_values, speed_ratio
+from left_bench.report.tables import heading
+from left_bench.report.values import (
+    ABSENT,
+    format_against_both,
+    format_difference,
+    format_ratio,
+    format_value,
+    is_number,
+    significant,
+)
+
+Word = Literal["holds", "holds in part", "does not hold here", "not measured"]
+HOLDS: Word = "holds"
+IN_PART: Word = "holds in part"
+NOT_HERE: Word = "does not hold here"
+NOT_MEASURED: Word = "not measured"
+
+QUALITY_MARGIN = 0.05
+"""A loss of exact match that still counts as the same quality."""
+CLEAR = 1.05
+"""A ratio of memory or speed below which nobody would notice."""
+_GROUPS = ("quantization", "peft", "precision", "training")
+# Sections in which the cells of a claim differ, or may; all the rest has to be the same.
+_OWN = ("quantization.", "peft.", "precision.")
+_OWN_KEYS = {"training.name", "training.batch_size", "training.gradient_accumulation", "training.learning_rate", "seed"}
+
+
+class Verdict(NamedTuple):
+    word: Word
+    measured: str
+    """The numbers that decide, in one sentence of plain text."""
+
+
+class Missing(Exception):
+    """What a claim needs is not there; the message says what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A claim's cells by name, equal in all that the claim does not speak of."""
+
+    cells: Mapping[str, Row]
+    beside: Sequence[Row] = ()
+    """Every ok row of the same context."""
+
+    def row(self, name: str) -> Row:
+        if name not in self.cells:
+            raise Missing(f"there is no record of {name}")
+        row = self.cells[name]
+        if not row.ok:
+            raise Missing(f"{name} is {row.status}")
+        return row
+
+    def value(self, name: str, metric: str) -> float:
+        value = self.row(name).value(metric)
+        if value is None or not is_number(value):
+            raise Missing(f"{metric} of {name} was not measured")
+        return value
+
+    def ratio(self, over: str, under: str, metric: str) -> float:
+        below = self.value(under, metric)
+        if below == 0:
+            raise Missing(f"{metric} of {under} is zero")
+        return self.value(over, metric) / below
+
+    def difference(self, a: str, b: str, metric: str) -> Difference:
+        self.value(a, metric), self.value(b, metric)
+        found = difference(self.row(a), self.row(b), metric)
+        if found is None:
+            raise Missing(f"{metric} of {a} and {b} cannot be compared")
+        return found
+
+    def speed(self, a: str, b: str) -> tuple[float, Interval | None]:
+        """Training tokens per second of `a` over those of `b`, with an interval where the steps were kept."""
+        ratio = self.ratio(a, b, "train_tokens_per_second")
+        found = speed_ratio(self.row(a), self.row(b))
+        return (ratio, None) if found is None else (ratio, found[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A sentence, and what is asked of the records before it is believed."""
+
+    sentence: str
+    cells: Mapping[str, Mapping[str, str]]
+    """Name -> options that differ from unquantized bfloat16 LoRA under `training=default`; the first is the reference."""
+    metrics: Sequence[str]
+    """What the table shows."""
+    rule: str
+    judge: Callable[[Evidence], Verdict]
+
+
+_DEFAULT = {"quantization": "none", "peft": "lora", "precision": "bf16", "training": "default"}
+
+
+def _int8_memory(found: Evidence) -> Verdict:
+    against32 = found.ratio("float32", "8-bit", "weights_bytes")
+    against16 = found.ratio("bfloat16", "8-bit", "weights_bytes")
+    bits = found.value("8-bit", "quantized_bits_per_param")
+    peaks = [format_ratio(found.ratio(name, "8-bit", "peak_memory_bytes")) for name in ("float32", "bfloat16")]
+    told = (
+        f"stored weights are {format_ratio(against32)} smaller than in float32 and {format_ratio(against16)} smaller than "
+        f"in bfloat16; the quantized layers alone take {significant(bits)} bits a parameter, {format_ratio(32 / bits)} "
+        f"less than float32; the peak in training is {peaks[0]} and {peaks[1]} smaller"
+    )
+    return Verdict(HOLDS if against32 >= 3.6 else IN_PART if against32 >= 1.5 else NOT_HERE, told)
+
+
+def _keeps_quality(of: str, reference: str) -> Callable[[Evidence], Verdict]:
+    def judge(found: Evidence) -> Verdict:
+        apart = found.difference(of, reference, "exact_match")
+        told = f"exact match differs by {_told(apart)}"
+        if all(found.row(name).value("eval_loss") is not None for name in (of, reference)):
+            told += f"; held-out loss by {_told(found.difference(of, reference, 'eval_loss'))}"
+        if apart.interval is None:
+            raise Missing(f"{told}, with nothing to tell how far the noise reaches")
+        if apart.interval.low >= -QUALITY_MARGIN:
+            return Verdict(HOLDS, told)
+        if apart.interval.high < 0:
+            return Verdict(NOT_HERE, told)
+        return Verdict(IN_PART, f"{told}: a tie, yet a loss of more than {QUALITY_MARGIN} is not ruled out")
+
+    return judge
+
+
+def _double_quantization(found: Evidence) -> Verdict:
+    saved = found.value("NF4", "quantized_bits_per_param") - found.value(_DQ, "quantized_bits_per_param")
+    fewer = found.value("NF4", "weights_bytes") - found.value(_DQ, "weights_bytes")
+    told = (
+        f"{significant(saved)} bits per quantized parameter fewer, {format_value('weights_bytes', fewer)} of stored "
+        f"weights (QLoRA's paper: 0.373 bits)"
+    )
+    return Verdict(NOT_HERE if fewer <= 0 else HOLDS if saved >= 0.3 else IN_PART, told)
+
+
+def _prefix_parameters(found: Evidence) -> Verdict:
+    ratio = found.ratio("full", "prefix tuning", "trainable_params")
+    files = found.ratio("full", "prefix tuning", "adapter_file_bytes")
+    told = f"{significant(ratio)} times fewer parameters, a file {significant(files)} times smaller"
+    return Verdict(HOLDS if ratio >= 1000 else IN_PART if ratio >= 100 else NOT_HERE, told)
+
+
+def _merged_latency(found: Evidence) -> Verdict:
+    merged, bare = (
+        seed_values(found.row(name), metric)
+        for name, metric in (("LoRA", "merged_generate_tokens_per_second"), ("no adapter", "generate_tokens_per_second"))
+    )
+    shared = [seed for seed in merged if bare.get(seed)]
+    if not shared:
+        raise Missing("the speed of generating, merged and without an adapter, was not measured under one seed")
+    ratios = [merged[seed] / bare[seed] for seed in shared]
+    ratio, interval = sum(ratios) / len(ratios), mean_interval(ratios)
+    gained = found.value("LoRA", "merged_generate_tokens_per_second") / found.value("LoRA", "generate_tokens_per_second")
+    told = (
+        f"merged LoRA generates at {_told_ratio(ratio, interval)} the speed of the model without an adapter, and at "
+        f"{format_ratio(gained)} that of the attached adapter"
+    )
+    return Verdict(HOLDS if ratio >= 1 / CLEAR else IN_PART if gained >= CLEAR else NOT_HERE, told)
+
+
+def _fewest_parameters(found: Evidence) -> Verdict:
+    counts = {
+        option(row, "peft") or "": row.value("trainable_params") or 0.0
+        for row in found.beside
+        if row.value("trainable_params")
+        and all(option(row, group) == _DEFAULT[group] for group in ("quantization", "precision", "training"))
+    }
+    if len(counts) < 4 or not {"ia3", "prompt_tuning"} <= set(counts):
+        raise Missing(f"it wants IA3, prompt tuning and two other methods; there are {', '.join(counts) or 'none'}")
+    order = sorted(counts, key=lambda name: counts[name])
+    told = "fewest first: " + ", ".join(f"{name} {format_value('trainable_params', counts[name])}" for name in order)
+    named = {"ia3", "prompt_tuning"} & set(order[:2])
+    return Verdict(HOLDS if len(named) == 2 else IN_PART if named else NOT_HERE, told)
+
+
+def _mixed_precision(found: Evidence) -> Verdict:
+    memory = found.ratio("bf16 mixed", "float32", "peak_memory_bytes")
+    speed, interval = found.speed("bf16 mixed", "float32")
+    told = f"{format_ratio(memory)} the peak memory and {_told_ratio(speed, interval)} the tokens per second of float32"
+    gains = (memory <= 1 / CLEAR) + (speed >= CLEAR and _clear(interval))
+    return Verdict((NOT_HERE, IN_PART, HOLDS)[gains], told)
+
+
+def _accumulation(found: Evidence) -> Verdict:
+    memory = found.ratio("accumulated", "at once", "peak_memory_bytes")
+    speed, interval = found.speed("accumulated", "at once")
+    told = f"{format_ratio(memory)} the peak memory and {_told_ratio(speed, interval)} the tokens per second"
+    if memory > 1 / CLEAR:
+        return Verdict(NOT_HERE, told)
+    return Verdict(HOLDS if speed <= 1 / CLEAR and _clear(interval) else IN_PART, told)
+
+
+def _not_always_faster(found: Evidence) -> Verdict:
+    speeds = {}
+    for name in ("8-bit", "NF4", _DQ):
+        if name in found.cells and found.cells[name].ok:
+            speeds[name] = found.speed(name, "bfloat16")
+    if not speeds:
+        raise Missing("there is no quantized cell")
+    told = "; ".join(f"{name} trains at {_told_ratio(*speed)} the speed of bfloat16" for name, speed in speeds.items())
+    slower = [name for name, (ratio, interval) in speeds.items() if ratio <= 1 / CLEAR and _clear(interval)]
+    level = [name for name, (ratio, interval) in speeds.items() if ratio < CLEAR or not _clear(interval)]
+    return Verdict(HOLDS if slower else IN_PART if level else NOT_HERE, told)
+
+
+_DQ = "NF4, double quantization"
+_QUANTIZED = {
+    "bfloat16": {},
+    "8-bit": {"quantization": "int8"},
+    "NF4": {"quantization": "nf4"},
+    _DQ: {"quantization": "nf4_dq"},
+}
+_STORED = ("weights_bytes", "stored_bits_per_param", "quantized_bits_per_param", "peak_memory_bytes")
+_SCORED = ("exact_match", "eval_loss")
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        sentence="8-bit loading saves up to 4× memory",
+        cells={"float32": {"precision": "fp32"}, "bfloat16": {}, "8-bit": {"quantization": "int8"}},
+        metrics=_STORED,
+        rule="Holds: the stored weights of the whole model are at least 3.6 times smaller than in float32. In part: at "
+        "least 1.5 times. Embeddings and norms are not quantized; a large vocabulary on a small model keeps much.",
+        judge=_int8_memory,
+    ),
+    Claim(
+        sentence="4-bit NF4 keeps quality",
+        cells={name: _QUANTIZED[name] for name in ("bfloat16", "NF4", _DQ)},
+        metrics=(*_SCORED, "quantization_error"),
+        rule=f"Holds: the 95 % interval of NF4's exact match less bfloat16's lies above −{QUALITY_MARGIN}. Does not: the "
+        "whole interval is below zero. In part: anything between.",
+        judge=_keeps_quality("NF4", "bfloat16"),
+    ),
+    Claim(
+        sentence="double quantization reduces memory further",
+        cells={name: _QUANTIZED[name] for name in ("NF4", _DQ)},
+        metrics=_STORED,
+        rule="Holds: fewer stored bytes, and at least 0.3 bits per quantized parameter fewer. In part: fewer bytes.",
+        judge=_double_quantization,
+    ),
+    Claim(
+        sentence="prefix tuning stores 1000× fewer parameters than full fine-tuning",
+        cells={"full": {"peft": "full"}, "prefix tuning": {"peft": "prefix_tuning"}},
+        metrics=("trainable_params", "adapter_file_bytes"),
+        rule="Holds: at least 1,000 times fewer trained parameters. In part: at least 100 times.",
+        judge=_prefix_parameters,
+    ),
+    Claim(
+        sentence="LoRA adds no inference latency once merged",
+        cells={"no adapter": {"peft": "full"}, "LoRA": {}},
+        metrics=("generate_tokens_per_second", "merged_generate_tokens_per_second"),
+        rule="Holds: the merged model generates at no less than 0.95 the speed of the same model that never had an "
+        "adapter (the fully fine-tuned one). In part: slower, yet at least 1.05 times as fast as attached.",
+        judge=_merged_latency,
+    ),
+    Claim(
+        sentence="LoRA matches full fine-tuning",
+        cells={"full": {"peft": "full"}, "LoRA": {}},
+        metrics=(*_SCORED, "forgetting_nats"),
+        rule=f"Holds: the 95 % interval of LoRA's exact match less full fine-tuning's lies above −{QUALITY_MARGIN}. Does "
+        "not: the whole interval is below zero. In part: anything between.",
+        judge=_keeps_quality("LoRA", "full"),
+    ),
+    Claim(
+        sentence="IA3 and prompt tuning need the fewest parameters",
+        cells={
+            "LoRA": {},
+            "IA3": {"peft": "ia3"},
+            "prompt tuning": {"peft": "prompt_tuning"},
+            "LayerNorm tuning": {"peft": "ln_tuning"},
+            "prefix tuning": {"peft": "prefix_tuning"},
+        },
+        metrics=("trainable_params", "adapter_file_bytes", "exact_match"),
+        rule="Holds: they are the two with the fewest trained parameters of all methods run. In part: one of them is "
+        "among the two.",
+        judge=_fewest_parameters,
+    ),
+    Claim(
+        sentence="mixed precision saves memory and time",
+        cells={"float32": {"precision": "fp32"}, "bf16 mixed": {"precision": "bf16_mixed"}, "bfloat16": {}},
+        metrics=("peak_memory_bytes", "train_tokens_per_second", "exact_match"),
+        rule="Holds: autocast over float32 weights takes at most 0.95 of float32's peak memory and trains at least 1.05 "
+        "times as fast. In part: one of the two.",
+        judge=_mixed_precision,
+    ),
+    Claim(
+        sentence="gradient accumulation trades time for memory",
+        cells={"at once": {}, "accumulated": {"training": "accumulate"}},
+        metrics=("peak_memory_bytes", "train_tokens_per_second", "exact_match"),
+        rule="Holds: at most 0.95 of the peak memory, and at most 0.95 of the speed. In part: the memory without the loss "
+        "of speed. The rows of a step are the same, 8 at once against 4 times 2.",
+        judge=_accumulation,
+    ),
+    Claim(
+        sentence="quantized weights are not always faster",
+        cells=_QUANTIZED,
+        metrics=("train_tokens_per_second", "generate_tokens_per_second"),
+        rule="Holds: one quantization trains at 0.95 of bfloat16's speed or less, its interval below 1. In part: one is "
+        "not clearly faster.",
+        judge=_not_always_faster,
+    ),
+)
+
+
+class Finding(NamedTuple):
+    """A claim with its verdict and the cells it rests on."""
+
+    claim: Claim
+    verdict: Verdict
+    cells: Mapping[str, Row]
+
+
+def judge_claims(rows: Sequence[Row]) -> list[Finding]:
+    """Every claim against the rows; one whose cells or numbers are missing is not measured."""
+    findings = []
+    contexts = _contexts(rows)
+    for claim in CLAIMS:
+        best: tuple[int, dict[str, Row], list[Row]] = (0, {}, [])
+        for context in contexts:
+            cells = _cells(claim, context)
+            done = sum(row.ok for row in cells.values())
+            if done > best[0] or not best[1]:
+                best = (done, cells, context)
+        _, cells, context = best
+        try:
+            verdict = claim.judge(Evidence(cells=cells, beside=[row for row in context if row.ok]))
+        except Missing as missing:
+            verdict = Verdict(NOT_MEASURED, str(missing))
+        findings.append(Finding(claim, verdict, cells))
+    return findings
+
+
+def claims_section(rows: Sequence[Row]) -> Iterator[str]:
+    """The claims as Markdown: all verdicts in one table, then each with what was compared, the rule and the numbers."""
+    findings = judge_claims(rows)
+    yield "## Claims"
+    yield (
+        "Sentences that are often read, beside what was measured here: this model, this data, this machine and so few "
+        "steps. A verdict follows from its rule by the numbers; ties are ties, and a sentence that does not hold here may "
+        "hold elsewhere."
+    )
+    lines = [
+        [escape(f.claim.sentence), f"**{f.verdict.word}**", escape(f.verdict.measured[:1].upper() + f.verdict.measured[1:])]
+        for f in findings
+    ]
+    yield table(["claim", "verdict", "measured"], lines, labels=3)
+    for claim, verdict, cells in findings:
+        yield f"### {escape(claim.sentence)}: {verdict.word}"
+        yield f"{escape(claim.rule)}"
+        measured = [name for name in claim.cells if name in cells]
+        if measured:
+            yield _claim_table(claim, cells)
+        compared = "; ".join(f"{escape(name)}: {_options(options) or 'as it is'}" for name, options in claim.cells.items())
+        rates = {row.section("training").get("learning_rate") for row in cells.values()}
+        but = " but for the learning rate, which is each method's own" if len(rates) > 1 else ""
+        yield f"Compared, against {_options(_DEFAULT)}: {compared}. All that is set besides is equal{but}."
+
+
+def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
+    reference = next((cells[name] for name in claim.cells if name in cells and cells[name].ok), None)
+    lines = []
+    for name in claim.cells:
+        row = cells.get(name)
+        if row is None or not row.ok:
+            word = "not run" if row is None else row.status
+            lines.append([escape(name), *[f"**{escape(word)}**"] * min(1, len(claim.metrics)), *[ABSENT] * (len(claim.metrics) - 1), ""])
+            continue
+        numbers = []
+        for metric in claim.metrics:
+            value, stderr = row.value(metric), row.stderr(metric)
+            text = format_value(metric, value)
+            text += f" ± {format_value(metric, stderr)}" if value is not None and stderr else ""
+            against = format_against_both(metric, value, reference.value(metric)) if reference else ""
+            numbers.append(f"{text} ({against})" if against and row is not reference else text)
+        seeds = sum(run.ok for run in row.runs)
+        lines.append([escape(name), *numbers, str(seeds)])
+    return table(["cell", *(heading(metric) for metric in claim.metrics), "seeds"], lines)
+
+
+def _contexts(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that are alike in all that no claim compares: model, data, steps, optimizer, evaluation, machine."""
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        if not row.record:
+            continue
+        rest = frozenset(
+            (key, value)
+            for key, value in flatten(row.record.config).items()
+            if not key.startswith(_OWN) and key not in _OWN_KEYS
+        )
+        groups.setdefault(rest, []).append(row)
+    split = []
+    for group in groups.values():
+        machines = list(dict.fromkeys(row.machine for row in group if row.machine)) or [None]
+        split += [[row for row in group if row.machine in (machine, None)] for machine in machines]
+    return split
+
+
+def _cells(claim: Claim, rows: Sequence[Row]) -> dict[str, Row]:
+    found = {}
+    for name, options in claim.cells.items():
+        wanted = _DEFAULT | options
+        fitting = [row for row in rows if all(option(row, group) == wanted[group] for group in _GROUPS)]
+        if fitting:
+            found[name] = next((row for row in fitting if row.ok), fitting[0])
+    return found
+
+
+def _options(options: Mapping[str, str]) -> str:
+    return " ".join(code(f"{group}={chosen}") for group, chosen in options.items())
+
+
+def _clear(interval: Interval | None) -> bool:
+    """Whether a ratio is not 1 by its interval; without one, its size has to do."""
+    return interval is None or 1 not in interval
+
+
+def _told(apart: Difference) -> str:
+    if apart.interval is None:
+        return format_difference(apart.value)
+    low, high = map(format_difference, apart.interval)
+    return f"{format_difference(apart.value)} [{low}, {high}], over {apart.how}{', a tie' if apart.tie else ''}"
+
+
+def _told_ratio(ratio: float, interval: Interval | None) -> str:
+    if interval is None:
+        return format_ratio(ratio)
+    return f"{format_ratio(ratio)} [{interval.low:.2f}, {interval.high:.2f}]"

@@ -1,0 +1,151 @@
+"""`left-bench export`: a cell's scores as a model card's metadata, or records as a table for other tools."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from left_bench import __version__
+from left_bench.errors import UserError, nearest
+from left_bench.record import RECORD_NAME, Record, write_atomically
+from left_bench.report.load import Run, choose, frame_of, read_runs
+from left_bench.report.values import format_setting, one_line
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMATS = ("model-card", "csv", "parquet")
+_TASK = ("text-generation", "Text Generation")
+# The hub's own names of metrics, where it has others.
+_HUB_METRICS = {"rouge_l": "rouge", "eval_perplexity": "perplexity", "eval_loss": "loss"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def main(argv: list[str]) -> int:
+    """`left-bench export CELL --format model-card`: print or write it; 2 when the input cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="left-bench export",
+        allow_abbrev=False,
+        description="Export a cell as the `model-index` block of a Hugging Face model card, or records as CSV or Parquet.",
+    )
+    parser.add_argument("cell", metavar="CELL", help="a record, a cell's folder, a cell id or its beginning; or RUNS")
+    parser.add_argument("--format", default=FORMATS[0], help=f"one of {', '.join(FORMATS)} (default: %(default)s)")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where a cell id is looked up (default: %(default)s)")
+    parser.add_argument("--where", metavar="CONDITION", help="of several records, those that fulfil it")
+    parser.add_argument("--out", metavar="FILE", help="write there (default: standard output; Parquet needs it)")
+    options = parser.parse_args(argv)
+    try:
+        _check(options.format, options.out)
+        runs = _find(options.cell, options.runs)
+        runs = choose(runs, options.where) if options.where else runs
+        if options.format == "parquet":
+            write_parquet(frame_of(runs), Path(options.out))
+            return 0
+        text = model_card(_only(runs, options.cell)) if options.format == "model-card" else frame_of(runs).to_csv(index=False)
+        if options.out is None:
+            sys.stdout.write(text)
+        else:
+            write_atomically(Path(options.out), text)
+    except UserError as error:
+        print(f"left-bench export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def model_card(record: Record) -> str:
+    """The metadata block that stands at the top of a model card, with the cell's scores as its `model-index`.
+
+    Raises:
+        UserError: the cell has no score.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    model, data, method = (_section(record, name) for name in ("model", "data", "peft"))
+    if record.status != "ok" or not record.scores or model.get("weights") == "random":
+        why = "random weights are not scored" if model.get("weights") == "random" else f"its status is {record.status}"
+        raise UserError(f"{record.cell_id}: there is no score to put on a model card ({why}); choose a cell with scores")
+    adapter = str(method.get("name") or record.choices.get("peft") or "full")
+    base = str(model.get("name_or_path") or "")
+    results = [
+        EvalResult(
+            task_type=_TASK[0],
+            task_name=_TASK[1],
+            dataset_type=one_line(data.get("hub_id") or data.get("task") or score.task),
+            dataset_name=one_line(score.task),
+            dataset_split="test",
+            dataset_args={"rows": score.n, "seed": data.get("seed", 0)},
+            metric_type=_HUB_METRICS.get(score.metric, score.metric),
+            metric_name=score.metric,
+            metric_value=score.value,
+            metric_args=_beside(score.base_value, score.stderr),
+        )
+        for score in record.scores
+    ]
+    card = ModelCardData(
+        model_name=one_line(f"{model.get('name') or base}-{adapter}"),
+        base_model=base if _HUB_ID.fullmatch(base) and not Path(base).exists() else None,
+        library_name="peft" if method.get("_target_") else "transformers",
+        pipeline_tag=_TASK[0],
+        tags=["left_bench", adapter, *([q] if (q := record.choices.get("quantization", "none")) != "none" else [])],
+        eval_results=results,
+    )
+    origin = f"# measured by left_bench {__version__}, cell {one_line(record.cell_id)}, {one_line(record.finished_at)}"
+    return f"---\n{origin}\n{card.to_yaml(line_break=chr(10))}\n---\n"
+
+
+def write_parquet(frame: pandas.DataFrame, path: Path) -> Path:
+    """Write a table of records as Parquet; a column that mixes numbers, text and lists is written as text."""
+    frame = frame.copy()
+    for name in frame.columns[frame.dtypes == object]:
+        kinds = {type(value) for value in frame[name] if value is not None and value == value}
+        if kinds - {str} and kinds != {bool} and not kinds <= {int, float}:
+            frame[name] = [None if value is None or value != value else format_setting(value) for value in frame[name]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_parquet(path, index=False)
+    return path
+
+
+def _check(name: str, out: str | None) -> None:
+    if name not in FORMATS:
+        raise UserError(f"--format {name}: no such format{nearest(name, FORMATS)} (one of {', '.join(FORMATS)})")
+    if name == "parquet" and out is None:
+        raise UserError("--format parquet: it is no text; name a file with --out")
+
+
+def _find(cell: str, runs_dir: str) -> list[Run]:
+    path = Path(cell)
+    if path.exists():
+        runs, problems = read_runs(path)
+        if not runs:
+            why = str(problems[0]) if problems else f"there is no record ({RECORD_NAME})"
+            raise UserError(f"{cell}: {why}")
+        return runs
+    if not Path(runs_dir).is_dir():
+        raise UserError(f"{cell}: there is no such file, and no folder {runs_dir} to look the cell up in; name it with --runs")
+    runs, _ = read_runs(runs_dir)
+    found = [run for run in runs if run.record.cell_id == cell or run.record.cell_id.startswith(cell)]
+    exact = [run for run in found if run.record.cell_id == cell]
+    if not found:
+        raise UserError(f"{cell}: no cell of {runs_dir} has an id that begins so{nearest(cell, [r.record.cell_id for r in runs])}")
+    return exact or found
+
+
+def _only(runs: Sequence[Run], cell: str) -> Record:
+    if len(runs) != 1:
+        told = f", {runs[0].record.cell_id} and {runs[1].record.cell_id} too" if runs else ""
+        raise UserError(f"{cell}: a model card is of one cell, and these are {len(runs)}{told}")
+    return runs[0].record
+
+
+def _section(record: Record, name: str) -> dict[str, object]:
+    section = record.config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _beside(base: float | None, stderr: float | None) -> dict[str, float] | None:
+    told = {"standard_error": stderr, "before_training": base}
+    return {name: value for name, value in told.items() if value is not None} or None

@@ -1,0 +1,302 @@
+"""The tables a reader decides by: the leaderboard, one table per axis with the others held equal, two axes crossed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from left_bench.cell import GROUPS
+from left_bench.errors import UserError, nearest
+from left_bench.report.cells import Axis, Row, option, settings
+from left_bench.report.markdown import code, escape, table
+from left_bench.report.ranking import (
+    best_and_second,
+    comparable,
+    confounders,
+    headline_quality,
+    present,
+)
+from left_bench.report.recommend import recommend, sentence
+from left_bench.report.tables import (
+    ROWS_SHOWN,
+    Report,
+    constant,
+    cut_line,
+    heading,
+    label_cells,
+    label_headings,
+    lifted,
+    marked,
+    status_word,
+)
+from left_bench.report.values import ABSENT, format_against_both, format_setting, format_value, metric_of
+
+AXES = ("quantization", "peft", "precision", "training", "optimizer")
+CROSSED = ("quantization", "peft")
+_CONTEXTS_SHOWN = 4
+_NO_CONTEXT = ("seed", "cell")
+_DECIDING = ("peak_memory_bytes", "train_tokens_per_second", "trainable_params")
+_AXIS_METRICS = (
+    "peak_memory_bytes",
+    "weights_bytes",
+    "train_tokens_per_second",
+    "generate_tokens_per_second",
+    "trainable_params",
+)
+
+
+def leaderboard(report: Report) -> Iterator[str]:
+    """Every cell, best quality first; what did not run is at the end, in words. One table per value of `group_by`."""
+    if len(report.rows) < 2:
+        return
+    yield "## Leaderboard"
+    quality = headline_quality(report.rows)
+    metrics = present(report.rows, [*([quality] if quality else []), *_DECIDING])
+    if not metrics:
+        yield "No cell has a result yet."
+        return
+    if report.group_by is None:
+        yield from _ranked(report, report.rows, metrics)
+        return
+    for value, rows in _by_setting(report.rows, report.group_by).items():
+        yield f"### {code(report.group_by)}: {escape(value)}"
+        yield from _ranked(report, rows, metrics)
+
+
+def recommendation(report: Report) -> Iterator[str]:
+    """Which cell to take, the front it is taken from, and what did not fit."""
+    found = recommend(report.rows, report.needs)
+    if found is None or (len(report.rows) < 2 and not report.needs):
+        return
+    yield "## Recommendation"
+    names = dict(report.names)
+    yield f"**{escape(sentence(found, report.needs, names, report.rows))}**"
+    if not found.front:
+        return
+    over = ", ".join(heading(metric) for metric in found.metrics)
+    more = len(found.front) - ROWS_SHOWN
+    yield f"No cell beats these in {over} at once{' among those that fit' if report.needs else ''}:"
+    lines = [
+        [
+            f"**{escape(names[id(row)])}**" if row is found.chosen else escape(names[id(row)]),
+            *(format_value(metric, row.value(metric)) for metric in found.metrics),
+        ]
+        for row in found.front[:ROWS_SHOWN]
+    ]
+    yield table(["cell", *map(heading, found.metrics)], lines)
+    yield from cut_line(ROWS_SHOWN + max(0, more))
+
+
+def axis_tables(report: Report) -> Iterator[str]:
+    """For each axis that varies, the rows that differ in it alone, beside each other."""
+    for group in AXES:
+        own, others = _split(report, group)
+        blocks = [rows for rows in _contexts(report, others).values() if len({_texts(report, own, r) for r in rows}) > 1]
+        if not own or not blocks:
+            continue
+        yield f"## By {group}"
+        yield from _axis_table(report, group, own, others, blocks)
+
+
+def crossed_tables(report: Report) -> Iterator[str]:
+    """Quantization against method: one table each for quality, memory and speed."""
+    own = [axis for axis in report.axes if axis.key.partition(".")[0] in CROSSED]
+    others = [axis for axis in report.axes if axis not in own and axis.key not in _NO_CONTEXT]
+    quality = headline_quality(report.rows)
+    metrics = [metric for metric in (quality, "peak_memory_bytes", "train_tokens_per_second") if metric]
+    shown = 0
+    for context, rows in _contexts(report, others).items():
+        grid = _Grid.of(report, rows)
+        # a star (one method over every quantization, one quantization under every method) crosses nothing
+        if len(rows) < len(grid.across) + len(grid.down) or min(len(grid.across), len(grid.down)) < 2:
+            continue
+        shown += 1
+        if shown == 1:
+            yield f"## {CROSSED[0].capitalize()} × {CROSSED[1]}"
+        if shown > _CONTEXTS_SHOWN:
+            continue
+        if context:
+            yield _context_line(others, context)
+        for metric in present(rows, metrics):
+            yield f"**{heading(metric).capitalize()}** ({_better(metric)}):"
+            yield grid.table(report, metric)
+        yield from _other_differences(report, rows, CROSSED)
+    if shown > _CONTEXTS_SHOWN:
+        yield f"{shown - _CONTEXTS_SHOWN} more such tables are left out here; narrow the report with `--where`."
+
+
+def check_group_by(rows: Sequence[Row], key: str) -> None:
+    """Refuse a key that no row has a setting for.
+
+    Raises:
+        UserError: naming the key and the nearest.
+    """
+    known = {name for row in rows for name in settings(row)}
+    if key not in known:
+        raise UserError(f"--group-by {key}: the cells have no setting '{key}'{nearest(key, known)}")
+
+
+class _Grid(NamedTuple):
+    """Rows by their two coordinates."""
+
+    down: list[str]
+    across: list[str]
+    cells: dict[tuple[str, str], Row]
+
+    @classmethod
+    def of(cls, report: Report, rows: Sequence[Row]) -> _Grid:
+        sides = [[axis for axis in report.axes if axis.key.partition(".")[0] == group] for group in CROSSED]
+        cells: dict[tuple[str, str], Row] = {}
+        for row in rows:
+            at = [_label(report, axes, row) or option(row, group) for axes, group in zip(sides, CROSSED, strict=True)]
+            cells.setdefault((str(at[1]), str(at[0])), row)
+        return cls(list(dict.fromkeys(d for d, _ in cells)), list(dict.fromkeys(a for _, a in cells)), cells)
+
+    def table(self, report: Report, metric: str) -> str:
+        rows = list(self.cells.values())
+        marks = best_and_second(rows, metric)
+        lines = []
+        for down in self.down:
+            found = [self.cells.get((down, across)) for across in self.across]
+            texts = [ABSENT if row is None else _in_place(row, metric, marks) for row in found]
+            lines.append([escape(down), *texts])
+        return table(["", *map(escape, self.across)], lines)
+
+
+def _ranked(report: Report, rows: Sequence[Row], metrics: Sequence[str]) -> Iterator[str]:
+    alike = {metric: text for metric in metrics if (text := constant(rows, metric)) is not None}
+    yield from lifted(alike)
+    metrics = [metric for metric in metrics if metric not in alike] or list(metrics[:1])
+    marks = {metric: best_and_second(rows, metric) for metric in metrics}
+    ordered = sorted(rows, key=lambda row: _standing(row, metrics[0]))
+    lines = []
+    place = 0
+    for row in ordered[:ROWS_SHOWN]:
+        place += row.ok
+        cells = [_in_place(row, metrics[0], marks[metrics[0]], report.baseline)]
+        cells += [_beside(row, metric, marks[metric], report.baseline) for metric in metrics[1:]]
+        lines.append([str(place) if row.ok else ABSENT, *label_cells(report, row), *cells])
+    yield table(["#", *label_headings(report), *map(heading, metrics)], lines, labels=1 + len(report.axes))
+    yield from cut_line(len(rows))
+    yield from _other_differences(report, rows, ())
+
+
+def _axis_table(
+    report: Report, group: str, own: Sequence[Axis], others: Sequence[Axis], blocks: Sequence[Sequence[Row]]
+) -> Iterator[str]:
+    rows = [row for block in blocks for row in block]
+    varying = [axis for axis in others if len({_text(report, axis, row) for row in rows}) > 1]
+    if held := [axis for axis in others if axis not in varying]:
+        yield _context_line(held, _texts(report, held, rows[0]))
+    quality = headline_quality(rows)
+    metrics = present(rows, [*([quality] if quality else []), *_AXIS_METRICS])
+    alike = {metric: text for metric in metrics if (text := constant(rows, metric)) is not None}
+    yield from lifted(alike)
+    metrics = [metric for metric in metrics if metric not in alike] or metrics[:1]
+    if not metrics:
+        return
+    lines = []
+    for block in blocks:
+        reference = _reference(report, own, block)
+        marks = {metric: best_and_second(block, metric) for metric in metrics}
+        for row in block:
+            labels = [escape(_text(report, axis, row)) for axis in (*varying, *own)]
+            if row is reference:
+                labels[-1] += " *(reference)*"
+            cells = [_in_place(row, metrics[0], marks[metrics[0]], reference)]
+            cells += [_beside(row, metric, marks[metric], reference) for metric in metrics[1:]]
+            lines.append([*labels, *cells])
+    header = [*(escape(axis.heading) for axis in (*varying, *own)), *map(heading, metrics)]
+    told = "each block of rows that differ in nothing else" if varying else "these rows, which differ in nothing else"
+    yield f"In brackets: against the reference of {told}."
+    yield table(header, lines[:ROWS_SHOWN], labels=len(varying) + len(own))
+    yield from cut_line(len(lines))
+    yield from _other_differences(report, rows, (group,))
+
+
+def _other_differences(report: Report, rows: Sequence[Row], compared: Sequence[str]) -> Iterator[str]:
+    """The names of what else differs between the rows of one table; how is told under the tables of all metrics."""
+    found = [what for what, _ in confounders(rows, report.names) if what.partition(".")[0] not in compared]
+    if found:
+        names = ", ".join(code(what) for what in dict.fromkeys(found))
+        yield f"Confounders: the rows also differ in {names}, see under *Quality*, *Memory and size* and *Speed*."
+
+
+def _in_place(
+    row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], reference: Row | None = None
+) -> str:
+    """The value, or the word for why there is none."""
+    if not row.ok:
+        return f"**{escape(status_word(row))}**"
+    return _beside(row, metric, marks, reference)
+
+
+def _beside(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], reference: Row | None) -> str:
+    if row.value(metric) is None:
+        return ABSENT
+    text = marked(row, metric, marks)
+    if reference is None or row is reference or not row.ok or not comparable(row, reference, metric):
+        return text
+    against = format_against_both(metric, row.value(metric), reference.value(metric))
+    return f"{text} ({against})" if against else text
+
+
+def _standing(row: Row, metric: str) -> tuple[bool, float]:
+    value = row.value(metric)
+    if not row.ok or value is None or not math.isfinite(value):
+        return True, float(not row.ok)
+    return False, -value if metric_of(metric).better == "higher" else value
+
+
+def _by_setting(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(format_setting(settings(row).get(key)) if row.record else ABSENT, []).append(row)
+    return groups
+
+
+def _split(report: Report, group: str) -> tuple[list[Axis], list[Axis]]:
+    """The label columns of an axis (the option, and keys of its section), and those that have to be equal."""
+    own = [axis for axis in report.axes if axis.key.partition(".")[0] == group]
+    return own, [axis for axis in report.axes if axis not in own and axis.key not in _NO_CONTEXT]
+
+
+def _contexts(report: Report, others: Sequence[Axis]) -> dict[tuple[str, ...], list[Row]]:
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in report.rows:
+        found.setdefault(_texts(report, others, row), []).append(row)
+    return found
+
+
+def _texts(report: Report, axes: Sequence[Axis], row: Row) -> tuple[str, ...]:
+    return tuple(_text(report, axis, row) for axis in axes)
+
+
+def _text(report: Report, axis: Axis, row: Row) -> str:
+    """The row's value on an axis; an option that only chooses in another group is what it chooses (`qlora`: `lora`)."""
+    if axis.key in GROUPS and row.record:
+        return format_setting(option(row, axis.key))
+    return axis.values[report.places[id(row)]]
+
+
+def _label(report: Report, axes: Sequence[Axis], row: Row) -> str:
+    texts = [(axis, _text(report, axis, row)) for axis in axes]
+    return " ".join(f"{axis.heading}={text}" if "." in axis.key else text for axis, text in texts if text != ABSENT)
+
+
+def _context_line(axes: Sequence[Axis], texts: Sequence[str]) -> str:
+    told = ", ".join(f"{escape(axis.heading)} {escape(text)}" for axis, text in zip(axes, texts, strict=True))
+    return f"Held equal: {told}."
+
+
+def _reference(report: Report, own: Sequence[Axis], block: Sequence[Row]) -> Row | None:
+    """The row with the report's baseline's own option, else the first that is ok."""
+    wanted = _texts(report, own, report.baseline) if report.baseline else None
+    done = [row for row in block if row.ok]
+    return next((row for row in done if _texts(report, own, row) == wanted), next(iter(done), None))
+
+
+def _better(metric: str) -> str:
+    return {"higher": "higher is better", "lower": "lower is better"}.get(metric_of(metric).better, "")
+

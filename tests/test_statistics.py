@@ -1,0 +1,184 @@
+"""Seeds made one row, means and intervals over them, paired differences, ties."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+from recorded.build import LAPTOP, SERVER, make_record, peft, seeded, write_rows, write_runs, write_steps
+
+from left_bench.record import Record
+from left_bench.report.cells import Row, row_of
+from left_bench.report.load import read_row_results, read_runs, read_steps
+from left_bench.report.ranking import pareto_front, ties_with_best
+from left_bench.report.seeds import pool
+from left_bench.report.statistics import difference, mean_interval, seed_values, speed_ratio
+
+
+def rows_of(*records: Record) -> list[Row]:
+    return [row_of(record) for record in records]
+
+
+def written(folder: Path, *records: Record) -> list[Row]:
+    write_runs(folder, list(records))
+    runs, problems = read_runs(folder)
+    assert not problems
+    by_id = {run.record.cell_id: run for run in runs}
+    return [row_of(by_id[record.cell_id]) for record in records]
+
+
+# ---- seeds
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row() -> None:
+    rows = pool(rows_of(*seeded()))
+    assert len(rows) == 16 and all(len(row.runs) == 3 for row in rows)
+    full, nf4_ia3 = rows[0], rows[10]
+    assert seed_values(full, "exact_match") == {0: 76 / 128, 1: pytest.approx(77 / 128), 2: pytest.approx(78 / 128)}
+    assert full.value("exact_match") == pytest.approx(77 / 128)
+    assert full.stderr("exact_match") == pytest.approx((1 / 128) / math.sqrt(3), rel=1e-3)
+    assert nf4_ia3.ok and [run.status for run in nf4_ia3.runs] == ["ok", "ok", "oom"]
+    assert set(seed_values(nf4_ia3, "exact_match")) == {0, 1}
+    assert full.value("weights_bytes") == full.runs[0].value("weights_bytes")  # equal numbers stay what they are
+
+
+def test_other_settings_machines_and_repetitions_stay_apart() -> None:
+    one = make_record(changes={"seed": 1})
+    rows = pool(
+        rows_of(
+            make_record(),
+            one,
+            make_record(changes=peft("lora")),
+            make_record(changes={"seed": 2}, machine=SERVER),
+            one.model_copy(update={"started_at": "2026-03-15"}),
+        )
+    )
+    assert [len(row.runs) for row in rows] == [2, 1, 1, 1]
+
+
+def test_a_cell_without_a_record_joins_its_seeds() -> None:
+    lost = make_record(changes={"seed": 2}).cell_id
+    rows = [*rows_of(make_record(), make_record(changes={"seed": 1})), Row(cell_id=lost, status="not run")]
+    [row] = pool(rows)
+    assert [run.status for run in row.runs] == ["ok", "ok", "not run"]
+    assert row.value("exact_match") == 0.5
+
+
+def test_what_never_ran_on_a_machine_joins_the_seeds_that_did() -> None:
+    failed = make_record(changes={"seed": 1}, status="crashed", reason="x", machine=None)
+    [row] = pool(rows_of(make_record(), failed))
+    assert row.ok and len(row.runs) == 2
+
+
+def test_means_have_intervals_from_two_values_on() -> None:
+    assert mean_interval([1.0]) is None
+    assert mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert interval is not None and 1 <= interval.low < 2 < interval.high <= 3
+    assert mean_interval([1.0, 2.0, 3.0]) == interval  # the same records, the same report
+    wide, narrow = mean_interval([0.0, 10.0] * 5), mean_interval([0.0, 10.0] * 50)
+    assert wide is not None and narrow is not None and wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+# ---- differences
+
+
+def test_rows_are_paired_where_they_were_kept(tmp_path: Path) -> None:
+    """Five rows more right of 128, none less: unpaired it drowns in the rows' own difficulty, paired it does not."""
+    right = [i % 2 == 0 for i in range(128)]
+    better = [fine or i in (1, 11, 21, 31, 41, 51, 61) for i, fine in enumerate(right)]
+    values = [sum(right) / 128, sum(better) / 128]
+    a, b = written(tmp_path, make_record(exact_match=values[0]), make_record(changes=peft("lora"), exact_match=values[1]))
+    unpaired = difference(b, a, "exact_match")
+    assert unpaired is not None and unpaired.how == "standard errors" and unpaired.tie
+    for row, answers in ((a, right), (b, better)):
+        assert row.path is not None
+        write_rows(row.path.parent, right=answers, nll=[1.0 + 0.1 * (not fine) for fine in answers])
+    paired = difference(b, a, "exact_match")
+    assert paired is not None and paired.how == "paired rows" and not paired.tie
+    assert paired.value == pytest.approx(7 / 128) and 7 / 128 in paired.interval  # type: ignore[operator]
+    back = difference(a, b, "exact_match")
+    assert back is not None and back.interval == pytest.approx((-paired.interval.high, -paired.interval.low))  # type: ignore[union-attr]
+    ties = ties_with_best([a, b], "exact_match")
+    assert ties is not None and ties.best is b and ties.tied == [] and ties.how == ["paired rows"]
+
+
+def test_a_loss_is_weighted_by_its_tokens(tmp_path: Path) -> None:
+    a, b = written(tmp_path, make_record(eval_loss=0.5), make_record(changes=peft("lora"), eval_loss=0.6))
+    rng = random.Random(0)
+    hard = [rng.uniform(0.2, 4.0) for _ in range(128)]
+    for row, shift in ((a, 0.0), (b, 0.2)):
+        write_rows(row.path.parent, right=[True] * 128, nll=[x + shift + 0.01 * (i % 3) for i, x in enumerate(hard)])  # type: ignore[union-attr]
+    found = difference(b, a, "eval_loss")
+    assert found is not None and found.interval is not None and found.how == "paired rows"
+    assert found.interval.low == pytest.approx(0.1) and found.interval.high == pytest.approx(0.1)  # 0.2 over two tokens
+
+
+def test_other_questions_are_not_paired(tmp_path: Path) -> None:
+    a, b = written(tmp_path, make_record(), make_record(changes=peft("lora")))
+    write_rows(a.path.parent, right=[True] * 4, nll=[1.0] * 4)  # type: ignore[union-attr]
+    write_rows(b.path.parent, right=[True] * 5, nll=[1.0] * 5)  # type: ignore[union-attr]
+    found = difference(a, b, "exact_match")
+    assert found is not None and found.how == "standard errors"
+
+
+def test_seeds_widen_what_rows_alone_would_claim(tmp_path: Path) -> None:
+    """The rows say better in every seed's mean; the seeds disagree among themselves, and the wider interval counts."""
+    records = [
+        make_record(changes=(peft("lora") if side else {}) | {"seed": seed}, exact_match=0.5 + side * gain)
+        for side in (0, 1)
+        for seed, gain in enumerate((0.3, 0.05, -0.05))
+    ]
+    a, b = pool(written(tmp_path, *records))
+    found = difference(b, a, "exact_match")
+    assert found is not None and found.how == "seeds" and found.tie and found.value == pytest.approx(0.1)
+    for row in (a, b):
+        for run in row.runs:
+            score = run.value("exact_match") or 0.0
+            write_rows(run.path.parent, right=[i < round(128 * score) for i in range(128)], nll=[1.0] * 128)  # type: ignore[union-attr]
+    found = difference(b, a, "exact_match")
+    assert found is not None and found.how == "paired rows and seeds" and found.tie
+
+
+def test_one_measurement_each_is_no_tie_and_no_evidence() -> None:
+    a, b = rows_of(make_record(wall=100), make_record(changes=peft("lora"), wall=101))
+    found = difference(a, b, "wall_seconds")
+    assert found is not None and found.interval is None and not found.tie and found.how == "none"
+    assert difference(a, b, "bleu") is None
+
+
+def test_damaged_rows_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"row": 0, "nll": 1.0}\n', encoding="utf-8")
+    assert read_row_results(tmp_path / "record.json") is None
+    assert read_row_results(tmp_path / "elsewhere" / "record.json") is None
+
+
+# ---- speed
+
+
+def test_speed_is_judged_by_the_steps(tmp_path: Path) -> None:
+    a, b, c = written(tmp_path, make_record(), make_record(changes=peft("lora")), make_record(changes=peft("ia3")))
+    rng = random.Random(1)
+    seconds = [rng.uniform(0.9, 1.1) for _ in range(40)]
+    for row, slower in ((a, 1.0), (b, 1.08), (c, 1.0)):
+        noise = random.Random(row.cell_id)
+        write_steps(row.path.parent, [9.0] * 3 + [s * slower * noise.uniform(0.98, 1.02) for s in seconds])  # type: ignore[union-attr]
+    assert read_steps(a.path).seconds[:3] == [9.0] * 3  # type: ignore[arg-type]
+    slow, same = speed_ratio(b, a), speed_ratio(c, a)
+    assert slow is not None and slow[0] == pytest.approx(1 / 1.08, rel=0.01) and 1 not in slow[1]
+    assert same is not None and 1 in same[1]
+    assert speed_ratio(a, rows_of(make_record())[0]) is None
+
+
+def test_the_front_over_three_metrics() -> None:
+    rows = rows_of(
+        make_record(exact_match=0.6, peak_mib=900, tokens_per_second=300),
+        make_record(changes=peft("a"), exact_match=0.6, peak_mib=900, tokens_per_second=400),
+        make_record(changes=peft("b"), exact_match=0.5, peak_mib=950, tokens_per_second=500),
+        make_record(changes=peft("c"), exact_match=0.4, peak_mib=990, tokens_per_second=450),
+    )
+    front = pareto_front(rows, "exact_match", "peak_memory_bytes", "train_tokens_per_second")
+    assert [rows.index(row) for row in front] == [1, 2]
+    assert LAPTOP["id"] == rows[0].machine
