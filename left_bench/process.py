@@ -111,7 +111,7 @@ def _run_forked(run_dir: str, log: str, environment: dict[str, str]) -> None:
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     from left_bench.worker import main
 
-    main([run_dir])
+    main([run_dir], forked=True)
 
 
 def _end_with_launcher() -> None:

@@ -1,14 +1,19 @@
-"""Does what was saved give back what was measured? `python -m left_bench.reload RUN_DIR`, in a process of its own."""
+"""Does what was saved give back what was measured? Asked of a process that the run has not touched."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from left_bench.cell import Cell
-from left_bench.worker import ADAPTER_NAME, CELL_NAME, ROWS_NAME
+from left_bench.worker import ADAPTER_NAME, CELL_NAME, ROWS_NAME, die_with_parent
+
+EQUAL = "equal"
 
 
 def gives_the_same_loss(run_dir: Path) -> bool:
@@ -21,12 +26,55 @@ def gives_the_same_loss(run_dir: Path) -> bool:
         [sys.executable, "-m", "left_bench.reload", str(run_dir)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise RuntimeError(f"the saved adapter cannot be used again: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return done.stdout.strip().splitlines()[-1] == "equal"
+        raise _unusable((done.stderr.strip().splitlines() or ["?"])[-1])
+    return done.stdout.strip().splitlines()[-1] == EQUAL
 
 
-def main(argv: list[str]) -> int:
-    """Print `equal`, or the largest difference of a row's loss."""
+def asked_of_a_fork() -> Callable[[Path], bool]:
+    """The same check by a fork of this process, made now and asleep until it is asked.
+
+    For a worker that was itself forked with its imports done, before it has loaded anything or started a thread of
+    torch's: the fork then is as fresh as a new interpreter, and saves the ten seconds in which that one would import.
+    """
+    question, ask = os.pipe()
+    answer, reply = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ask)
+        os.close(answer)
+        _wait_and_reply(question, reply)
+    os.close(question)
+    os.close(reply)
+
+    def gives_the_same_loss(run_dir: Path) -> bool:
+        os.write(ask, f"{run_dir}\n".encode())
+        os.close(ask)
+        with os.fdopen(answer, encoding="utf-8") as lines:
+            found = lines.read().strip()
+        os.waitpid(child, 0)
+        if found.startswith("error: ") or not found:
+            raise _unusable(found.removeprefix("error: ") or "the process ended without an answer")
+        return found == EQUAL
+
+    return gives_the_same_loss
+
+
+def _wait_and_reply(question: int, reply: int) -> None:
+    try:
+        die_with_parent()
+        with os.fdopen(question, encoding="utf-8") as lines:
+            run_dir = lines.readline().strip()
+        if run_dir:  # else the run ended without asking
+            os.write(reply, compare_losses(Path(run_dir)).encode())
+    except BaseException as error:
+        traceback.print_exc()
+        os.write(reply, f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}".encode())
+    finally:
+        os._exit(0)
+
+
+def compare_losses(run_dir: Path) -> str:
+    """`equal`, or the largest difference of a row's loss between the saved adapter, loaded now, and `rows.jsonl`."""
     import torch
 
     from left_bench import adapter, evaluate
@@ -34,7 +82,6 @@ def main(argv: list[str]) -> int:
     from left_bench.data import load_data
     from left_bench.worker import set_threads
 
-    run_dir = Path(argv[0])
     cell = Cell.model_validate_json((run_dir / CELL_NAME).read_text(encoding="utf-8"))
     device = cell.hardware.device
     set_threads(cell)
@@ -50,7 +97,16 @@ def main(argv: list[str]) -> int:
     lines = (run_dir / ROWS_NAME).read_text(encoding="utf-8").splitlines()
     recorded = [json.loads(line)["nll"] for line in lines]
     difference = max(abs(one - other) for one, other in zip(found, recorded, strict=True))
-    print("equal" if found == recorded else f"largest difference {difference:g} nats")
+    return EQUAL if found == recorded else f"largest difference {difference:g} nats"
+
+
+def _unusable(why: str) -> RuntimeError:
+    return RuntimeError(f"the saved adapter cannot be used again: {why}")
+
+
+def main(argv: list[str]) -> int:
+    """Print what `compare_losses` says of `RUN_DIR`."""
+    print(compare_losses(Path(argv[0])))
     return 0
 
 

@@ -50,10 +50,12 @@ def work(
     found: dict[str, Any],
     events: EventWriter,
     exceeded: Callable[[int], None] = lambda used: None,
+    reloads: Callable[[Path], bool] | None = None,
 ) -> None:
     """Fine-tune and measure one cell; everything learned goes into `found` as soon as it is known.
 
-    `exceeded` is told, from another thread, of memory in use beyond `hardware.memory_limit`.
+    `exceeded` is told, from another thread, of memory in use beyond `hardware.memory_limit`. `reloads` says whether
+    the run's saved adapter gives back its losses, for `eval.check_reload`.
 
     Raises:
         Exception: whatever went wrong; `found` then holds what was measured before.
@@ -69,7 +71,6 @@ def work(
     from left_bench.measure import Meter, logical_numel, stored_bytes
     from left_bench.neighbours import Neighbours
     from left_bench.quantization import quantization_error
-    from left_bench.reload import gives_the_same_loss
 
     device = open_device(cell.hardware.device)
     set_threads(cell)
@@ -161,9 +162,9 @@ def work(
 
     with meter.phase("save"):
         meter.metrics["adapter_file_bytes"] = adapter.save_trained(model, run_dir / ADAPTER_NAME)
-    if cell.eval.check_reload:
+    if reloads is not None:
         with meter.phase("reload"):
-            meter.metrics["reload_ok"] = float(gives_the_same_loss(run_dir))
+            meter.metrics["reload_ok"] = float(reloads(run_dir))
 
     if cell.peft.target is not None:
         with meter.phase("merge"):
@@ -172,14 +173,22 @@ def work(
                 meter.metrics["merged_generate_tokens_per_second"] = speed(merged)
 
 
-def main(argv: list[str]) -> int:
-    """Run the cell in `RUN_DIR` and leave its outcome, whatever its status; exit code NO_OUTCOME where that fails."""
+def main(argv: list[str], *, forked: bool = False) -> int:
+    """Run the cell in `RUN_DIR` and leave its outcome, whatever its status; exit code NO_OUTCOME where that fails.
+
+    `forked`: this process came from the fork server and has done nothing yet.
+    """
     run_dir = Path(argv[0])
     faulthandler.enable()  # a segfault leaves its stack in worker.log
     if STACK_SIGNAL is not None:
         faulthandler.register(STACK_SIGNAL)  # and so does a run that the parent finds hanging
     die_with_parent()
     cell = Cell.model_validate_json((run_dir / CELL_NAME).read_text(encoding="utf-8"))
+    reloads = None
+    if cell.eval.check_reload:
+        from left_bench import reload
+
+        reloads = reload.asked_of_a_fork() if forked else reload.gives_the_same_loss
     events = EventWriter(run_dir / EVENTS_NAME)
     started = utc_now()
     found: dict[str, Any] = {"provenance": {}}
@@ -217,7 +226,7 @@ def main(argv: list[str]) -> int:
     status: Status = "ok"
     reason = None
     try:
-        work(cell, run_dir=run_dir, found=found, events=events, exceeded=exceeded)
+        work(cell, run_dir=run_dir, found=found, events=events, exceeded=exceeded, reloads=reloads)
     except Exception as error:
         limits.lift()
         status, reason = classify(error, limit_bytes=cell.hardware.memory_limit)

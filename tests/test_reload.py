@@ -1,0 +1,42 @@
+"""What was saved gives back what was measured, in a process that the run has not touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from left_bench import reload
+from left_bench.worker import ADAPTER_NAME, CELL_NAME, ROWS_NAME
+
+
+@pytest.fixture(scope="module")
+def done(tiny_cell, work_in_process):
+    """The folder of a run whose adapter does something."""
+    cell = tiny_cell("training.steps=5", "eval.generate=false", "precision=bf16")
+    run_dir = work_in_process(cell)["run_dir"]
+    (run_dir / CELL_NAME).write_text(cell.model_dump_json(by_alias=True))
+    return run_dir
+
+
+@pytest.mark.parametrize("way", [reload.gives_the_same_loss, None], ids=["new interpreter", "fork"])
+def test_an_adapter_gives_back_its_losses(way, done):
+    assert (way or reload.asked_of_a_fork())(done)
+
+
+def test_another_loss_is_noticed(done, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(done, run_dir)
+    lines = [json.loads(line) for line in (run_dir / ROWS_NAME).read_text().splitlines()]
+    lines[1]["nll"] += 1e-6
+    (run_dir / ROWS_NAME).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert not reload.asked_of_a_fork()(run_dir)
+
+
+def test_what_cannot_be_loaded_says_why(done, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(done, run_dir)
+    shutil.rmtree(run_dir / ADAPTER_NAME)
+    with pytest.raises(RuntimeError, match="cannot be used again"):
+        reload.asked_of_a_fork()(run_dir)
