@@ -61,6 +61,7 @@ _TOUCHES = {
     "output_head": ("memory", "speed"),
     "peak_memory": ("memory",),
     "machine": ("speed",),
+    "other processes": ("speed",),
     "learning_rate": ("quality",),
     "trainable_dtype": ("quality", "memory"),
     "optimizer_state_dtype": ("quality", "memory"),
@@ -68,6 +69,8 @@ _TOUCHES = {
     "eval_perplexity": ("quality",),
     "forgetting_nats": ("quality",),
 }
+_DISTURBED = 0.05
+"""Share of the machine's CPU time taken by others from which on a cell's speed is said to be disturbed."""
 _PER_TOKEN = ("eval_loss", "eval_perplexity", "forgetting_nats")
 
 
@@ -218,6 +221,10 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
     if len(machines_of(rows)) > 1:
         [(_, how)] = _differing("", rows, [row.machine for row in rows], names)
         found.append(("machine", f"{how}. Speed is not ranked across machines"))
+    disturbed = [(row, share) for row in done if (share := row.value("other_cpu_share") or 0) > _DISTURBED]
+    if disturbed:
+        shares = "; ".join(f"{100 * share:.0f} %: {names[id(row)]}" for row, share in disturbed)
+        found.append(("other processes", f"took CPU time while a cell trained, and its speed is not its own ({shares})"))
     losses = present(rows, _PER_TOKEN)
     if any(not rankable(rows, name) for name in losses):
         found.append((losses[0], "the cells differ in model or held-out rows: losses per token are not ranked"))
@@ -242,6 +249,8 @@ def _unfulfilled(rows: list[Row], names: Mapping[int, str]) -> list[tuple[str, s
         for key, effective in row.noted("effective").items():
             if key == "weights_dtype" and row.section("quantization").get("_target_"):
                 continue  # quantized weights are stored in their own type
+            if key == "output_head" and str(effective).startswith(str(row.section("training").get(key))):
+                continue  # what was found is told in more words
             asked = next(
                 (row.section(part)[key] for part in ("training", "precision", "hardware") if key in row.section(part)),
                 None,
