@@ -30,11 +30,8 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return (low | high << 10).to(torch.int16).view(torch.uint8)
 
 
-def pair_indices(words: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-    """What each pair of codes is: first + 32 * second, [8, columns], from int16 words [5, columns]; `out` is filled.
-
-    The arithmetic is done on 16-bit integers, the narrowest that hold 10 bits, and widened to `out`'s dtype at the end.
-    """
+def pair_indices(words: torch.Tensor) -> torch.Tensor:
+    """What each pair of codes is: first + 32 * second, int16 [8, columns], from int16 words [5, columns]."""
     index = torch.empty(SEGMENTS, words.shape[1], dtype=torch.int16, device=words.device)
     torch.bitwise_and(words, 1023, out=index[:WORDS])
     high = (words >> 10).bitwise_and_(63)  # the shift keeps the sign, the mask drops it
@@ -42,11 +39,14 @@ def pair_indices(words: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     torch.bitwise_or(high[:2], (middle & 15) << 6, out=index[5:7])
     top = middle >> 4
     torch.bitwise_or(high[4], (top[0] << 6).bitwise_or_(top[1] << 8), out=index[7])
-    return out.copy_(index)
+    return index
+
+
+def pair_codes(index: torch.Tensor) -> torch.Tensor:
+    """The codes of pairs, in their order: a byte each, uint8 [8, 2 columns]. The bytes of little-endian int16."""
+    return (index << 3).bitwise_and_(31 << 8).bitwise_or_(index & 31).view(torch.uint8)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
     """The flat uint8 codes of a packed array."""
-    words = packed.view(torch.int16)
-    index = pair_indices(words, out=words.new_empty(SEGMENTS, words.shape[1]))
-    return torch.stack([index & 31, index >> 5], dim=-1).to(torch.uint8).view(-1)
+    return pair_codes(pair_indices(packed.view(torch.int16))).view(-1)
