@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from left_bench.fivebit.codebook import levels, look_up
-from left_bench.fivebit.packing import SEGMENTS, WORDS, pack, pair_codes, pair_indices
+from left_bench.fivebit.packing import PLANES, SEGMENTS, pack, unpacked
 
+TOGETHER = {"nf5": 2, "int5": 1}
+"""Codes packed together: pairs are looked up by one access, integers are worked out one by one."""
 NESTED_BLOCK = 256
 """Scales that share a constant under double quantization (QLoRA, section 3)."""
 # Weights decoded at a time: enough to hide the cost of starting an operation, little enough that the float32 copy of
@@ -79,7 +81,7 @@ def quantize(
         piece = slice(start, start + rows)
         scaled = blocks[piece].float() * inverse[piece, None] + zero_point[piece, None]
         codes[piece] = torch.bucketize(scaled, edges, out_int32=True)
-    return pack(codes.view(-1)).view(-1), constants
+    return pack(codes.view(-1), together=TOGETHER[scheme]).view(-1), constants
 
 
 def dequantize(
@@ -92,25 +94,25 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The dense weight that the codes stand for: worked out in float32, rounded once to `dtype`."""
-    words = packed.view(WORDS, -1).view(torch.int16)
+    planes = packed.view(PLANES, -1)
     scale = decoded_scale(constants).view(SEGMENTS, -1, 1)
     blocks = scale.shape[1]  # of one segment
     step = min(blocks, max(1, _PIECE // (SEGMENTS * block_size)))
     out = torch.empty(SEGMENTS, blocks, block_size, dtype=dtype, device=packed.device)
     for start in range(0, blocks, step):
         piece = slice(start, min(start + step, blocks))
-        pairs = pair_indices(words[:, piece.start * block_size // 2 : piece.stop * block_size // 2])
+        found = unpacked(planes[:, piece.start * block_size : piece.stop * block_size], together=TOGETHER[scheme])
         if scheme == "int5":
             zero_point = constants["zero_point"].view(torch.int8).view(SEGMENTS, -1, 1)[:, piece]
-            codes = pair_codes(pairs).view(torch.int8).view(SEGMENTS, -1, block_size)
-            found = [codes.sub_(zero_point).float()]  # -31 to 31: exact in 8 bits
+            steps = found.view(torch.int8).view(SEGMENTS, -1, block_size).sub_(zero_point)
+            values = [steps.float()]  # -31 to 31; no table, for integers are their own levels
         else:
-            found = [some.view(len(some), -1, block_size) for some in look_up(pairs, scheme)]
-        rows = 0
-        for values in found:
-            part = (slice(rows, rows + len(values)), piece)
-            out[part] = values.mul_(scale[part])
-            rows += len(values)
+            values = [some.view(len(some), -1, block_size) for some in look_up(found)]
+        first = 0
+        for some in values:
+            part = (slice(first, first + len(some)), piece)
+            out[part] = some.mul_(scale[part])
+            first += len(some)
     numel = torch.Size(shape).numel()
     return out.view(-1)[:numel].view(shape)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from statistics import NormalDist
 
 import pyarrow
@@ -42,48 +42,41 @@ def levels(scheme: str, device: torch.device) -> torch.Tensor:
 
 
 @cache
-def level_pairs(scheme: str, device: torch.device) -> torch.Tensor:
-    """For each of the 1024 pairs of codes (first + 32 * second) both levels, two float32 in one int64 [1024].
+def level_pairs(device: torch.device) -> torch.Tensor:
+    """For each of the 1024 pairs of `nf5` codes (first + 32 * second) both levels, two float32 in one int64 [1024].
 
-    One table for all layers, 8 KiB; a lookup that yields two weights costs as much as one that yields one.
+    One table for all layers, 8 KiB; a look-up that yields two weights costs as much as one that yields one.
     """
-    one = levels(scheme, device)
+    one = levels("nf5", device)
     index = torch.arange(1024, device=device)
     return torch.stack([one[index % 32], one[index // 32]], dim=1).view(torch.int64).view(-1)
 
 
-def look_up(pairs: torch.Tensor, scheme: str) -> Iterator[torch.Tensor]:
-    """The float32 levels of pairs of codes, int16 [rows, columns]: [some rows, 2 columns] at a time, in order.
+def look_up(pairs: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The float32 `nf5` levels of pairs of codes, int16 [rows, n]: [some rows, 2 n] at a time, in order.
 
-    On a CPU through Arrow's `take`: it reads 16-bit indices as they are and is the fastest table look-up that this
-    project's dependencies hold. torch's want the indices widened, and then take 1.4 times (`index_select`) to 4 times
-    (`take`) as long. Arrow uses one thread for a call, so the rows are divided among as many as torch uses.
+    On a CPU through Arrow's `take`: it reads 16-bit indices as they are. torch's look-ups want them widened, and then
+    take 1.3 times (`index_select`) to 4 times (`take`) as long. Arrow uses one thread for a call, so the rows are
+    divided among as many as torch uses.
     """
     if pairs.device.type != "cpu":
-        table = level_pairs(scheme, pairs.device)
-        yield table.index_select(0, pairs.view(-1).int()).view(torch.float32).view(len(pairs), -1)
-        return
+        found = level_pairs(pairs.device).index_select(0, pairs.view(-1).int())
+        return [found.view(torch.float32).view(len(pairs), -1)]
     threads = min(len(pairs), torch.get_num_threads())
-    parts = pairs.chunk(threads)
-    take = partial(_take, scheme)
-    yield from map(take, parts) if threads == 1 else _pool(threads).map(take, parts)
+    return [_take(pairs)] if threads == 1 else _pool(threads).map(_take, pairs.chunk(threads))
 
 
-def _take(scheme: str, pairs: torch.Tensor) -> torch.Tensor:
-    indices = pyarrow.Array.from_buffers(
-        pyarrow.uint16(), pairs.numel(), [None, pyarrow.py_buffer(pairs.view(-1).numpy())]
-    )
-    # ten bits cannot point outside the table
-    found = pyarrow.compute.array_take(_arrow_table(scheme), indices, boundscheck=False)
-    start = 8 * found.offset
-    return torch.frombuffer(found.buffers()[1], dtype=torch.float32, count=2 * len(found), offset=start).view(
-        len(pairs), -1
-    )
+def _take(pairs: torch.Tensor) -> torch.Tensor:
+    buffer = pyarrow.py_buffer(pairs.numpy())
+    indices = pyarrow.Array.from_buffers(pyarrow.uint16(), pairs.numel(), [None, buffer])
+    # unchecked: ten bits cannot point outside the table
+    found = pyarrow.compute.array_take(_arrow_table(), indices, boundscheck=False)
+    return torch.frombuffer(found.buffers()[1], dtype=torch.float32, count=2 * len(found)).view(len(pairs), -1)
 
 
 @cache
-def _arrow_table(scheme: str) -> pyarrow.Array:
-    return pyarrow.array(level_pairs(scheme, torch.device("cpu")).numpy())
+def _arrow_table() -> pyarrow.Array:
+    return pyarrow.array(level_pairs(torch.device("cpu")).numpy())
 
 
 @cache
