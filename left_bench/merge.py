@@ -49,7 +49,7 @@ def why_not(model: torch.nn.Module) -> str | None:
     if model.active_peft_config.is_prompt_learning:
         return "not merged: virtual tokens are no weights"
     if any(hasattr(parameter, "left_dequantize") for parameter in model.parameters()):
-        return "not merged: 5-bit layers hold no dense weight to merge into"
+        return "not merged: these quantized layers hold no dense weight to merge into"
     if not hasattr(model.base_model, "merge_and_unload"):
         return f"not merged: {type(model.base_model).__name__} has no merge"
     return None
