@@ -116,7 +116,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             and (
                 _is(cell, "Psoft", "Delora", "Adamss", "TinyLora", "Glora", "Supertuning")
                 or _lora_with(cell, "init_lora_weights", "pissa")
-                or _lora_with(cell, "velora_config")
+                or (_is(cell, "Lora") and cell.peft.config.get("velora_config") is not None)  # {}: its defaults
             )
         ),
         f"peft's implementation of this method needs floating-point weights {_SEEN}",
