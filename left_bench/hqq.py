@@ -66,7 +66,7 @@ class HqqHfQuantizer(HfQuantizer):
 
 def _tell_constants(layer: Any) -> None:
     """Put the constants and the dense weight within reach of the packed weight, by bitsandbytes' names."""
-    own = weakref.ref(layer)
+    own: Any = weakref.ref(layer)
     layer.W_q.quant_state = SimpleNamespace(
         shape=torch.Size(layer.meta["shape"]), absmax=layer.meta["scale"], offset=layer.meta["zero"]
     )

@@ -71,7 +71,7 @@ def cell_with(group: str, option: str) -> Cell:
         OnlyHydraKnows: the files say something that only Hydra understands.
     """
     default, chosen = _default_options(), _read(group, option)
-    sections = default.sections | chosen.sections
+    sections: dict[str, Any] = default.sections | chosen.sections
     referring = [name for name, section in sections.items() if "${" in str(section)]
     if "???" in str(chosen.sections):
         key = min(OmegaConf.missing_keys(OmegaConf.create(chosen.sections)))

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 from left_bench.isolate import run_isolated
 from left_bench.model import NotInForce
 from left_bench.rules import EXTRAS, RULES, _installed, model_type, why_unsupported
 
 BF16 = ["precision=bf16"]
-NF4, INT8, NF5 = ["quantization=nf4"], ["quantization=int8"], ["quantization=nf5"]
+NF4, INT8, NF5, HQQ = (["quantization=nf4"], ["quantization=int8"], ["quantization=nf5"], ["quantization=hqq_4"])
+NEEDED = {"quantization=quanto_int8": "optimum.quanto", "quantization=hqq_4": "hqq"}
 CHEAP = ["training.steps=2", "eval.generate=false", "eval.check_reload=false"]
 NEOX = ["model=tiny_neox"]
 
@@ -49,6 +48,8 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["peft=hira", *NF5], "5-bit", ["peft=hira"]),
     (["peft=olora", *NF5], "5-bit", ["peft=olora", *NF4]),
     (["peft=lora", "peft.config.init_lora_weights=orthogonal", *NF5], "5-bit", ["peft=lora", *NF5]),
+    (["peft=loha", *HQQ], "HQQ layers", ["peft=loha", *INT8]),
+    (["peft=olora", *HQQ], "HQQ layers", ["peft=lora", *HQQ]),
     (["peft=dora", "quantization=quanto_int8", *BF16], "Quanto", ["peft=dora", "quantization=quanto_int8"]),
     (["peft=loha", *NF4], "packed 4-bit", ["peft=loha", *INT8]),
     (["peft=lokr", *NF4], "packed 4-bit", ["peft=lokr"]),
@@ -69,7 +70,7 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
 # an option that a package must be installed for, by the package's module
 WANTING = {
     "torchao": ["quantization=torchao_int8"],
-    "hqq": ["quantization=hqq_4"],
+    "hqq": HQQ,
     "optimum.quanto": ["quantization=quanto_int8"],
     "sklearn": ["peft=adamss"],
     "galore_torch": ["peft=full", "optimizer=galore", "optimizer.matrices.rank=8"],
@@ -89,12 +90,16 @@ def names(pair: tuple) -> str:
     return "+".join(pair[0])
 
 
+def skip_without_packages(overrides) -> None:
+    for override in overrides:
+        if not _installed(NEEDED.get(override, "json")):
+            pytest.skip(f"{NEEDED[override]} is not installed")
+
 
 @pytest.mark.parametrize(("refused", "words", "allowed"), PAIRS, ids=map(names, PAIRS))
 def test_a_refused_cell_fails_when_it_is_forced(refused, words, allowed, tiny_cell, work_in_process):
     cell = tiny_cell(*CHEAP, *refused)
-    if "quantization=quanto_int8" in refused:
-        pytest.importorskip("optimum.quanto")
+    skip_without_packages(refused)
     reason = why_unsupported(cell)
     assert reason is not None
     assert words in reason
@@ -104,8 +109,7 @@ def test_a_refused_cell_fails_when_it_is_forced(refused, words, allowed, tiny_ce
 
 @pytest.mark.parametrize("allowed", ALLOWED, ids="+".join)
 def test_the_nearest_neighbour_runs(allowed, tiny_cell, work_in_process):
-    if "quantization=quanto_int8" in allowed:
-        pytest.importorskip("optimum.quanto")
+    skip_without_packages(allowed)
     cell = tiny_cell(*CHEAP, *allowed)
     assert why_unsupported(cell) is None
     found = work_in_process(cell)
