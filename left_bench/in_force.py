@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,18 +31,19 @@ def stored_integers_are_not_read(model: torch.nn.Module) -> Iterator[None]:
     Raises:
         NotInForce: it did, naming the layer and the module of the code.
     """
-    stored = {
+    with _Watch(stored) if (stored := _stored(model)) else nullcontext():
+        yield
+
+
+def _stored(model: torch.nn.Module) -> dict[int, str]:
+    """Address of every quantized layer's integers -> the layer's name."""
+    return {
         part.untyped_storage().data_ptr(): name
         for name, weight in quantized_weights(model).items()
         if not hasattr(weight, "__tensor_flatten__")  # a tensor subclass answers for itself, as the dense weight
         for part in plain_parts(weight)
         if not part.is_floating_point()
     }
-    if not stored:
-        yield
-        return
-    with _Watch(stored):
-        yield
 
 
 class _Watch(TorchDispatchMode):
@@ -73,7 +74,12 @@ def _reader() -> str:
 
 
 def check_forward(model: torch.nn.Module) -> None:
-    """One short forward pass under `stored_integers_are_not_read`; draws no random number that training would draw."""
+    """One short forward pass under `stored_integers_are_not_read`, where there are such.
+
+    It draws no random number that training would draw.
+    """
+    if not _stored(model):
+        return
     network: Any = model
     device = next(model.parameters()).device
     ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.long, device=device)
