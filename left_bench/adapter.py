@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from left_bench.cell import Cell
 from left_bench.data import Example, collate
 from left_bench.errors import UserError
+from left_bench.in_force import stored_integers_are_not_read
 from left_bench.instantiate import instantiate
 from left_bench.methods import Method, load_attached, method_in
 from left_bench.model import DTYPES, quantized_weights
@@ -62,7 +63,8 @@ def attach_adapter(
     if isinstance(config, Method):
         return config.attach(model, adapter_dtype=DTYPES[cell.precision.adapter_dtype])
     in_float32 = cell.precision.adapter_dtype == "float32"  # what peft does of itself over half-precision weights
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    with stored_integers_are_not_read(model):  # some methods start from the weight's values
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     if not in_float32:
         for parameter in trainable_parameters(adapted):
             parameter.data = parameter.data.to(DTYPES[cell.precision.adapter_dtype])

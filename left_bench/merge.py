@@ -31,11 +31,11 @@ def merge(
     tuner: Any = model.base_model
     try:
         merged: torch.nn.Module = tuner.merge_and_unload()
+        # some merges leave weights of a shape that does not compute
+        logits = last_logits(merged, rows, cell, pad_id=pad_id, device=meter.device.kind)
     except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         return None, f"not merged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    difference = (
-        (last_logits(merged, rows, cell, pad_id=pad_id, device=meter.device.kind) - attached).abs().max().item()
-    )
+    difference = (logits - attached).abs().max().item()
     meter.metrics["merge_max_abs_difference"] = difference
     dtype = next(p.dtype for p in merged.parameters() if p.is_floating_point())
     rounding = torch.finfo(dtype).eps * attached.abs().max().item()
@@ -49,7 +49,7 @@ def why_not(model: torch.nn.Module) -> str | None:
     if model.active_peft_config.is_prompt_learning:
         return "not merged: virtual tokens are no weights"
     if any(hasattr(parameter, "left_dequantize") for parameter in model.parameters()):
-        return "not merged: 5-bit layers hold no dense weight to merge into"
+        return "not merged: these quantized layers hold no dense weight to merge into"
     if not hasattr(model.base_model, "merge_and_unload"):
         return f"not merged: {type(model.base_model).__name__} has no merge"
     return None

@@ -29,7 +29,7 @@ def model_type(cell: Cell) -> str | None:
 # What an option needs beyond the project's own dependencies: (the target's beginning, module, extra).
 EXTRAS = (
     ("transformers.TorchAoConfig", "torchao", "torchao"),
-    ("transformers.HqqConfig", "hqq", "hqq"),
+    ("left_bench.hqq.", "hqq", "hqq"),
     ("transformers.QuantoConfig", "optimum.quanto", "quanto"),
     ("peft.AdamssConfig", "sklearn", "adamss"),
     ("galore_torch.", "galore_torch", "galore"),
@@ -79,10 +79,6 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         for target, module, extra in EXTRAS
     ),
     (
-        lambda cell: cell.quantization.target == "transformers.HqqConfig",
-        "transformers cannot load HQQ weights now ('not available yet', seen with transformers 5.23.0)",
-    ),
-    (
         lambda cell: cell.quantization.checkpoint_method is not None and cell.hardware.device != "cuda",
         "kernels for checkpoints that come quantized (GPTQ, AWQ, SpQR, FP8) run on CUDA alone",
     ),
@@ -120,27 +116,31 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             and (
                 _is(cell, "Psoft", "Delora", "Adamss", "TinyLora", "Glora", "Supertuning")
                 or _lora_with(cell, "init_lora_weights", "pissa")
-                or _lora_with(cell, "velora_config")
+                or (_is(cell, "Lora") and cell.peft.config.get("velora_config") is not None)  # {}: its defaults
             )
         ),
         f"peft's implementation of this method needs floating-point weights {_SEEN}",
     ),
     (
         lambda cell: _quantized(cell) and _is(cell, "HRA", "Deft", "Peanut", "UniLora"),
-        f"over quantized weights peft runs this method on the raw integers or trains nothing, silently {_SEEN}",
+        f"over quantized weights peft runs this method on the stored integers or trains nothing {_SEEN}",
     ),
     (
         lambda cell: (
-            cell.quantization.target == "left_bench.fivebit.FiveBitConfig"
+            cell.quantization.target in ("left_bench.fivebit.FiveBitConfig", "left_bench.hqq.HqqConfig")
             and (
                 _is(cell, "LoHa", "LoKr", "Shira", "Hira")
                 or _lora_with(cell, "init_lora_weights", "olora", "orthogonal", "mica")
             )
         ),
-        f"peft reads this method's shape or values from the dense weight, which 5-bit layers do not hold {_SEEN}",
+        f"peft reads this method's shape or values from the dense weight, which 5-bit and HQQ layers lack {_SEEN}",
     ),
     (
-        lambda cell: cell.quantization.target == "transformers.QuantoConfig" and _lora_with(cell, "use_dora"),
+        lambda cell: (
+            cell.quantization.target == "transformers.QuantoConfig"
+            and _lora_with(cell, "use_dora")
+            and cell.precision.weights_dtype != "float32"
+        ),
         f"Quanto's weights refuse the cast that peft's DoRA makes {_SEEN.replace(')', ', optimum-quanto 0.2.7)')}",
     ),
     (

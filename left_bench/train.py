@@ -18,6 +18,7 @@ from left_bench.cell import Cell
 from left_bench.checkpoint import Checkpoint
 from left_bench.data import Example, collate, split_passes, step_rows
 from left_bench.errors import UserError
+from left_bench.in_force import check_gradient
 from left_bench.instantiate import instantiate
 from left_bench.loss import AnswerLoss
 from left_bench.measure import Meter, PhaseCounts, Step, stored_bytes
@@ -97,6 +98,7 @@ def train(
         scaler.unscale_(optimizer) if scaler.is_enabled() else None
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
         if step == 1:
+            check_gradient(norm.item())
             meter.memory_breakdown["gradients"] = stored_bytes(p.grad for p in parameters if p.grad is not None)
         learning_rate = schedule.get_last_lr()[0]
         scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()

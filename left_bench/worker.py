@@ -60,7 +60,7 @@ def work(
     Raises:
         Exception: whatever went wrong; `found` then holds what was measured before.
     """
-    from left_bench import adapter, base, evaluate, packing
+    from left_bench import adapter, base, evaluate, in_force, packing
     from left_bench import merge as merging
     from left_bench import model as models
     from left_bench import train as training
@@ -108,6 +108,7 @@ def work(
 
     with meter.phase("attach"):
         model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer, rows=splits.train)
+    in_force.check_forward(model)
     trainable = adapter.trainable_parameters(model)
     meter.metrics["trainable_params"] = sum(logical_numel(parameter) for parameter in trainable)
     if cell.peft.target is not None:

@@ -91,12 +91,12 @@ def test_normal_float_at_five_bits() -> None:
     assert found[15] == 0, "15 levels below zero, 16 above"
 
 
-@given(st.lists(st.integers(0, 31), min_size=1, max_size=200))
-def test_pack_round_trip(values: list[int]) -> None:
-    codes = torch.tensor(values * 16, dtype=torch.uint8)
-    packed = pack(codes)
+@given(st.lists(st.integers(0, 31), min_size=1, max_size=200), st.sampled_from([1, 2]))
+def test_pack_round_trip(values: list[int], together: int) -> None:
+    codes = torch.tensor(values * 128, dtype=torch.uint8)[: 128 * len(values)]
+    packed = pack(codes, together=together)
     assert packed.numel() * 8 == codes.numel() * 5
-    assert torch.equal(unpack(packed), codes)
+    assert torch.equal(unpack(packed, together=together), codes)
 
 
 @settings(deadline=None, max_examples=40)
@@ -146,7 +146,7 @@ def test_codes_are_the_nearest_levels() -> None:
     layer = layer_of("nf5", weight)
     scale = layer.scale.float()[:8, None]
     nearest = (weight / scale - levels("nf5", weight.device)[:, None, None]).abs().argmin(0)
-    assert torch.equal(unpack(layer.weight.view(5, -1))[: weight.numel()].view(8, 64).long(), nearest)
+    assert torch.equal(unpack(layer.weight.view(5, -1), together=2)[: weight.numel()].view(8, 64).long(), nearest)
 
 
 @each_scheme

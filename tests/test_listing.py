@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import subprocess
+import sys
 
-from left_bench import cli
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from left_bench import cli, listing
 from left_bench.cell import GROUPS
 from left_bench.errors import UserError
-from left_bench.listing import main
+from left_bench.listing import OnlyHydraKnows, cell_with, main
 
 
 def test_every_option_of_every_group_is_one_line(capsys):
@@ -21,7 +25,7 @@ def test_every_option_of_every_group_is_one_line(capsys):
 
 
 def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
-    monkeypatch.setattr("left_bench.launch.find_device", lambda asked: "cpu")
+    monkeypatch.setattr("left_bench.listing.find_device", lambda asked: "cpu")
     main(["precision"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert "not here" in lines["tf32"] and "CUDA" in lines["tf32"]
@@ -31,3 +35,32 @@ def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
 def test_a_group_that_is_none():
     with pytest.raises(UserError, match="unknown group 'pft'"):
         main(["pft"])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_is_read_from_the_file_is_what_hydra_composes(group, compose_cell):
+    cli.register_resolvers()
+    for option in cli.options(group):
+        if (group, option) != ("peft", "custom"):  # nothing without the user's own word, by either way
+            assert cell_with(group, option) == compose_cell(f"{group}={option}"), option
+
+
+def test_what_only_hydra_can_read_is_left_to_it(monkeypatch, capsys):
+    def refuse(group, option):
+        raise OnlyHydraKnows
+
+    GlobalHydra.instance().clear()  # other tests leave their composition open
+    main(["hardware"])
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(listing, "cell_with", refuse)
+    main(["hardware"])
+    assert capsys.readouterr().out == expected
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys; from left_bench.cli import main; main(['list']); "
+        "print(sorted({'torch', 'transformers', 'peft', 'hydra', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

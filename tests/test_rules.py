@@ -1,58 +1,105 @@
-"""Each rule in both directions: what it refuses really does not run, and its nearest neighbour does."""
+"""Each rule in both directions: what it refuses really fails when it is forced, and its nearest neighbour runs."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+
 import pytest
-import torch
 
 from left_bench.isolate import run_isolated
+from left_bench.model import NotInForce
 from left_bench.rules import EXTRAS, RULES, _installed, model_type, why_unsupported
 
 BF16 = ["precision=bf16"]
+NF4, INT8, NF5, HQQ = (["quantization=nf4"], ["quantization=int8"], ["quantization=nf5"], ["quantization=hqq_4"])
+NEEDED = {"quantization=quanto_int8": "optimum.quanto", "quantization=hqq_4": "hqq"}
 CHEAP = ["training.steps=2", "eval.generate=false", "eval.check_reload=false"]
+NEOX = ["model=tiny_neox"]
 
 # what is refused; words of the reason; the nearest neighbour that is not
 PAIRS: list[tuple[list[str], str, list[str]]] = [
-    (["peft=full", "quantization=nf4"], "full fine-tuning", ["peft=full"]),
-    (["peft=full", "quantization=int8"], "full fine-tuning", ["peft=lora", "quantization=int8"]),
+    (["peft=full", *NF4], "full fine-tuning", ["peft=full"]),
+    (["peft=full", *INT8], "full fine-tuning", ["peft=lora", *INT8]),
     (["precision=tf32"], "TF32", ["precision=fp32"]),
-    (["peft=llama_adapter", "model=tiny_neox"], "LLaMA-Adapter", ["peft=llama_adapter"]),
+    (["peft=llama_adapter", *NEOX], "LLaMA-Adapter", ["peft=llama_adapter"]),
     (["optimizer=paged_adamw_8bit"], "paged", ["optimizer=adamw_8bit"]),
     (["training.attention=flash_attention_2"], "FlashAttention", ["training.attention=sdpa"]),
-    (["peft=dora", "quantization=int8", *BF16], "DoRA", ["peft=dora", "quantization=nf4", *BF16]),
-    (["peft=dora", "quantization=int8"], "DoRA", ["peft=dora"]),
-    (["peft=pissa", "quantization=nf4"], "floating-point weights", ["peft=pissa"]),
-    (["peft=delora", "quantization=nf4"], "floating-point weights", ["peft=delora"]),
-    (["peft=loha", "quantization=nf4"], "packed 4-bit", ["peft=loha", "quantization=int8"]),
-    (["peft=lokr", "quantization=nf4"], "packed 4-bit", ["peft=lokr"]),
-    (["peft=ia3", "quantization=nf4", *BF16], "dtypes", ["peft=ia3", "quantization=nf4", "precision=bf16_mixed"]),
+    (["peft=loftq"], "LoftQ", ["peft=lora"]),
+    (["peft=dora", *INT8, *BF16], "DoRA", ["peft=dora", *NF4, *BF16]),
+    (["peft=dora", *INT8], "DoRA", ["peft=dora"]),
+    (["peft=pissa", *NF4], "floating-point weights", ["peft=pissa"]),
+    (["peft=delora", *NF4], "floating-point weights", ["peft=delora"]),
+    (["peft=psoft", *NF4], "floating-point weights", ["peft=psoft"]),
+    (["peft=tinylora", *NF4], "floating-point weights", ["peft=tinylora"]),
+    (["peft=glora", *NF4], "floating-point weights", ["peft=glora"]),
+    (["peft=supertuning", *NF4], "floating-point weights", ["peft=supertuning"]),
+    (["peft=velora", *NF4], "floating-point weights", ["peft=velora"]),
+    # silently wrong but for `left_bench.in_force`
+    (["peft=hra", *INT8], "stored integers", ["peft=hra"]),
+    (["peft=hra", *NF4], "stored integers", ["peft=hra"]),
+    (["peft=deft", *INT8], "stored integers", ["peft=deft"]),
+    (["peft=peanut", *INT8], "stored integers", ["peft=peanut"]),
+    (["peft=unilora", *NF4], "stored integers", ["peft=unilora"]),
+    (["peft=loha", *NF5], "5-bit", ["peft=loha", *INT8]),
+    (["peft=lokr", *NF5], "5-bit", ["peft=lokr"]),
+    (["peft=shira", *NF5], "5-bit", ["peft=shira"]),
+    (["peft=hira", *NF5], "5-bit", ["peft=hira"]),
+    (["peft=olora", *NF5], "5-bit", ["peft=olora", *NF4]),
+    (["peft=lora", "peft.config.init_lora_weights=orthogonal", *NF5], "5-bit", ["peft=lora", *NF5]),
+    (["peft=loha", *HQQ], "HQQ layers", ["peft=loha", *INT8]),
+    (["peft=olora", *HQQ], "HQQ layers", ["peft=lora", *HQQ]),
+    (["peft=dora", "quantization=quanto_int8", *BF16], "Quanto", ["peft=dora", "quantization=quanto_int8"]),
+    (["peft=loha", *NF4], "packed 4-bit", ["peft=loha", *INT8]),
+    (["peft=lokr", *NF4], "packed 4-bit", ["peft=lokr"]),
+    (["peft=ia3", *NF4, *BF16], "dtypes", ["peft=ia3", *NF4, "precision=bf16_mixed"]),
+    (["peft=road", *NF4, *BF16], "dtypes", ["peft=road", *NF4]),
+    (["peft=randlora", *NF4, *BF16], "dtypes", ["peft=randlora", *NF4]),
+    (["peft=pvera", *NF4, *BF16], "dtypes", ["peft=pvera", *NF4]),
+    (["peft=shira", *INT8, *BF16], "dtypes", ["peft=shira", *INT8, "precision=bf16_mixed"]),
+    (["peft=c3a", *INT8, *NEOX], "bias", ["peft=c3a", *INT8]),
+    (["peft=gralora", *NF4, *NEOX], "bias", ["peft=gralora", *NEOX]),
     (
-        ["peft=layer_freeze", "quantization=nf4", "peft.config.last_layers=1"],
+        ["peft=layer_freeze", *NF4, "peft.config.last_layers=1"],
         "whole layers",
         ["peft=layer_freeze", "peft.config.last_layers=1"],
     ),
-    (["peft=bitfit"], "BitFit", ["peft=bitfit", "model=tiny_neox"]),
+    (["peft=bitfit"], "BitFit", ["peft=bitfit", *NEOX]),
 ]
-# refused not because they fail but because they would do something else without a word
-SILENT = [
-    (["peft=hra", "quantization=nf4"], ["peft=hra"]),
-    (["peft=deft", "quantization=nf4"], ["peft=deft"]),
-]
-# needing hardware or packages this machine may lack: only asked
-ASKED = [
-    (["quantization=gptq"], "CUDA"),
-    (["peft=loftq"], "LoftQ"),
-    (["quantization=hqq_4"], "hqq|HQQ"),
-]
+# an option that a package must be installed for, by the package's module
+WANTING = {
+    "torchao": ["quantization=torchao_int8"],
+    "hqq": HQQ,
+    "optimum.quanto": ["quantization=quanto_int8"],
+    "sklearn": ["peft=adamss"],
+    "galore_torch": ["peft=full", "optimizer=galore", "optimizer.matrices.rank=8"],
+    "apollo_torch": ["peft=full", "optimizer=apollo", "optimizer.matrices.rank=8"],
+}
+# config.json's entry of a checkpoint that comes quantized
+CHECKPOINTS = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
+    "spqr": {"quant_method": "spqr", "bits": 3, "beta1": 16, "beta2": 16, "shapes": {}},
+}
+ALLOWED = list(dict.fromkeys(tuple(pair[2]) for pair in PAIRS))
 
 
 def names(pair: tuple) -> str:
     return "+".join(pair[0])
 
 
+def skip_without_packages(overrides) -> None:
+    for override in overrides:
+        if not _installed(NEEDED.get(override, "json")):
+            pytest.skip(f"{NEEDED[override]} is not installed")
+
+
 @pytest.mark.parametrize(("refused", "words", "allowed"), PAIRS, ids=map(names, PAIRS))
 def test_a_refused_cell_fails_when_it_is_forced(refused, words, allowed, tiny_cell, work_in_process):
     cell = tiny_cell(*CHEAP, *refused)
+    skip_without_packages(refused)
     reason = why_unsupported(cell)
     assert reason is not None
     assert words in reason
@@ -60,25 +107,80 @@ def test_a_refused_cell_fails_when_it_is_forced(refused, words, allowed, tiny_ce
         work_in_process(cell)
 
 
-@pytest.mark.parametrize("allowed", [pair[2] for pair in PAIRS] + [pair[1] for pair in SILENT], ids="+".join)
+@pytest.mark.parametrize("allowed", ALLOWED, ids="+".join)
 def test_the_nearest_neighbour_runs(allowed, tiny_cell, work_in_process):
+    skip_without_packages(allowed)
     cell = tiny_cell(*CHEAP, *allowed)
     assert why_unsupported(cell) is None
     found = work_in_process(cell)
     assert found["metrics"]["train_steps"] == 2
 
 
-@pytest.mark.parametrize(("refused", "allowed"), SILENT, ids=map(names, SILENT))
-def test_what_would_go_wrong_silently_is_refused(refused, allowed, tiny_cell):
-    assert "silently" in str(why_unsupported(tiny_cell(*refused)))
-    assert why_unsupported(tiny_cell(*allowed)) is None
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["peft=hra", *INT8], "reads the stored integers of"),
+        (["peft=deft", *INT8], "reads the stored integers of"),
+        (["peft=peanut", *INT8], "reads the stored integers of"),
+        (["peft=unilora", *NF4], "no trainable parameter received a gradient"),
+    ],
+    ids=["hra", "deft", "peanut", "unilora"],
+)
+def test_what_would_go_wrong_silently_says_what_is_wrong(overrides, words, tiny_cell, work_in_process):
+    with pytest.raises(NotInForce, match=words):
+        work_in_process(tiny_cell(*CHEAP, *overrides))
 
 
-@pytest.mark.parametrize(("refused", "words"), ASKED, ids=map(names, ASKED))
-def test_what_this_machine_lacks(refused, words, tiny_cell):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has it")
-    assert any(word in str(why_unsupported(tiny_cell(*refused))) for word in words.split("|"))
+@pytest.mark.parametrize("method", CHECKPOINTS)
+def test_a_quantized_checkpoint_fails_on_the_cpu(method, tiny_cell, work_in_process, tmp_path):
+    """A checkpoint that says so of itself: its quantizer looks for its kernels before it looks at the weights."""
+    from left_bench.pretrained import model_folder
+
+    plain = tiny_cell(*CHEAP)
+    shutil.copytree(model_folder(plain.model, dtype="float32"), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(settings | {"quantization_config": CHECKPOINTS[method]}), encoding="utf-8")
+    cell = tiny_cell(*CHEAP, f"quantization={method}", f"model.name_or_path={tmp_path / 'model'}")
+    assert "CUDA alone" in str(why_unsupported(cell))
+    with pytest.raises(Exception):  # noqa: B017 - a missing package, a missing device, or weights that are not in force
+        work_in_process(cell)
+    assert why_unsupported(tiny_cell(f"quantization={method}", "hardware=cuda")) is None
+
+
+@pytest.mark.parametrize("module", WANTING)
+def test_a_missing_package_fails_when_it_is_forced(module, tiny_cell, work_in_process, monkeypatch):
+    """The package is hidden: importing it raises as if it were not there."""
+    hidden = [name for name in sys.modules if name == module or name.startswith(f"{module}.")]
+    cell = tiny_cell(*CHEAP, *WANTING[module])
+    for name in {module, *hidden}:
+        monkeypatch.setitem(sys.modules, name, None)
+    (extra,) = {extra for _, needed, extra in EXTRAS if needed == module}
+    assert f"left-bench[{extra}]" in str(why_unsupported(cell))
+    with pytest.raises(Exception):  # noqa: B017 - ours or the library's words for it
+        work_in_process(cell)
+
+
+@pytest.mark.parametrize("module", WANTING)
+def test_an_installed_package_runs(module, tiny_cell, work_in_process):
+    if not _installed(module):
+        pytest.skip(f"{module} is not installed")
+    cell = tiny_cell(*CHEAP, *WANTING[module])
+    assert why_unsupported(cell) is None
+    assert work_in_process(cell)["metrics"]["train_steps"] == 2
+
+
+def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
+    """A new rule must come with a cell that it refuses, here or among the checkpoints and packages above."""
+    cells = [tiny_cell(*CHEAP, *refused) for refused, _, _ in PAIRS]
+    cells += [tiny_cell(*CHEAP, f"quantization={method}") for method in CHECKPOINTS]
+    refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
+    monkeypatch.setattr("left_bench.rules._installed", lambda module: False)
+    wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]
+    refused_by |= {index for index, (refuses, _) in enumerate(RULES) for cell in wanting if refuses(cell)}
+    untried = [reason for index, (_, reason) in enumerate(RULES) if index not in refused_by]
+    assert not untried
+    assert set(WANTING) == {module for _, module, _ in EXTRAS}
 
 
 @pytest.mark.parametrize(
@@ -93,20 +195,6 @@ def test_every_reason_is_one_line_and_every_rule_a_tuple():
         assert callable(refuses)
         assert "\n" not in reason
         assert 20 < len(reason) < 200
-
-
-@pytest.mark.parametrize(("target", "module", "extra"), EXTRAS)
-def test_a_missing_package_names_its_extra(target, module, extra, tiny_cell, monkeypatch):
-    option = {
-        "torchao": "optimizer._target_",
-        "galore_torch": "optimizer._target_",
-        "apollo_torch": "optimizer._target_",
-    }
-    key = option.get(module, "quantization._target_") if target.endswith(".") else "quantization._target_"
-    name = target + "X" if target.endswith(".") else target
-    cell = tiny_cell(f"{key}={name}", "quantization.config={}", "optimizer.config={}", "optimizer.matrices={}")
-    monkeypatch.setattr("left_bench.rules._installed", lambda asked: asked != module)
-    assert f"left-bench[{extra}]" in str(why_unsupported(cell))
 
 
 def test_installed():

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from left_bench.fivebit.codebook import level_pairs, levels
-from left_bench.fivebit.packing import SEGMENTS, WORDS, pack, pair_indices
+from left_bench.fivebit.codebook import levels, look_up
+from left_bench.fivebit.packing import PLANES, SEGMENTS, pack, unpacked
 
+TOGETHER = {"nf5": 2, "int5": 1}
+"""Codes packed together: pairs are looked up by one access, integers are worked out one by one."""
 NESTED_BLOCK = 256
 """Scales that share a constant under double quantization (QLoRA, section 3)."""
 # Weights decoded at a time: enough to hide the cost of starting an operation, little enough that the float32 copy of
@@ -79,7 +81,7 @@ def quantize(
         piece = slice(start, start + rows)
         scaled = blocks[piece].float() * inverse[piece, None] + zero_point[piece, None]
         codes[piece] = torch.bucketize(scaled, edges, out_int32=True)
-    return pack(codes.view(-1)).view(-1), constants
+    return pack(codes.view(-1), together=TOGETHER[scheme]).view(-1), constants
 
 
 def dequantize(
@@ -92,24 +94,25 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The dense weight that the codes stand for: worked out in float32, rounded once to `dtype`."""
-    words = packed.view(WORDS, -1).view(torch.int16)
+    planes = packed.view(PLANES, -1)
     scale = decoded_scale(constants).view(SEGMENTS, -1, 1)
-    zero_point = constants.get("zero_point")
-    shift = None if zero_point is None else zero_point.float().view(SEGMENTS, -1, 1)
     blocks = scale.shape[1]  # of one segment
     step = min(blocks, max(1, _PIECE // (SEGMENTS * block_size)))
-    look_up = _LookUp(scheme, columns=step * block_size // 2, device=packed.device)
     out = torch.empty(SEGMENTS, blocks, block_size, dtype=dtype, device=packed.device)
     for start in range(0, blocks, step):
-        piece = slice(start, start + step)
-        values = look_up(words[:, start * block_size // 2 : (start + step) * block_size // 2])
-        values = values.view(SEGMENTS, -1, block_size)
-        if shift is not None:
-            values.sub_(shift[:, piece])
-        if step == blocks and dtype == torch.float32:
-            torch.mul(values, scale, out=out)
+        piece = slice(start, min(start + step, blocks))
+        found = unpacked(planes[:, piece.start * block_size : piece.stop * block_size], together=TOGETHER[scheme])
+        if scheme == "int5":
+            zero_point = constants["zero_point"].view(torch.int8).view(SEGMENTS, -1, 1)[:, piece]
+            steps = found.view(torch.int8).view(SEGMENTS, -1, block_size).sub_(zero_point)
+            values = [steps.float()]  # -31 to 31; no table, for integers are their own levels
         else:
-            out[:, piece] = values.mul_(scale[:, piece])
+            values = [some.view(len(some), -1, block_size) for some in look_up(found)]
+        first = 0
+        for some in values:
+            part = (slice(first, first + len(some)), piece)
+            out[part] = some.mul_(scale[part])
+            first += len(some)
     numel = torch.Size(shape).numel()
     return out.view(-1)[:numel].view(shape)
 
@@ -136,28 +139,3 @@ def _nested(largest: torch.Tensor) -> dict[str, torch.Tensor]:
     codes = ratio.round().clamp(-127, 127).to(torch.int8).view(-1)[: len(largest)]
     # a copy: a slice would keep the padding's storage
     return {"scale": codes.clone(), "nested_scale": nested_scale, "nested_mean": mean}
-
-
-class _LookUp:
-    """The float32 level of every code, two for each look-up: int16 words [5, columns] to levels [8, 2 columns].
-
-    The buffers are taken once for all pieces: fresh memory costs more than the look-ups that fill it.
-    """
-
-    def __init__(self, scheme: str, *, columns: int, device: torch.device) -> None:
-        self.table = level_pairs(scheme, device)
-        # of torch's look-ups on a CPU `gather` alone uses more than one thread, and it wants 64-bit indices
-        self.gathers = device.type == "cpu" and torch.get_num_threads() > 1
-        kind = torch.int64 if self.gathers else torch.int32
-        self.index = torch.empty(SEGMENTS * columns, dtype=kind, device=device)
-        self.found = torch.empty(SEGMENTS * columns, dtype=torch.int64, device=device)
-
-    def __call__(self, words: torch.Tensor) -> torch.Tensor:
-        size = SEGMENTS * words.shape[1]
-        index = pair_indices(words, out=self.index[:size].view(SEGMENTS, -1))
-        found = self.found[:size].view(SEGMENTS, -1)
-        if self.gathers:
-            torch.gather(self.table.expand(SEGMENTS, -1), 1, index, out=found)
-        else:
-            torch.index_select(self.table, 0, index.view(-1), out=found.view(-1))
-        return found.view(torch.float32)

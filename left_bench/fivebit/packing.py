@@ -1,8 +1,11 @@
-"""Five bits for five bits: 16 codes in five 16-bit words (8 in 5 bytes), laid out for whole-array operations.
+"""Five bits for five bits, laid out for whole-array operations.
 
-A flat array of codes is cut into 8 segments. Column j of the packed array holds the j-th pair of codes, 10 bits, of
-each segment. Words 0 to 4 carry the pairs of segments 0 to 4 in their low 10 bits; the pairs of segments 5 to 7 lie
-in the five times 6 bits above. So an unpacked segment is contiguous, and no step moves single elements about.
+Codes are packed one by one into bytes, 8 in 5 (`together=1`), or as pairs of 10 bits into 16-bit words, 16 in 5
+(`together=2`); the layout is the same, every width in the second twice what it is in the first. A flat array is cut
+into 8 segments of n codes or pairs. Word j of plane k (k = 0 to 4) carries the j-th of segment k in its low 5 (10)
+bits. The 3 (6) bits above hold the other segments: the low bits of segments 5, 6 and 7 lie in planes 0, 1 and 2; the
+2 (4) that each still lacks in planes 3 and 4. So an unpacked segment is contiguous, and no step moves single elements
+about.
 """
 
 from __future__ import annotations
@@ -10,43 +13,51 @@ from __future__ import annotations
 import torch
 
 SEGMENTS = 8
-WORDS = 5
+PLANES = 5
+_WORDS = {1: torch.uint8, 2: torch.int16}
 
 
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Pack a flat array of codes 0 to 31, a multiple of 16 of them, into uint8 [5, codes / 8]."""
-    pairs = codes.view(SEGMENTS, -1, 2)
-    index = pairs[..., 0].to(torch.int32) + (pairs[..., 1].to(torch.int32) << 5)
-    low, fifth, sixth, seventh = index[:WORDS], index[5], index[6], index[7]
-    high = torch.stack(
+def pack(codes: torch.Tensor, *, together: int) -> torch.Tensor:
+    """Pack a flat array of codes 0 to 31, a multiple of 64 of them, into uint8 [5, codes / 8]."""
+    if together == 2:
+        codes = codes[0::2].to(torch.int32) | codes[1::2].to(torch.int32) << 5
+    segments = codes.view(SEGMENTS, -1)
+    low, lacking, half = 3 * together, 2 * together, together
+    fifth, sixth, seventh = segments[5:]
+    first, second = (sixth >> low) & (1 << half) - 1, sixth >> low + half
+    above = torch.stack(
         [
-            fifth & 63,
-            sixth & 63,
-            (fifth >> 6) | (seventh >> 6 & 3) << 4,
-            (sixth >> 6) | (seventh >> 8) << 4,
-            seventh & 63,
+            *(segment & (1 << low) - 1 for segment in (fifth, sixth, seventh)),
+            (fifth >> low) | first << lacking,
+            (seventh >> low) | second << lacking,
         ]
     )
-    return (low | high << 10).to(torch.int16).view(torch.uint8)
+    return (segments[:PLANES] | above << 5 * together).to(_WORDS[together]).view(torch.uint8)
 
 
-def pair_indices(words: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-    """What each pair of codes is: first + 32 * second, [8, columns], from int16 words [5, columns]; `out` is filled.
+def unpacked(packed: torch.Tensor, *, together: int) -> torch.Tensor:
+    """The codes, uint8 [8, n], or pairs of codes (first + 32 second), int16 [8, n], from uint8 [5, ...] in their order.
 
-    The arithmetic is done on 16-bit integers, the narrowest that hold 10 bits, and widened to `out`'s dtype at the end.
+    Done on 64 bits at a time: shifts carry bits from one word into the next, and the masks drop them.
     """
-    index = torch.empty(SEGMENTS, words.shape[1], dtype=torch.int16, device=words.device)
-    torch.bitwise_and(words, 1023, out=index[:WORDS])
-    high = (words >> 10).bitwise_and_(63)  # the shift keeps the sign, the mask drops it
-    middle = high[2:4]
-    torch.bitwise_or(high[:2], (middle & 15) << 6, out=index[5:7])
-    top = middle >> 4
-    torch.bitwise_or(high[4], (top[0] << 6).bitwise_or_(top[1] << 8), out=index[7])
-    return out.copy_(index)
+    words = packed.view(_WORDS[together])
+    found = torch.empty(SEGMENTS, words.shape[1], dtype=words.dtype, device=words.device)
+    planes, whole = words.view(torch.int64), found.view(torch.int64)
+    each = (2**64 - 1) // (2 ** (8 * together) - 1)  # a one in every word
+
+    def mask(start: int, bits: int) -> int:
+        return ((1 << bits * together) - 1 << start * together) * each
+
+    torch.bitwise_and(planes, mask(0, 5), out=whole[:PLANES])
+    high, ends = whole[PLANES:], planes[3:]
+    torch.bitwise_right_shift(planes[:3], 5 * together, out=high).bitwise_and_(mask(0, 3))
+    high[::2] |= (ends >> 2 * together).bitwise_and_(mask(3, 2))
+    high[1] |= (ends[0] >> 4 * together).bitwise_and_(mask(3, 1))
+    high[1] |= (ends[1] >> 3 * together).bitwise_and_(mask(4, 1))
+    return found
 
 
-def unpack(packed: torch.Tensor) -> torch.Tensor:
+def unpack(packed: torch.Tensor, *, together: int) -> torch.Tensor:
     """The flat uint8 codes of a packed array."""
-    words = packed.view(torch.int16)
-    index = pair_indices(words, out=words.new_empty(SEGMENTS, words.shape[1]))
-    return torch.stack([index & 31, index >> 5], dim=-1).to(torch.uint8).view(-1)
+    found = unpacked(packed, together=together)
+    return found.view(-1) if together == 1 else torch.stack([found & 31, found >> 5], dim=-1).to(torch.uint8).view(-1)
