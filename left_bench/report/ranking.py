@@ -47,7 +47,7 @@ _LAYOUT = (
     "training.steps",
     "hardware.threads",
 )
-_HELD_AGAINST_BEST = 200
+_HELD_AGAINST_BEST = 60
 _LISTED = 12  # cells named one by one
 # What a difference in a setting may change; every kind where it is not here.
 _TOUCHES = {
