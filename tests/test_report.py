@@ -39,6 +39,7 @@ from left_bench.report.tables import Report
 from left_bench.report.values import format_against, format_share, significant
 
 RECORDED = Path(__file__).parent / "recorded"
+REPORTS = Path(__file__).parents[1] / "reports"
 MIB = 2**20
 
 
@@ -662,11 +663,14 @@ def test_a_fence_cannot_be_closed_from_inside(text: str) -> None:
 # ---- files
 
 
+PLOTS = ("loss", "memory", "parameters", "pareto", "steps")
+
+
 def test_the_same_records_make_the_same_bytes(tmp_path: Path) -> None:
     for out in ("a", "b"):
-        write_report(RECORDED / "methods", name="peft_methods", out=tmp_path / out)
+        write_report(REPORTS / "records", name="peft_methods", out=tmp_path / out)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    plots = [f"peft_methods_{plot}.{ending}" for plot in ("loss", "memory", "pareto") for ending in ("png", "svg")]
+    plots = [f"peft_methods_{plot}.{ending}" for plot in PLOTS for ending in ("png", "svg")]
     assert files == sorted(["peft_methods.md", *plots])
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,15 @@ class Row:
         """The runs behind this row: one for each seed, the failed ones too."""
         return self.members or (self,)
 
+    @cached_property
+    def _means(self) -> dict[str, float | None]:
+        return {}
+
     @property
     def seed(self) -> Any:
         return self.record.config.get("seed") if self.record else None
 
-    @property
+    @cached_property
     def scored(self) -> bool:
         """False for random weights: their scores say nothing of quality."""
         section = self.record.config.get("model") if self.record else None
@@ -70,7 +74,9 @@ class Row:
     def value(self, metric: str) -> float | None:
         """The metric as recorded, a mean over the seeds; None where it was not measured, or scores random weights."""
         if self.members:
-            return _mean(run.value(metric) for run in self.members if run.ok or not self.ok)
+            if metric not in self._means:
+                self._means[metric] = _mean(run.value(metric) for run in self.members if run.ok or not self.ok)
+            return self._means[metric]
         if self.record is None or (metric.removeprefix("base_") in _SCORES and not self.scored):
             return None
         return self.record.metrics.get(metric)
@@ -88,7 +94,9 @@ class Row:
         if self.members:
             values = [v for run in self.members if run.ok and (v := run.value(metric)) is not None and math.isfinite(v)]
             if len(values) > 1:
-                return statistics.stdev(values) / math.sqrt(len(values)) if len(set(values)) > 1 else 0.0
+                mean = math.fsum(values) / len(values)
+                spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+                return math.sqrt(spread / len(values)) if len(set(values)) > 1 else 0.0
         score = score_of(self.record, metric) if self.record and self.scored else None
         return score.stderr if score and score.stderr is not None and math.isfinite(score.stderr) else None
 

@@ -121,6 +121,7 @@ def crossed_tables(report: Report) -> Iterator[str]:
         for metric in present(rows, metrics):
             yield f"**{heading(metric).capitalize()}** ({_better(metric)}):"
             yield grid.table(report, metric)
+            yield from cut_line(len(grid.down))
         yield from _other_differences(report, rows, CROSSED)
     if shown > _CONTEXTS_SHOWN:
         yield f"{shown - _CONTEXTS_SHOWN} more such tables are left out here; narrow the report with `--where`."
@@ -157,7 +158,7 @@ class _Grid(NamedTuple):
         rows = list(self.cells.values())
         marks = best_and_second(rows, metric)
         lines = []
-        for down in self.down:
+        for down in self.down[:ROWS_SHOWN]:
             found = [self.cells.get((down, across)) for across in self.across]
             texts = [ABSENT if row is None else _in_place(row, metric, marks) for row in found]
             lines.append([escape(down), *texts])
@@ -198,6 +199,8 @@ def _axis_table(
         return
     lines = []
     for block in blocks:
+        if len(lines) >= ROWS_SHOWN:
+            break
         reference = _reference(report, own, block)
         marks = {metric: best_and_second(block, metric) for metric in metrics}
         for row in block:
@@ -211,7 +214,7 @@ def _axis_table(
     told = "each block of rows that differ in nothing else" if varying else "these rows, which differ in nothing else"
     yield f"In brackets: against the reference of {told}."
     yield table(header, lines[:ROWS_SHOWN], labels=len(varying) + len(own))
-    yield from cut_line(len(lines))
+    yield from cut_line(len(rows))
     yield from _other_differences(report, rows, (group,))
 
 

@@ -47,7 +47,7 @@ _LAYOUT = (
     "training.steps",
     "hardware.threads",
 )
-_HELD_AGAINST_BEST = 200
+_HELD_AGAINST_BEST = 60
 _LISTED = 12  # cells named one by one
 # What a difference in a setting may change; every kind where it is not here.
 _TOUCHES = {
@@ -184,12 +184,15 @@ def pareto_front(rows: Sequence[Row], quality: str, *costs: str) -> list[Row]:
     full = [row for row in _measured(rows, quality) if all(is_number(row.value(metric)) for metric in metrics)]
     signs = [-1.0 if metric_of(metric).better == "higher" else 1.0 for metric in metrics]
     points = np.array([[s * (row.value(m) or 0.0) for s, m in zip(signs, metrics, strict=True)] for row in full])
-    front = [
-        i
-        for i, point in enumerate(points)
-        if not bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any())
-    ]
-    return [full[i] for i in sorted(front, key=lambda i: tuple(points[i]))]
+    # what beats a row comes before it in the order of the values, so the first that is left is always on the front
+    left = np.lexsort(points.T[::-1]) if full else np.array([], dtype=int)
+    front = []
+    while len(left):
+        first, left = left[0], left[1:]
+        front.append(int(first))
+        beaten = (points[first] <= points[left]).all(axis=1) & (points[first] < points[left]).any(axis=1)
+        left = left[~beaten]
+    return [full[i] for i in front]
 
 
 # precision and quantization have columns of their own; merging comes after everything that is compared

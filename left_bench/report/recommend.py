@@ -140,8 +140,10 @@ def sentence(found: Recommendation, needs: Sequence[Need], names: dict[int, str]
 
 
 def _as_good(row: Row, best: Row, quality: str) -> bool:
+    if abs((best.value(quality) or 0.0) - (row.value(quality) or 0.0)) > (best.stderr(quality) or 0.0):
+        return False
     apart = difference(best, row, quality)
-    return apart is not None and apart.tie and abs(apart.value) <= (best.stderr(quality) or 0.0)
+    return apart is not None and apart.tie
 
 
 _NOUNS = {MEMORY: "peak memory", SPEED: "training tokens/s"}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy
 
 CONFIDENCE = 0.95
-_RESAMPLES = 4000
+_RESAMPLES = 2000
 
 
 class Interval(NamedTuple):

@@ -1,0 +1,283 @@
+"""The tables a reader decides by, the recommendation, and the command's options."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas
+import pytest
+from recorded.build import make_record, peft, seeded, write_runs, write_steps, write_sweep
+
+from left_bench.errors import UserError
+from left_bench.record import METRICS, Record
+from left_bench.report import main, write_report
+from left_bench.report.cells import Row, row_of
+from left_bench.report.recommend import Need, recommend, sentence, take_needs
+from left_bench.report.seeds import pool
+from left_bench.report.values import format_against_both
+
+RECORDED = Path(__file__).parent / "recorded"
+MIB = 2**20
+
+
+def rows_of(*records: Record) -> list[Row]:
+    return [row_of(record) for record in records]
+
+
+def section(text: str, heading: str) -> str:
+    return text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """Every table of a text, column -> cell."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n?)+", text, flags=re.MULTILINE):
+        header, _, *body = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
+        found.append([dict(zip(header, line, strict=True)) for line in body])
+    return found
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grid")
+    cells = write_runs(folder, seeded())
+    write_sweep(folder, "grid", cells)
+    for i, cell in enumerate(cells):
+        write_steps(folder / cell, [1 + 0.01 * ((7 * k + i) % 13) for k in range(12)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_report(grid, name="grid", out=tmp_path_factory.mktemp("out")).read_text(encoding="utf-8")
+
+
+# ---- tables
+
+
+def test_the_leaderboard_is_sorted_marked_and_keeps_failures_in_place(page: str) -> None:
+    [lines] = tables(section(page, "Leaderboard"))
+    assert len(lines) == 16
+    scores = [line["exact match"] for line in lines]
+    shown = [float(re.sub(r"[*]|</?u>", "", score).split(" ")[0]) for score in scores[:13]]
+    assert shown == sorted(shown, reverse=True)
+    assert scores[0].startswith("**0.602**") and scores[1].startswith("<u>0.523</u>")
+    assert scores[13:] == ["**unsupported**"] * 3
+    assert [line["#"] for line in lines] == [str(i + 1) for i in range(13)] + ["–"] * 3
+    full, lora = lines[0], lines[1]
+    assert full["peft"] == "full *(baseline)*" and lora["peft"] == "lora"
+    assert lora["exact match"] == "<u>0.523</u> ± 0.005 (−0.078, 0.87×)"
+    assert lora["peak memory"] == "1.17 GiB ± 591 KiB (−200 MiB, 0.86×)"
+
+
+def test_an_axis_is_compared_with_the_others_held_equal(page: str) -> None:
+    text = section(page, "By quantization")
+    [lines] = tables(text)
+    blocks: dict[str, list[str]] = {}
+    for line in lines:
+        blocks.setdefault(line["peft"], []).append(line["quantization"])
+    assert blocks == {
+        method: ["none *(reference)*", "int8", "nf4", "nf4_dq"] for method in ("full", "lora", "ia3", "prompt_tuning")
+    }
+    int8 = next(line for line in lines if line["peft"] == "lora" and line["quantization"] == "int8")
+    assert int8["base weights"] == "131 MiB (−126 MiB, 0.51×)"
+    lora = [line["base weights"] for line in lines if line["peft"] == "lora"]
+    assert lora[3].startswith("**78.0 MiB**") and lora[2].startswith("<u>84.0 MiB</u>")
+
+
+def test_what_is_the_same_in_every_row_is_told_once(page: str) -> None:
+    text = section(page, "By peft")
+    assert "trainable params" in tables(text)[0][0] and "precision" not in tables(text)[0][0]
+    runs = rows_of(make_record(), make_record(changes=peft("lora"), peak_mib=800))
+    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.document import write_document
+    from left_bench.report.tables import Report
+
+    axes = find_axes(runs)
+    text = write_document(Report(name="x", rows=runs, axes=axes, labels=labels(runs, axes), baseline=runs[0]))
+    memory = section(text, "Memory and size")
+    assert "The same in every row: base weights 257 MiB" in memory and "base weights" not in tables(memory)[0][0]
+
+
+def test_two_axes_are_crossed_for_quality_memory_and_speed(page: str) -> None:
+    text = section(page, "Quantization × peft")
+    found = tables(text)
+    assert len(found) == 3 and re.findall(r"^\*\*(.*?)\*\*", text, flags=re.MULTILINE) == [
+        *("Exact match", "Peak memory", "Train tokens/s")
+    ]
+    quality = {line[""]: line for line in found[0]}
+    assert quality["full"]["int8"] == "**unsupported**" and quality["full"]["none"].startswith("**0.602**")
+    assert set(quality) == {"full", "lora", "ia3", "prompt_tuning"}
+
+
+def test_a_star_is_not_crossed(tmp_path: Path) -> None:
+    text = write_report(RECORDED / "methods", name="peft_methods", out=tmp_path).read_text(encoding="utf-8")
+    assert "## Quantization" not in text
+    assert "**OOM**" in section(text, "Leaderboard") and "## By quantization" not in text  # qlora differs in r too
+
+
+def test_qlora_is_held_against_lora() -> None:
+    nf4 = {"name": "nf4_dq", "_target_": "x", "nominal_bits": 4, "config": {}}
+    qlora = make_record(changes=peft("lora") | {"quantization": nf4}, choices={"peft": "qlora"})
+    rows = rows_of(make_record(), make_record(changes=peft("lora")), qlora)
+    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.leaderboard import axis_tables
+    from left_bench.report.tables import Report
+
+    axes = find_axes(rows)
+    text = "\n\n".join(axis_tables(Report(name="x", rows=rows, axes=axes, labels=labels(rows, axes), baseline=rows[0])))
+    assert "## By quantization\n\nHeld equal: peft lora." in text
+
+
+def test_seeds_are_told_one_by_one_and_one_failure_is_named(page: str) -> None:
+    [lines] = tables(section(page, "Seeds"))
+    full = lines[0]
+    assert full["cell"] == "full" and full["seeds"] == "0, 1, 2"
+    assert re.fullmatch(r"0\.602 \[0\.59\d, 0\.609\]: 0\.594, 0\.602, 0\.609", full["exact match"])
+    assert "| nf4 ia3 seed 2 | OOM | not enough memory |" in page
+    assert "2 of 3 ok" in section(page, "Quality")
+    assert "One seed only" not in page
+
+
+def test_confounders_stand_under_the_table_they_touch() -> None:
+    rows = rows_of(
+        make_record(),
+        make_record(changes=peft("lora") | {"hardware.threads": 2}, effective={"threads": 2, "attention": "eager"}),
+    )
+    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.document import write_document
+    from left_bench.report.tables import Report
+
+    axes = find_axes(rows)
+    text = write_document(Report(name="x", rows=rows, axes=axes, labels=labels(rows, axes), baseline=rows[0]))
+    assert "learning\\_rate" in section(text, "Quality") or "learning_rate" in section(text, "Quality")
+    assert "threads" not in section(text, "Quality") and "threads" in section(text, "Speed")
+    assert "attention" in section(text, "Memory and size") and "threads" not in section(text, "Memory and size")
+
+
+def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
+    records = [make_record(changes=peft("lora", r=r), exact_match=(r % 128) / 128) for r in range(1, 231)]
+    write_runs(tmp_path, records)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "cells.md").read_text(encoding="utf-8")
+    assert len(tables(section(text, "Leaderboard"))[0]) == 200
+    assert "30 more rows are left out here" in section(text, "Leaderboard")
+
+
+def test_differences_and_ratios_are_written_together() -> None:
+    assert format_against_both("exact_match", 0.5, 0.4) == "+0.100, 1.25×"
+    assert format_against_both("peak_memory_bytes", 512 * MIB, 1024 * MIB) == "−512 MiB, 0.50×"
+    assert format_against_both("peak_memory_bytes", 5, 5) == "0 B, 1.00×"
+    assert format_against_both("forgetting_nats", -0.1, 0.1) == "−0.200"
+    assert format_against_both("exact_match", None, 0.1) == ""
+
+
+# ---- recommendation
+
+
+def test_bounds_are_any_metrics() -> None:
+    needs, rest = take_needs(
+        ["runs", "--budget-memory", "8GiB", "--min-exact-match", "0.5", "--max-wall-seconds=60", "--out", "x"]
+    )
+    assert rest == ["runs", "--out", "x"]
+    assert needs == [
+        Need("peak_memory_bytes", False, 8 * 2**30),
+        Need("exact_match", True, 0.5),
+        Need("wall_seconds", False, 60.0),
+    ]
+    for metric in METRICS:
+        assert take_needs([f"--min-{metric.replace('_', '-')}", "5MiB" if METRICS[metric].unit == "bytes" else "5"])[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--min-exact-mach", "0.5"], "no metric 'exact_mach'; did you mean 'exact_match'?"),
+        (["--min-exact-match"], "a value is missing"),
+        (["--min-exact-match", "--out"], "a value is missing"),
+        (["--min-exact-match", "half"], "half: not a number"),
+        (["--budget-memory", "much"], "not a memory size"),
+        (["--max-", "1"], "no metric ''"),
+    ],
+)
+def test_bounds_that_cannot_be_kept_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        take_needs(arguments)
+
+
+def test_the_cheapest_of_those_as_good_as_the_best_is_taken() -> None:
+    rows = rows_of(
+        make_record(exact_match=0.60, peak_mib=1400),
+        make_record(changes=peft("lora"), exact_match=0.58, peak_mib=900),
+        make_record(changes=peft("ia3"), exact_match=0.50, peak_mib=700),
+    )
+    found = recommend(rows)
+    assert found is not None and found.chosen is rows[1] and list(found.front) == [rows[2], rows[1], rows[0]]
+    told = sentence(found, [], {id(rows[0]): "full", id(rows[1]): "lora"}, rows)
+    assert told == (
+        "Take lora (0.580 exact_match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, it is within one standard "
+        "error of the best exact_match (full, 0.600), and of the 2 that are it needs the least memory."
+    )
+    needs = [Need("peak_memory_bytes", False, 800 * MIB)]
+    found = recommend(rows, needs)
+    assert found is not None and found.chosen is rows[2]
+    assert "the only one of 3 cells that fits peak_memory_bytes ≤ 800 MiB" in sentence(found, needs, {}, rows)
+
+
+def test_where_nothing_fits_the_nearest_is_named() -> None:
+    rows = rows_of(make_record(exact_match=0.6, peak_mib=900), make_record(changes=peft("lora"), exact_match=0.5))
+    needs = [Need("exact_match", True, 0.9), Need("bleu", True, 0.1)]
+    found = recommend(rows, needs)
+    assert found is not None and found.chosen is None
+    told = sentence(found, needs, {id(rows[0]): "full"}, rows)
+    assert told == (
+        "No cell fits exact_match ≥ 0.900 and bleu ≥ 0.100: the highest exact_match is 0.600 (full); bleu was not measured "
+        "in any cell."
+    )
+
+
+def test_what_may_not_be_ranked_is_not_recommended() -> None:
+    rows = rows_of(make_record(exact_match=0.6), make_record(changes={"data.task": "other"}, exact_match=0.7))
+    assert recommend(rows) is None
+    assert recommend(rows_of(make_record(status="failed", reason="x"))) is None
+
+
+# ---- the command
+
+
+def test_the_command_writes_every_format_and_recommends(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(grid), "--out", str(tmp_path), "--format", "md,csv,parquet", "--group-by", "quantization"]
+    arguments += ["--where", "status == 'ok' and choices.quantization in ('none', 'nf4')"]
+    assert main([*arguments, "--budget-memory", "1.2GiB", "--min-exact-match", "0.3"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("grid: Take lora (")
+    assert out[1:] == [str(tmp_path / f"grid.{ending}") for ending in ("md", "csv", "parquet")]
+    frame, same = pandas.read_csv(tmp_path / "grid.csv"), pandas.read_parquet(tmp_path / "grid.parquet")
+    assert len(frame) == len(same) == 20 and set(frame["choices.quantization"]) == {"none", "nf4"}
+    assert list(frame["exact_match"]) == pytest.approx(list(same["exact_match"]))
+    text = (tmp_path / "grid.md").read_text(encoding="utf-8")
+    assert section(text, "Leaderboard").count("### `quantization`") == 2
+    assert "Chosen by `--where`" in text and "unsupported" not in text
+    assert "**Take lora" in section(text, "Recommendation")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "pdf"], "--format pdf: no such format"),
+        (["--format", "mdd"], "did you mean 'md'"),
+        (["--group-by", "pefd"], "did you mean 'peft'"),
+        (["--where", "exact_mach > 1"], "did you mean 'exact_match'"),
+        (["--where", "exact_match > 5"], "none of the 48 records fulfils it"),
+        (["--min-speed", "5"], "no metric 'speed'"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([str(grid), "--out", str(tmp_path / "none"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "none").exists()
