@@ -108,7 +108,6 @@ def work(
 
     with meter.phase("attach"):
         model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer, rows=splits.train)
-    in_force.check_forward(model)
     trainable = adapter.trainable_parameters(model)
     meter.metrics["trainable_params"] = sum(logical_numel(parameter) for parameter in trainable)
     if cell.peft.target is not None:
@@ -122,6 +121,7 @@ def work(
     pad_id = evaluate.pad_of(tokenizer)
     peak = base.shared_peak(cell, meter=meter, runs_dir=run_dir.parent, threads=threads_in_use())
     with models.autocast(cell, device=device.kind):
+        in_force.check_forward(model)
         loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
         flops = step_flops(model)
     with packing.laid_out(model, loss, splits.train, cell, pad_id=pad_id, device=device.kind) as layout:
