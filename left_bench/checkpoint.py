@@ -155,7 +155,10 @@ def _random_state() -> dict[str, Any]:
 
     state: Any = np.random.get_state()
     algorithm, keys, *rest = state
-    found: dict[str, Any] = {"python": random.getstate(), "numpy": [algorithm, torch.from_numpy(keys.astype("int64")), *rest]}
+    found: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [algorithm, torch.from_numpy(keys.astype("int64")), *rest],
+    }
     found["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state_all()
