@@ -69,7 +69,7 @@ def attach_adapter(
         for parameter in trainable_parameters(adapted):
             parameter.data = parameter.data.to(DTYPES[cell.precision.adapter_dtype])
     if cell.autocast:
-        _let_autocast_convert(adapted)
+        let_autocast_convert(adapted)
     if cell.peft.init_text is not None:
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
     if getattr(config, "init_lora_weights", None) == "eva":
@@ -81,7 +81,7 @@ def attach_adapter(
     return adapted
 
 
-def _let_autocast_convert(model: torch.nn.Module) -> None:
+def let_autocast_convert(model: torch.nn.Module) -> None:
     """Keep LoRA's layers from widening their inputs to the adapter's float32.
 
     Autocast would round the copies back before the product; without them a step of SmolLM2 in bfloat16 takes a fifth

@@ -91,6 +91,8 @@ def compare_losses(run_dir: Path) -> str:
     test = test if cell.eval.rows is None else test[: cell.eval.rows]
     base, _ = models.load_model(cell, folder=folder, device=device)
     model = adapter.load_trained(base, run_dir / ADAPTER_NAME)
+    if cell.autocast:
+        adapter.let_autocast_convert(model)
     model.eval()
     with torch.no_grad(), models.autocast(cell, device=device):
         found = evaluate.row_losses(model, test, cell, pad_id=evaluate.pad_of(tokenizer), device=device).nll

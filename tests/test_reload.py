@@ -11,10 +11,10 @@ from left_bench import reload
 from left_bench.worker import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 
 
-@pytest.fixture(scope="module")
-def done(tiny_cell, work_in_process):
-    """The folder of a run whose adapter does something."""
-    cell = tiny_cell("training.steps=5", "eval.generate=false", "precision=bf16")
+@pytest.fixture(scope="module", params=["lora", "dora"])
+def done(request, tiny_cell, work_in_process):
+    """The folder of a run whose adapter does something, in bfloat16 with the adapter's own weights in float32."""
+    cell = tiny_cell(f"peft={request.param}", "training.steps=5", "eval.generate=false", "precision=bf16")
     run_dir = work_in_process(cell)["run_dir"]
     (run_dir / CELL_NAME).write_text(cell.model_dump_json(by_alias=True))
     return run_dir
