@@ -136,14 +136,6 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         f"peft reads this method's shape or values from the dense weight, which 5-bit and HQQ layers lack {_SEEN}",
     ),
     (
-        lambda cell: (
-            cell.quantization.target == "transformers.QuantoConfig"
-            and _lora_with(cell, "use_dora")
-            and cell.precision.weights_dtype != "float32"
-        ),
-        f"Quanto's weights refuse the cast that peft's DoRA makes {_SEEN.replace(')', ', optimum-quanto 0.2.7)')}",
-    ),
-    (
         lambda cell: _four_bit(cell) and _is(cell, "LoHa", "LoKr"),
         f"peft reads the packed 4-bit weight's shape for the layer's {_SEEN}",
     ),
@@ -152,11 +144,11 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             not cell.autocast
             and cell.precision.weights_dtype != "float32"
             and (
-                ((_int8(cell) or _four_bit(cell)) and _is(cell, "IA3", "Road", "RandLora", "Pvera"))
+                ((_int8(cell) or _four_bit(cell)) and _is(cell, "IA3", "RandLora"))
                 or (_int8(cell) and _is(cell, "Shira"))
             )
         ),
-        f"peft mixes dtypes here unless autocast is on; precision=bf16_mixed runs {_SEEN}",
+        f"peft mixes dtypes here unless autocast is on; precision.adapter_dtype=float32 turns it on {_SEEN}",
     ),
     (
         lambda cell: (

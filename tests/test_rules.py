@@ -13,6 +13,7 @@ from left_bench.model import NotInForce
 from left_bench.rules import EXTRAS, RULES, _installed, model_type, why_unsupported
 
 BF16 = ["precision=bf16"]
+ALL_BF16 = [*BF16, "precision.adapter_dtype=bfloat16"]
 NF4, INT8, NF5, HQQ = (["quantization=nf4"], ["quantization=int8"], ["quantization=nf5"], ["quantization=hqq_4"])
 NEEDED = {"quantization=quanto_int8": "optimum.quanto", "quantization=hqq_4": "hqq"}
 CHEAP = ["training.steps=2", "eval.generate=false", "eval.check_reload=false"]
@@ -50,14 +51,11 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["peft=lora", "peft.config.init_lora_weights=orthogonal", *NF5], "5-bit", ["peft=lora", *NF5]),
     (["peft=loha", *HQQ], "HQQ layers", ["peft=loha", *INT8]),
     (["peft=olora", *HQQ], "HQQ layers", ["peft=lora", *HQQ]),
-    (["peft=dora", "quantization=quanto_int8", *BF16], "Quanto", ["peft=dora", "quantization=quanto_int8"]),
     (["peft=loha", *NF4], "packed 4-bit", ["peft=loha", *INT8]),
     (["peft=lokr", *NF4], "packed 4-bit", ["peft=lokr"]),
-    (["peft=ia3", *NF4, *BF16], "dtypes", ["peft=ia3", *NF4, "precision=bf16_mixed"]),
-    (["peft=road", *NF4, *BF16], "dtypes", ["peft=road", *NF4]),
-    (["peft=randlora", *NF4, *BF16], "dtypes", ["peft=randlora", *NF4]),
-    (["peft=pvera", *NF4, *BF16], "dtypes", ["peft=pvera", *NF4]),
-    (["peft=shira", *INT8, *BF16], "dtypes", ["peft=shira", *INT8, "precision=bf16_mixed"]),
+    (["peft=ia3", *NF4, *ALL_BF16], "dtypes", ["peft=ia3", *NF4, *BF16]),
+    (["peft=randlora", *NF4, *ALL_BF16], "dtypes", ["peft=randlora", *NF4, *BF16]),
+    (["peft=shira", *INT8, *ALL_BF16], "dtypes", ["peft=shira", *INT8, *BF16]),
     (["peft=c3a", *INT8, *NEOX], "bias", ["peft=c3a", *INT8]),
     (["peft=gralora", *NF4, *NEOX], "bias", ["peft=gralora", *NEOX]),
     (
