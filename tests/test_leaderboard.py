@@ -14,7 +14,6 @@ from left_bench.record import METRICS, Record
 from left_bench.report import main, write_report
 from left_bench.report.cells import Row, row_of
 from left_bench.report.recommend import Need, recommend, sentence, take_needs
-from left_bench.report.seeds import pool
 from left_bench.report.values import format_against_both
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -216,8 +215,8 @@ def test_the_cheapest_of_those_as_good_as_the_best_is_taken() -> None:
     assert found is not None and found.chosen is rows[1] and list(found.front) == [rows[2], rows[1], rows[0]]
     told = sentence(found, [], {id(rows[0]): "full", id(rows[1]): "lora"}, rows)
     assert told == (
-        "Take lora (0.580 exact_match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, it is within one standard "
-        "error of the best exact_match (full, 0.600), and of the 2 that are it needs the least memory."
+        "Take lora (0.580 exact_match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, it is within one "
+        "standard error of the best exact_match (full, 0.600), and of the 2 that are it needs the least memory."
     )
     needs = [Need("peak_memory_bytes", False, 800 * MIB)]
     found = recommend(rows, needs)
@@ -232,8 +231,8 @@ def test_where_nothing_fits_the_nearest_is_named() -> None:
     assert found is not None and found.chosen is None
     told = sentence(found, needs, {id(rows[0]): "full"}, rows)
     assert told == (
-        "No cell fits exact_match ≥ 0.900 and bleu ≥ 0.100: the highest exact_match is 0.600 (full); bleu was not measured "
-        "in any cell."
+        "No cell fits exact_match ≥ 0.900 and bleu ≥ 0.100: the highest exact_match is 0.600 (full); bleu was not "
+        "measured in any cell."
     )
 
 

@@ -312,8 +312,10 @@ def marked(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]]) ->
         text = f"<u>{text}</u>"
     stderr = row.stderr(metric)
     quality = metric_of(metric).kind == "quality"
-    return text if value is None or stderr is None or not (quality or stderr) else (
-        f"{text} ± {format_value(metric, stderr)}"
+    return (
+        text
+        if value is None or stderr is None or not (quality or stderr)
+        else (f"{text} ± {format_value(metric, stderr)}")
     )
 
 
