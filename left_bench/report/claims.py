@@ -116,8 +116,8 @@ def _int8_memory(found: Evidence) -> Verdict:
     peaks = [format_ratio(found.ratio(name, "8-bit", "peak_memory_bytes")) for name in ("float32", "bfloat16")]
     told = (
         f"stored weights are {format_ratio(against32)} smaller than in float32 and {format_ratio(against16)} smaller "
-        f"than in bfloat16; the quantized layers alone take {significant(bits)} bits a parameter, {format_ratio(32 / bits)} "
-        f"less than float32; the peak in training is {peaks[0]} and {peaks[1]} smaller"
+        f"than in bfloat16; the quantized layers alone take {significant(bits)} bits a parameter, "
+        f"{format_ratio(32 / bits)} less than float32; the peak in training is {peaks[0]} and {peaks[1]} smaller"
     )
     return Verdict(HOLDS if against32 >= 3.6 else IN_PART if against32 >= 1.5 else NOT_HERE, told)
 

@@ -95,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Match the cells of two sets of records and print what changed beyond the noise from A to B. Cells "
         "match by everything that was set; versions, machine and commit may differ.",
         epilog="A change is judged by the 95%% interval of the difference: quality over held-out rows and seeds, "
-        "training speed over the steps, other measurements over seeds. Where there is one measurement on either side the change "
-        "is shown and not judged; --fail-on takes it as it is.",
+        "training speed over the steps, other measurements over seeds. Where there is one measurement on either "
+        "side the change is shown and not judged; --fail-on takes it as it is.",
     )
     parser.add_argument("a", metavar="A", help="runs folder, cell folder or record file: before")
     parser.add_argument("b", metavar="B", help="the same: after")

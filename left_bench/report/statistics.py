@@ -62,7 +62,8 @@ def difference(a: Row, b: Row, metric: str) -> Difference | None:
 
     Where both kept their results row by row, the rows are paired: on one question both cells meet the same difficulty,
     which the difference is then free of. Where both ran under the same seeds, the seeds are paired too, and the
-    interval is as wide as the wider of the two reaches at either end. Else the standard errors are taken as independent.
+    interval is as wide as the wider of the two reaches at either end. Else the standard errors are
+    taken as independent.
     """
     x, y = a.value(metric), b.value(metric)
     if x is None or y is None or not (is_number(x) and is_number(y)):
