@@ -424,7 +424,7 @@ def _contexts(rows: Sequence[Row]) -> list[list[Row]]:
         groups.setdefault(rest, []).append(row)
     split = []
     for group in groups.values():
-        machines = list(dict.fromkeys(row.machine for row in group if row.machine)) or [None]
+        machines: list[str | None] = list(dict.fromkeys(row.machine for row in group if row.machine)) or [None]
         split += [[row for row in group if row.machine in (machine, None)] for machine in machines]
     return split
 
@@ -432,7 +432,7 @@ def _contexts(rows: Sequence[Row]) -> list[list[Row]]:
 def _cells(claim: Claim, rows: Sequence[Row]) -> dict[str, Row]:
     found = {}
     for name, options in claim.cells.items():
-        wanted = _DEFAULT | options
+        wanted = {**_DEFAULT, **options}
         fitting = [row for row in rows if all(option(row, group) == wanted[group] for group in _GROUPS)]
         if fitting:
             found[name] = next((row for row in fitting if row.ok), fitting[0])

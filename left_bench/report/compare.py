@@ -161,15 +161,15 @@ def compare(
     only = [[names[id(row)] for row in side if id(row) not in in_both] for side in rows]
     ended = []
     for name, before, after in matched:
-        runs = [{run.seed: run for run in row.runs} for row in (before, after)]
-        for seed in dict.fromkeys([*runs[0], *runs[1]]):
-            run = name if len(runs[0]) == len(runs[1]) == 1 else f"{name} seed {seed}"
-            if seed not in runs[1]:
-                only[0].append(run)
-            elif seed not in runs[0]:
-                only[1].append(run)
-            elif not (runs[0][seed].ok and runs[1][seed].ok):
-                ended.append((run, runs[0][seed].status, runs[1][seed].status))
+        old, new = ({run.seed: run for run in row.runs} for row in (before, after))
+        for seed in dict.fromkeys([*old, *new]):
+            seeded = name if len(old) == len(new) == 1 else f"{name} seed {seed}"
+            if seed not in new:
+                only[0].append(seeded)
+            elif seed not in old:
+                only[1].append(seeded)
+            elif not (old[seed].ok and new[seed].ok):
+                ended.append((seeded, old[seed].status, new[seed].status))
     one_sided = [(f"setting {key}", *_one_sided(key, flat)) for key in sorted(keys[0] ^ keys[1]) if _always(key, flat)]
     return Comparison(
         matched=matched,

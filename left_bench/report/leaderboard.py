@@ -199,7 +199,7 @@ def _axis_table(
     metrics = [metric for metric in metrics if metric not in alike] or metrics[:1]
     if not metrics:
         return
-    lines = []
+    lines: list[list[str]] = []
     for block in blocks:
         if len(lines) >= ROWS_SHOWN:
             break

@@ -73,9 +73,9 @@ def difference(a: Row, b: Row, metric: str) -> Difference | None:
     if found:
         how = "paired rows and seeds" if len(found) == 2 else "paired rows" if rows else "seeds"
         return Difference(x - y, Interval(min(i.low for i in found), max(i.high for i in found)), how)
-    errors = a.stderr(metric), b.stderr(metric)
-    if errors[0] is not None and errors[1] is not None:
-        reach = 2 * math.hypot(*errors)
+    first, second = a.stderr(metric), b.stderr(metric)
+    if first is not None and second is not None:
+        reach = 2 * math.hypot(first, second)
         return Difference(x - y, Interval(x - y - reach, x - y + reach), "standard errors")
     return Difference(x - y, None, "none")
 
