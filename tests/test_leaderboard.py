@@ -14,6 +14,7 @@ from left_bench.record import METRICS, Record
 from left_bench.report import main, write_report
 from left_bench.report.cells import Row, row_of
 from left_bench.report.recommend import Need, recommend, sentence, take_needs
+from left_bench.report.seeds import pool
 from left_bench.report.values import format_against_both
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -280,3 +281,28 @@ def test_the_command_refuses_in_one_sentence(
     assert main([str(grid), "--out", str(tmp_path / "none"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "none").exists()
+
+
+# ---- plots
+
+
+def test_no_names_overlap_in_the_plots_of_seeds(grid: Path) -> None:
+    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.load import read_runs
+    from left_bench.report.placement import overlap
+    from left_bench.report.plots import parameters_figure, pareto_figure, plot_style, steps_figure
+
+    rows = pool([row_of(run) for run in read_runs(grid)[0]])
+    names = labels(rows, find_axes(rows))
+    with plot_style():
+        for draw in (pareto_figure, parameters_figure):
+            figure = draw(rows, names)
+            assert figure is not None
+            texts = [text for text in figure.axes[0].texts if text.get_text()]
+            assert len(texts) == 13
+            boxes = [tuple(text.get_window_extent().extents) for text in texts]
+            assert not any(overlap(box, other) for i, box in enumerate(boxes) for other in boxes[:i])
+        ticks = [tick.get_text() for tick in parameters_figure(rows, names).axes[0].get_xticklabels()]  # type: ignore[union-attr]
+        assert "100 k" in ticks and not any("$" in tick for tick in ticks)
+        steps = steps_figure(rows, names)
+        assert steps is not None and len(steps.axes[0].get_yticklabels()) == 13
