@@ -20,7 +20,10 @@ from left_bench.report.seeds import pool
 
 ISSUE = (
     *("8-bit loading saves up to 4× memory", "4-bit NF4 keeps quality", "double quantization reduces memory further"),
-    *("prefix tuning stores 1000× fewer parameters than full fine-tuning", "LoRA adds no inference latency once merged"),
+    *(
+        "prefix tuning stores 1000× fewer parameters than full fine-tuning",
+        "LoRA adds no inference latency once merged",
+    ),
     *("LoRA matches full fine-tuning", "IA3 and prompt tuning need the fewest parameters"),
     *("mixed precision saves memory and time", "gradient accumulation trades time for memory"),
     "quantized weights are not always faster",
@@ -54,7 +57,9 @@ def test_every_sentence_is_there_with_its_rule() -> None:
 
 
 def test_the_sweep_runs_the_cells_that_the_claims_name() -> None:
-    recipes = yaml.safe_load((config_root() / "sweeps" / "claims.yaml").read_text())["hydra"]["sweeper"]["params"]["+recipe"]
+    recipes = yaml.safe_load((config_root() / "sweeps" / "claims.yaml").read_text())["hydra"]["sweeper"]["params"][
+        "+recipe"
+    ]
     named = [name.strip() for name in recipes.split(",")]
     assert set(named) <= set(options("recipe"))
     run = set()
@@ -82,9 +87,7 @@ def test_8_bit_memory_is_judged_by_stored_bytes(int8_mib: float, word: str) -> N
     assert found.word == word and f"{512 / int8_mib:.2f}×" in found.measured and "4.00× less" in found.measured
 
 
-@pytest.mark.parametrize(
-    ("score", "word"), [(0.50, IN_PART), (0.20, NOT_HERE), (0.8, HOLDS), (0.45, IN_PART)]
-)
+@pytest.mark.parametrize(("score", "word"), [(0.50, IN_PART), (0.20, NOT_HERE), (0.8, HOLDS), (0.45, IN_PART)])
 def test_quality_is_kept_only_where_the_interval_says_so(score: float, word: str) -> None:
     found = verdicts(cell(exact_match=0.5), cell(quantization="nf4", exact_match=score))
     assert found[ISSUE[1]].word == word

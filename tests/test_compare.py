@@ -32,7 +32,11 @@ def write_side(
 
 def cells(speed: float = 800, **more: Any) -> list[Record]:
     return [
-        make_record(changes=peft(name, kind=name) | more.get("changes", {}), tokens_per_second=speed, exact_match=more.get("score"))
+        make_record(
+            changes=peft(name, kind=name) | more.get("changes", {}),
+            tokens_per_second=speed,
+            exact_match=more.get("score"),
+        )
         for name in ("lora", "ia3")
     ]
 
@@ -151,7 +155,9 @@ def test_missing_and_failing_cells_are_named(tmp_path: Path, capsys: pytest.Capt
 def test_a_summary_is_appended_for_github(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = "<script>|x"
     a = write_side(tmp_path / "a", [make_record(choices={"peft": hostile}), make_record(changes=peft("lora"))])
-    b = write_side(tmp_path / "b", [make_record(choices={"peft": hostile}, exact_match=0.1), make_record(changes=peft("lora"))])
+    b = write_side(
+        tmp_path / "b", [make_record(choices={"peft": hostile}, exact_match=0.1), make_record(changes=peft("lora"))]
+    )
     summary = tmp_path / "summary.md"
     summary.write_text("before\n", encoding="utf-8")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
@@ -182,7 +188,9 @@ def test_the_newest_run_of_a_cell_counts(tmp_path: Path) -> None:
         ("exact_match<-0.1; import os", "write METRIC, < or >"),
     ],
 )
-def test_a_gate_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+def test_a_gate_that_is_none_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
     a = write_side(tmp_path / "a", [make_record()])
     assert main([str(a), str(a), "--fail-on", text]) == 2
     assert message in capsys.readouterr().err

@@ -216,8 +216,8 @@ def test_the_cheapest_of_those_as_good_as_the_best_is_taken() -> None:
     assert found is not None and found.chosen is rows[1] and list(found.front) == [rows[2], rows[1], rows[0]]
     told = sentence(found, [], {id(rows[0]): "full", id(rows[1]): "lora"}, rows)
     assert told == (
-        "Take lora (0.580 exact_match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, it is within one standard "
-        "error of the best exact_match (full, 0.600), and of the 2 that are it needs the least memory."
+        "Take lora (0.580 exact_match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, it is within one "
+        "standard error of the best exact_match (full, 0.600), and of the 2 that are it needs the least memory."
     )
     needs = [Need("peak_memory_bytes", False, 800 * MIB)]
     found = recommend(rows, needs)
@@ -232,8 +232,8 @@ def test_where_nothing_fits_the_nearest_is_named() -> None:
     assert found is not None and found.chosen is None
     told = sentence(found, needs, {id(rows[0]): "full"}, rows)
     assert told == (
-        "No cell fits exact_match ≥ 0.900 and bleu ≥ 0.100: the highest exact_match is 0.600 (full); bleu was not measured "
-        "in any cell."
+        "No cell fits exact_match ≥ 0.900 and bleu ≥ 0.100: the highest exact_match is 0.600 (full); bleu was not "
+        "measured in any cell."
     )
 
 
@@ -281,3 +281,28 @@ def test_the_command_refuses_in_one_sentence(
     assert main([str(grid), "--out", str(tmp_path / "none"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "none").exists()
+
+
+# ---- plots
+
+
+def test_no_names_overlap_in_the_plots_of_seeds(grid: Path) -> None:
+    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.load import read_runs
+    from left_bench.report.placement import overlap
+    from left_bench.report.plots import parameters_figure, pareto_figure, plot_style, steps_figure
+
+    rows = pool([row_of(run) for run in read_runs(grid)[0]])
+    names = labels(rows, find_axes(rows))
+    with plot_style():
+        for draw in (pareto_figure, parameters_figure):
+            figure = draw(rows, names)
+            assert figure is not None
+            texts = [text for text in figure.axes[0].texts if text.get_text()]
+            assert len(texts) == 13
+            boxes = [tuple(text.get_window_extent().extents) for text in texts]
+            assert not any(overlap(box, other) for i, box in enumerate(boxes) for other in boxes[:i])
+        ticks = [tick.get_text() for tick in parameters_figure(rows, names).axes[0].get_xticklabels()]  # type: ignore[union-attr]
+        assert "100 k" in ticks and not any("$" in tick for tick in ticks)
+        steps = steps_figure(rows, names)
+        assert steps is not None and len(steps.axes[0].get_yticklabels()) == 13

@@ -90,7 +90,9 @@ def test_rows_are_paired_where_they_were_kept(tmp_path: Path) -> None:
     right = [i % 2 == 0 for i in range(128)]
     better = [fine or i in (1, 11, 21, 31, 41, 51, 61) for i, fine in enumerate(right)]
     values = [sum(right) / 128, sum(better) / 128]
-    a, b = written(tmp_path, make_record(exact_match=values[0]), make_record(changes=peft("lora"), exact_match=values[1]))
+    a, b = written(
+        tmp_path, make_record(exact_match=values[0]), make_record(changes=peft("lora"), exact_match=values[1])
+    )
     unpaired = difference(b, a, "exact_match")
     assert unpaired is not None and unpaired.how == "standard errors" and unpaired.tie
     for row, answers in ((a, right), (b, better)):

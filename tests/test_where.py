@@ -97,7 +97,9 @@ def test_any_text_is_a_condition_or_a_user_error(text: str) -> None:
 
 
 def test_load_records_takes_a_condition(tmp_path) -> None:
-    write_runs(tmp_path, [make_record(), make_record(changes=peft("lora", r=8)), make_record(changes=peft("lora", r=4))])
+    write_runs(
+        tmp_path, [make_record(), make_record(changes=peft("lora", r=8)), make_record(changes=peft("lora", r=4))]
+    )
     assert len(load_records(tmp_path, where="peft == 'lora'")) == 2
     assert list(load_records(tmp_path, where="peft.config.r > 4")["config.peft.config.r"]) == [8]
     with pytest.raises(UserError, match="did you mean 'peft'"):

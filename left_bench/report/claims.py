@@ -99,7 +99,7 @@ class Claim:
 
     sentence: str
     cells: Mapping[str, Mapping[str, str]]
-    """Name -> options that differ from unquantized bfloat16 LoRA under `training=default`; the first is the reference."""
+    """Name -> options other than those of unquantized bfloat16 LoRA, `training=default`; the first is the reference."""
     metrics: Sequence[str]
     """What the table shows."""
     rule: str
@@ -115,9 +115,9 @@ def _int8_memory(found: Evidence) -> Verdict:
     bits = found.value("8-bit", "quantized_bits_per_param")
     peaks = [format_ratio(found.ratio(name, "8-bit", "peak_memory_bytes")) for name in ("float32", "bfloat16")]
     told = (
-        f"stored weights are {format_ratio(against32)} smaller than in float32 and {format_ratio(against16)} smaller than "
-        f"in bfloat16; the quantized layers alone take {significant(bits)} bits a parameter, {format_ratio(32 / bits)} "
-        f"less than float32; the peak in training is {peaks[0]} and {peaks[1]} smaller"
+        f"stored weights are {format_ratio(against32)} smaller than in float32 and {format_ratio(against16)} smaller "
+        f"than in bfloat16; the quantized layers alone take {significant(bits)} bits a parameter, "
+        f"{format_ratio(32 / bits)} less than float32; the peak in training is {peaks[0]} and {peaks[1]} smaller"
     )
     return Verdict(HOLDS if against32 >= 3.6 else IN_PART if against32 >= 1.5 else NOT_HERE, told)
 
@@ -159,14 +159,19 @@ def _prefix_parameters(found: Evidence) -> Verdict:
 def _merged_latency(found: Evidence) -> Verdict:
     merged, bare = (
         seed_values(found.row(name), metric)
-        for name, metric in (("LoRA", "merged_generate_tokens_per_second"), ("no adapter", "generate_tokens_per_second"))
+        for name, metric in (
+            ("LoRA", "merged_generate_tokens_per_second"),
+            ("no adapter", "generate_tokens_per_second"),
+        )
     )
     shared = [seed for seed in merged if bare.get(seed)]
     if not shared:
         raise Missing("the speed of generating, merged and without an adapter, was not measured under one seed")
     ratios = [merged[seed] / bare[seed] for seed in shared]
     ratio, interval = sum(ratios) / len(ratios), mean_interval(ratios)
-    gained = found.value("LoRA", "merged_generate_tokens_per_second") / found.value("LoRA", "generate_tokens_per_second")
+    gained = found.value("LoRA", "merged_generate_tokens_per_second") / found.value(
+        "LoRA", "generate_tokens_per_second"
+    )
     told = (
         f"merged LoRA generates at {_told_ratio(ratio, interval)} the speed of the model without an adapter, and at "
         f"{format_ratio(gained)} that of the attached adapter"
@@ -242,8 +247,8 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="4-bit NF4 keeps quality",
         cells={name: _QUANTIZED[name] for name in ("bfloat16", "NF4", _DQ)},
         metrics=(*_SCORED, "quantization_error"),
-        rule=f"Holds: the 95 % interval of NF4's exact match less bfloat16's lies above −{QUALITY_MARGIN}. Does not: the "
-        "whole interval is below zero. In part: anything between.",
+        rule=f"Holds: the 95 % interval of NF4's exact match less bfloat16's lies above −{QUALITY_MARGIN}. Does not: "
+        "the whole interval is below zero. In part: anything between.",
         judge=_keeps_quality("NF4", "bfloat16"),
     ),
     Claim(
@@ -272,8 +277,8 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="LoRA matches full fine-tuning",
         cells={"full": {"peft": "full"}, "LoRA": {}},
         metrics=(*_SCORED, "forgetting_nats"),
-        rule=f"Holds: the 95 % interval of LoRA's exact match less full fine-tuning's lies above −{QUALITY_MARGIN}. Does "
-        "not: the whole interval is below zero. In part: anything between.",
+        rule=f"Holds: the 95 % interval of LoRA's exact match less full fine-tuning's lies above −{QUALITY_MARGIN}. "
+        "Does not: the whole interval is below zero. In part: anything between.",
         judge=_keeps_quality("LoRA", "full"),
     ),
     Claim(
@@ -294,24 +299,24 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="mixed precision saves memory and time",
         cells={"float32": {"precision": "fp32"}, "bf16 mixed": {"precision": "bf16_mixed"}, "bfloat16": {}},
         metrics=("peak_memory_bytes", "train_tokens_per_second", "exact_match"),
-        rule="Holds: autocast over float32 weights takes at most 0.95 of float32's peak memory and trains at least 1.05 "
-        "times as fast. In part: one of the two.",
+        rule="Holds: autocast over float32 weights takes at most 0.95 of float32's peak memory and trains at least "
+        "1.05 times as fast. In part: one of the two.",
         judge=_mixed_precision,
     ),
     Claim(
         sentence="gradient accumulation trades time for memory",
         cells={"at once": {}, "accumulated": {"training": "accumulate"}},
         metrics=("peak_memory_bytes", "train_tokens_per_second", "exact_match"),
-        rule="Holds: at most 0.95 of the peak memory, and at most 0.95 of the speed. In part: the memory without the loss "
-        "of speed. The rows of a step are the same, 8 at once against 4 times 2.",
+        rule="Holds: at most 0.95 of the peak memory, and at most 0.95 of the speed. In part: the memory without the "
+        "loss of speed. The rows of a step are the same, 8 at once against 4 times 2.",
         judge=_accumulation,
     ),
     Claim(
         sentence="quantized weights are not always faster",
         cells=_QUANTIZED,
         metrics=("train_tokens_per_second", "generate_tokens_per_second"),
-        rule="Holds: one quantization trains at 0.95 of bfloat16's speed or less, its interval below 1. In part: one is "
-        "not clearly faster.",
+        rule="Holds: one quantization trains at 0.95 of bfloat16's speed or less, its interval below 1. In part: one "
+        "is not clearly faster.",
         judge=_not_always_faster,
     ),
 )
@@ -351,11 +356,15 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Claims"
     yield (
         "Sentences that are often read, beside what was measured here: this model, this data, this machine and so few "
-        "steps. A verdict follows from its rule by the numbers; ties are ties, and a sentence that does not hold here may "
-        "hold elsewhere."
+        "steps. A verdict follows from its rule by the numbers; ties are ties, and a sentence that does not hold here "
+        "may hold elsewhere."
     )
     lines = [
-        [escape(f.claim.sentence), f"**{f.verdict.word}**", escape(f.verdict.measured[:1].upper() + f.verdict.measured[1:])]
+        [
+            escape(f.claim.sentence),
+            f"**{f.verdict.word}**",
+            escape(f.verdict.measured[:1].upper() + f.verdict.measured[1:]),
+        ]
         for f in findings
     ]
     yield table(["claim", "verdict", "measured"], lines, labels=3)
@@ -365,7 +374,9 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
         measured = [name for name in claim.cells if name in cells]
         if measured:
             yield _claim_table(claim, cells)
-        compared = "; ".join(f"{escape(name)}: {_options(options) or 'as it is'}" for name, options in claim.cells.items())
+        compared = "; ".join(
+            f"{escape(name)}: {_options(options) or 'as it is'}" for name, options in claim.cells.items()
+        )
         rates = {row.section("training").get("learning_rate") for row in cells.values()}
         but = " but for the learning rate, which is each method's own" if len(rates) > 1 else ""
         yield f"Compared, against {_options(_DEFAULT)}: {compared}. All that is set besides is equal{but}."
@@ -378,7 +389,14 @@ def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
         row = cells.get(name)
         if row is None or not row.ok:
             word = "not run" if row is None else row.status
-            lines.append([escape(name), *[f"**{escape(word)}**"] * min(1, len(claim.metrics)), *[ABSENT] * (len(claim.metrics) - 1), ""])
+            lines.append(
+                [
+                    escape(name),
+                    *[f"**{escape(word)}**"] * min(1, len(claim.metrics)),
+                    *[ABSENT] * (len(claim.metrics) - 1),
+                    "",
+                ]
+            )
             continue
         numbers = []
         for metric in claim.metrics:
@@ -406,7 +424,7 @@ def _contexts(rows: Sequence[Row]) -> list[list[Row]]:
         groups.setdefault(rest, []).append(row)
     split = []
     for group in groups.values():
-        machines = list(dict.fromkeys(row.machine for row in group if row.machine)) or [None]
+        machines: list[str | None] = list(dict.fromkeys(row.machine for row in group if row.machine)) or [None]
         split += [[row for row in group if row.machine in (machine, None)] for machine in machines]
     return split
 
@@ -414,7 +432,7 @@ def _contexts(rows: Sequence[Row]) -> list[list[Row]]:
 def _cells(claim: Claim, rows: Sequence[Row]) -> dict[str, Row]:
     found = {}
     for name, options in claim.cells.items():
-        wanted = _DEFAULT | options
+        wanted = {**_DEFAULT, **options}
         fitting = [row for row in rows if all(option(row, group) == wanted[group] for group in _GROUPS)]
         if fitting:
             found[name] = next((row for row in fitting if row.ok), fitting[0])

@@ -118,7 +118,7 @@ def write_reports(
     *,
     out: PathLike,
     name: str | None = None,
-    wanted: Wanted = Wanted(),  # noqa: B008 (frozen)
+    wanted: Wanted = Wanted(),
     say: Callable[[str], object] = lambda _: None,
 ) -> list[Path]:
     """Write a report per sweep under `paths` and one, `cells`, of the records that belong to no sweep.
@@ -191,7 +191,13 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
         path = stem.with_name(f"{plan.file_name}.html")
         advice = [_advice(plan, wanted.needs).removeprefix(f"{plan.name}: ")] if len(plan.rows) > 1 else []
         write_page(
-            plan.rows, title=plan.name, path=path, baseline=baseline, sweep=plan.sweep, problems=plan.problems, notes=advice
+            plan.rows,
+            title=plan.name,
+            path=path,
+            baseline=baseline,
+            sweep=plan.sweep,
+            problems=plan.problems,
+            notes=advice,
         )
         written.append(path)
     runs = [Run(run.record, run.path) for row in plan.rows for run in row.runs if run.record and run.path]

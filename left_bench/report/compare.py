@@ -73,7 +73,9 @@ def main(argv: list[str]) -> int:
         gates = [parse_gate(text) for text in options.fail_on if text.strip() != MISSING]
         found = compare(options.a, options.b, ignore=options.ignore, where=options.where)
         if not found.matched and options.fail_on:
-            raise UserError(f"no cell of A={options.a} is also in B={options.b}: nothing was compared, so nothing passes")
+            raise UserError(
+                f"no cell of A={options.a} is also in B={options.b}: nothing was compared, so nothing passes"
+            )
     except UserError as error:
         print(f"left-bench compare: {error}", file=sys.stderr)
         return 2
@@ -92,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Match the cells of two sets of records and print what changed beyond the noise from A to B. Cells "
         "match by everything that was set; versions, machine and commit may differ.",
-        epilog="A change is judged by the 95%% interval of the difference: quality over held-out rows and seeds, training "
-        "speed over the steps, other measurements over seeds. Where there is one measurement on either side the change "
-        "is shown and not judged; --fail-on takes it as it is.",
+        epilog="A change is judged by the 95%% interval of the difference: quality over held-out rows and seeds, "
+        "training speed over the steps, other measurements over seeds. Where there is one measurement on either "
+        "side the change is shown and not judged; --fail-on takes it as it is.",
     )
     parser.add_argument("a", metavar="A", help="runs folder, cell folder or record file: before")
     parser.add_argument("b", metavar="B", help="the same: after")
@@ -114,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="settings that may differ, as model.name_or_path or a whole section, as hardware",
     )
-    parser.add_argument("--where", metavar="CONDITION", help="only the records that fulfil it, as in `left-bench report`")
+    parser.add_argument(
+        "--where", metavar="CONDITION", help="only the records that fulfil it, as in `left-bench report`"
+    )
     parser.add_argument("--all", action="store_true", help="print what did not change too")
     return parser
 
@@ -140,7 +144,9 @@ def compare(
     keys = [{key for one in side for key in one} for side in flat]
     unknown = [key for key in ignore if not any(_under(known, key) for known in keys[0] | keys[1])]
     if unknown:
-        raise UserError(f"--ignore {unknown[0]}: the cells have no such setting{nearest(unknown[0], keys[0] | keys[1])}")
+        raise UserError(
+            f"--ignore {unknown[0]}: the cells have no such setting{nearest(unknown[0], keys[0] | keys[1])}"
+        )
     shared = {key for key in keys[0] & keys[1] if not any(_under(key, ignored) for ignored in ignore)}
     by_identity = [_by_identity(side, one, shared) for side, one in zip(rows, flat, strict=True)]
     pairs = [
@@ -155,15 +161,15 @@ def compare(
     only = [[names[id(row)] for row in side if id(row) not in in_both] for side in rows]
     ended = []
     for name, before, after in matched:
-        runs = [{run.seed: run for run in row.runs} for row in (before, after)]
-        for seed in dict.fromkeys([*runs[0], *runs[1]]):
-            run = name if len(runs[0]) == len(runs[1]) == 1 else f"{name} seed {seed}"
-            if seed not in runs[1]:
-                only[0].append(run)
-            elif seed not in runs[0]:
-                only[1].append(run)
-            elif not (runs[0][seed].ok and runs[1][seed].ok):
-                ended.append((run, runs[0][seed].status, runs[1][seed].status))
+        old, new = ({run.seed: run for run in row.runs} for row in (before, after))
+        for seed in dict.fromkeys([*old, *new]):
+            seeded = name if len(old) == len(new) == 1 else f"{name} seed {seed}"
+            if seed not in new:
+                only[0].append(seeded)
+            elif seed not in old:
+                only[1].append(seeded)
+            elif not (old[seed].ok and new[seed].ok):
+                ended.append((seeded, old[seed].status, new[seed].status))
     one_sided = [(f"setting {key}", *_one_sided(key, flat)) for key in sorted(keys[0] ^ keys[1]) if _always(key, flat)]
     return Comparison(
         matched=matched,
@@ -183,9 +189,11 @@ def failures(found: Comparison, gates: Sequence[Gate], *, missing: bool = False)
         measured = [change for change in found.changes if change.metric == gate.metric]
         if not measured:
             hits.append(f"{gate.text}: {gate.metric} was measured in no cell of both, so nothing was compared")
-        for change in measured:
-            if change.judgement != "tie" and gate.hit(change.before, change.after):
-                hits.append(f"{gate.text}: {change.cell} went from {_value(change, 'before')} to {_value(change, 'after')}")
+        hits += [
+            f"{gate.text}: {change.cell} went from {_value(change, 'before')} to {_value(change, 'after')}"
+            for change in measured
+            if change.judgement != "tie" and gate.hit(change.before, change.after)
+        ]
     if gates or missing:
         hits += [f"{name} was ok and is {after} now" for name, before, after in found.ended if before == "ok"]
     if missing:
@@ -314,7 +322,7 @@ def _changes(name: str, before: Row, after: Row) -> Iterator[Change]:
 
 
 def _noise(before: Row, after: Row, metric: str) -> tuple[Interval | None, str]:
-    """The interval of B less A, and what it is over: for training speed the steps, and the seeds where they reach wider."""
+    """The interval of B less A, and what it is over: for training speed the steps, and seeds where they reach wider."""
     found = difference(after, before, metric)
     interval, how = (found.interval, found.how) if found else (None, "none")
     if metric != FROM_STEPS or (steps := speed_ratio(after, before)) is None:
@@ -349,9 +357,7 @@ def _identity(row: Row) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key != "seed" and not not_identity(key)}
 
 
-def _by_identity(
-    rows: Sequence[Row], flat: Sequence[Mapping[str, Any]], keys: set[str]
-) -> dict[Hashable, list[Row]]:
+def _by_identity(rows: Sequence[Row], flat: Sequence[Mapping[str, Any]], keys: set[str]) -> dict[Hashable, list[Row]]:
     found: dict[Hashable, list[Row]] = {}
     for row, settings in zip(rows, flat, strict=True):
         found.setdefault(frozenset((key, value) for key, value in settings.items() if key in keys), []).append(row)
@@ -390,7 +396,8 @@ def _surroundings(a: Sequence[Row], b: Sequence[Row]) -> Iterator[tuple[str, str
 
 def _noted(rows: Sequence[Row]) -> dict[str, dict[str, None]]:
     found: dict[str, dict[str, None]] = {}
-    for row in (run for row in rows for run in row.runs if run.record):
+    runs = [run for row in rows for run in row.runs if run.record]
+    for row in runs:
         machine = row.noted("machine")
         noted = {f"version of {name}": version for name, version in row.noted("versions").items()}
         noted |= {"machine": f"{machine.get('cpu')} ({row.machine})" if row.machine else None}

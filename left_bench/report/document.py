@@ -12,8 +12,8 @@ from left_bench.cell import GROUPS
 from left_bench.record import METRICS, Sample
 from left_bench.report.cells import Row
 from left_bench.report.claims import claims_section
-from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
+from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import MEMORY_AND_SIZE, QUALITY, SPEED, present
 from left_bench.report.tables import (
     ROWS_SHOWN,

@@ -30,11 +30,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="left-bench export",
         allow_abbrev=False,
-        description="Export a cell as the `model-index` block of a Hugging Face model card, or records as CSV or Parquet.",
+        description="A cell as the `model-index` block of a Hugging Face model card, or records as CSV or Parquet.",
     )
     parser.add_argument("cell", metavar="CELL", help="a record, a cell's folder, a cell id or its beginning; or RUNS")
     parser.add_argument("--format", default=FORMATS[0], help=f"one of {', '.join(FORMATS)} (default: %(default)s)")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where a cell id is looked up (default: %(default)s)")
+    parser.add_argument(
+        "--runs", default="runs", metavar="DIR", help="where a cell id is looked up (default: %(default)s)"
+    )
     parser.add_argument("--where", metavar="CONDITION", help="of several records, those that fulfil it")
     parser.add_argument("--out", metavar="FILE", help="write there (default: standard output; Parquet needs it)")
     options = parser.parse_args(argv)
@@ -45,7 +47,11 @@ def main(argv: list[str]) -> int:
         if options.format == "parquet":
             write_parquet(frame_of(runs), Path(options.out))
             return 0
-        text = model_card(_only(runs, options.cell)) if options.format == "model-card" else frame_of(runs).to_csv(index=False)
+        text = (
+            model_card(_only(runs, options.cell))
+            if options.format == "model-card"
+            else frame_of(runs).to_csv(index=False)
+        )
         if options.out is None:
             sys.stdout.write(text)
         else:
@@ -67,7 +73,9 @@ def model_card(record: Record) -> str:
     model, data, method = (_section(record, name) for name in ("model", "data", "peft"))
     if record.status != "ok" or not record.scores or model.get("weights") == "random":
         why = "random weights are not scored" if model.get("weights") == "random" else f"its status is {record.status}"
-        raise UserError(f"{record.cell_id}: there is no score to put on a model card ({why}); choose a cell with scores")
+        raise UserError(
+            f"{record.cell_id}: there is no score to put on a model card ({why}); choose a cell with scores"
+        )
     adapter = str(method.get("name") or record.choices.get("peft") or "full")
     base = str(model.get("name_or_path") or "")
     results = [
@@ -100,7 +108,7 @@ def model_card(record: Record) -> str:
 def write_parquet(frame: pandas.DataFrame, path: Path) -> Path:
     """Write a table of records as Parquet; a column that mixes numbers, text and lists is written as text."""
     frame = frame.copy()
-    for name in frame.columns[frame.dtypes == object]:
+    for name in frame.select_dtypes(include="object").columns:
         kinds = {type(value) for value in frame[name] if value is not None and value == value}
         if kinds - {str} and kinds != {bool} and not kinds <= {int, float}:
             frame[name] = [None if value is None or value != value else format_setting(value) for value in frame[name]]
@@ -125,12 +133,16 @@ def _find(cell: str, runs_dir: str) -> list[Run]:
             raise UserError(f"{cell}: {why}")
         return runs
     if not Path(runs_dir).is_dir():
-        raise UserError(f"{cell}: there is no such file, and no folder {runs_dir} to look the cell up in; name it with --runs")
+        raise UserError(
+            f"{cell}: there is no such file, and no folder {runs_dir} to look the cell up in; name it with --runs"
+        )
     runs, _ = read_runs(runs_dir)
     found = [run for run in runs if run.record.cell_id == cell or run.record.cell_id.startswith(cell)]
     exact = [run for run in found if run.record.cell_id == cell]
     if not found:
-        raise UserError(f"{cell}: no cell of {runs_dir} has an id that begins so{nearest(cell, [r.record.cell_id for r in runs])}")
+        raise UserError(
+            f"{cell}: no cell of {runs_dir} has an id that begins so{nearest(cell, [r.record.cell_id for r in runs])}"
+        )
     return exact or found
 
 

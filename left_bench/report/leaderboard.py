@@ -92,7 +92,9 @@ def axis_tables(report: Report) -> Iterator[str]:
     """For each axis that varies, the rows that differ in it alone, beside each other."""
     for group in AXES:
         own, others = _split(report, group)
-        blocks = [rows for rows in _contexts(report, others).values() if len({_texts(report, own, r) for r in rows}) > 1]
+        blocks = [
+            rows for rows in _contexts(report, others).values() if len({_texts(report, own, r) for r in rows}) > 1
+        ]
         if not own or not blocks:
             continue
         yield f"## By {group}"
@@ -197,7 +199,7 @@ def _axis_table(
     metrics = [metric for metric in metrics if metric not in alike] or metrics[:1]
     if not metrics:
         return
-    lines = []
+    lines: list[list[str]] = []
     for block in blocks:
         if len(lines) >= ROWS_SHOWN:
             break
@@ -226,9 +228,7 @@ def _other_differences(report: Report, rows: Sequence[Row], compared: Sequence[s
         yield f"Confounders: the rows also differ in {names}, see under *Quality*, *Memory and size* and *Speed*."
 
 
-def _in_place(
-    row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], reference: Row | None = None
-) -> str:
+def _in_place(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], reference: Row | None = None) -> str:
     """The value, or the word for why there is none."""
     if not row.ok:
         return f"**{escape(status_word(row))}**"
@@ -302,4 +302,3 @@ def _reference(report: Report, own: Sequence[Axis], block: Sequence[Row]) -> Row
 
 def _better(metric: str) -> str:
     return {"higher": "higher is better", "lower": "lower is better"}.get(metric_of(metric).better, "")
-

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 from left_bench.errors import UserError
 from left_bench.record import METRICS, RECORD_NAME, Record, Score, read_record
@@ -203,8 +203,9 @@ def _row_results(path: Path, _changed: int) -> tuple[RowResult, ...] | None:
     results = []
     for line in _json_lines(path):
         reference, tokens, nll, prediction = (line.get(k) for k in ("reference", "answer_tokens", "nll", "prediction"))
-        whole = isinstance(reference, str) and type(tokens) is int and _finite(nll)
-        if not whole or not isinstance(prediction, (str, type(None))):
+        if not (isinstance(reference, str) and type(tokens) is int and _finite(nll)):
+            return None
+        if not isinstance(prediction, (str, type(None))):
             return None
         results.append(RowResult(reference, tokens, float(nll), prediction))
     return tuple(results) or None
@@ -224,7 +225,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

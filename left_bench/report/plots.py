@@ -153,7 +153,8 @@ def _scatter(rows: Sequence[Row], labels: Sequence[str], cost: str) -> Figure | 
     marks = ["blue: unbeaten in both"] if front else []
     few = len(drawn) <= _NAMED
     marks += ["bars: ± standard error"] if few and any(row.stderr(quality) for row in drawn) else []
-    axes.set_title(f"Quality against {'memory' if in_bytes else 'trained parameters'}{' (' + ', '.join(marks) + ')' if marks else ''}")
+    against = "memory" if in_bytes else "trained parameters"
+    axes.set_title(f"Quality against {against}{' (' + ', '.join(marks) + ')' if marks else ''}")
     if not few:  # a name for each would cover the points: only the front is named
         named = [(row, label) for row, label in named if id(row) in on_front][:_NAMED]
     points = [(x[id(row)], y[id(row)]) for row, _ in named]

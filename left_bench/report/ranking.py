@@ -226,8 +226,10 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
         found.append(("machine", f"{how}. Speed is not ranked across machines"))
     disturbed = [(row, share) for row in done if (share := row.value("other_cpu_share") or 0) > _DISTURBED]
     if disturbed:
-        shares = "; ".join(f"{100 * share:.0f} %: {names[id(row)]}" for row, share in disturbed)
-        found.append(("other processes", f"took CPU time while a cell trained, and its speed is not its own ({shares})"))
+        shares = "; ".join(f"{100 * share:.0f} %: {names[id(row)]}" for row, share in disturbed[:_LISTED])
+        shares += f"; and {len(disturbed) - _LISTED:,} more" if len(disturbed) > _LISTED else ""
+        how = f"took CPU time while a cell trained, and its speed is not its own ({shares})"
+        found.append(("other processes", how))
     losses = present(rows, _PER_TOKEN)
     if any(not rankable(rows, name) for name in losses):
         found.append((losses[0], "the cells differ in model or held-out rows: losses per token are not ranked"))

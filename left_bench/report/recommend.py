@@ -118,8 +118,12 @@ def sentence(found: Recommendation, needs: Sequence[Need], names: dict[int, str]
     if found.chosen is None:
         return f"No cell fits {asked}: {_nearest_miss(done, needs, names or {})}."
     chosen = found.chosen
-    facts = ", ".join(f"{format_value(metric, chosen.value(metric))} {_NOUNS.get(metric, metric)}" for metric in found.metrics)
-    among = f"of the {len(found.fitting)} of {len(done)} cells that fit {asked}, " if needs else f"of {len(done)} cells, "
+    facts = ", ".join(
+        f"{format_value(metric, chosen.value(metric))} {_NOUNS.get(metric, metric)}" for metric in found.metrics
+    )
+    among = (
+        f"of the {len(found.fitting)} of {len(done)} cells that fit {asked}, " if needs else f"of {len(done)} cells, "
+    )
     best = max(
         found.fitting,
         key=lambda row: (1.0 if metric_of(quality).better == "higher" else -1.0) * (row.value(quality) or 0.0),

@@ -40,7 +40,7 @@ def pool(rows: Sequence[Row]) -> list[Row]:
 
 def _apart(rows: Sequence[Row]) -> list[list[Row]]:
     """Runs of one configuration, by machine and by how often the seed has come before."""
-    machines = list(dict.fromkeys(row.machine for row in rows if row.machine)) or [None]
+    machines: list[str | None] = list(dict.fromkeys(row.machine for row in rows if row.machine)) or [None]
     groups: dict[Hashable, list[Row]] = {}
     seen: Counter[Hashable] = Counter()
     for row in rows:

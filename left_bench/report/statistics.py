@@ -61,8 +61,9 @@ def difference(a: Row, b: Row, metric: str) -> Difference | None:
     """`a` less `b`; None where either has no number.
 
     Where both kept their results row by row, the rows are paired: on one question both cells meet the same difficulty,
-    which the difference is then free of. Where both ran under the same seeds, the seeds are paired too, and the interval
-    is as wide as the wider of the two reaches at either end. Else the standard errors are taken as independent.
+    which the difference is then free of. Where both ran under the same seeds, the seeds are paired too, and the
+    interval is as wide as the wider of the two reaches at either end. Else the standard errors are
+    taken as independent.
     """
     x, y = a.value(metric), b.value(metric)
     if x is None or y is None or not (is_number(x) and is_number(y)):
@@ -72,9 +73,9 @@ def difference(a: Row, b: Row, metric: str) -> Difference | None:
     if found:
         how = "paired rows and seeds" if len(found) == 2 else "paired rows" if rows else "seeds"
         return Difference(x - y, Interval(min(i.low for i in found), max(i.high for i in found)), how)
-    errors = a.stderr(metric), b.stderr(metric)
-    if errors[0] is not None and errors[1] is not None:
-        reach = 2 * math.hypot(*errors)
+    first, second = a.stderr(metric), b.stderr(metric)
+    if first is not None and second is not None:
+        reach = 2 * math.hypot(first, second)
         return Difference(x - y, Interval(x - y - reach, x - y + reach), "standard errors")
     return Difference(x - y, None, "none")
 
@@ -220,4 +221,3 @@ def ratio_of_sums(
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(drawn, [tail, 100 - tail])
     return value, Interval(float(low), float(high))
-

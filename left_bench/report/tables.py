@@ -186,7 +186,7 @@ def seeds_table(report: Report) -> Iterator[str]:
             values = seed_values(row, metric)
             interval = mean_interval(list(values.values()))
             text = format_value(metric, row.value(metric))
-            if interval is not None and interval.low < interval.high:
+            if interval is not None and len({format_value(metric, value) for value in values.values()}) > 1:
                 text += f" [{format_value(metric, interval.low)}, {format_value(metric, interval.high)}]"
                 text += ": " + ", ".join(format_value(metric, value) for value in values.values())
             cells.append(text)
@@ -312,8 +312,10 @@ def marked(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]]) ->
         text = f"<u>{text}</u>"
     stderr = row.stderr(metric)
     quality = metric_of(metric).kind == "quality"
-    return text if value is None or stderr is None or not (quality or stderr) else (
-        f"{text} ± {format_value(metric, stderr)}"
+    return (
+        text
+        if value is None or stderr is None or not (quality or stderr)
+        else (f"{text} ± {format_value(metric, stderr)}")
     )
 
 

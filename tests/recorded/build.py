@@ -311,9 +311,13 @@ def seeded(seeds: tuple[int, ...] = (0, 1, 2)) -> list[Record]:
                 else:
                     found.append(
                         make_record(
-                            changes=changes, minute=minute, exact_match=round((76 - 10 * m - 2 * q + seed) / 128, 7),
-                            eval_loss=0.4 + 0.2 * m + 0.01 * q + 0.005 * seed, peak_mib=1400 - 200 * m - 60 * q + seed,
-                            weights_mib=weights, trainable=(134_515_008, 4_884_480, 69_120, 11_520)[m],
+                            changes=changes,
+                            minute=minute,
+                            exact_match=round((76 - 10 * m - 2 * q + seed) / 128, 7),
+                            eval_loss=0.4 + 0.2 * m + 0.01 * q + 0.005 * seed,
+                            peak_mib=1400 - 200 * m - 60 * q + seed,
+                            weights_mib=weights,
+                            trainable=(134_515_008, 4_884_480, 69_120, 11_520)[m],
                             tokens_per_second=400 + 60 * m - 20 * q + seed,
                             metrics={"quantized_bits_per_param": bits} if q else None,
                         )
