@@ -125,9 +125,10 @@ def soak(folder: Path, *, cells: int, launches: int, kills: int, seed: int = 0) 
         while len(alive) < launches:  # whoever was killed, or is done, starts the same command again
             alive.add(start_launch(wanted, runs))
             figures.launches += 1
-        time.sleep(draw.uniform(0.0, 0.1))
-        strike(draw, alive, runs, figures)
-        look(wanted, runs, figures)
+        time.sleep(draw.uniform(0.0, 0.04))
+        for _ in range(draw.randint(1, 8)):  # several at once as well
+            strike(draw, alive, runs, figures)
+        look(draw.sample(wanted, min(10, cells)), runs, figures)
         if all((runs / cell.id / RECORD_NAME).exists() for cell in wanted):
             break
     for pid in alive:
@@ -188,7 +189,10 @@ def strike(draw: random.Random, alive: set[int], runs: Path, figures: Figures) -
     """One signal, to a launch or to a worker."""
     number = draw.choices([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], weights=[6, 2, 1])[0]
     if draw.random() < 0.5 or not (runs / JOURNAL).exists():
-        target = draw.choice(sorted(alive))
+        living = [pid for pid in sorted(alive) if command_of(pid)]  # one that is dead already is not killed again
+        if not living:
+            return
+        target = draw.choice(living)
         figures.launches_killed += 1
     else:
         recent = [line.split() for line in (runs / JOURNAL).read_text().splitlines()[-40:]]
@@ -204,7 +208,7 @@ def strike(draw: random.Random, alive: set[int], runs: Path, figures: Figures) -
 
 
 def look(cells: list[Cell], runs: Path, figures: Figures) -> None:
-    """Read every record there is, as a report might at any time."""
+    """Read those cells' records, as a report might at any time."""
     for cell in cells:
         path = runs / cell.id / RECORD_NAME
         try:
@@ -220,10 +224,15 @@ def look(cells: list[Cell], runs: Path, figures: Figures) -> None:
 
 def is_worker(pid: int) -> bool:
     """Whether that process is alive and one of the soak's workers."""
+    return b"after_its_record" in command_of(pid)
+
+
+def command_of(pid: int) -> bytes:
+    """A living process's command line; nothing for one that has ended."""
     try:
-        return b"after_its_record" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False
+        return b""
 
 
 def tiny_cell(seed: int) -> Cell:

@@ -6,6 +6,7 @@ first one runs and sums up after the last; `run_job` takes one of them through c
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -36,6 +37,10 @@ from left_bench.tracker import Tracker, feed, open_tracker
 from left_bench.worker import utc_now
 
 SWEEPS_FOLDER = "sweeps"
+_UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
 
 
 class Settings(BaseModel):
@@ -131,9 +136,9 @@ def run_cell(
             record = _run_claimed(
                 cell, settings, attempt=attempt, overrides=overrides, number=number, total=total, sweep=sweep
             )
-    except BrokenPipeError:  # whoever was reading the output has gone
-        raise
     except OSError as error:
+        if error.errno not in _UNWRITABLE:  # a closed pipe, no process to be had: not the folder's fault
+            raise
         raise UserError(
             f"runs_dir={settings.runs_dir}: {error.filename or run_dir} cannot be written ({error.strerror or error}); "
             "mend that and give the same command again, finished cells are kept"

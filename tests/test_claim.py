@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -153,12 +152,14 @@ def test_a_launch_takes_other_cells_first_and_picks_the_record_up(runs, left_ben
     folder = taken(left_bench, "lora,ia3")["lora"]
     probe = Path("probe") / folder.name / "record.json"
     runs.clear()
-    # another launch has the first cell, and leaves its (failed) record after two seconds
+    # another launch has the first cell, and leaves its (failed) record when the second has one
     program = (
         "import pathlib, sys, time\n"
         "from left_bench.claim import claim\n"
         "with claim(pathlib.Path(sys.argv[1])):\n"
-        "    print(flush=True); time.sleep(2)\n"
+        "    print(flush=True)\n"
+        "    while len(list(pathlib.Path('runs').glob('*/record.json'))) < 1:\n"
+        "        time.sleep(0.05)\n"
         "    pathlib.Path(sys.argv[1], 'record.json').write_text(sys.argv[2])\n"
     )
     text = probe.read_text().replace('"status": "ok"', '"status": "failed", "reason": "theirs"')
@@ -180,12 +181,11 @@ def test_a_dead_launchs_cell_is_taken_over(runs, left_bench):
     runs.clear()
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
-    killer = subprocess.Popen(["/bin/sh", "-c", f"sleep 2; kill -9 {holder.pid}"])
-    start = time.monotonic()
+    when = "until ls runs/*/record.json >/dev/null 2>&1; do sleep 0.1; done"  # the second cell is done
+    killer = subprocess.Popen(["/bin/sh", "-c", f"{when}; kill -9 {holder.pid}"])
     answer = left_bench("-m", *QUICK, "peft=lora,ia3")
     assert answer.code == 0, answer
     assert runs == ["ia3", "lora"]
-    assert time.monotonic() - start >= 1
     for process in (killer, holder):
         process.wait()
     holder.stdout.close()

@@ -117,74 +117,91 @@ def test_an_exploding_loss_is_divergence(tiny_cell, work_in_process, monkeypatch
 
 # --- faults of the parent ---
 
-SWEEP = [
-    *("-m", "model=tiny_llama", "precision=fp32", "hardware=cpu", "hardware.threads=1", "tracker=none"),
-    *("data.train_rows=8", "data.test_rows=4", "eval.generate=false", "eval.forgetting=false", "training.batch_size=4"),
-    *("seed=0,1", "training.steps=200"),
-]
+QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "data.train_rows=8", "training.steps=1"]
+
+# The command line as it is, with a worker that waits for leave to end in place of the measured run.
+LAUNCHER = """
+import sys
+from functools import partial
+from left_bench import cli, launch
+from left_bench.isolate import run_isolated
+launch._fetch_model = lambda cell: None
+launch.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", sys.argv.pop(1)])
+sys.exit(cli.main())
+"""
+WAITING_WORKER = """
+import ctypes, json, os, pathlib, signal, sys, time
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+folder = pathlib.Path(sys.argv[1])
+cell = json.loads((folder / "cell.json").read_text())
+(folder / "pid").write_text(str(os.getpid()))
+while not pathlib.Path(f"go-{cell['seed']}").exists():
+    time.sleep(0.02)
+record = {"schema_version": 1, "cell_id": folder.name, "status": "ok", "started_at": "", "finished_at": "",
+          "choices": cell["choices"], "config": {"seed": cell["seed"]}}
+(folder / "outcome.json").write_text(json.dumps(record))
+"""
 
 
-def launch(place: Path, *arguments: str) -> subprocess.Popen[str]:
-    for path in place.glob("runs/*/events.jsonl"):  # an earlier attempt's steps are not waited for
-        path.unlink()
-    command = [sys.executable, "-m", "left_bench", *arguments]
+def start(place: Path) -> subprocess.Popen[str]:
+    for pid in place.glob("runs/*/pid"):  # an earlier attempt's
+        pid.unlink()
+    command = [sys.executable, "-c", LAUNCHER, WAITING_WORKER, "-m", *QUICK, "seed=0,1"]
     return subprocess.Popen(
         command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
-def wait_for_step(place: Path, *, records: int, seconds: float = 90) -> None:
-    """Until so many cells have their record and another is training."""
-    end = time.monotonic() + seconds
+def worker_of(place: Path, *, seed: int) -> psutil.Process:
+    """The worker of that cell, as soon as it runs."""
+    end = time.monotonic() + 90
     while time.monotonic() < end:
-        done = {path.parent for path in place.glob("runs/*/record.json")}
-        events = [path for path in place.glob("runs/*/events.jsonl") if path.parent not in done]
-        if len(done) == records and any('"step"' in path.read_text() for path in events):
-            return
+        for path in place.glob(f"runs/*-s{seed}-*/pid"):
+            if path.read_text():
+                return psutil.Process(int(path.read_text()))
         time.sleep(0.05)
     raise AssertionError("the sweep did not get there")
 
 
 def test_an_interrupted_sweep_leaves_nothing_torn_and_goes_on(tmp_path):
-    sweep = launch(tmp_path, *SWEEP)
-    wait_for_step(tmp_path, records=0)
-    children = psutil.Process(sweep.pid).children(recursive=True)
-    assert children
+    sweep = start(tmp_path)
+    worker = worker_of(tmp_path, seed=0)
     os.killpg(sweep.pid, signal.SIGINT)  # as a terminal's Ctrl-C: the whole foreground group
-    out, err = sweep.communicate(timeout=30)
+    out, err = sweep.communicate(timeout=60)
     assert sweep.returncode == 130, out + err
     assert "0 of 2 cells have their record" in err
     assert "has no record of this attempt and is run again" in err
     assert "the same command goes on" in err
     assert "Traceback" not in err
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert psutil.wait_procs([worker], timeout=10)[0]
 
-    sweep = launch(tmp_path, *SWEEP)
-    wait_for_step(tmp_path, records=1)
-    children = psutil.Process(sweep.pid).children(recursive=True)
+    (tmp_path / "go-0").touch()
+    sweep = start(tmp_path)
+    worker = worker_of(tmp_path, seed=1)
     sweep.terminate()
-    out, err = sweep.communicate(timeout=30)
+    out, err = sweep.communicate(timeout=60)
     assert sweep.returncode == 143, out + err
     assert "1 of 2 cells have their record" in err
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert psutil.wait_procs([worker], timeout=10)[0]
     [first] = [read_record(path) for path in tmp_path.glob("runs/*/record.json")]
     assert (first.status, first.attempt) == ("ok", 2)
 
-    sweep = launch(tmp_path, *SWEEP)
-    wait_for_step(tmp_path, records=1)
-    children = psutil.Process(sweep.pid).children(recursive=True)
+    sweep = start(tmp_path)
+    worker = worker_of(tmp_path, seed=1)
     sweep.kill()
     sweep.communicate()
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert psutil.wait_procs([worker], timeout=10)[0]
+    for unfinished in ("record", "attempt"):  # as a kill in the middle of a write would leave
+        next(tmp_path.glob("runs/*-s1-*")).joinpath(f".{unfinished}.json.abcdef").write_text('{"schema')
 
-    sweep = launch(tmp_path, *SWEEP)
-    out, err = sweep.communicate(timeout=120)
+    (tmp_path / "go-1").touch()
+    sweep = start(tmp_path)
+    out, err = sweep.communicate(timeout=60)
     assert sweep.returncode == 0, out + err
     assert "kept from an earlier run" in out
     records = {record.config["seed"]: record for record in map(read_record, tmp_path.glob("runs/*/record.json"))}
     assert {seed: (record.status, record.attempt) for seed, record in records.items()} == {0: ("ok", 2), 1: ("ok", 3)}
-    leftovers = [path.name for path in tmp_path.glob("runs/*/*") if path.name.startswith(".record")]
-    assert leftovers == []
+    assert not [path.name for path in tmp_path.glob("runs/*/.*.*")]
 
 
 def test_a_full_disk_stops_the_launch_and_says_so(left_bench, tmp_path, monkeypatch):
@@ -193,7 +210,6 @@ def test_a_full_disk_stops_the_launch_and_says_so(left_bench, tmp_path, monkeypa
     from left_bench.record import write_atomically
 
     monkeypatch.chdir(tmp_path)
-    quick = [*SWEEP[1:-2], "seed=0", "training.steps=1"]
 
     def run_at_once(cell, run_dir, *, on_event):
         return Record(
@@ -207,13 +223,13 @@ def test_a_full_disk_stops_the_launch_and_says_so(left_bench, tmp_path, monkeypa
 
     monkeypatch.setattr("left_bench.launch.run_isolated", run_at_once)
     monkeypatch.setattr(records, "write_atomically", no_room)
-    answer = left_bench(*quick)
+    answer = left_bench(*QUICK)
     assert answer.code == 2, answer
     assert "record.json cannot be written (No space left on device)" in answer.err
     assert "give the same command again, finished cells are kept" in answer.err
     assert not list(tmp_path.glob("runs/*/record.json"))
     monkeypatch.setattr(records, "write_atomically", write_atomically)
-    assert left_bench(*quick).code == 0
+    assert left_bench(*QUICK).code == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

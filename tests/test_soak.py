@@ -45,7 +45,7 @@ def test_the_soak_sees_a_doubled_cell(tmp_path, monkeypatch):
         f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
         "import soak\n"
         "soak.launch.claim = lambda folder: contextlib.nullcontext(not folder.mkdir(parents=True, exist_ok=True))\n"
-        "figures = soak.soak(pathlib.Path(sys.argv[1]), cells=6, launches=6, kills=3)\n"
+        "figures = soak.soak(pathlib.Path(sys.argv[1]), cells=6, launches=6, kills=200)\n"
         "print(figures.doubled)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=100)
