@@ -73,7 +73,8 @@ class Attempt:
     def configuration(self) -> dict[str, Any]:
         """The resolved cell, flat `axis.<group>` beside it, and what the run is a part of."""
         axes = {f"axis.{group}": option for group, option in self.choices.items()}
-        part = {"cell_id": self.cell_id, "attempt": self.number, "sweep": self.sweep, "launch": self.launch}
+        # not `sweep`: that is the name of W&B's own attribute, and a filter would take it for that
+        part = {"cell_id": self.cell_id, "attempt": self.number, "sweep_name": self.sweep, "launch": self.launch}
         return dict(self.config) | axes | part
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def build_workspace(*, sweep: str, project: str, metric: str, colors: Mapping[st
         sections=[ws.Section(name=name, panels=shown, is_open=True) for name, shown in panels(metric).items()],
         settings=ws.WorkspaceSettings(max_runs=100),
         runset_settings=ws.RunsetSettings(
-            filters=[ws.Config("sweep") == sweep],
+            filters=[ws.Config("sweep_name") == sweep],
             run_settings={run_id: ws.RunSettings(color=color) for run_id, color in colors.items()},
             pinned_columns=["run:displayName", "summary:status", f"summary:{metric}", "summary:peak_memory_bytes"],
         ),
@@ -170,7 +171,7 @@ def build_report(*, sweep: str, project: str, metric: str, colors: Mapping[str, 
             entity=entity,
             project=project if entity else "",  # with both the app is asked for the project's id
             name=sweep,
-            filters=f"Config('sweep') = '{sweep}'",
+            filters=f"Config('sweep_name') = '{sweep}'",
             run_settings={run_id: wr.RunSettings(color=color) for run_id, color in colors.items()},
         )
         blocks += [wr.H2(name), wr.PanelGrid(runsets=[runset], panels=shown)]
@@ -228,9 +229,9 @@ def _save(named: dict[str, Any], *, entity: str | None) -> list[str]:
 
     from left_bench.tracker.wandb import logged_in
 
-    if not logged_in():
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or not logged_in():
         raise UserError(
-            "dashboard: saving needs a login; run `wandb login` or set WANDB_API_KEY, or write the specification "
+            "dashboard: saving needs a login; run `wandb login` or set WANDB_API_KEY (and leave WANDB_MODE alone), or write the specification "
             "with --out FILE"
         )
     entity = entity or str(wandb.Api().default_entity)

@@ -59,7 +59,7 @@ class MlflowTracker:
 
     def report(self, comparison: Comparison) -> None:
         self._open(comparison.id, name=comparison.name, group=comparison.group, job_type="report", tags=["report"])
-        self._params([("sweep", comparison.sweep), ("launch", comparison.launch), ("command", comparison.command)])
+        self._params([("sweep_name", comparison.sweep), ("launch", comparison.launch), ("command", comparison.command)])
         self._table("comparison.json", comparison.columns, comparison.rows)
         for path in (comparison.markdown, *comparison.plots):
             self._client.log_artifact(self._run_id, str(path))

@@ -57,7 +57,7 @@ class TrackioTracker:
     def report(self, comparison: Comparison) -> None:
         import trackio
 
-        config = {"sweep": comparison.sweep, "launch": comparison.launch, "command": comparison.command}
+        config = {"sweep_name": comparison.sweep, "launch": comparison.launch, "command": comparison.command}
         name = " ".join([comparison.name, *([comparison.launch] if comparison.launch else [])])
         self._open(comparison.id, name, group=comparison.group, config=config)
         table = trackio.Table(columns=list(comparison.columns), data=comparison.rows)

@@ -74,7 +74,7 @@ class WandbTracker:
             group=comparison.group,
             job_type="report",
             tags=["report"],
-            config={"sweep": comparison.sweep, "launch": comparison.launch, "command": comparison.command},
+            config={"sweep_name": comparison.sweep, "launch": comparison.launch, "command": comparison.command},
         )
         text = comparison.markdown.read_text(encoding="utf-8")
         page = f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>"
