@@ -23,7 +23,9 @@ def test_the_workspace_shows_what_the_tracker_logs():
     section = plain["workspace"]["spec"]["section"]
     shown = [panel for one in section["panelBankConfig"]["sections"] for panel in one["panels"]]
     kinds = [panel["viewType"] for panel in shown]
-    assert {"Scatter Plot", "Bar Chart", "Parallel Coordinates Plot", "Run History Line Plot", "Run Comparer"} == set(kinds)
+    assert {"Scatter Plot", "Bar Chart", "Parallel Coordinates Plot", "Run History Line Plot", "Run Comparer"} == set(
+        kinds
+    )
     scatter, bars, parallel = (panel["config"] for panel in shown[:3])
     assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:peak_memory_bytes", "summary:exact_match")
     assert "summary_metrics.peak_memory_bytes/train" in bars["metrics"]

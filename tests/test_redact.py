@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from left_bench.redact import redact_file, redacted, redacted_record, secret_values
 from left_bench.record import Record
+from left_bench.redact import redact_file, redacted, redacted_record, secret_values
 
 TOKEN = "hf_secretsecretsecretsecret"
 
@@ -41,7 +41,12 @@ def test_words_like_tokens_are_no_secret(composed):
 
 
 def test_only_variables_named_like_secrets():
-    environment = {"HF_TOKEN": TOKEN, "TOKENIZERS_PARALLELISM": "false-false", "WANDB_API_KEY": "x", "KEYBOARD": "k" * 9}
+    environment = {
+        "HF_TOKEN": TOKEN,
+        "TOKENIZERS_PARALLELISM": "false-false",
+        "WANDB_API_KEY": "x",
+        "KEYBOARD": "k" * 9,
+    }
     assert secret_values(environment) == {TOKEN: "HF_TOKEN"}
 
 

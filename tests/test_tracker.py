@@ -32,6 +32,7 @@ from left_bench.tracker.choose import defaults_of
 from left_bench.tracker.wandb import WandbTracker
 
 LAUNCH = "20260101T120000"
+MLFLOW = {"project": "left_bench", "tracking_uri": None, "artifacts": False}
 
 
 def made(cell: Any, **changes: Any) -> Record:
@@ -113,7 +114,9 @@ def contents(path: Path) -> dict[str, Any]:
             case "artifact":
                 found["artifacts"].append((one.artifact.type, one.artifact.name))
             case "request" if one.request.HasField("log_artifact"):
-                found["artifacts"].append((one.request.log_artifact.artifact.type, one.request.log_artifact.artifact.name))
+                found["artifacts"].append(
+                    (one.request.log_artifact.artifact.type, one.request.log_artifact.artifact.name)
+                )
             case "exit":
                 found["exit"] = one.exit.exit_code
     return found
@@ -174,7 +177,10 @@ def test_a_run_is_all_in_the_offline_file(tiny_cell, offline):
     metrics = found["metrics"]
     assert {"train/step", "train/tokens"} <= set(metrics)
     assert (metrics["train/loss"].step_metric, metrics["train/loss"].summary.min) == ("train/tokens", True)
-    assert (metrics["train/memory_bytes"].step_metric, metrics["train/memory_bytes"].summary.max) == ("train/step", True)
+    assert (metrics["train/memory_bytes"].step_metric, metrics["train/memory_bytes"].summary.max) == (
+        "train/step",
+        True,
+    )
     assert metrics["train/*"].step_metric == "train/step"
 
 
@@ -336,7 +342,7 @@ def test_the_files_and_the_code_name_the_same_settings(composed):
     [
         (["tracker=none"], {}),
         (["tracker=jsonl"], {"jsonl": {"folder": None}}),
-        (["tracker=[jsonl,tensorboard]", "tracker.jsonl.folder=x"], {"jsonl": {"folder": "x"}, "tensorboard": {"folder": None}}),
+        (["tracker=[jsonl,mlflow]", "tracker.jsonl.folder=x"], {"jsonl": {"folder": "x"}, "mlflow": MLFLOW}),
         (["tracker.wandb.project=mine"], {"wandb": {"project": "mine", "entity": None, "artifacts": True}}),
     ],
 )  # fmt: skip
@@ -496,7 +502,9 @@ def test_a_full_disk_costs_a_warning(tiny_cell, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     tracker = open_tracker({"jsonl": {"folder": str(tmp_path / "file" / "below")}}, store=tmp_path)
     told(tracker, tiny_cell(), tmp_path)
-    assert capsys.readouterr().err.count("tracker=jsonl failed") == 2  # the cell, and the report that is a run of its own
+    assert (
+        capsys.readouterr().err.count("tracker=jsonl failed") == 2
+    )  # the cell, and the report that is a run of its own
 
 
 def test_all_defaults_are_settings():

@@ -131,7 +131,11 @@ def read_tensorboard(place: Path) -> dict[str, dict[str, Any]]:
         tags = events.Tags()
         if folder.name.startswith("report"):
             text = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags["tensors"]}
-            found[folder.name] = {"kind": "report", "group": folder.parent.name, "whole": {"images": tags["images"], **text}}
+            found[folder.name] = {
+                "kind": "report",
+                "group": folder.parent.name,
+                "whole": {"images": tags["images"], **text},
+            }
             continue
         data = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
         axes = HParamsPluginData.FromString(data).session_start_info.hparams

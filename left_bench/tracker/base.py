@@ -165,7 +165,7 @@ def group_of(sweep: str | None, launch: str | None) -> str | None:
 
 
 def flat_environment(record: Record) -> dict[str, Any]:
-    """`environment.machine.cpu`, `environment.versions.torch`, ...: from the record, whose environment is an allow-list."""
+    """`environment.machine.cpu`, `environment.versions.torch`, ...: the record's, which is an allow-list."""
     return {f"environment.{key}": value for key, value in _flat(record.environment)}
 
 

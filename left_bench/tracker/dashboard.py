@@ -44,9 +44,7 @@ def main(argv: list[str]) -> int:
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"--metric {options.metric}: no such metric{nearest(options.metric, METRICS)}")
     if importlib.util.find_spec("wandb_workspaces") is None:
-        raise UserError(
-            "dashboard: the package wandb-workspaces is not installed; pip install 'left-bench[dashboard]'"
-        )
+        raise UserError("dashboard: the package wandb-workspaces is not installed; pip install 'left-bench[dashboard]'")
     methods, measured = _cells_of(options.sweep, Path(options.runs))
     named: dict[str, Any] = {
         "sweep": options.sweep,
@@ -115,7 +113,9 @@ def panels(metric: str) -> dict[str, list[Any]]:
             ),
         ],
         "Axes": [
-            wr.ParallelCoordinatesPlot(title="What was chosen, what came of it", columns=[*axes, *ends], layout=at(0, 0, 24))
+            wr.ParallelCoordinatesPlot(
+                title="What was chosen, what came of it", columns=[*axes, *ends], layout=at(0, 0, 24)
+            )
         ],
         "Training": [
             wr.LinePlot(
@@ -231,8 +231,8 @@ def _save(named: dict[str, Any], *, entity: str | None) -> list[str]:
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled") or not logged_in():
         raise UserError(
-            "dashboard: saving needs a login; run `wandb login` or set WANDB_API_KEY (and leave WANDB_MODE alone), or write the specification "
-            "with --out FILE"
+            "dashboard: saving needs a login; run `wandb login` or set WANDB_API_KEY (and leave WANDB_MODE alone), "
+            "or write the specification with --out FILE"
         )
     entity = entity or str(wandb.Api().default_entity)
     workspace = build_workspace(entity=entity, **named).save()

@@ -82,7 +82,9 @@ class MlflowTracker:
             from mlflow import MlflowClient
 
             logging.getLogger("mlflow").setLevel(logging.WARNING)
-            self._client = MlflowClient(tracking_uri=self._uri or os.environ.get("MLFLOW_TRACKING_URI") or self._local())
+            self._client = MlflowClient(
+                tracking_uri=self._uri or os.environ.get("MLFLOW_TRACKING_URI") or self._local()
+            )
         found = self._client.get_experiment_by_name(self._project)
         if found is not None:
             return str(found.experiment_id)

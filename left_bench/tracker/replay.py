@@ -49,7 +49,9 @@ def section_of(names: str, settings: Sequence[str]) -> dict[str, dict[str, str |
     chosen = [name.strip() for name in names.strip("[] ").split(",")]
     for name in chosen:
         if name not in TRACKERS:
-            raise UserError(f"--tracker {name}: no such tracker{nearest(name, TRACKERS)} (there are {', '.join(TRACKERS)})")
+            raise UserError(
+                f"--tracker {name}: no such tracker{nearest(name, TRACKERS)} (there are {', '.join(TRACKERS)})"
+            )
     section: dict[str, dict[str, str | bool]] = {name: {} for name in chosen}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -124,4 +126,3 @@ def _tell_sweep(tracker: Tracker, sweep: Sweep, runs: Sequence[Run], paths: Sequ
             records, sweep=sweep.name, started_at=sweep.started_at, command=sweep.command, markdown=markdown
         )
         tracker.report(compared)
-
