@@ -92,7 +92,7 @@ def read_wandb(place: Path) -> dict[str, dict[str, Any]]:
             "group": one["run"].run_group,
             "status": one["summary"].get("status"),
             "losses": {row["train/step"]: row["train/loss"] for row in one["history"] if "train/loss" in row},
-            "metrics": {key: value for key, value in one["summary"].items() if isinstance(value, float)},
+            "metrics": {key: value for key, value in one["summary"].items() if isinstance(value, (int, float))},
             "method": one["config"].get("axis.peft"),
             "whole": one,
         }
