@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             "report": _report,
             "compare": _compare,
             "export": _export,
+            "track": _track,
+            "dashboard": _dashboard,
             "doctor": _doctor,
             "list": _list,
         }
@@ -67,6 +69,8 @@ def help_text() -> str:
         "left-bench report RUNS... [--out DIR]         make reports again from records",
         "left-bench compare A B [--fail-on 'METRIC<-5%']   what changed between two sets of records; a gate",
         "left-bench export CELL --format model-card    a record's scores as a model card's metadata",
+        "left-bench track RUNS... --tracker NAME       tell finished records to a tracker",
+        "left-bench dashboard --sweep NAME             a Weights & Biases workspace and report for a sweep",
         "left-bench list                               every group's options, one line each",
         "left-bench doctor                             what this machine has and can run",
         "",
@@ -173,9 +177,12 @@ def check_choices(argv: list[str]) -> None:
             raise UserError(f"{argument}: {str(error).splitlines()[0]}; quote what is special to Hydra") from error
         if not separator or group not in (*_GROUPS, *_PRESETS):
             continue
+        if group == "tracker" and "," in value and not value.startswith("["):
+            raise UserError(f"tracker={value}: that would run every cell once for each; write 'tracker=[{value}]'")
         known = options(group, extra)
         for option in value.split(","):
-            name = option.strip().strip("'\"")
+            # several trackers are a list of one option, `tracker=[a,b]`; any other list is Hydra's business
+            name = option.strip(" []'\"") if group == "tracker" else option.strip().strip("'\"")
             if name and name not in known and not any(mark in name for mark in "()[]{}$*/"):
                 hint = nearest(name, known).removesuffix("?")
                 there_are = f"there are {', '.join(known)}"
@@ -239,6 +246,18 @@ def _export(argv: list[str]) -> int:
     from left_bench.report.export import main as export
 
     return export(argv)
+
+
+def _track(argv: list[str]) -> int:
+    from left_bench.tracker.replay import main as track
+
+    return track(argv)
+
+
+def _dashboard(argv: list[str]) -> int:
+    from left_bench.tracker.dashboard import main as dashboard
+
+    return dashboard(argv)
 
 
 def _doctor(argv: list[str]) -> int:

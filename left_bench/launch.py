@@ -29,11 +29,12 @@ from left_bench.checkpoint import forget_checkpoints
 from left_bench.claim import claim, next_attempt, until_done
 from left_bench.device import find_device
 from left_bench.errors import UserError
-from left_bench.isolate import run_isolated
+from left_bench.isolate import LOG_NAME, run_isolated
 from left_bench.progress import say_end, watch
 from left_bench.record import RECORD_NAME, NewerSchema, Record, Status, read_record, write_atomically
+from left_bench.redact import redact_file, redacted_record, refuse_secrets
 from left_bench.rules import why_unsupported
-from left_bench.tracker import Tracker, feed, open_tracker
+from left_bench.tracker import Attempt, Feed, check_trackers, launch_id, open_tracker
 from left_bench.worker import utc_now
 
 SWEEPS_FOLDER = "sweeps"
@@ -83,15 +84,17 @@ def run_job(config: DictConfig) -> str:
     hydra: Any = HydraConfig.get()
     cell, settings = compose(config, hydra)
     overrides = list(hydra.overrides.task)
-    number, total, sweep = 1, 1, None
+    number, total, sweep, started_at = 1, 1, None, utc_now()
     if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
         sweep = sweep_name(hydra)
         path = settings.runs_dir / SWEEPS_FOLDER / f"{sweep}.json"
-        total = len(json.loads(path.read_text(encoding="utf-8"))["cells"])
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        total, started_at = len(manifest["cells"]), manifest["started_at"]
         number = int(hydra.job.num) + 1
 
     def attempt() -> Record | None:
-        return run_cell(cell, settings, overrides=overrides, number=number, total=total, sweep=sweep)
+        launch = launch_id(started_at)
+        return run_cell(cell, settings, overrides=overrides, number=number, total=total, sweep=sweep, launch=launch)
 
     try:
         record = attempt()
@@ -105,7 +108,14 @@ def run_job(config: DictConfig) -> str:
 
 
 def run_cell(
-    cell: Cell, settings: Settings, *, overrides: list[str], number: int = 1, total: int = 1, sweep: str | None = None
+    cell: Cell,
+    settings: Settings,
+    *,
+    overrides: list[str],
+    number: int = 1,
+    total: int = 1,
+    sweep: str | None = None,
+    launch: str | None = None,
 ) -> Record | None:
     """Take one cell to its record; None when another launch is running it just now.
 
@@ -133,9 +143,16 @@ def run_cell(
                 Path(run_dir / RECORD_NAME).replace(run_dir / f"record.{recorded}.json")
             if settings.force:
                 forget_checkpoints(run_dir)
-            record = _run_claimed(
-                cell, settings, attempt=attempt, overrides=overrides, number=number, total=total, sweep=sweep
+            told_of = Attempt(
+                cell_id=cell.id,
+                number=attempt,
+                choices=cell.choices,
+                config=cell.sections(),
+                sweep=sweep,
+                launch=launch,
+                run_dir=run_dir,
             )
+            record = _run_claimed(cell, settings, attempt=told_of, overrides=overrides, number=number, total=total)
     except OSError as error:
         if error.errno not in _UNWRITABLE:  # a closed pipe, no process to be had: not the folder's fault
             raise
@@ -148,11 +165,12 @@ def run_cell(
 
 
 def _run_claimed(
-    cell: Cell, settings: Settings, *, attempt: int, overrides: list[str], number: int, total: int, sweep: str | None
+    cell: Cell, settings: Settings, *, attempt: Attempt, overrides: list[str], number: int, total: int
 ) -> Record:
-    run_dir = settings.runs_dir / cell.id
-    tracker: Tracker = open_tracker(settings.tracker)
-    tracker.start(cell, attempt=attempt, sweep=sweep, runs_dir=settings.runs_dir)
+    run_dir = attempt.run_dir
+    tracker = open_tracker(settings.tracker, store=settings.runs_dir)
+    tracker.start(attempt)
+    feed = Feed(tracker)
     refusal = None if settings.force_unsupported else why_unsupported(cell)
     if refusal is not None:
         record = _ended(cell, "unsupported", refusal)
@@ -163,11 +181,13 @@ def _run_claimed(
 
             def on_event(event: dict[str, Any]) -> None:
                 view.event(event)
-                feed(tracker, event)
+                feed.event(event)
 
             record = run_isolated(cell, run_dir, on_event=on_event)
-    provenance = record.provenance | {"sweep": sweep, "overrides": overrides, "command": command_of(overrides)}
-    record = record.model_copy(update={"attempt": attempt, "provenance": provenance})
+    told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command_of(overrides)}
+    provenance = record.provenance | told
+    record = redacted_record(record.model_copy(update={"attempt": attempt.number, "provenance": provenance}))
+    redact_file(run_dir / LOG_NAME)
     record.write(run_dir)
     tracker.finish(record)
     return record
@@ -234,7 +254,9 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     unknown = sorted(set(plain) - {*GROUPS, "seed"})
     if unknown:
         raise UserError(f"{unknown[0]}: no such key; groups are {', '.join(GROUPS)}")
-    return Cell.from_config(plain, choices=choices), Settings.model_validate(settings)
+    cell = Cell.from_config(plain, choices=choices)
+    refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
+    return cell, Settings.model_validate(settings)
 
 
 def check_cell(cell: Cell) -> None:
@@ -259,11 +281,11 @@ class Launch(Callback):
             cell, settings = compose(config, config.hydra)
             check_cell(cell)
             begin([cell.id], settings, later=None)
-            open_tracker(settings.tracker)
+            check_trackers(settings.tracker)
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
         cell, settings = compose(config, config.hydra)
-        _finish([cell.id], settings.runs_dir, report=None)
+        _finish([cell.id], settings.runs_dir, manifest=None)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with user_errors(callback=True):
@@ -273,7 +295,7 @@ class Launch(Callback):
                 check_cell(cell)
             settings = composed[0][1]
             begin([cell.id for cell, _ in composed], settings, later=[])
-            open_tracker(settings.tracker)
+            check_trackers(settings.tracker)
             overrides = list(config.hydra.overrides.task)
             name = sweep_name(config.hydra)
             manifest = Manifest(
@@ -287,7 +309,7 @@ class Launch(Callback):
             self._manifest = manifest
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        runs_dir, reports_dir = Path(config.runs_dir), Path(config.reports_dir)
+        runs_dir = Path(config.runs_dir)
         with user_errors(callback=True):
             if _later:
                 print(f"waiting for {len(_later)} cells that another launch is running")
@@ -295,7 +317,8 @@ class Launch(Callback):
             # this launch's own: another of the same name may have written the file meanwhile
             manifest = self._manifest.model_copy(update={"finished_at": utc_now()})
             manifest.write(runs_dir)
-        _finish(manifest.cells, runs_dir, report=(manifest.name, reports_dir))
+        tracker: Any = OmegaConf.to_container(config.tracker, resolve=True)
+        _finish(manifest.cells, runs_dir, manifest=manifest, reports_dir=Path(config.reports_dir), tracker=tracker)
 
 
 def jobs_of(config: DictConfig) -> list[DictConfig]:
@@ -378,15 +401,32 @@ def _check_folder(key: str, folder: Path) -> None:
         raise UserError(f"{where}: no permission to write to {there}; give a folder of yours with {key}=")
 
 
-def _finish(cells: list[str], runs_dir: Path, *, report: tuple[str, Path] | None) -> None:
+def _finish(
+    cells: list[str],
+    runs_dir: Path,
+    *,
+    manifest: Manifest | None,
+    reports_dir: Path = Path(),
+    tracker: dict[str, Any] | None = None,
+) -> None:
     """Print the summary, write the report, and leave with 1 when a cell ended other than ok or unsupported."""
     from left_bench.report import print_summary, write_report
+    from left_bench.tracker.comparison import track_sweep
 
     records = [record for cell in cells if (record := _previous(runs_dir / cell / RECORD_NAME)) is not None]
     print_summary(records)
-    if report is not None:
-        name, out = report
-        print(f"report: {write_report(runs_dir, name=name, out=out)}")
+    if manifest is not None:
+        markdown = write_report(runs_dir, name=manifest.name, out=reports_dir)
+        print(f"report: {markdown}")
+        track_sweep(
+            tracker or {},
+            runs_dir=runs_dir,
+            cells=cells,
+            sweep=manifest.name,
+            started_at=manifest.started_at,
+            command=manifest.command,
+            markdown=markdown,
+        )
     print(f"records: {runs_dir}/<cell>/{RECORD_NAME}")
     if len(records) < len(cells) or any(record.status not in ("ok", "unsupported") for record in records):
         raise SystemExit(1)

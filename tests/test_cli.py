@@ -97,7 +97,7 @@ def test_version_and_help(left_bench):
         (["+sweep=smoke", "training.steps=4,0"], ["training.steps=0"]),
         (["+sweep=smoke", "+no_such_key=1"], ["no_such_key"]),
         (["no_such_key=1"], ["no_such_key"]),
-        (["tracker.name=wandbb"], ["tracker.name='wandbb'", "did you mean 'wandb'"]),
+        (["tracker.wandbb.project=x"], ["tracker.wandbb", "did you mean 'wandb'"]),
         (["sede=1"], ["sede: no such key; did you mean 'seed'?"]),
         (["training.learning_rate=1e-3x"], ["training.learning_rate='1e-3x'"]),
         (["peft.config.r=[1"], ["peft.config.r=[1"]),

@@ -54,10 +54,10 @@ def test_an_option_composes_to_a_cell(group, name, compose_cell):
 
 
 @pytest.mark.parametrize("name", options("tracker"))
-def test_a_tracker_opens(name, composed):
+def test_a_tracker_opens(name, composed, tmp_path):
     _, settings = compose(*[(config := composed(f"tracker={name}")), config.hydra])
-    assert settings.tracker["name"] == name
-    open_tracker(settings.tracker)
+    assert list(settings.tracker) == ([] if name == "none" else [name])
+    open_tracker(settings.tracker, store=tmp_path)
 
 
 def test_the_default_is_the_same_as_every_default_named(compose_cell):
