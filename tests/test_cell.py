@@ -69,6 +69,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "compile": True,
         "neftune_alpha": 4.0,
         "measure_after": 4,
+        "output_head": "all",
     },
     "data": {
         "source": "hub",
