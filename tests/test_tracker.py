@@ -299,7 +299,7 @@ def test_only_steps_are_fed_and_tokens_are_added_up():
     feed = Feed(Keep())
     feed.event({"event": "phase", "name": "train"})
     feed.event({"event": "step", "time": 9.0, "step": 1, "loss": 0.5, "tokens": 7, "other": 1})
-    feed.event({"event": "step", "time": 9.5, "step": 2, "loss": 0.25, "tokens": 5, "memory_bytes": 3})
+    feed.event({"event": "step", "time": 9.5, "step": 2, "loss": 0.25, "tokens": 5, "peak_memory_bytes": 3})
     assert seen == [(1, 9.0, {"loss": 0.5, "tokens": 7}), (2, 9.5, {"loss": 0.25, "tokens": 12, "memory_bytes": 3})]
 
 

@@ -85,7 +85,7 @@ def panels(metric: str) -> dict[str, list[Any]]:
     def at(x: int, y: int, width: int = 12, height: int = 9) -> Any:
         return wr.Layout(x=x, y=y, w=width, h=height)
 
-    memory = [wr.SummaryMetric(f"peak_memory_bytes/{phase}") for phase in _PHASES]
+    memory: list[Any] = [wr.SummaryMetric(f"peak_memory_bytes/{phase}") for phase in _PHASES]
     axes = [wr.ParallelCoordinatesPlotColumn(wr.Config(f"{axis}.name"), display_name=axis) for axis in _AXES]
     ends = [
         wr.ParallelCoordinatesPlotColumn(wr.Config("training.learning_rate"), display_name="learning rate", log=True),
