@@ -66,7 +66,7 @@ class Settings(BaseModel):
     reports_dir: Path
     force: bool
     force_unsupported: bool
-    objective: str
+    objective: str = "eval_loss"
     """The metric that a search (Optuna) is after."""
     at_once: int | None = Field(default=None, ge=1)
     """Cells that run at the same time on one machine; None: what the launcher's settings say."""
