@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import re
 import signal
 import sys
@@ -22,7 +23,10 @@ from left_bench.paths import config_root
 _GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
 # files with defaults of their own, package _global_: a named set of cells, a named choice in several groups
 _PRESETS = ("sweep", "recipe")
-_ROOT_KEYS = (*_PRESETS, "seed", "runs_dir", "reports_dir", "force", "force_unsupported", "hydra")
+_ROOT_KEYS = (
+    *(*_PRESETS, "seed", "runs_dir", "reports_dir", "force", "force_unsupported"),
+    *("objective", "at_once", "share_devices", "hydra"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,6 +102,7 @@ def _run(argv: list[str]) -> int:
     """Compose with Hydra and run; `sys.argv` is what Hydra reads."""
     if not {"-sc", "--shell-completion"} & set(argv):  # what is being typed is not whole yet
         check_choices(argv)
+        check_plugins(argv)
     import hydra
 
     from left_bench.launch import run_job, user_errors
@@ -110,7 +115,7 @@ def _run(argv: list[str]) -> int:
     # all overrides in one row at the end: Hydra's parser refuses them on both sides of an option
     sys.argv = ["left-bench", *(argument for argument in argv if not is_override(argument)), *overrides]
 
-    def task(config: Any) -> str:
+    def task(config: Any) -> Any:
         with user_errors():
             return run_job(config)
 
@@ -187,6 +192,45 @@ def check_choices(argv: list[str]) -> None:
                 hint = nearest(name, known).removesuffix("?")
                 there_are = f"there are {', '.join(known)}"
                 raise UserError(f"unknown {group} '{name}'{f'{hint}?' if hint else ''} ({there_are})")
+
+
+# Hydra's plugins: option -> (module, extra)
+_PLUGINS = {
+    "hydra/launcher=joblib": ("hydra_joblib_launcher", "joblib"),
+    "hydra/launcher=submitit_local": ("hydra_submitit_launcher", "slurm"),
+    "hydra/launcher=submitit_slurm": ("hydra_submitit_launcher", "slurm"),
+    "hydra/launcher=ray": ("hydra_ray_launcher", "ray"),
+    "hydra/sweeper=optuna": ("hydra_optuna_sweeper", "optuna"),
+}
+
+
+def check_plugins(argv: list[str]) -> None:
+    """Refuse a launcher or a search whose package is missing, whether the command line names it or a sweep's file.
+
+    Raises:
+        UserError: naming the extra.
+    """
+    import yaml
+
+    wanted = [argument for argument in argv if argument in _PLUGINS]
+    for name in (argument.partition("=")[2] for argument in argv if argument.startswith("+sweep=")):
+        path = config_root() / "sweeps" / f"{name}.yaml"
+        defaults = (
+            (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", []) if path.is_file() else []
+        )
+        for entry in filter(lambda one: isinstance(one, dict), defaults):
+            wanted += [f"{key.removeprefix('override /')}={value}" for key, value in entry.items()]
+    for choice in wanted:
+        module, extra = _PLUGINS.get(choice, ("", ""))
+        if module and not is_installed(f"hydra_plugins.{module}"):
+            raise UserError(f"{choice}: its package is not installed; pip install 'left-bench[{extra}]'")
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
 
 
 def open_section(argument: str) -> str:

@@ -141,7 +141,11 @@ class CpuDevice:
 
 
 class AcceleratorDevice:
-    """CUDA (ROCm too), XPU or MPS through torch's accelerator interface; peaks are the caching allocator's."""
+    """CUDA (ROCm too), XPU or MPS; peaks are the caching allocator's.
+
+    Everything is asked of `torch.accelerator`, which is the same for every kind, where it knows this device's
+    allocator, and else of the kind's own module (torch before 2.9; MPS, whose allocator keeps no peak).
+    """
 
     def __init__(self, kind: str) -> None:
         import torch
@@ -150,32 +154,30 @@ class AcceleratorDevice:
         self._module: Any = getattr(torch, kind)
         if not self._module.is_available():
             raise RuntimeError(f"hardware.device={kind}: torch {torch.__version__} sees no such device here")
-        self.peak_source = f"torch.{kind} allocator peak"
+        self._places: list[Any] = [*_neutral_interface(kind), self._module]
+        self.peak_source = f"{getattr(self._places[0], '__name__', f'torch.{kind}')} allocator peak"
         self._baseline = 0
 
     def synchronize(self) -> None:
-        self._module.synchronize()
+        self._ask("synchronize")
 
     def set_baseline(self) -> int:
         gc.collect()
-        self._module.empty_cache()
-        self._baseline = self._allocated()
+        self._ask("empty_cache")
+        self._baseline = int(self._ask("memory_allocated", "current_allocated_memory") or 0)
         return self._baseline
 
     def reset_peak(self) -> None:
         gc.collect()
-        if hasattr(self._module, "reset_peak_memory_stats"):  # MPS keeps no peak
-            self._module.reset_peak_memory_stats()
+        self._ask("reset_peak_memory_stats")  # MPS keeps no peak
 
     def peak_bytes(self) -> int | None:
-        if not hasattr(self._module, "max_memory_allocated"):
-            return None
-        return int(self._module.max_memory_allocated()) - self._baseline
+        peak = self._ask("max_memory_allocated")
+        return None if peak is None else int(peak) - self._baseline
 
     def peak_reserved_bytes(self) -> int | None:
-        if not hasattr(self._module, "max_memory_reserved"):
-            return None
-        return int(self._module.max_memory_reserved())
+        peak = self._ask("max_memory_reserved")
+        return None if peak is None else int(peak)
 
     def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
         if hasattr(self._module, "get_device_properties"):
@@ -188,9 +190,27 @@ class AcceleratorDevice:
     def name(self) -> str | None:
         return str(self._module.get_device_name(0)) if hasattr(self._module, "get_device_name") else self.kind
 
-    def _allocated(self) -> int:
-        read = getattr(self._module, "memory_allocated", None) or self._module.current_allocated_memory
-        return int(read())
+    def _ask(self, *names: str) -> Any:
+        """The answer of the first interface that has one of the functions; None where none has."""
+        for place in self._places:
+            for name in names:
+                if hasattr(place, name):
+                    return getattr(place, name)()
+        return None
+
+
+def _neutral_interface(kind: str) -> list[Any]:
+    """`torch.accelerator` where it stands for this kind and counts its memory: of other allocators it answers 0."""
+    import torch
+
+    neutral = getattr(torch, "accelerator", None)
+    if neutral is None or not hasattr(neutral, "memory_stats"):
+        return []
+    current = neutral.current_accelerator()
+    if current is None or current.type != kind:
+        return []
+    torch.empty(1, device=kind)  # statistics begin with the first allocation
+    return [neutral] if neutral.memory_stats() else []
 
 
 def describe_machine(device: Device) -> dict[str, Any]:

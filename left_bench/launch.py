@@ -1,43 +1,56 @@
-"""From a composed configuration to records: one cell, or the cells of a sweep one after the other.
+"""From a composed configuration to records: one cell, or the cells of a sweep.
 
 Hydra composes and carries the jobs; this module is what it calls. `Launch` looks at all cells of a sweep before the
 first one runs and sums up after the last; `run_job` takes one of them through compatibility, isolation and tracking.
+A launcher may run `run_job` in another process or on another machine: all it knows is its configuration and files.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from left_bench.carried import Ended, forget_jobs, note_job, noted_jobs, store_received
 from left_bench.cell import GROUPS, Cell, fingerprint, slugify
 from left_bench.checkpoint import forget_checkpoints
 from left_bench.claim import claim, next_attempt, until_done
 from left_bench.device import find_device
 from left_bench.errors import UserError
 from left_bench.isolate import LOG_NAME, run_isolated
+from left_bench.loader import use_sweep_loader
 from left_bench.progress import say_end, watch
 from left_bench.record import RECORD_NAME, NewerSchema, Record, Status, read_record, write_atomically
 from left_bench.redact import redact_file, redacted_record, refuse_secrets
 from left_bench.rules import why_unsupported
+from left_bench.seats import SCHEDULERS, available_cores, cells_at_once, seated
+from left_bench.sweep import (
+    SWEEPS_FOLDER,
+    check_launcher,
+    check_objective,
+    jobs_of,
+    launcher_of,
+    scope_of,
+    searches,
+    sweep_name,
+)
 from left_bench.tracker import Attempt, Feed, check_trackers, launch_id, open_tracker
 from left_bench.worker import utc_now
 
-SWEEPS_FOLDER = "sweeps"
 _UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -53,6 +66,12 @@ class Settings(BaseModel):
     reports_dir: Path
     force: bool
     force_unsupported: bool
+    objective: str = "eval_loss"
+    """The metric that a search (Optuna) is after."""
+    at_once: int | None = Field(default=None, ge=1)
+    """Cells that run at the same time on one machine; None: what the launcher's settings say."""
+    share_devices: bool = False
+    """Let parallel cells use the same accelerator."""
     tracker: dict[str, Any]
 
 
@@ -79,32 +98,53 @@ _later: list[Callable[[], Record | None]] | None = None
 _found_at_start: dict[str, int] = {}
 
 
-def run_job(config: DictConfig) -> str:
-    """Hydra's task: run the composed cell, leave its record, return the status, or `elsewhere` for another launch's."""
+def run_job(config: DictConfig) -> Ended:
+    """Hydra's task, in whatever process its launcher chose: run the composed cell and leave its record.
+
+    Returns:
+        How it ended; with the status `elsewhere` where another launch has the cell in hand.
+    """
+    from left_bench.cli import register_resolvers
+
+    register_resolvers()  # a launcher's process has those of Hydra alone
     hydra: Any = HydraConfig.get()
+    _go_to(hydra.runtime.cwd)
     cell, settings = compose(config, hydra)
-    overrides = list(hydra.overrides.task)
-    number, total, sweep, started_at = 1, 1, None, utc_now()
+    launcher = launcher_of(hydra)
+    number, total, sweep, folder, started_at = 1, 1, None, None, utc_now()
     if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
-        sweep = sweep_name(hydra)
-        path = settings.runs_dir / SWEEPS_FOLDER / f"{sweep}.json"
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        total, started_at = len(manifest["cells"]), manifest["started_at"]
-        number = int(hydra.job.num) + 1
+        sweep, folder, number = sweep_name(hydra), settings.runs_dir / SWEEPS_FOLDER, int(hydra.job.num) + 1
+        total, started_at = scope_of(folder / f"{sweep}.json", hydra, cell)
+    at_once = settings.at_once or cells_at_once(hydra.launcher, launcher, cores=len(available_cores()))
 
     def attempt() -> Record | None:
-        launch = launch_id(started_at)
-        return run_cell(cell, settings, overrides=overrides, number=number, total=total, sweep=sweep, launch=launch)
+        return run_cell(
+            cell,
+            settings,
+            overrides=list(hydra.overrides.task),
+            number=number,
+            total=total,
+            sweep=sweep,
+            launch=launch_id(started_at),
+            take_seat=functools.partial(
+                seated, at_once=min(at_once, total), share=settings.share_devices, scheduled=launcher in SCHEDULERS
+            ),
+            bars=launcher == "basic",
+        )
 
     try:
         record = attempt()
-        if record is None and _later is not None:
+        if record is None and _later is not None and not searches(hydra):
             _later.append(attempt)
-            return "elsewhere"
-        return (record or until_done([attempt])[0]).status
+            return Ended(cell_id=cell.id, status="elsewhere", objective=None, record=None)
+        record = record or until_done([attempt])[0]
     except KeyboardInterrupt:
         print(f"\n{_left_off(cell, settings.runs_dir, sweep)}", file=sys.stderr)
         raise
+    shared = folder is None or sweep is None or (folder / f"{sweep}.json").exists()
+    if shared and folder and sweep and searches(hydra):
+        note_job(folder, sweep, number=number, cell_id=cell.id)
+    return Ended.of(record, objective=settings.objective, sent_back=not shared)
 
 
 def run_cell(
@@ -116,11 +156,17 @@ def run_cell(
     total: int = 1,
     sweep: str | None = None,
     launch: str | None = None,
+    take_seat: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    bars: bool = True,
 ) -> Record | None:
     """Take one cell to its record; None when another launch is running it just now.
 
     An `ok` record that is there already is kept, and so is any record that another launch has made since this one
     began.
+
+    Args:
+        take_seat: waits for cores and accelerators, given the device kind.
+        bars: bars on a terminal; cells that run beside each other would draw over each other's.
 
     Raises:
         UserError: the cell's folder cannot be written, or holds a record of a newer left_bench.
@@ -152,7 +198,16 @@ def run_cell(
                 launch=launch,
                 run_dir=run_dir,
             )
-            record = _run_claimed(cell, settings, attempt=told_of, overrides=overrides, number=number, total=total)
+            record = _run_claimed(
+                cell,
+                settings,
+                attempt=told_of,
+                overrides=overrides,
+                number=number,
+                total=total,
+                take_seat=take_seat,
+                bars=bars,
+            )
     except OSError as error:
         if error.errno not in _UNWRITABLE:  # a closed pipe, no process to be had: not the folder's fault
             raise
@@ -165,7 +220,15 @@ def run_cell(
 
 
 def _run_claimed(
-    cell: Cell, settings: Settings, *, attempt: Attempt, overrides: list[str], number: int, total: int
+    cell: Cell,
+    settings: Settings,
+    *,
+    attempt: Attempt,
+    overrides: list[str],
+    number: int,
+    total: int,
+    take_seat: Callable[[str], AbstractContextManager[Any]],
+    bars: bool,
 ) -> Record:
     run_dir = attempt.run_dir
     tracker = open_tracker(settings.tracker, store=settings.runs_dir)
@@ -177,13 +240,16 @@ def _run_claimed(
     elif (wanting := _fetch_model(cell)) is not None:
         record = _ended(cell, "failed", wanting)
     else:
-        with watch(cell, number=number, total=total) as view:
+        try:
+            with take_seat(cell.hardware.device), watch(cell, number=number, total=total, bars=bars) as view:
 
-            def on_event(event: dict[str, Any]) -> None:
-                view.event(event)
-                feed.event(event)
+                def on_event(event: dict[str, Any]) -> None:
+                    view.event(event)
+                    feed.event(event)
 
-            record = run_isolated(cell, run_dir, on_event=on_event)
+                record = run_isolated(cell, run_dir, on_event=on_event)
+        except UserError as error:  # this machine has no such seat
+            record = _ended(cell, "failed", str(error))
     told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command_of(overrides)}
     provenance = record.provenance | told
     record = redacted_record(record.model_copy(update={"attempt": attempt.number, "provenance": provenance}))
@@ -234,9 +300,8 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     Raises:
         UserError: a value is missing or not allowed.
     """
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("hydra", "sweep")])
     try:
-        plain: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+        plain: dict[str, Any] = {key: _plain(config, key) for key in map(str, config) if key not in ("hydra", "sweep")}
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: no value; give {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
@@ -254,9 +319,18 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     unknown = sorted(set(plain) - {*GROUPS, "seed"})
     if unknown:
         raise UserError(f"{unknown[0]}: no such key; groups are {', '.join(GROUPS)}")
-    cell = Cell.from_config(plain, choices=choices)
+    try:
+        cell, found = Cell.from_config(plain, choices=choices), Settings.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg'].lower()}") from error
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
-    return cell, Settings.model_validate(settings)
+    return cell, found
+
+
+def _plain(config: DictConfig, key: str) -> Any:
+    value = config[key]
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
 
 
 def check_cell(cell: Cell) -> None:
@@ -289,12 +363,19 @@ class Launch(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with user_errors(callback=True):
-            composed = [compose(job, job.hydra) for job in jobs_of(config)]
-            unlike = {fingerprint([cell.identity["model"], cell.identity["data"]]): cell for cell, _ in composed}
+            use_sweep_loader()
+            check_launcher(config)
+            ids: dict[str, None] = {}
+            unlike: dict[str, Cell] = {}
+            for job in jobs_of(config):  # one at a time: thousands of configurations would fill the memory
+                cell, settings = compose(job, job.hydra)
+                ids[cell.id] = None
+                unlike.setdefault(fingerprint([cell.identity["model"], cell.identity["data"]]), cell)
             for cell in unlike.values():
                 check_cell(cell)
-            settings = composed[0][1]
-            begin([cell.id for cell, _ in composed], settings, later=[])
+                if searches(config.hydra):
+                    check_objective(cell, settings.objective)
+            begin(list(ids), settings, later=[])
             check_trackers(settings.tracker)
             overrides = list(config.hydra.overrides.task)
             name = sweep_name(config.hydra)
@@ -303,10 +384,19 @@ class Launch(Callback):
                 command=command_of(overrides, multirun="sweep" not in config.hydra.runtime.choices),
                 overrides=overrides,
                 started_at=utc_now(),
-                cells=list(dict.fromkeys(cell.id for cell, _ in composed)),
+                cells=[] if searches(config.hydra) else list(ids),
             )
             manifest.write(settings.runs_dir)
+            if searches(config.hydra):
+                forget_jobs(settings.runs_dir / SWEEPS_FOLDER, name)
             self._manifest = manifest
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # launchers send the callback with every job, which needs no list of all the others
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
+        # Hydra's launchers keep every job's return to the end, two whole configurations in each
+        job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         runs_dir = Path(config.runs_dir)
@@ -314,29 +404,19 @@ class Launch(Callback):
             if _later:
                 print(f"waiting for {len(_later)} cells that another launch is running")
                 until_done(_later)
+            received = store_received(runs_dir)
             # this launch's own: another of the same name may have written the file meanwhile
-            manifest = self._manifest.model_copy(update={"finished_at": utc_now()})
+            cells = self._manifest.cells or noted_jobs(runs_dir / SWEEPS_FOLDER, self._manifest.name) or received
+            manifest = self._manifest.model_copy(update={"finished_at": utc_now(), "cells": cells})
             manifest.write(runs_dir)
         tracker: Any = OmegaConf.to_container(config.tracker, resolve=True)
         _finish(manifest.cells, runs_dir, manifest=manifest, reports_dir=Path(config.reports_dir), tracker=tracker)
 
 
-def jobs_of(config: DictConfig) -> list[DictConfig]:
-    """Every job's configuration of a multirun, as Hydra's basic sweeper will compose them."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    loader = GlobalHydra.instance().config_loader()
-    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides(
-        [*parameters, *config.hydra.overrides.task]
-    )
-    batches = BasicSweeper.split_arguments(overrides, None)
-    return [loader.load_sweep_config(config, list(job)) for batch in batches for job in batch]
-
-
-def sweep_name(hydra: DictConfig) -> str:
-    """What names a sweep's manifest and report: Hydra's job name, which `cli` sets to the sweep's."""
-    return slugify(str(hydra.job.name))
+def _go_to(folder: str) -> None:
+    """Relative paths mean what they meant where the sweep was started; some launchers start elsewhere."""
+    if Path(folder).is_dir() and Path(folder) != Path.cwd():
+        os.chdir(folder)
 
 
 def command_of(overrides: Iterable[str], *, multirun: bool = False) -> str:

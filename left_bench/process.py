@@ -154,14 +154,20 @@ def _output_discarded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _main_hidden() -> Iterator[None]:
-    """Keep multiprocessing from running the parent's main module again in the fork: the worker needs none of it."""
+    """Keep multiprocessing from running the parent's main module again in the fork: the worker needs none of it.
+
+    Nor the parent's default start method: in a joblib process that is `loky`, which the fork has never heard of.
+    """
     main = sys.modules["__main__"]
     kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
+    method: Any = multiprocessing.get_start_method(allow_none=True)
     try:
+        multiprocessing.set_start_method("forkserver", force=True)
         for name in kept:
             setattr(main, name, None)
         yield
     finally:
+        multiprocessing.set_start_method(method, force=True)
         for name, value in kept.items():
             setattr(main, name, value)
 

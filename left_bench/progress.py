@@ -24,12 +24,14 @@ class CellView(Protocol):
 
 
 @contextmanager
-def watch(cell: Cell, *, number: int, total: int, console: Console | None = None) -> Iterator[CellView]:
-    """Show a cell while it runs, as the `number`-th (from 1) of `total`."""
+def watch(
+    cell: Cell, *, number: int, total: int, console: Console | None = None, bars: bool = True
+) -> Iterator[CellView]:
+    """Show a cell while it runs, as the `number`-th (from 1) of `total`; without `bars` in plain lines."""
     console = console or Console()
-    if console.is_terminal:
-        with _bars(console) as bars:
-            yield _Bars(bars, cell, number=number, total=total)
+    if bars and console.is_terminal:
+        with _bars(console) as shown:
+            yield _Bars(shown, cell, number=number, total=total)
     else:
         yield _Lines(console, cell, number=number, total=total)
 

@@ -31,6 +31,7 @@ from left_bench.errors import UserError
 from left_bench.events import EVENTS_NAME, EventWriter
 from left_bench.process import LAUNCHER_PID, STACK_SIGNAL
 from left_bench.record import Record, Status, write_atomically
+from left_bench.seats import assigned_cores, concurrent_cells
 
 CELL_NAME, OUTCOME_NAME, ADAPTER_NAME, ROWS_NAME = "cell.json", "outcome.json", "adapter", "rows.jsonl"
 _VERSIONS = (
@@ -73,11 +74,12 @@ def work(
     from left_bench.quantization import quantization_error
 
     device = open_device(cell.hardware.device)
-    set_threads(cell)
-    models.apply_precision(cell, device=device.kind)
     found["environment"] = {"machine": describe_machine(device), "versions": versions(), "effective": {}}
+    set_threads(cell)  # after the machine is described: a seat's cores are not all it has
+    models.apply_precision(cell, device=device.kind)
     effective = found["environment"]["effective"]
     effective |= {"threads": threads_in_use(), "peak_memory": device.peak_source}
+    effective["concurrent_cells"] = concurrent_cells(os.environ)
 
     folder, tokenizer = models.open_pretrained(cell)
     splits = load_data(cell.data, tokenizer, max_length=cell.training.max_length)
@@ -301,11 +303,15 @@ def write_rows(path: Path, after: Any, before: Any, rows: Any) -> None:
 
 
 def set_threads(cell: Cell) -> None:
-    """Take the threads the cell names; None leaves torch's choice, all the cores it may use."""
+    """Take the threads the cell names, else one for each core of its seat, else torch's choice: all it may use."""
     import torch
 
-    if cell.hardware.threads is not None:
-        torch.set_num_threads(cell.hardware.threads)
+    cores = assigned_cores(os.environ)
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    threads = cell.hardware.threads or len(cores)
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def threads_in_use() -> int:

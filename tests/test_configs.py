@@ -10,10 +10,11 @@ import yaml
 from left_bench.cell import GROUPS, fingerprint
 from left_bench.cli import options
 from left_bench.errors import UserError
-from left_bench.launch import compose, jobs_of, sweep_name
+from left_bench.launch import compose
 from left_bench.listing import summary_of
 from left_bench.paths import config_root
 from left_bench.rules import why_unsupported
+from left_bench.sweep import jobs_of, sweep_name
 from left_bench.tracker import open_tracker
 
 ROOT = config_root()
@@ -27,6 +28,8 @@ NARROWED = {
     "full_grid": ["quantization=none,nf4", "peft=lora,ia3", "precision=bf16,fp32"],
     "quantization_x_peft": ["quantization=none,int8,nf5", "peft=full,lora"],
 }
+SEARCHES = {"learning_rate"}  # their cells are not known before; see test_search.py
+GRIDS = [name for name in options("sweep") if name not in SEARCHES]
 PEFT = [name for group, name in OPTIONS if group == "peft"]
 
 
@@ -161,7 +164,7 @@ def test_quantization_arguments_are_the_upstream_classs_own(name, compose_cell):
 # --- sweeps ---
 
 
-@pytest.mark.parametrize("name", options("sweep"))
+@pytest.mark.parametrize("name", GRIDS)
 def test_a_sweep_is_made_of_unlike_cells(name, composed):
     config = composed(f"+sweep={name}", *NARROWED.get(name, []))
     jobs = jobs_of(config)

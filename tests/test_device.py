@@ -224,6 +224,92 @@ def test_an_allocators_peak_is_over_the_baseline(monkeypatch):
     assert device.name() == "H1"
 
 
+class Neutral(Cuda):
+    """The functions of torch.accelerator: the same for every kind of device."""
+
+    __name__ = "torch.accelerator"
+
+    def __init__(self, kind, *, counts):
+        super().__init__()
+        self.kind, self.counts = kind, counts
+
+    def current_accelerator(self):
+        return type("Kind", (), {"type": self.kind})()
+
+    def memory_stats(self):
+        return {"allocated_bytes.all.peak": self.peak} if self.counts else {}
+
+
+class Mps:
+    """The functions of torch.mps: no peak, other names."""
+
+    def is_available(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+    def empty_cache(self):
+        pass
+
+    def current_allocated_memory(self):
+        return 70
+
+    def recommended_max_memory(self):
+        return 1000
+
+    def set_per_process_memory_fraction(self, fraction):
+        self.fraction = fraction
+
+
+@pytest.fixture
+def fake_torch(monkeypatch):
+    """`fake_torch(kind, module, neutral)`: torch with that device."""
+    import torch
+
+    def fake_torch(kind, module, neutral):
+        monkeypatch.setattr(torch, kind, module)
+        monkeypatch.setattr(torch, "accelerator", neutral)
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+
+    return fake_torch
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_the_neutral_interface_is_asked_where_it_counts(kind, fake_torch):
+    module, neutral = Cuda(), Neutral(kind, counts=True)
+    fake_torch(kind, module, neutral)
+    device = AcceleratorDevice(kind)
+    neutral.allocated, neutral.peak = 10, 500
+    assert device.set_baseline() == 10
+    assert (device.peak_bytes(), device.peak_reserved_bytes()) == (490, 511)
+    assert device.peak_source == "torch.accelerator allocator peak"
+    device.limit(490, run_dir=Path(), exceeded=print)
+    assert module.fraction == 0.5
+    assert device.name() == "H1"
+
+
+@pytest.mark.parametrize("neutral", [Neutral("cuda", counts=False), Neutral("xpu", counts=True), object()])
+def test_elsewhere_the_kinds_own_module_is_asked(neutral, fake_torch):
+    module = Cuda()
+    fake_torch("cuda", module, neutral)
+    device = AcceleratorDevice("cuda")
+    module.peak = 900
+    assert (device.set_baseline(), device.peak_bytes()) == (100, 800)
+    assert device.peak_source == "torch.cuda allocator peak"
+
+
+def test_mps_has_no_peak_and_says_so(fake_torch):
+    module = Mps()
+    fake_torch("mps", module, Neutral("mps", counts=False))
+    device = AcceleratorDevice("mps")
+    neutral_peak = device.peak_bytes(), device.peak_reserved_bytes()
+    assert (device.set_baseline(), neutral_peak, device.name()) == (70, (None, None), "mps")
+    device.reset_peak()
+    device.limit(430, run_dir=Path(), exceeded=print)
+    assert module.fraction == 0.5
+
+
 # --- the machine ---
 
 

@@ -90,12 +90,12 @@ def headline_quality(rows: Sequence[Row]) -> str | None:
 def yardstick(row: Row, metric: str) -> Hashable:
     """Two rows' values of a metric may be held against each other only when this is the same.
 
-    Speed: the machine. Memory: the kind of device, which decides how it is measured. Quality: the held-out rows, and
-    for a loss per token the model, whose tokenizer decides what a token is.
+    Speed: the machine, and how many cells shared it. Memory: the kind of device, which decides how it is measured.
+    Quality: the held-out rows, and for a loss per token the model, whose tokenizer decides what a token is.
     """
     kind = metric_of(metric).kind
     if kind == "speed":
-        return row.machine
+        return row.machine, row.noted("effective").get("concurrent_cells", 1)
     if kind == "memory":
         return one_line(row.noted("machine").get("device", ""))
     if kind == "quality" and metric != "quantization_error":

@@ -1,0 +1,25 @@
+# left_bench on the CPU: docker build -t left-bench . && docker run --rm -v "$PWD/runs:/work/runs" left-bench +sweep=smoke
+FROM python:3.11-slim-bookworm
+
+RUN useradd --create-home --uid 1000 bench \
+    && mkdir /work /cache \
+    && chown bench:bench /work /cache
+ENV LEFT_BENCH_CACHE=/cache/left_bench \
+    HF_HOME=/cache/huggingface \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+
+WORKDIR /src
+# torch first: its layer is large and changes seldom
+RUN pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY left_bench ./left_bench
+COPY conf ./conf
+COPY sweeps ./sweeps
+RUN pip install '.[joblib,optuna]' -c constraints.txt
+
+USER 1000
+WORKDIR /work
+VOLUME ["/work/runs", "/cache"]
+ENTRYPOINT ["left-bench"]
+CMD ["--help"]

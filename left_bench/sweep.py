@@ -1,0 +1,147 @@
+"""The jobs of a sweep: which there are, and what their launcher can do with them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import DictConfig, OmegaConf
+
+from left_bench.cell import Cell, slugify
+from left_bench.errors import UserError, nearest
+from left_bench.record import METRICS
+from left_bench.seats import SCHEDULERS
+from left_bench.worker import utc_now
+
+SWEEPS_FOLDER = "sweeps"
+
+
+def jobs_of(config: DictConfig) -> Iterator[DictConfig]:
+    """Every job's configuration of a multirun, as Hydra's basic sweeper will compose them.
+
+    A search's jobs are not known before: one stands for them, with the middle of every range.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    loader = GlobalHydra.instance().config_loader()
+    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(
+        [*parameters, *config.hydra.overrides.task]
+    )
+    if searches(config.hydra):
+        yield loader.load_sweep_config(config, standing_for(overrides))
+        return
+    [batch] = BasicSweeper.split_arguments(overrides, None)
+    for job in batch:
+        yield loader.load_sweep_config(config, list(job))
+
+
+def standing_for(overrides: Iterable[Override]) -> list[str]:
+    """One job of a search: the lower end of every range, the first of every choice."""
+    chosen: dict[str, str] = {}
+    for override in overrides:
+        key, value = override.get_key_element(), override.value()
+        if isinstance(value, IntervalSweep):
+            chosen[key] = f"{key}={value.start}"
+        elif override.is_sweep_override():
+            chosen[key] = f"{key}={next(override.sweep_string_iterator())}"
+        else:
+            chosen[key] = f"{key}={override.get_value_element_as_str()}"
+    return list(chosen.values())
+
+
+def check_launcher(config: DictConfig) -> None:
+    """Refuse, before anything runs, what a launcher or a search cannot do with the cells as they are set.
+
+    Raises:
+        UserError: naming the key and the mend.
+    """
+    launcher, hydra = launcher_of(config.hydra), config.hydra
+    device = str(OmegaConf.select(config, "hardware.device"))
+    if launcher in SCHEDULERS and device == "auto" and not _runs_here(hydra, launcher):
+        raise UserError(
+            f"hardware.device=auto: hydra/launcher={launcher} may run the cells on other machines than this one; "
+            "name the device with hardware=cpu or hardware=cuda"
+        )
+    if (
+        launcher == "ray"
+        and device not in ("auto", "cpu")
+        and not OmegaConf.select(hydra, "launcher.ray.remote.num_gpus")
+    ):
+        raise UserError(
+            f"hardware.device={device}: Ray hides GPUs from a task that asks for none; "
+            "add +hydra.launcher.ray.remote.num_gpus=1"
+        )
+    if searches(hydra):
+        objective, direction = str(config.objective), hydra.sweeper.get("direction")
+        if objective not in METRICS:
+            raise UserError(f"objective={objective}: no such metric{nearest(objective, METRICS)}")
+        wanted = {"lower": "minimize", "higher": "maximize"}.get(METRICS[objective].better)
+        if wanted is not None and str(getattr(direction, "name", direction)) != wanted:
+            raise UserError(
+                f"objective={objective}: {METRICS[objective].better} is better; set hydra.sweeper.direction={wanted}"
+            )
+
+
+def check_objective(cell: Cell, objective: str) -> None:
+    """Refuse a search for what its cells will not have.
+
+    Raises:
+        UserError: random weights are not scored.
+    """
+    if cell.model.weights == "random" and METRICS[objective].kind == "quality":
+        raise UserError(f"objective={objective}: random weights are not scored; search for objective=train_loss")
+
+
+def launcher_of(hydra: DictConfig) -> str:
+    """The launcher's option: `basic`, `joblib`, `submitit_slurm`, ..."""
+    return str(hydra.runtime.choices.get("hydra/launcher", "basic"))
+
+
+def searches(hydra: DictConfig) -> bool:
+    """Whether the sweeper chooses each job from the results of those before it."""
+    return str(hydra.runtime.choices.get("hydra/sweeper", "basic")) != "basic"
+
+
+def _runs_here(hydra: DictConfig, launcher: str) -> bool:
+    return launcher == "ray" and OmegaConf.select(hydra, "launcher.ray.init.address") in (None, "local")
+
+
+def scope_of(manifest: Path, hydra: DictConfig, cell: Cell) -> tuple[int, str]:
+    """How many cells the sweep of a job has, and when it began; the manifest is absent where no storage is shared.
+
+    Raises:
+        UserError: the job's cell is not one of them.
+    """
+    number = int(hydra.job.num) + 1
+    cells: Collection[str] = ()
+    started_at = utc_now()
+    if manifest.exists():
+        cells, started_at = _read_manifest(manifest, manifest.stat().st_mtime_ns)
+    if searches(hydra):
+        return int(hydra.sweeper.n_trials), started_at
+    if not cells:
+        return number, started_at
+    if cell.id not in cells:
+        raise UserError(
+            f"this job's cell {cell.id} is not one of the sweep's: this machine resolves it otherwise than the one "
+            "that started the sweep (device, files or version); name hardware= and use the same left-bench"
+        )
+    return len(cells), started_at
+
+
+@functools.lru_cache(maxsize=1)
+def _read_manifest(manifest: Path, changed: int) -> tuple[frozenset[str], str]:
+    """Its cells and start; read anew only when the file has changed, not for each of ten thousand jobs."""
+    raw = json.loads(manifest.read_text(encoding="utf-8"))
+    return frozenset(raw["cells"]), str(raw["started_at"])
+
+
+def sweep_name(hydra: DictConfig) -> str:
+    """What names a sweep's manifest and report: Hydra's job name, which `cli` sets to the sweep's."""
+    return slugify(str(hydra.job.name))

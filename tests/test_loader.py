@@ -1,0 +1,65 @@
+"""The loader of sweeps composes what Hydra's own does."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from left_bench.loader import SweepLoader, use_sweep_loader
+
+JOBS = [
+    ["peft=lora", "quantization=nf4"],
+    ["peft=qlora", "++peft.config.r=4", "seed=3"],  # an option that chooses for another group
+    ["quantization=nf4", "++quantization.config.bnb_4bit_quant_type=fp4", "peft=lora"],
+    ["++training.steps=7", "++data.config={min_terms: 3}", "training=long", "seed=1"],
+    ["peft=lora", "~tracker.project"],
+    ["tracker=none", "++peft.config.target_modules=[q_proj,v_proj]"],
+    [],
+]
+
+
+@pytest.fixture
+def loaders(composed):
+    config = composed("+sweep=smoke", "training.max_length=64")
+    plain = GlobalHydra.instance().config_loader()
+    return config, plain, use_sweep_loader()
+
+
+def test_it_composes_what_hydra_composes(loaders):
+    config, plain, ours = loaders
+    for job in [*JOBS, *JOBS]:  # the second time from what is kept
+        expected, found = plain.load_sweep_config(config, list(job)), ours.load_sweep_config(config, list(job))
+        assert OmegaConf.to_container(found) == OmegaConf.to_container(expected), job
+        assert OmegaConf.is_struct(found) == OmegaConf.is_struct(expected)
+
+
+def test_one_job_does_not_change_the_next(loaders):
+    config, _, ours = loaders
+    first = ours.load_sweep_config(config, ["peft=lora", "++peft.config.r=3"])
+    first.peft.config.r = 99
+    assert ours.load_sweep_config(config, ["peft=lora"]).peft.config.r == 16
+    assert ours.load_sweep_config(config, ["peft=lora", "++peft.config.r=3"]).hydra.overrides.task == [
+        "peft=lora",
+        "++peft.config.r=3",
+    ]
+
+
+def test_a_wrong_value_is_refused_as_by_hydra(loaders):
+    config, plain, ours = loaders
+    with pytest.raises(Exception, match="peft/laro") as expected:
+        plain.load_sweep_config(config, ["peft=laro"])
+    with pytest.raises(type(expected.value), match="peft/laro"):
+        ours.load_sweep_config(config, ["peft=laro"])
+
+
+def test_it_travels_light(loaders):
+    config, _, ours = loaders
+    before = len(pickle.dumps(ours))
+    for seed in range(3):
+        ours.load_sweep_config(config, ["peft=lora", f"seed={seed}"])
+    assert len(pickle.dumps(ours)) == before
+    assert isinstance(ours, SweepLoader)
+    assert use_sweep_loader() is ours
