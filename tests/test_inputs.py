@@ -238,7 +238,7 @@ def test_a_hostile_name_stays_inside_the_runs_folder(name, tiny_cell, tmp_path, 
         reports_dir=tmp_path,
         force=False,
         force_unsupported=True,
-        tracker={"name": "none"},
+        tracker={},
     )
     assert run_cell(cell, settings, overrides=[]).status == "ok"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
