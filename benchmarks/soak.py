@@ -170,7 +170,7 @@ def start_launch(cells: list[Cell], runs: Path) -> int:
             reports_dir=runs,
             force=False,
             force_unsupported=True,
-            tracker={"name": "none"},
+            tracker={},
         )
         with cli.ended_as_by_ctrl_c():
             launch.begin([cell.id for cell in cells], settings, later=[])

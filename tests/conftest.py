@@ -16,6 +16,9 @@ import pytest
 
 from left_bench.cell import Cell
 
+# setuptools' import hook for old pips trips over pytest-xdist's frames, which have no file
+sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "DistutilsMetaFinder"]
+
 TINY = [
     *("model=tiny_llama", "precision=fp32", "hardware=cpu", "hardware.threads=1", "hardware.timeout=120"),
     *("training.steps=2", "training.batch_size=4", "training.warmup_ratio=0", "tracker=none"),

@@ -297,7 +297,8 @@ ENDLESS = ("training.steps=1000000", "training.measure_after=0")
 def test_a_timeout_of_a_real_run_keeps_what_was_measured(tiny_cell, tmp_path):
     real(tiny_cell("training.steps=1", "eval.generate=false"), tmp_path / "first")  # the imports are not this test's
     record, seen = real(tiny_cell(*ENDLESS, "hardware.timeout=3"), tmp_path / "endless")
-    assert (record.status, record.reason) == ("timeout", "ended after hardware.timeout=3 s in phase train")
+    assert record.status == "timeout"
+    assert str(record.reason).startswith("ended after hardware.timeout=3 s in phase train after step")
     assert [phase.name for phase in record.phases] == ["load", "attach"]
     assert 3 <= record.metrics["wall_seconds"] < 6
     assert len([event for event in seen if event["event"] == "step"]) > 3

@@ -140,7 +140,8 @@ print("no limit")
     assert record.reason == (
         "the kernel ended the worker for want of memory in phase train (hardware.memory_limit=95MiB)"
     )
-    assert not [group for parent, _ in limits._memory_groups(limits._CGROUPS) for group in parent.glob("left_bench-*")]
+    name = limits._group_name(tmp_path / "run")
+    assert not [group for parent, _ in limits._memory_groups(limits._CGROUPS) for group in parent.glob(name)]
 
 
 def test_the_limit_of_a_real_cell_is_in_its_record(tiny_cell, tmp_path):

@@ -15,7 +15,7 @@ JOBS = [
     ["peft=qlora", "++peft.config.r=4", "seed=3"],  # an option that chooses for another group
     ["quantization=nf4", "++quantization.config.bnb_4bit_quant_type=fp4", "peft=lora"],
     ["++training.steps=7", "++data.config={min_terms: 3}", "training=long", "seed=1"],
-    ["peft=lora", "~tracker.project"],
+    ["peft=lora", "~tracker.wandb.project"],
     ["tracker=none", "++peft.config.target_modules=[q_proj,v_proj]"],
     [],
 ]

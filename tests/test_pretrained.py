@@ -44,6 +44,7 @@ PARAMETERS = {
     "mistral_7b": 7_248_023_552,
     "tiny_llama": 139_584,
     "tiny_neox": 165_632,
+    "tiny_opt": 165_760,
 }
 
 

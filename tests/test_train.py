@@ -51,7 +51,9 @@ def run(load_tiny, addition_rows, tmp_path):
         adapted = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
         meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
         counts = PhaseCounts()
-        train(adapted, rows or addition_rows, cell, loss=AnswerLoss(adapted), meter=meter, counts=counts, pad_id=0)
+        with autocast(cell, device="cpu"):
+            loss = AnswerLoss(adapted)
+        train(adapted, rows or addition_rows, cell, loss=loss, meter=meter, counts=counts, pad_id=0)
         assert counts.steps == cell.training.steps == len(meter.steps)
         assert counts.tokens == sum(step.tokens for step in meter.steps)
         return (
