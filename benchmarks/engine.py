@@ -71,6 +71,7 @@ def compose_cell(overrides: list[str]) -> Any:
 def contend(name: str, overrides: list[str], connection: Any) -> None:
     """The process of one contender."""
     import torch
+    from peft import LoraConfig, get_peft_model
 
     from left_bench import adapter
     from left_bench import model as models
@@ -86,7 +87,11 @@ def contend(name: str, overrides: list[str], connection: Any) -> None:
     )
     device.set_baseline()
     base, _ = models.load_model(cell, folder=folder, device=device.kind)
-    model = adapter.attach_adapter(base, cell, tokenizer=tokenizer, rows=rows)
+    if CONTENDERS[name] is None:  # peers get the adapter as peft makes it
+        torch.manual_seed(cell.seed)
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **cell.peft.config))
+    else:
+        model = adapter.attach_adapter(base, cell, tokenizer=tokenizer, rows=rows)
     device.reset_peak()
     pause = Pause(connection)
     chosen = [[rows[index] for index in step] for step in order]
@@ -100,7 +105,10 @@ def contend(name: str, overrides: list[str], connection: Any) -> None:
     pause.ready(**facts)
     run: Callable[..., None] = {"bare loop": bare_loop, "HF Trainer": hf_trainer, "TRL": trl_trainer}.get(name, ours)
     run(model, tokenizer, rows, chosen, cell, device, pause)
-    connection.send({"peak_memory_bytes": device.peak_bytes(), "flops": _flops(model, facts)})
+    peak = device.peak_bytes()
+    with models.autocast(cell, device=device.kind):  # as the adapter's layers were set for ours; nothing to the peers'
+        flops = _flops(model, facts)
+    connection.send({"peak_memory_bytes": peak, "flops": flops})
 
 
 def _flops(model: Any, facts: dict[str, Any]) -> list[float]:
