@@ -41,9 +41,8 @@ def evaluate_base(
         except ValueError:  # an older or damaged file: measure again and replace it
             pass
     # without the adapter that autocast may be on for: the file is shared by all methods
-    bare = cell.model_copy(update={"peft": cell.peft.model_copy(update={"target": None})})
     with meter.phase("evaluate_base") as counts:
-        found = evaluate_model(model, tokenizer, rows, bare, device=meter.device.kind)
+        found = evaluate_model(model, tokenizer, rows, cell.without_adapter(), device=meter.device.kind)
         counts.tokens = found.tokens
     write_atomically(path, found.model_dump_json())
     return found, "measured here"

@@ -272,6 +272,10 @@ class Cell(BaseModel):
         adapter = self.peft.target is not None and self.precision.adapter_dtype != self.precision.compute_dtype
         return adapter or self.precision.weights_dtype != self.precision.compute_dtype
 
+    def without_adapter(self) -> Cell:
+        """The cell as it is for a model that has no adapter, before attaching or after merging: what autocast asks."""
+        return self.model_copy(update={"peft": self.peft.model_copy(update={"target": None})})
+
     def sections(self) -> dict[str, Any]:
         """The resolved sections and the seed, as plain data (`Record.config`)."""
         return self.model_dump(mode="json", by_alias=True, exclude={"choices"})

@@ -150,9 +150,9 @@ def work(
     with meter.phase("evaluate") as counts:
         after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind)
         counts.tokens = after.tokens
-        speed = partial(evaluate.generation_speed, tokenizer=tokenizer, rows=test, cell=cell, device=device)
+        speed = partial(evaluate.generation_speed, tokenizer=tokenizer, rows=test, device=device)
         if cell.eval.generate:
-            meter.metrics["generate_tokens_per_second"] = speed(model)
+            meter.metrics["generate_tokens_per_second"] = speed(model, cell=cell)
     if before is not None:  # random weights have no quality worth a number
         found["scores"] = evaluate.scores(after, before, test, cell)
         found["samples"] = evaluate.samples(after, before, test, cell)
@@ -173,7 +173,7 @@ def work(
         with meter.phase("merge"):
             merged, effective["merge"] = merging.merge(model, test[:8], cell, meter=meter, pad_id=pad_id)
             if merged is not None and cell.eval.generate:
-                meter.metrics["merged_generate_tokens_per_second"] = speed(merged)
+                meter.metrics["merged_generate_tokens_per_second"] = speed(merged, cell=cell.without_adapter())
 
 
 def main(argv: list[str], *, forked: bool = False) -> int:

@@ -188,7 +188,7 @@ def read_trackio(place: Path) -> dict[str, dict[str, Any]]:
             "group": config["_Group"],
             "status": config.get("status"),
             "losses": {step: row["train/loss"] for step, row in rows if "train/loss" in row},
-            "metrics": rows[-1][1],
+            "metrics": {name: value for _, row in rows for name, value in row.items()},
             "rows": len(rows),
             "method": config.get("axis.peft"),
         }
