@@ -64,6 +64,8 @@ class Meter:
     peak_before: int = 0
     """The highest memory of the steps taken over from earlier attempts."""
 
+    _close: Callable[[], None] | None = None
+
     def __post_init__(self) -> None:
         self.metrics["baseline_memory_bytes"] = self.device.set_baseline()
 
@@ -75,10 +77,8 @@ class Meter:
         self.device.reset_peak()  # peaks persist across phases unless reset
         self.device.synchronize()
         start = time.perf_counter()
-        try:
-            yield counts
-        finally:
-            self.device.synchronize()
+
+        def close() -> None:
             phase = Phase(
                 name=name,
                 seconds=time.perf_counter() - start,
@@ -89,6 +89,19 @@ class Meter:
             )
             self.phases.append(phase)
             self.events.write("phase_end", **phase.model_dump(exclude_none=True))
+
+        self._close = close
+        try:
+            yield counts
+        finally:
+            self.device.synchronize()
+            self.close_phase()
+
+    def close_phase(self) -> None:
+        """End the running phase here: its own code does, or a watchdog that is about to end the process."""
+        close, self._close = self._close, None
+        if close is not None:
+            close()
 
     def step(self, step: Step, **extra: float) -> None:
         """Take in one optimizer step and tell the outside."""

@@ -89,7 +89,12 @@ def work(
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics["truncated_rows"] = splits.truncated_rows
     if cell.hardware.memory_limit is not None:
-        effective["memory_limit"] = device.limit(cell.hardware.memory_limit, run_dir=run_dir, exceeded=exceeded)
+
+        def end_phase_too(used: int) -> None:
+            meter.close_phase()
+            exceeded(used)
+
+        effective["memory_limit"] = device.limit(cell.hardware.memory_limit, run_dir=run_dir, exceeded=end_phase_too)
 
     with meter.phase("load"):
         base_model, loaded = models.load_model(cell, folder=folder, device=device.kind)

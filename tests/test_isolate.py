@@ -364,7 +364,8 @@ def test_a_memory_limit(tiny_cell, tmp_path):
     record, _ = real(cell, tmp_path)
     assert record.status == "oom", (record.reason, record.provenance["log_tail"])
     assert "(hardware.memory_limit=286MiB, machine memory " in record.reason
-    assert [phase.name for phase in record.phases][:2] == ["load", "attach"]
+    # the machine's peak is measured by the first cell of a runs folder, and tests share theirs
+    assert [phase.name for phase in record.phases if phase.name != "peak"] == ["load", "attach", "train"]
     assert record.phases[-1].peak_memory_bytes < 450 * 10**6
 
 
