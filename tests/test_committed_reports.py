@@ -36,9 +36,11 @@ def test_its_cells_are_all_there_and_of_one_machine(name):
 
 def test_lora_learns_what_the_base_model_cannot():
     records = [read_record(path) for path in RECORDS.glob("*/record.json")]
-    (lora,) = [
+    seeds = [
         record
         for record in records
         if record.choices["peft"] == "lora" and record.provenance["sweep"] == "peft_methods"
     ]
-    assert lora.metrics["exact_match"] > lora.metrics["base_exact_match"] + 0.4
+    assert len(seeds) == 3
+    for lora in seeds:
+        assert lora.metrics["exact_match"] > lora.metrics["base_exact_match"] + 0.4
