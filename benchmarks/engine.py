@@ -58,7 +58,7 @@ def compose_cell(overrides: list[str]) -> Any:
     import hydra
 
     from left_bench.cli import open_section, register_resolvers, register_sweeps
-    from left_bench.launch import compose
+    from left_bench.compose import compose
     from left_bench.paths import config_root
 
     register_resolvers()

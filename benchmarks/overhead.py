@@ -75,7 +75,7 @@ def _cells(count: int, runs: Path) -> list[Any]:
     import hydra
 
     from left_bench.cli import open_section, register_resolvers, register_sweeps
-    from left_bench.launch import compose
+    from left_bench.compose import compose
     from left_bench.paths import config_root
 
     register_resolvers()

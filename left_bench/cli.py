@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from left_bench import __version__
-from left_bench.errors import UserError, nearest
+from left_bench.errors import UserError, nearest, user_errors
 from left_bench.paths import config_root
 
 _GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
@@ -105,7 +105,7 @@ def _run(argv: list[str]) -> int:
         check_plugins(argv)
     import hydra
 
-    from left_bench.launch import run_job, user_errors
+    from left_bench.launch import run_job
 
     register_resolvers()
     register_sweeps()

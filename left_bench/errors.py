@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -17,3 +20,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'grid'?"` when a known word is close to `word`, else an empty string."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+class user_errors:
+    """Turns a UserError into one line and exit code 2.
+
+    Hydra swallows what its callbacks raise, with a warning, and would run what could not be checked: `callback` makes
+    an end of any other exception as well.
+    """
+
+    def __init__(self, *, callback: bool = False) -> None:
+        self._callback = callback
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, UserError):
+            print(f"left-bench: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        if isinstance(error, Exception) and self._callback:
+            traceback.print_exception(error)
+            raise SystemExit(1) from None

@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,24 +21,23 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from left_bench.carried import Ended, forget_jobs, note_job, noted_jobs, store_received
-from left_bench.cell import GROUPS, Cell, fingerprint, slugify
+from left_bench.cell import Cell, fingerprint
 from left_bench.checkpoint import forget_checkpoints
 from left_bench.claim import claim, next_attempt, until_done
-from left_bench.device import find_device
-from left_bench.errors import UserError
+from left_bench.compose import Settings, check_cell, check_folder, compose
+from left_bench.errors import UserError, user_errors
 from left_bench.isolate import LOG_NAME, run_isolated
 from left_bench.loader import use_sweep_loader
 from left_bench.progress import say_end, watch
-from left_bench.record import RECORD_NAME, NewerSchema, Record, Status, read_record, write_atomically
-from left_bench.redact import redact_file, redacted_record, refuse_secrets
+from left_bench.record import RECORD_NAME, NewerSchema, Record, Status, read_record
+from left_bench.redact import redact_file, redacted_record
 from left_bench.rules import why_unsupported
 from left_bench.seats import SCHEDULERS, available_cores, cells_at_once, seated
 from left_bench.sweep import (
     SWEEPS_FOLDER,
+    Manifest,
     check_launcher,
     check_objective,
     jobs_of,
@@ -55,42 +53,6 @@ _UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
-
-
-class Settings(BaseModel):
-    """What steers a launch and changes no result."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    runs_dir: Path
-    reports_dir: Path
-    force: bool
-    force_unsupported: bool
-    objective: str = "eval_loss"
-    """The metric that a search (Optuna) is after."""
-    at_once: int | None = Field(default=None, ge=1)
-    """Cells that run at the same time on one machine; None: what the launcher's settings say."""
-    share_devices: bool = False
-    """Let parallel cells use the same accelerator."""
-    tracker: dict[str, Any]
-
-
-class Manifest(BaseModel):
-    """`runs/sweeps/<name>.json`: which cells a sweep is made of, in its order."""
-
-    name: str
-    command: str
-    overrides: list[str]
-    started_at: str
-    finished_at: str | None = None
-    cells: list[str]
-
-    def path(self, runs_dir: Path) -> Path:
-        return runs_dir / SWEEPS_FOLDER / f"{self.name}.json"
-
-    def write(self, runs_dir: Path) -> None:
-        write_atomically(self.path(runs_dir), self.model_dump_json(indent=1) + "\n")
-
 
 # Cells that another launch had in hand, taken up again at the end; None: no end to come back at (a launcher's process).
 _later: list[Callable[[], Record | None]] | None = None
@@ -294,59 +256,6 @@ def _ended(cell: Cell, status: Status, reason: str) -> Record:
     )
 
 
-def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
-    """The cell and the settings of a composed configuration; nothing below this sees OmegaConf.
-
-    Raises:
-        UserError: a value is missing or not allowed.
-    """
-    try:
-        plain: dict[str, Any] = {key: _plain(config, key) for key in map(str, config) if key not in ("hydra", "sweep")}
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key}: no value; give {error.full_key}=VALUE") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
-    if _overridden(hydra, "model.name_or_path"):
-        plain["model"], choices["model"] = _named_model(plain["model"])
-    plain["hardware"] = plain["hardware"] | {"device": find_device(plain["hardware"]["device"])}
-    if plain["model"].get("trust_remote_code") and not _on_command_line(hydra, "model.trust_remote_code"):
-        raise UserError(
-            "model.trust_remote_code=true stands in a file; code of a model's author runs only where the command line "
-            "says so: give model.trust_remote_code=true there"
-        )
-    settings = {name: plain.pop(name) for name in Settings.model_fields}
-    unknown = sorted(set(plain) - {*GROUPS, "seed"})
-    if unknown:
-        raise UserError(f"{unknown[0]}: no such key; groups are {', '.join(GROUPS)}")
-    try:
-        cell, found = Cell.from_config(plain, choices=choices), Settings.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg'].lower()}") from error
-    refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
-    return cell, found
-
-
-def _plain(config: DictConfig, key: str) -> Any:
-    value = config[key]
-    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
-
-
-def check_cell(cell: Cell) -> None:
-    """Refuse, before anything runs, what can be seen to be wrong without loading a model.
-
-    Raises:
-        UserError: naming the key, the value and the mend.
-    """
-    from left_bench.data import load_rows
-    from left_bench.pretrained import check_model
-
-    check_model(cell.model)
-    if cell.data.path is not None or cell.data.source == "jsonl":
-        load_rows(cell.data)
-
-
 class Launch(Callback):
     """Hydra's hooks around a run: all cells are checked before the first starts; the end is summed up."""
 
@@ -425,28 +334,6 @@ def command_of(overrides: Iterable[str], *, multirun: bool = False) -> str:
     return shlex.join(["left-bench", *(["-m"] if multirun else []), *plain])
 
 
-class user_errors:
-    """Turns a UserError into one line and exit code 2.
-
-    Hydra swallows what its callbacks raise, with a warning, and would run what could not be checked: `callback` makes
-    an end of any other exception as well.
-    """
-
-    def __init__(self, *, callback: bool = False) -> None:
-        self._callback = callback
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UserError):
-            print(f"left-bench: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        if isinstance(error, Exception) and self._callback:
-            traceback.print_exception(error)
-            raise SystemExit(1) from None
-
-
 def begin(cells: list[str], settings: Settings, *, later: list[Callable[[], Record | None]] | None) -> None:
     """Look at the folders before the first cell runs, and note which attempts are on record.
 
@@ -455,30 +342,12 @@ def begin(cells: list[str], settings: Settings, *, later: list[Callable[[], Reco
     """
     global _later
     for key in ("runs_dir", "reports_dir"):
-        _check_folder(key, getattr(settings, key))
+        check_folder(key, getattr(settings, key))
     _later = later
     _found_at_start.clear()
     for cell in cells:
         previous = _previous(settings.runs_dir / cell / RECORD_NAME)
         _found_at_start[cell] = previous.attempt if previous is not None else 0
-
-
-def _check_folder(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written.
-
-    Raises:
-        UserError: naming the key, the part of the path in the way, and the mend.
-    """
-    where = f"{key}={str(folder)!r}" if len(str(folder)) < 200 else f"{key}={str(folder)[:200]!r}…"
-    try:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    except (OSError, ValueError) as error:  # too long a name, a null character
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{where}: cannot be a folder's name ({reason}); give another") from error
-    if not there.is_dir():
-        raise UserError(f"{where}: {there} is a file, not a folder; give another folder with {key}=")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{where}: no permission to write to {there}; give a folder of yours with {key}=")
 
 
 def _finish(
@@ -533,20 +402,3 @@ def _previous(path: Path) -> Record | None:
         path.replace(aside)
         print(f"warning: {error}; kept as {aside.name}, the cell is run again", file=sys.stderr)
         return None
-
-
-def _overridden(hydra: DictConfig, key: str) -> bool:
-    return any(override.lstrip("+").startswith(f"{key}=") for override in hydra.overrides.task)
-
-
-def _on_command_line(hydra: DictConfig, key: str) -> bool:
-    """Whether a person gave the key, and not a file of options or a sweep's parameters."""
-    parameters = OmegaConf.select(hydra, "sweeper.params") or {}
-    return _overridden(hydra, key) and not any(str(one).lstrip("+") == key for one in parameters)
-
-
-def _named_model(section: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A model given by hub id or folder: the chosen option's wheel and architecture are not its."""
-    name_or_path = str(section["name_or_path"])
-    name = slugify(Path(name_or_path).name or name_or_path)
-    return section | {"name": name, "wheel": None, "config": None, "weights": "pretrained"}, name_or_path

@@ -153,7 +153,7 @@ def _composed(group: str, option: str) -> Cell:
     from hydra import compose as compose_config
     from hydra import initialize_config_dir
 
-    from left_bench.launch import compose
+    from left_bench.compose import compose
 
     with initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf")):
         config = compose_config("config", overrides=[f"{group}={option}"], return_hydra_config=True)

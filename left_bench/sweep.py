@@ -11,14 +11,32 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel
 
 from left_bench.cell import Cell, slugify
 from left_bench.errors import UserError, nearest
-from left_bench.record import METRICS
+from left_bench.record import METRICS, write_atomically
 from left_bench.seats import SCHEDULERS
 from left_bench.worker import utc_now
 
 SWEEPS_FOLDER = "sweeps"
+
+
+class Manifest(BaseModel):
+    """`runs/sweeps/<name>.json`: which cells a sweep is made of, in its order."""
+
+    name: str
+    command: str
+    overrides: list[str]
+    started_at: str
+    finished_at: str | None = None
+    cells: list[str]
+
+    def path(self, runs_dir: Path) -> Path:
+        return runs_dir / SWEEPS_FOLDER / f"{self.name}.json"
+
+    def write(self, runs_dir: Path) -> None:
+        write_atomically(self.path(runs_dir), self.model_dump_json(indent=1) + "\n")
 
 
 def jobs_of(config: DictConfig) -> Iterator[DictConfig]:

@@ -87,7 +87,7 @@ def composed() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def compose_cell(composed: Callable[..., Any]) -> Callable[..., Cell]:
     """`compose_cell(*overrides)` is the cell of `left-bench OVERRIDES`."""
-    from left_bench.launch import compose
+    from left_bench.compose import compose
 
     @functools.cache  # a composition takes a quarter of a second, and cells are frozen
     def compose_cell(*overrides: str) -> Cell:

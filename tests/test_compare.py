@@ -12,7 +12,8 @@ from recorded.build import SERVER, make_record, peft, write_rows, write_runs, wr
 
 from left_bench.errors import UserError
 from left_bench.record import Record
-from left_bench.report.compare import compare, failures, main
+from left_bench.report.changes import compare
+from left_bench.report.compare import failures, main
 from left_bench.report.gate import parse_gate
 
 

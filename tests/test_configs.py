@@ -9,8 +9,8 @@ import yaml
 
 from left_bench.cell import GROUPS, fingerprint
 from left_bench.cli import options
+from left_bench.compose import compose
 from left_bench.errors import UserError
-from left_bench.launch import compose
 from left_bench.listing import summary_of
 from left_bench.paths import config_root
 from left_bench.rules import why_unsupported

@@ -216,7 +216,8 @@ def test_a_damaged_record_is_kept_aside_and_the_cell_run_again(damage, left_benc
 @pytest.mark.parametrize("name", ["../../etc/x", "a\x00b", "\x1b[31mred", LONG, "CON", "a\nb", "..", "ünï/cødé"])
 def test_a_hostile_name_stays_inside_the_runs_folder(name, tiny_cell, tmp_path, monkeypatch):
     """Names come from files of options as well as from the command line."""
-    from left_bench.launch import Settings, run_cell
+    from left_bench.compose import Settings
+    from left_bench.launch import run_cell
     from left_bench.record import Record
 
     cell = tiny_cell()

@@ -34,7 +34,7 @@ def test_a_secret_in_an_override_is_refused_and_never_written(override, key, lef
 
 
 def test_words_like_tokens_are_no_secret(composed):
-    from left_bench.launch import compose
+    from left_bench.compose import compose
 
     config = composed("peft=prompt_tuning", "peft.config.num_virtual_tokens=8", "eval.max_new_tokens=4", "tracker=none")
     assert compose(config, config.hydra)[0].eval.max_new_tokens == 4

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from left_bench.compose import compose
 from left_bench.errors import UserError
-from left_bench.launch import compose
 from left_bench.record import METRICS, Phase, Record, Sample, Score
 from left_bench.tracker import (
     TRACKERS,

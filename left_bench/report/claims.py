@@ -6,24 +6,13 @@ cells. A rule is written down before it is applied, a tie is a tie, and what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from left_bench.report.cells import Row, option
-from left_bench.report.load import flatten
-from left_bench.report.markdown import code, escape, table
 from left_bench.report.statistics import Difference, Interval, difference, mean_interval, seed_values, speed_ratio
-from left_bench.report.tables import heading
-from left_bench.report.values import (
-    ABSENT,
-    format_against_both,
-    format_difference,
-    format_ratio,
-    format_value,
-    is_number,
-    significant,
-)
+from left_bench.report.values import format_difference, format_ratio, format_value, is_number, significant
 
 Word = Literal["holds", "holds in part", "does not hold here", "not measured"]
 HOLDS: Word = "holds"
@@ -35,10 +24,6 @@ QUALITY_MARGIN = 0.05
 """A loss of exact match that still counts as the same quality."""
 CLEAR = 1.05
 """A ratio of memory or speed below which nobody would notice."""
-_GROUPS = ("quantization", "peft", "precision", "training")
-# Sections in which the cells of a claim differ, or may; all the rest has to be the same.
-_OWN = ("quantization.", "peft.", "precision.")
-_OWN_KEYS = {"training.name", "training.batch_size", "training.gradient_accumulation", "training.learning_rate", "seed"}
 
 
 class Verdict(NamedTuple):
@@ -106,7 +91,7 @@ class Claim:
     judge: Callable[[Evidence], Verdict]
 
 
-_DEFAULT = {"quantization": "none", "peft": "lora", "precision": "bf16", "training": "default"}
+DEFAULT = {"quantization": "none", "peft": "lora", "precision": "bf16", "training": "default"}
 
 
 def _int8_memory(found: Evidence) -> Verdict:
@@ -184,7 +169,7 @@ def _fewest_parameters(found: Evidence) -> Verdict:
         option(row, "peft") or "": row.value("trainable_params") or 0.0
         for row in found.beside
         if row.value("trainable_params")
-        and all(option(row, group) == _DEFAULT[group] for group in ("quantization", "precision", "training"))
+        and all(option(row, group) == DEFAULT[group] for group in ("quantization", "precision", "training"))
     }
     if len(counts) < 4 or not {"ia3", "prompt_tuning"} <= set(counts):
         raise Missing(f"it wants IA3, prompt tuning and two other methods; there are {', '.join(counts) or 'none'}")
@@ -320,127 +305,6 @@ CLAIMS: tuple[Claim, ...] = (
         judge=_not_always_faster,
     ),
 )
-
-
-class Finding(NamedTuple):
-    """A claim with its verdict and the cells it rests on."""
-
-    claim: Claim
-    verdict: Verdict
-    cells: Mapping[str, Row]
-
-
-def judge_claims(rows: Sequence[Row]) -> list[Finding]:
-    """Every claim against the rows; one whose cells or numbers are missing is not measured."""
-    findings = []
-    contexts = _contexts(rows)
-    for claim in CLAIMS:
-        best: tuple[int, dict[str, Row], list[Row]] = (0, {}, [])
-        for context in contexts:
-            cells = _cells(claim, context)
-            done = sum(row.ok for row in cells.values())
-            if done > best[0] or not best[1]:
-                best = (done, cells, context)
-        _, cells, context = best
-        try:
-            verdict = claim.judge(Evidence(cells=cells, beside=[row for row in context if row.ok]))
-        except Missing as missing:
-            verdict = Verdict(NOT_MEASURED, str(missing))
-        findings.append(Finding(claim, verdict, cells))
-    return findings
-
-
-def claims_section(rows: Sequence[Row]) -> Iterator[str]:
-    """The claims as Markdown: all verdicts in one table, then each with what was compared, the rule and the numbers."""
-    findings = judge_claims(rows)
-    yield "## Claims"
-    yield (
-        "Sentences that are often read, beside what was measured here: this model, this data, this machine and so few "
-        "steps. A verdict follows from its rule by the numbers; ties are ties, and a sentence that does not hold here "
-        "may hold elsewhere."
-    )
-    lines = [
-        [
-            escape(f.claim.sentence),
-            f"**{f.verdict.word}**",
-            escape(f.verdict.measured[:1].upper() + f.verdict.measured[1:]),
-        ]
-        for f in findings
-    ]
-    yield table(["claim", "verdict", "measured"], lines, labels=3)
-    for claim, verdict, cells in findings:
-        yield f"### {escape(claim.sentence)}: {verdict.word}"
-        yield f"{escape(claim.rule)}"
-        measured = [name for name in claim.cells if name in cells]
-        if measured:
-            yield _claim_table(claim, cells)
-        compared = "; ".join(
-            f"{escape(name)}: {_options(options) or 'as it is'}" for name, options in claim.cells.items()
-        )
-        rates = {row.section("training").get("learning_rate") for row in cells.values()}
-        but = " but for the learning rate, which is each method's own" if len(rates) > 1 else ""
-        yield f"Compared, against {_options(_DEFAULT)}: {compared}. All that is set besides is equal{but}."
-
-
-def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
-    reference = next((cells[name] for name in claim.cells if name in cells and cells[name].ok), None)
-    lines = []
-    for name in claim.cells:
-        row = cells.get(name)
-        if row is None or not row.ok:
-            word = "not run" if row is None else row.status
-            lines.append(
-                [
-                    escape(name),
-                    *[f"**{escape(word)}**"] * min(1, len(claim.metrics)),
-                    *[ABSENT] * (len(claim.metrics) - 1),
-                    "",
-                ]
-            )
-            continue
-        numbers = []
-        for metric in claim.metrics:
-            value, stderr = row.value(metric), row.stderr(metric)
-            text = format_value(metric, value)
-            text += f" ± {format_value(metric, stderr)}" if value is not None and stderr else ""
-            against = format_against_both(metric, value, reference.value(metric)) if reference else ""
-            numbers.append(f"{text} ({against})" if against and row is not reference else text)
-        seeds = sum(run.ok for run in row.runs)
-        lines.append([escape(name), *numbers, str(seeds)])
-    return table(["cell", *(heading(metric) for metric in claim.metrics), "seeds"], lines)
-
-
-def _contexts(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that are alike in all that no claim compares: model, data, steps, optimizer, evaluation, machine."""
-    groups: dict[object, list[Row]] = {}
-    for row in rows:
-        if not row.record:
-            continue
-        rest = frozenset(
-            (key, value)
-            for key, value in flatten(row.record.config).items()
-            if not key.startswith(_OWN) and key not in _OWN_KEYS
-        )
-        groups.setdefault(rest, []).append(row)
-    split = []
-    for group in groups.values():
-        machines: list[str | None] = list(dict.fromkeys(row.machine for row in group if row.machine)) or [None]
-        split += [[row for row in group if row.machine in (machine, None)] for machine in machines]
-    return split
-
-
-def _cells(claim: Claim, rows: Sequence[Row]) -> dict[str, Row]:
-    found = {}
-    for name, options in claim.cells.items():
-        wanted = {**_DEFAULT, **options}
-        fitting = [row for row in rows if all(option(row, group) == wanted[group] for group in _GROUPS)]
-        if fitting:
-            found[name] = next((row for row in fitting if row.ok), fitting[0])
-    return found
-
-
-def _options(options: Mapping[str, str]) -> str:
-    return " ".join(code(f"{group}={chosen}") for group, chosen in options.items())
 
 
 def _clear(interval: Interval | None) -> bool:

@@ -11,7 +11,6 @@ from left_bench import __version__
 from left_bench.cell import GROUPS
 from left_bench.record import METRICS, Sample
 from left_bench.report.cells import Row
-from left_bench.report.claims import claims_section
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import MEMORY_AND_SIZE, QUALITY, SPEED, present
@@ -27,6 +26,7 @@ from left_bench.report.tables import (
     status_word,
 )
 from left_bench.report.values import ABSENT, format_setting, format_value, one_line
+from left_bench.report.verdicts import claims_section
 
 # Settings that a reader wants to see once where they are the same in every cell.
 _CONSTANTS = {

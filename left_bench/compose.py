@@ -1,0 +1,122 @@
+"""What Hydra has composed as a cell and settings, and what can be refused before anything runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from left_bench.cell import GROUPS, Cell, slugify
+from left_bench.device import find_device
+from left_bench.errors import UserError
+from left_bench.redact import refuse_secrets
+
+
+class Settings(BaseModel):
+    """What steers a launch and changes no result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runs_dir: Path
+    reports_dir: Path
+    force: bool
+    force_unsupported: bool
+    objective: str = "eval_loss"
+    """The metric that a search (Optuna) is after."""
+    at_once: int | None = Field(default=None, ge=1)
+    """Cells that run at the same time on one machine; None: what the launcher's settings say."""
+    share_devices: bool = False
+    """Let parallel cells use the same accelerator."""
+    tracker: dict[str, Any]
+
+
+def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
+    """The cell and the settings of a composed configuration; nothing below this sees OmegaConf.
+
+    Raises:
+        UserError: a value is missing or not allowed.
+    """
+    try:
+        plain: dict[str, Any] = {key: _plain(config, key) for key in map(str, config) if key not in ("hydra", "sweep")}
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: no value; give {error.full_key}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
+    if _overridden(hydra, "model.name_or_path"):
+        plain["model"], choices["model"] = _named_model(plain["model"])
+    plain["hardware"] = plain["hardware"] | {"device": find_device(plain["hardware"]["device"])}
+    if plain["model"].get("trust_remote_code") and not _on_command_line(hydra, "model.trust_remote_code"):
+        raise UserError(
+            "model.trust_remote_code=true stands in a file; code of a model's author runs only where the command line "
+            "says so: give model.trust_remote_code=true there"
+        )
+    settings = {name: plain.pop(name) for name in Settings.model_fields}
+    unknown = sorted(set(plain) - {*GROUPS, "seed"})
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such key; groups are {', '.join(GROUPS)}")
+    try:
+        cell, found = Cell.from_config(plain, choices=choices), Settings.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg'].lower()}") from error
+    refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
+    return cell, found
+
+
+def _plain(config: DictConfig, key: str) -> Any:
+    value = config[key]
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+
+
+def _overridden(hydra: DictConfig, key: str) -> bool:
+    return any(override.lstrip("+").startswith(f"{key}=") for override in hydra.overrides.task)
+
+
+def _on_command_line(hydra: DictConfig, key: str) -> bool:
+    """Whether a person gave the key, and not a file of options or a sweep's parameters."""
+    parameters = OmegaConf.select(hydra, "sweeper.params") or {}
+    return _overridden(hydra, key) and not any(str(one).lstrip("+") == key for one in parameters)
+
+
+def _named_model(section: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A model given by hub id or folder: the chosen option's wheel and architecture are not its."""
+    name_or_path = str(section["name_or_path"])
+    name = slugify(Path(name_or_path).name or name_or_path)
+    return section | {"name": name, "wheel": None, "config": None, "weights": "pretrained"}, name_or_path
+
+
+def check_cell(cell: Cell) -> None:
+    """Refuse, before anything runs, what can be seen to be wrong without loading a model.
+
+    Raises:
+        UserError: naming the key, the value and the mend.
+    """
+    from left_bench.data import load_rows
+    from left_bench.pretrained import check_model
+
+    check_model(cell.model)
+    if cell.data.path is not None or cell.data.source == "jsonl":
+        load_rows(cell.data)
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written.
+
+    Raises:
+        UserError: naming the key, the part of the path in the way, and the mend.
+    """
+    where = f"{key}={str(folder)!r}" if len(str(folder)) < 200 else f"{key}={str(folder)[:200]!r}…"
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # too long a name, a null character
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: cannot be a folder's name ({reason}); give another") from error
+    if not there.is_dir():
+        raise UserError(f"{where}: {there} is a file, not a folder; give another folder with {key}=")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{where}: no permission to write to {there}; give a folder of yours with {key}=")
