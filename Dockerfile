@@ -1,9 +1,9 @@
-# left_bench on the CPU: docker build -t left-bench . && docker run --rm -v "$PWD/runs:/work/runs" left-bench +sweep=smoke
+# left_bench on the CPU: docker build -t left-bench . && docker run --rm -v "$PWD/runs:/home/bench/runs" left-bench +sweep=smoke
 FROM python:3.11-slim-bookworm
 
 RUN useradd --create-home --uid 1000 bench \
-    && mkdir /work /cache \
-    && chown bench:bench /work /cache
+    && mkdir /cache /home/bench/runs \
+    && chown bench:bench /cache /home/bench/runs
 ENV LEFT_BENCH_CACHE=/cache/left_bench \
     HF_HOME=/cache/huggingface \
     PIP_NO_CACHE_DIR=1 \
@@ -19,7 +19,7 @@ COPY sweeps ./sweeps
 RUN pip install '.[joblib,optuna]' -c constraints.txt
 
 USER 1000
-WORKDIR /work
-VOLUME ["/work/runs", "/cache"]
+WORKDIR /home/bench
+VOLUME ["/home/bench/runs", "/cache"]
 ENTRYPOINT ["left-bench"]
 CMD ["--help"]

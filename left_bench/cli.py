@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import re
 import signal
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 from left_bench import __version__
 from left_bench.errors import UserError, nearest, user_errors
-from left_bench.paths import config_root
+from left_bench.paths import config_root, is_installed
 
 _GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
 # files with defaults of their own, package _global_: a named set of cells, a named choice in several groups
@@ -224,13 +223,6 @@ def check_plugins(argv: list[str]) -> None:
         module, extra = _PLUGINS.get(choice, ("", ""))
         if module and not is_installed(f"hydra_plugins.{module}"):
             raise UserError(f"{choice}: its package is not installed; pip install 'left-bench[{extra}]'")
-
-
-def is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package is missing
-        return False
 
 
 def open_section(argument: str) -> str:

@@ -366,7 +366,7 @@ def _finish(
     print_summary(records)
     if manifest is not None:
         markdown = write_report(runs_dir, name=manifest.name, out=reports_dir)
-        print(f"report: {markdown}")
+        print(f"report: {markdown}, in the browser {markdown.with_suffix('.html')}")
         track_sweep(
             tracker or {},
             runs_dir=runs_dir,

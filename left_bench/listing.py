@@ -41,7 +41,7 @@ class OnlyHydraKnows(Exception):
 
 def main(argv: list[str]) -> int:
     """Print all groups, or the ones named."""
-    groups = ("sweep", *GROUPS, "tracker")
+    groups = ("sweep", "recipe", *GROUPS, "tracker")
     for name in argv:
         if name not in groups:
             raise UserError(f"unknown group '{name}'; groups are {', '.join(groups)}")

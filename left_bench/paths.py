@@ -1,7 +1,8 @@
-"""Where things lie: the shipped conf/ and sweeps/, and the user's cache."""
+"""Where things lie: the shipped conf/ and sweeps/, the user's cache, and whether a package is there."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -23,3 +24,11 @@ def cache_dir() -> Path:
     if named:
         return Path(named).expanduser().resolve()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "left_bench"
+
+
+def is_installed(module: str) -> bool:
+    """Whether it could be imported, without doing so."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from left_bench.cell import Cell
+from left_bench.paths import is_installed
 
 # Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
 _BITSANDBYTES = "transformers.BitsAndBytesConfig"
@@ -42,13 +42,6 @@ def _wants(cell: Cell, target: str) -> bool:
     return any((one or "").startswith(target) for one in named)
 
 
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package is missing
-        return False
-
-
 def _quantized(cell: Cell) -> bool:
     return cell.quantization.target is not None or cell.quantization.checkpoint_method is not None
 
@@ -73,7 +66,7 @@ def _lora_with(cell: Cell, key: str, *values: object) -> bool:
 RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     *(
         (
-            lambda cell, target=target, module=module: _wants(cell, target) and not _installed(module),
+            lambda cell, target=target, module=module: _wants(cell, target) and not is_installed(module),
             f"needs the package {module.split('.')[0]}, which is not installed: pip install 'left-bench[{extra}]'",
         )
         for target, module, extra in EXTRAS

@@ -6,11 +6,13 @@ paired comparisons.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import evaluate
 
+from left_bench.answers import exact_match, rouge_l, token_f1
 from left_bench.errors import UserError, nearest
 
 
@@ -19,6 +21,8 @@ class _TextMetric(evaluate.Metric):
 
     description = ""
     citation = ""
+    of_row: Callable[[str, str], float]
+    """The score of one answer against its reference, where the metric is the mean over rows."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
@@ -29,33 +33,23 @@ class _TextMetric(evaluate.Metric):
             features=datasets.Features(features),
         )
 
-    def _per_row(self, prediction: str, reference: str) -> float:
-        raise NotImplementedError
-
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        per_row = [self._per_row(*pair) for pair in zip(predictions, references, strict=True)]
+        per_row = [self.of_row(*pair) for pair in zip(predictions, references, strict=True)]
         return {"value": sum(per_row) / len(per_row), "per_row": per_row}
 
 
 class ExactMatch(_TextMetric):
-    """1 where the answer equals the reference but for surrounding white space."""
+    """Share of answers that are right."""
 
     description = "share of answers equal to the reference, white space at the ends aside"
-
-    def _per_row(self, prediction: str, reference: str) -> float:
-        return float(prediction.strip() == reference.strip())
+    of_row = staticmethod(exact_match)
 
 
 class RougeL(_TextMetric):
-    """F1 of the longest common subsequence of words (Lin 2004), by Google's rouge-score with stemming."""
+    """ROUGE-L (Lin 2004)."""
 
     description = "ROUGE-L F1, mean over rows"
-
-    def _per_row(self, prediction: str, reference: str) -> float:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
-        return float(scorer.score(reference, prediction)["rougeL"].fmeasure)
+    of_row = staticmethod(rouge_l)
 
 
 class Bleu(_TextMetric):
@@ -70,14 +64,10 @@ class Bleu(_TextMetric):
 
 
 class TokenF1(_TextMetric):
-    """F1 of the bags of lower-cased words (Rajpurkar et al. 2016)."""
+    """SQuAD's F1 (Rajpurkar et al. 2016)."""
 
     description = "token-overlap F1, mean over rows"
-
-    def _per_row(self, prediction: str, reference: str) -> float:
-        predicted, expected = prediction.lower().split(), reference.lower().split()
-        shared = sum(min(predicted.count(word), expected.count(word)) for word in set(predicted))
-        return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
+    of_row = staticmethod(token_f1)
 
 
 TEXT_METRICS: dict[str, type[_TextMetric]] = {

@@ -22,6 +22,7 @@ def test_there_is_the_proof_of_the_main_job():
 def test_a_report_is_made_again_word_for_word(name, tmp_path):
     again = write_report(RECORDS, name=name, out=tmp_path)
     assert again.read_text() == (REPORTS / f"{name}.md").read_text()
+    assert again.with_suffix(".html").read_text() == (REPORTS / f"{name}.html").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

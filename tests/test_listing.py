@@ -17,7 +17,7 @@ from left_bench.listing import OnlyHydraKnows, cell_with, main
 def test_every_option_of_every_group_is_one_line(capsys):
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for group in ("sweep", *GROUPS, "tracker"):
+    for group in ("sweep", "recipe", *GROUPS, "tracker"):
         start = lines.index(group)
         for option in cli.options(group):
             (line,) = [line for line in lines[start + 1 :][: len(cli.options(group))] if line.split()[0] == option]

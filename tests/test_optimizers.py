@@ -12,7 +12,8 @@ import yaml
 from left_bench.cell import Cell, Optimizer
 from left_bench.errors import UserError
 from left_bench.model import NotInForce
-from left_bench.rules import EXTRAS, _installed
+from left_bench.paths import is_installed
+from left_bench.rules import EXTRAS
 from left_bench.train import _state_tensors, embedding_noise, make_optimizer, optimizer_state_dtypes
 
 CONF = sorted((Path(__file__).resolve().parents[1] / "conf" / "optimizer").glob("*.yaml"))
@@ -36,7 +37,7 @@ def with_optimizer(cell: Cell, path: Path) -> Cell:
 
 
 def missing(cell: Cell) -> bool:
-    return any(cell.optimizer.target.startswith(target) and not _installed(module) for target, module, _ in EXTRAS)
+    return any(cell.optimizer.target.startswith(target) and not is_installed(module) for target, module, _ in EXTRAS)
 
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)

@@ -36,7 +36,7 @@ from left_bench.report.placement import overlap
 from left_bench.report.plots import pareto_figure, plot_style, write_plots
 from left_bench.report.ranking import best_rows, confounders, pareto_front, ties_with_best
 from left_bench.report.tables import Report
-from left_bench.report.values import format_against, format_share, significant
+from left_bench.report.values import format_against, format_error, format_share, significant
 
 RECORDED = Path(__file__).parent / "recorded"
 REPORTS = Path(__file__).parents[1] / "reports"
@@ -183,6 +183,32 @@ def test_a_printed_value_is_the_value(metric: str, value: float) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("metric", "value", "error", "text"),
+    [
+        ("eval_perplexity", 1.7734, 0.08867, "0.09"),
+        ("eval_perplexity", 25.31, 1.308, "1.3"),
+        ("exact_match", 0.547, 0.0442, "0.044"),
+        ("train_tokens_per_second", 1234.4, 56.7, "57"),
+        ("wall_seconds", 61.62, 2.345, "2.3 s"),
+        ("peak_memory_bytes", 972 * 2**20, 12.34 * 2**20, "12 MiB"),
+        ("peak_memory_bytes", 1.17 * 2**30, 591 * 2**10, "591 KiB"),  # nothing, in the value's digits
+        ("peak_memory_bytes", 512, 3, "3 B"),
+        ("trainable_params", 4.88e6, 1.234e6, "1.23 M"),
+        ("eval_loss", 0.573, 0.0, "0.000"),
+    ],
+)
+def test_an_error_has_no_finer_digit_than_its_value(metric: str, value: float, error: float, text: str) -> None:
+    assert format_error(metric, value, error) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(-0.0042, "\u22120.004"), (-1.5, "\u22121.500"), (-0.0, "0.000"), (-0.00004, "\u22120.000040")]
+)
+def test_a_number_below_zero_has_a_minus_and_no_hyphen(value: float, text: str) -> None:
+    assert format_value("forgetting_nats", value) == text
+
+
 def test_numbers_stand_against_the_baseline() -> None:
     assert format_against("exact_match", 0.625, 0.575) == "+0.050"
     assert format_against("eval_loss", 0.5, 0.512) == "\u22120.012"
@@ -309,7 +335,7 @@ def test_tables_show_the_records_numbers_in_the_sweeps_order(methods: str) -> No
             if value is not None and row.ok and row is not baseline:
                 assert cell.endswith(f"({format_against(metric, value, baseline.value(metric))})")
             if row.stderr(metric) is not None:
-                assert f" ± {format_value(metric, row.stderr(metric))}" in cell
+                assert f" ± {format_error(metric, value, row.stderr(metric))}" in cell
             if row.base_value(metric) is not None:
                 assert cell.startswith(f"{format_value(metric, row.base_value(metric))} → ")
         assert sum("**" in line[heading] for line in lines) == 1, heading

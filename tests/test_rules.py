@@ -10,7 +10,8 @@ import pytest
 
 from left_bench.isolate import run_isolated
 from left_bench.model import NotInForce
-from left_bench.rules import EXTRAS, RULES, _installed, model_type, why_unsupported
+from left_bench.paths import is_installed
+from left_bench.rules import EXTRAS, RULES, model_type, why_unsupported
 
 BF16 = ["precision=bf16"]
 ALL_BF16 = [*BF16, "precision.adapter_dtype=bfloat16"]
@@ -90,7 +91,7 @@ def names(pair: tuple) -> str:
 
 def skip_without_packages(overrides) -> None:
     for override in overrides:
-        if not _installed(NEEDED.get(override, "json")):
+        if not is_installed(NEEDED.get(override, "json")):
             pytest.skip(f"{NEEDED[override]} is not installed")
 
 
@@ -161,7 +162,7 @@ def test_a_missing_package_fails_when_it_is_forced(module, tiny_cell, work_in_pr
 
 @pytest.mark.parametrize("module", WANTING)
 def test_an_installed_package_runs(module, tiny_cell, work_in_process):
-    if not _installed(module):
+    if not is_installed(module):
         pytest.skip(f"{module} is not installed")
     cell = tiny_cell(*CHEAP, *WANTING[module])
     assert why_unsupported(cell) is None
@@ -173,7 +174,7 @@ def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     cells = [tiny_cell(*CHEAP, *refused) for refused, _, _ in PAIRS]
     cells += [tiny_cell(*CHEAP, f"quantization={method}") for method in CHECKPOINTS]
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
-    monkeypatch.setattr("left_bench.rules._installed", lambda module: False)
+    monkeypatch.setattr("left_bench.rules.is_installed", lambda module: False)
     wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]
     refused_by |= {index for index, (refuses, _) in enumerate(RULES) for cell in wanting if refuses(cell)}
     untried = [reason for index, (_, reason) in enumerate(RULES) if index not in refused_by]
@@ -196,9 +197,9 @@ def test_every_reason_is_one_line_and_every_rule_a_tuple():
 
 
 def test_installed():
-    assert _installed("json")
-    assert not _installed("no_such_package")
-    assert not _installed("no_such_package.inside")
+    assert is_installed("json")
+    assert not is_installed("no_such_package")
+    assert not is_installed("no_such_package.inside")
 
 
 def test_the_family_is_read_from_a_local_folder(compose_cell, tmp_path):

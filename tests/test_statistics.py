@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -105,6 +106,29 @@ def test_rows_are_paired_where_they_were_kept(tmp_path: Path) -> None:
     assert back is not None and back.interval == pytest.approx((-paired.interval.high, -paired.interval.low))  # type: ignore[union-attr]
     ties = ties_with_best([a, b], "exact_match")
     assert ties is not None and ties.best is b and ties.tied == [] and ties.how == ["paired rows"]
+
+
+@pytest.mark.parametrize(("metric", "partly"), [("f1", 4 / 5), ("rouge_l", 4 / 5)])
+def test_scores_of_an_answer_are_paired_by_the_row(tmp_path: Path, metric: str, partly: float) -> None:
+    """`b` says one word more of each third answer than `a`; with the rows' own spread the standard errors see a tie."""
+    a, b = written(tmp_path, *(make_record(changes=changes, metrics={metric: 0.5}) for changes in ({}, peft("lora"))))
+    for row, answers in ((a, ["one two", "x", "one"]), (b, ["one two three", "x", "one"])):
+        assert row.path is not None
+        kept = {"nll": 1.0, "answer_tokens": 3, "reference": "one two three"}
+        lines = [kept | {"prediction": answer} for answer in answers * 20]
+        row.path.with_name("rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    paired = difference(b, a, metric)
+    assert paired is not None and paired.how == "paired rows" and not paired.tie
+    assert (1 - partly) / 3 in paired.interval  # type: ignore[operator]
+
+
+def test_a_corpus_score_has_no_rows_to_pair(tmp_path: Path) -> None:
+    a, b = written(tmp_path, *(make_record(changes=changes, metrics={"bleu": 0.5}) for changes in ({}, peft("lora"))))
+    for row in (a, b):
+        assert row.path is not None
+        write_rows(row.path.parent, right=[True] * 8, nll=[1.0] * 8)
+    found = difference(a, b, "bleu")
+    assert found is not None and found.how == "none"
 
 
 def test_a_loss_is_weighted_by_its_tokens(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from left_bench.cell import GROUPS, slugify
 from left_bench.errors import UserError, nearest
 from left_bench.record import METRICS, Record
 from left_bench.report.load import Problem, Run, Sweep, flatten, score_of
-from left_bench.report.values import ABSENT, format_setting, one_line
+from left_bench.report.values import ABSENT, format_setting, format_value, one_line
 
 NOT_RUN = "not run"
 UNREADABLE = "unreadable"
@@ -177,6 +177,19 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def machines_of(rows: Sequence[Row]) -> list[str]:
     """The machines that the records name; what never started, as an unsupported cell, names none."""
     return list(dict.fromkeys(run.machine for row in rows for run in row.runs if run.machine))
+
+
+def machine_line(row: Row, *, several: bool) -> str:
+    """The row's machine in words, with its short name where the rows are of `several`."""
+    machine = row.noted("machine")
+    memory = machine.get("memory_bytes")
+    known = [
+        f"{machine['cores']} cores" if machine.get("cores") else "",
+        f"{format_value('peak_memory_bytes', memory)} memory" if isinstance(memory, (int, float)) else "",
+        f"device {machine.get('device_name') or machine['device']}" if machine.get("device") else "",
+        f"here called {row.machine}" if several else "",
+    ]
+    return f"{machine.get('cpu') or row.machine} ({', '.join(part for part in known if part)})"
 
 
 def settings(row: Row) -> dict[str, Any]:

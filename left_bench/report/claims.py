@@ -98,13 +98,22 @@ def _int8_memory(found: Evidence) -> Verdict:
     against32 = found.ratio("float32", "8-bit", "weights_bytes")
     against16 = found.ratio("bfloat16", "8-bit", "weights_bytes")
     bits = found.value("8-bit", "quantized_bits_per_param")
-    peaks = [format_ratio(found.ratio(name, "8-bit", "peak_memory_bytes")) for name in ("float32", "bfloat16")]
+    peaks = [format_ratio(found.ratio("8-bit", name, "peak_memory_bytes")) for name in ("float32", "bfloat16")]
     told = (
         f"stored weights are {format_ratio(against32)} smaller than in float32 and {format_ratio(against16)} smaller "
         f"than in bfloat16; the quantized layers alone take {significant(bits)} bits a parameter, "
-        f"{format_ratio(32 / bits)} less than float32; the peak in training is {peaks[0]} and {peaks[1]} smaller"
+        f"{format_ratio(32 / bits)} less than float32; the peak in training is {peaks[0]} that of float32 and "
+        f"{peaks[1]} that of bfloat16"
     )
     return Verdict(HOLDS if against32 >= 3.6 else IN_PART if against32 >= 1.5 else NOT_HERE, told)
+
+
+def _quality_rule(of: str, reference: str) -> str:
+    """What `_keeps_quality` does, in words."""
+    return (
+        f"Holds: the 95 % interval of {of} exact match less {reference} lies above −{QUALITY_MARGIN}. Does not: the "
+        "whole interval is below zero. In part: anything between."
+    )
 
 
 def _keeps_quality(of: str, reference: str) -> Callable[[Evidence], Verdict]:
@@ -119,7 +128,7 @@ def _keeps_quality(of: str, reference: str) -> Callable[[Evidence], Verdict]:
             return Verdict(HOLDS, told)
         if apart.interval.high < 0:
             return Verdict(NOT_HERE, told)
-        return Verdict(IN_PART, f"{told}: a tie, yet a loss of more than {QUALITY_MARGIN} is not ruled out")
+        return Verdict(IN_PART, f"{told}; a loss of exact match above {QUALITY_MARGIN} is not ruled out")
 
     return judge
 
@@ -232,8 +241,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="4-bit NF4 keeps quality",
         cells={name: _QUANTIZED[name] for name in ("bfloat16", "NF4", _DQ)},
         metrics=(*_SCORED, "quantization_error"),
-        rule=f"Holds: the 95 % interval of NF4's exact match less bfloat16's lies above −{QUALITY_MARGIN}. Does not: "
-        "the whole interval is below zero. In part: anything between.",
+        rule=_quality_rule("NF4's", "bfloat16's"),
         judge=_keeps_quality("NF4", "bfloat16"),
     ),
     Claim(
@@ -262,8 +270,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="LoRA matches full fine-tuning",
         cells={"full": {"peft": "full"}, "LoRA": {}},
         metrics=(*_SCORED, "forgetting_nats"),
-        rule=f"Holds: the 95 % interval of LoRA's exact match less full fine-tuning's lies above −{QUALITY_MARGIN}. "
-        "Does not: the whole interval is below zero. In part: anything between.",
+        rule=_quality_rule("LoRA's", "full fine-tuning's"),
         judge=_keeps_quality("LoRA", "full"),
     ),
     Claim(

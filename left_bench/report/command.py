@@ -103,14 +103,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def write_report(runs_dir: PathLike, *, name: str, out: PathLike, baseline: str | None = None) -> Path:
-    """Write the report of the sweep `name` in `runs_dir` to `<out>/<name>.md`, its plots beside it.
+    """Write the report of the sweep `name` in `runs_dir` to `<out>/<name>.md`, its plots and its `.html` beside it.
 
     Where `runs_dir` notes no sweep, `name` is the report's name and every record is in it.
 
     Raises:
         UserError: there is no such sweep, no record, or no such baseline.
     """
-    return write_reports([runs_dir], out=out, name=name, wanted=Wanted(baseline=baseline))[0]
+    return write_reports([runs_dir], out=out, name=name, wanted=Wanted(formats=("md", "html"), baseline=baseline))[0]
 
 
 def write_reports(

@@ -10,7 +10,7 @@ from typing import Any
 from left_bench import __version__
 from left_bench.cell import GROUPS
 from left_bench.record import METRICS, Sample
-from left_bench.report.cells import Row
+from left_bench.report.cells import Row, machine_line
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import MEMORY_AND_SIZE, QUALITY, SPEED, present
@@ -25,7 +25,7 @@ from left_bench.report.tables import (
     seeds_table,
     status_word,
 )
-from left_bench.report.values import ABSENT, format_setting, format_value, one_line
+from left_bench.report.values import ABSENT, format_setting, one_line
 from left_bench.report.verdicts import claims_section
 
 # Settings that a reader wants to see once where they are the same in every cell.
@@ -85,7 +85,9 @@ def _what_this_is(report: Report) -> Iterator[str]:
     days = sorted({one_line(run.record.started_at)[:10] for run in runs if run.record})
     when = f" measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
     machines = {row.machine: row for row in reversed(report.records) if row.machine}
-    where = "; ".join(dict.fromkeys(_machine(row, many=len(machines) > 1) for row in reversed(machines.values())))
+    where = "; ".join(
+        dict.fromkeys(escape(machine_line(row, several=len(machines) > 1)) for row in reversed(machines.values()))
+    )
     parts = [f"{len(runs):,} {'cell' if len(runs) == 1 else 'cells'} ({tally}){when}"]
     parts[0] = escape(parts[0]) + (f" on {where}." if where else ".")
     versions = _versions(report)
@@ -99,18 +101,6 @@ def _what_this_is(report: Report) -> Iterator[str]:
     parts.append(f"Written by left_bench {__version__} from the records alone. The command that repeats it:")
     yield " ".join(parts)
     yield fence("\n".join(_commands(report)), "bash")
-
-
-def _machine(row: Row, *, many: bool) -> str:
-    machine = row.noted("machine")
-    memory = machine.get("memory_bytes")
-    known = [
-        f"{machine['cores']} cores" if machine.get("cores") else "",
-        f"{format_value('peak_memory_bytes', memory)} memory" if isinstance(memory, (int, float)) else "",
-        f"device {machine.get('device_name') or machine['device']}" if machine.get("device") else "",
-        f"here called {row.machine}" if many else "",
-    ]
-    return escape(f"{machine.get('cpu') or row.machine} ({', '.join(part for part in known if part)})")
 
 
 def _versions(report: Report) -> str:

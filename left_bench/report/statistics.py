@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from left_bench.answers import SCORES_OF_A_ROW
 from left_bench.report.cells import Row
 from left_bench.report.load import RowResult, read_row_results, read_steps
 from left_bench.report.values import is_number
@@ -100,13 +101,13 @@ def _over_rows(a: Row, b: Row, metric: str) -> Interval | None:
 
 def _row_means(row: Row, metric: str) -> tuple[list[Any], list[float], list[float]] | None:
     """(the questions, each row's value as a mean over the seeds, each row's weight); None where any run kept none."""
-    if metric not in _PER_ROW:
+    if metric != "eval_loss" and metric not in SCORES_OF_A_ROW:
         return None
     found = []
     for run in row.runs:
         if run.ok:
             results = read_row_results(run.path) if run.path else None
-            scored = results and [_PER_ROW[metric](result) for result in results]
+            scored = results and [_score(result, metric) for result in results]
             if not results or not scored or None in scored:
                 return None
             found.append(([(r.reference, r.answer_tokens) for r in results], scored))
@@ -117,11 +118,10 @@ def _row_means(row: Row, metric: str) -> tuple[list[Any], list[float], list[floa
     return found[0][0], values, weights
 
 
-def _exact(result: RowResult) -> float | None:
-    return None if result.prediction is None else float(result.prediction.strip() == result.reference.strip())
-
-
-_PER_ROW = {"exact_match": _exact, "eval_loss": lambda result: result.nll}
+def _score(result: RowResult, metric: str) -> float | None:
+    if metric == "eval_loss":
+        return result.nll
+    return None if result.prediction is None else SCORES_OF_A_ROW[metric](result.prediction, result.reference)
 
 
 def _bootstrap(values: Sequence[float], weights: Sequence[float]) -> Interval | None:

@@ -24,7 +24,15 @@ from left_bench.report.ranking import (
     touching,
 )
 from left_bench.report.statistics import mean_interval, seed_values
-from left_bench.report.values import ABSENT, format_against, format_setting, format_share, format_value, metric_of
+from left_bench.report.values import (
+    ABSENT,
+    format_against,
+    format_error,
+    format_setting,
+    format_share,
+    format_value,
+    metric_of,
+)
 
 if TYPE_CHECKING:
     from left_bench.report.recommend import Need
@@ -52,6 +60,7 @@ _HEADINGS = {
     "peak_memory_bytes": "peak memory",
     "weights_bytes": "base weights",
     "stored_bits_per_param": "bits/param",
+    "quantized_bits_per_param": "bits/quantized param",
     "trainable_params": "trainable params",
     "adapter_file_bytes": "adapter file",
     "train_tokens_per_second": "train tokens/s",
@@ -315,7 +324,7 @@ def marked(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]]) ->
     return (
         text
         if value is None or stderr is None or not (quality or stderr)
-        else (f"{text} ± {format_value(metric, stderr)}")
+        else (f"{text} ± {format_error(metric, value, stderr)}")
     )
 
 

@@ -10,7 +10,7 @@ from left_bench.record import Record
 from left_bench.report.cells import Row, find_axes, labels, row_of
 from left_bench.report.ranking import headline_quality
 from left_bench.report.tables import heading
-from left_bench.report.values import ABSENT, format_share, format_value, one_line
+from left_bench.report.values import ABSENT, format_error, format_share, format_value, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,4 +74,4 @@ def _number(row: Row, metric: str) -> str:
     if text == ABSENT:
         return text
     stderr = row.stderr(metric)
-    return text if stderr is None else f"{text} ± {format_value(metric, stderr)}"
+    return text if stderr is None or value is None else f"{text} ± {format_error(metric, value, stderr)}"

@@ -34,6 +34,9 @@ def format_value(metric: str, value: float | None) -> str:
         return ABSENT
     if not math.isfinite(value):
         return str(value)
+    if value < 0:
+        text = format_value(metric, -value)
+        return _MINUS + text if any(digit in "123456789" for digit in text) else text
     unit = metric_of(metric).unit
     if unit == "bytes":
         return _scaled(value, _BYTES)
@@ -46,6 +49,21 @@ def format_value(metric: str, value: float | None) -> str:
     if unit == "seconds":
         return f"{significant(value)} s"
     return significant(value)
+
+
+def format_error(metric: str, value: float, error: float) -> str:
+    """A standard error in its value's unit, no digit finer than the value's: `0.09` beside `1.77`.
+
+    An error too small for that keeps its own digits and unit: `591 KiB` beside `1.17 GiB`.
+    """
+    own = format_value(metric, error)
+    number, _, unit = format_value(metric, value).partition(" ")
+    if not (math.isfinite(value) and math.isfinite(error)) or own.partition(" ")[2] != unit:
+        return own
+    size = dict({"bytes": _BYTES, "params": _PARAMS}.get(metric_of(metric).unit, ())).get(unit, 1)
+    decimals = min(len(text.partition(" ")[0].partition(".")[2]) for text in (number, own))
+    text = f"{error / size:,.{decimals}f}"
+    return f"{text} {unit}".rstrip() if float(text.replace(",", "")) else own
 
 
 def format_against(metric: str, value: float | None, baseline: float | None) -> str:

@@ -10,7 +10,7 @@ from left_bench.report.claims import CLAIMS, DEFAULT, NOT_MEASURED, Claim, Evide
 from left_bench.report.load import flatten
 from left_bench.report.markdown import code, escape, table
 from left_bench.report.tables import heading
-from left_bench.report.values import ABSENT, format_against_both, format_value
+from left_bench.report.values import ABSENT, format_against_both, format_error, format_value
 
 _GROUPS = ("quantization", "peft", "precision", "training")
 # Sections in which the cells of a claim differ, or may; all the rest has to be the same.
@@ -127,7 +127,7 @@ def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
         for metric in claim.metrics:
             value, stderr = row.value(metric), row.stderr(metric)
             text = format_value(metric, value)
-            text += f" ± {format_value(metric, stderr)}" if value is not None and stderr else ""
+            text += f" ± {format_error(metric, value, stderr)}" if value is not None and stderr else ""
             against = format_against_both(metric, value, reference.value(metric)) if reference else ""
             numbers.append(f"{text} ({against})" if against and row is not reference else text)
         seeds = sum(run.ok for run in row.runs)

@@ -24,6 +24,7 @@ from left_bench.report.tables import heading
 from left_bench.report.values import (
     clean,
     format_against,
+    format_error,
     format_setting,
     format_share,
     format_value,
@@ -154,7 +155,10 @@ def _metric(rows: Sequence[Row], name: str, baseline: Row | None, put: Callable[
     }
     if any(error is not None for error in errors):
         column["errors"] = [_number(error) for error in errors]
-        column["error_texts"] = [None if error is None else put(format_value(name, error)) for error in errors]
+        column["error_texts"] = [
+            None if error is None or value is None else put(format_error(name, value, error))
+            for value, error in zip(values, errors, strict=True)
+        ]
     if meaning.kind == "quality" and not name.startswith("base_") and (found := ties_with_best(rows, name)):
         tied = {id(row) for row in found[1]} - best
         column["ties"] = [i for i, row in enumerate(rows) if id(row) in tied]

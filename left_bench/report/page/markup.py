@@ -10,11 +10,11 @@ from typing import Any
 from left_bench import __version__
 from left_bench.cell import GROUPS
 from left_bench.record import METRICS
-from left_bench.report.cells import Row, machines_of
+from left_bench.report.cells import Row, machine_line, machines_of
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
 from left_bench.report.ranking import confounders
-from left_bench.report.values import ABSENT, format_value, one_line
+from left_bench.report.values import ABSENT, one_line
 
 ROWS_SHOWN = 200
 """Rows of the table at a time, with the script and without it."""
@@ -35,7 +35,7 @@ def introduction(rows: Sequence[Row], sweep: Sweep | None) -> str:
     days = sorted({one_line(row.record.started_at)[:10] for row in rows if row.record})
     when = f" measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
     several = len(machines_of(rows)) > 1
-    where = list(dict.fromkeys(_machine(row, several=several) for row in rows if row.machine))
+    where = list(dict.fromkeys(machine_line(row, several=several) for row in rows if row.machine))
     counted = f"{len(rows):,} {'cell' if len(rows) == 1 else 'cells'} ({tally})"
     seeds = f" {pooled:,} rows: cells that differ in the seed alone are one." if pooled < len(rows) else ""
     lines = [f"<p>{text(counted + when)}.{seeds}</p>"]
@@ -210,18 +210,6 @@ def _number(strings: Sequence[str], metric: Mapping[str, Any], i: int) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _machine(row: Row, *, several: bool) -> str:
-    machine = row.noted("machine")
-    memory = machine.get("memory_bytes")
-    known = [
-        f"{machine['cores']} cores" if machine.get("cores") else "",
-        f"{format_value('peak_memory_bytes', memory)} memory" if isinstance(memory, (int, float)) else "",
-        f"device {machine.get('device_name') or machine['device']}" if machine.get("device") else "",
-        f"here called {row.machine}" if several else "",
-    ]
-    return f"{machine.get('cpu') or row.machine} ({', '.join(part for part in known if part)})"
 
 
 def _versions(rows: Iterable[Row]) -> str:

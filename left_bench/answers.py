@@ -1,0 +1,40 @@
+"""Scores of one answer against its reference: what both an evaluation averages and a report pairs row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1 where the answer equals the reference but for surrounding white space."""
+    return float(prediction.strip() == reference.strip())
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 of the bags of lower-cased words (Rajpurkar et al. 2016)."""
+    predicted, expected = prediction.lower().split(), reference.lower().split()
+    shared = sum(min(predicted.count(word), expected.count(word)) for word in set(predicted))
+    return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
+
+
+@lru_cache(maxsize=2**16)  # a report holds the same answers against those of every other cell
+def rouge_l(prediction: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004), by Google's rouge-score with stemming."""
+    return float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+SCORES_OF_A_ROW: dict[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "rouge_l": rouge_l,
+    "f1": token_f1,
+}
+"""Metric -> score of (prediction, reference), the metric being the mean over rows. BLEU counts over a whole corpus."""
