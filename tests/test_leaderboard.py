@@ -216,8 +216,8 @@ def test_the_cheapest_of_those_as_good_as_the_best_is_taken() -> None:
     assert found is not None and found.chosen is rows[1] and list(found.front) == [rows[2], rows[1], rows[0]]
     told = sentence(found, [], {id(rows[0]): "full", id(rows[1]): "lora"}, rows)
     assert told == (
-        "Take lora (0.580 exact_match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, it is within one "
-        "standard error of the best exact_match (full, 0.600), and of the 2 that are it needs the least memory."
+        "Take lora (0.580 exact match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, it is within one "
+        "standard error of the best exact match (full, 0.600), and of those that are it needs the least memory."
     )
     needs = [Need("peak_memory_bytes", False, 800 * MIB)]
     found = recommend(rows, needs)

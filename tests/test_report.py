@@ -697,7 +697,7 @@ def test_the_same_records_make_the_same_bytes(tmp_path: Path) -> None:
         write_report(REPORTS / "records", name="peft_methods", out=tmp_path / out)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     plots = [f"peft_methods_{plot}.{ending}" for plot in PLOTS for ending in ("png", "svg")]
-    assert files == sorted(["peft_methods.md", *plots])
+    assert files == sorted(["peft_methods.md", "peft_methods.html", *plots])
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     text = (tmp_path / "a" / "peft_methods.md").read_text(encoding="utf-8")

@@ -245,11 +245,12 @@ def _beside(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], r
     return f"{text} ({against})" if against else text
 
 
-def _standing(row: Row, metric: str) -> tuple[bool, float]:
-    value = row.value(metric)
+def _standing(row: Row, metric: str) -> tuple[bool, float, float]:
+    """Of equals the one that needs less memory stands first."""
+    value, memory = row.value(metric), row.value("peak_memory_bytes")
     if not row.ok or value is None or not math.isfinite(value):
-        return True, float(not row.ok)
-    return False, -value if metric_of(metric).better == "higher" else value
+        return True, float(not row.ok), 0.0
+    return False, -value if metric_of(metric).better == "higher" else value, math.inf if memory is None else memory
 
 
 def _by_setting(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:

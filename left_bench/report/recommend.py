@@ -12,6 +12,7 @@ from left_bench.record import METRICS
 from left_bench.report.cells import Row
 from left_bench.report.ranking import headline_quality, pareto_front, rankable
 from left_bench.report.statistics import difference
+from left_bench.report.tables import heading
 from left_bench.report.values import format_value, is_number, metric_of
 
 MEMORY, SPEED = "peak_memory_bytes", "train_tokens_per_second"
@@ -119,7 +120,8 @@ def sentence(found: Recommendation, needs: Sequence[Need], names: dict[int, str]
         return f"No cell fits {asked}: {_nearest_miss(done, needs, names or {})}."
     chosen = found.chosen
     facts = ", ".join(
-        f"{format_value(metric, chosen.value(metric))} {_NOUNS.get(metric, metric)}" for metric in found.metrics
+        f"{format_value(metric, chosen.value(metric))} {_NOUNS.get(metric) or heading(metric)}"
+        for metric in found.metrics
     )
     among = (
         f"of the {len(found.fitting)} of {len(done)} cells that fit {asked}, " if needs else f"of {len(done)} cells, "
@@ -131,14 +133,13 @@ def sentence(found: Recommendation, needs: Sequence[Need], names: dict[int, str]
     if len(found.fitting) == 1:
         among, why = "", f"the only one of {len(done)} cells that fits {asked}" if needs else "it is the only one"
     elif chosen is best and len(found.tied) <= 1:
-        why = f"it has the best {quality}, and none that takes less is within one standard error of it"
+        why = f"it has the best {heading(quality)}, and none that takes less is within one standard error of it"
     elif chosen is best:
-        why = f"it has the best {quality} and of the {len(found.tied)} within one standard error needs the least memory"
+        why = f"it has the best {heading(quality)} and of those within one standard error of it needs the least memory"
     else:
         why = (
-            f"it is within one standard error of the best {quality} ({name(id(best), best.cell_id)}, "
-            f"{format_value(quality, best.value(quality))}), and of the {len(found.tied)} that are it needs the least "
-            "memory"
+            f"it is within one standard error of the best {heading(quality)} ({name(id(best), best.cell_id)}, "
+            f"{format_value(quality, best.value(quality))}), and of those that are it needs the least memory"
         )
     return f"Take {name(id(chosen), chosen.cell_id)} ({facts}): {among}{why}."
 

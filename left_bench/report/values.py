@@ -34,6 +34,7 @@ def format_value(metric: str, value: float | None) -> str:
         return ABSENT
     if not math.isfinite(value):
         return str(value)
+    value = value or 0.0  # minus zero is zero
     if value < 0:
         text = format_value(metric, -value)
         return _MINUS + text if any(digit in "123456789" for digit in text) else text
