@@ -11,9 +11,8 @@ import errno
 import functools
 import json
 import os
-import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from left_bench.sweep import (
     Manifest,
     check_launcher,
     check_objective,
+    command_of,
     jobs_of,
     launcher_of,
     scope_of,
@@ -328,12 +328,6 @@ def _go_to(folder: str) -> None:
         os.chdir(folder)
 
 
-def command_of(overrides: Iterable[str], *, multirun: bool = False) -> str:
-    """The command line that repeats a run or, where there is no sweep among the overrides, a multirun."""
-    plain = [override.removeprefix("++") for override in overrides]
-    return shlex.join(["left-bench", *(["-m"] if multirun else []), *plain])
-
-
 def begin(cells: list[str], settings: Settings, *, later: list[Callable[[], Record | None]] | None) -> None:
     """Look at the folders before the first cell runs, and note which attempts are on record.
 
@@ -366,7 +360,7 @@ def _finish(
     print_summary(records)
     if manifest is not None:
         markdown = write_report(runs_dir, name=manifest.name, out=reports_dir)
-        print(f"report: {markdown}, in the browser {markdown.with_suffix('.html')}")
+        print(f"report: {markdown}\npage: {markdown.with_suffix('.html')}")
         track_sweep(
             tracker or {},
             runs_dir=runs_dir,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -37,6 +38,12 @@ class Manifest(BaseModel):
 
     def write(self, runs_dir: Path) -> None:
         write_atomically(self.path(runs_dir), self.model_dump_json(indent=1) + "\n")
+
+
+def command_of(overrides: Iterable[str], *, multirun: bool = False) -> str:
+    """The command line that repeats a run or, where there is no sweep among the overrides, a multirun."""
+    plain = [override.removeprefix("++") for override in overrides]
+    return shlex.join(["left-bench", *(["-m"] if multirun else []), *plain])
 
 
 def jobs_of(config: DictConfig) -> Iterator[DictConfig]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from left_bench.launch import command_of
 from left_bench.record import RECORD_NAME, Record, read_record
+from left_bench.sweep import command_of
 
 QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=1", "data.train_rows=8"]
 

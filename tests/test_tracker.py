@@ -15,7 +15,7 @@ import pytest
 
 from left_bench.compose import compose
 from left_bench.errors import UserError
-from left_bench.record import METRICS, Phase, Record, Sample, Score
+from left_bench.record import Phase, Record, Sample, Score
 from left_bench.tracker import (
     TRACKERS,
     Attempt,
@@ -27,7 +27,7 @@ from left_bench.tracker import (
     launch_id,
     open_tracker,
 )
-from left_bench.tracker.base import known_metric, markdown_table, summary_of
+from left_bench.tracker.base import markdown_table, summary_of
 from left_bench.tracker.choose import defaults_of
 from left_bench.tracker.wandb import WandbTracker
 
@@ -322,11 +322,6 @@ def test_the_summary_has_every_number_of_a_record(tiny_cell):
 def test_a_table_keeps_to_its_cells():
     table = markdown_table(["a", "b"], [["x|y\nz", None], ["<script>", 1.5]])
     assert table.splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y z |  |", "| &lt;script> | 1.5 |"]
-
-
-def test_known_metrics():
-    assert all(known_metric(name) and known_metric(f"base_{name}") for name in METRICS)
-    assert not known_metric("nope")
 
 
 # --- which there are ---

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from left_bench.cell import fingerprint
-from left_bench.record import METRICS, Record
+from left_bench.record import Record
 
 # of a step's event as they are; its `tokens` are added up, for they are an axis
 STEP_METRICS = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds")
@@ -213,11 +213,6 @@ def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
 def ended_well(record: Record) -> bool:
     """Whether a run ends without an error: a refused cell is an answer, too."""
     return record.status in ("ok", "unsupported")
-
-
-def known_metric(name: str) -> bool:
-    """Whether a metric's name is in the table, `base_` ones included."""
-    return name.removeprefix("base_") in METRICS
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -96,7 +96,7 @@ def render_page(
         style=style,
         introduction=introduction(rows, sweep),
         commands=commands(rows, sweep),
-        constants=constants(rows, data),
+        constants=constants(data),
         notices=notices(rows, labels, notes, data),
         leaderboard=leaderboard(data),
         confounders=confounding(rows, labels),

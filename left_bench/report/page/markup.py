@@ -63,7 +63,7 @@ def commands(rows: Sequence[Row], sweep: Sweep | None) -> str:
     )
 
 
-def constants(rows: Sequence[Row], data: Mapping[str, Any]) -> str:
+def constants(data: Mapping[str, Any]) -> str:
     """What is the same in every cell: the chosen options in a line, every setting in a fold."""
     strings = data["strings"]
     pairs = [(strings[key], strings[value]) for key, value in data["constants"]]
