@@ -192,6 +192,7 @@ def test_a_printed_value_is_the_value(metric: str, value: float) -> None:
         ("train_tokens_per_second", 1234.4, 56.7, "57"),
         ("wall_seconds", 61.62, 2.345, "2.3 s"),
         ("peak_memory_bytes", 972 * 2**20, 12.34 * 2**20, "12 MiB"),
+        ("peak_memory_bytes", 1.57 * 2**30, 16.2 * 2**20, "0.02 GiB"),
         ("peak_memory_bytes", 1.17 * 2**30, 591 * 2**10, "591 KiB"),  # nothing, in the value's digits
         ("peak_memory_bytes", 512, 3, "3 B"),
         ("trainable_params", 4.88e6, 1.234e6, "1.23 M"),

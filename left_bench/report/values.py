@@ -58,12 +58,12 @@ def format_error(metric: str, value: float, error: float) -> str:
     An error too small for that keeps its own digits and unit: `591 KiB` beside `1.17 GiB`.
     """
     own = format_value(metric, error)
-    number, _, unit = format_value(metric, value).partition(" ")
-    if not (math.isfinite(value) and math.isfinite(error)) or own.partition(" ")[2] != unit:
+    if not (math.isfinite(value) and math.isfinite(error)):
         return own
-    size = dict({"bytes": _BYTES, "params": _PARAMS}.get(metric_of(metric).unit, ())).get(unit, 1)
-    decimals = min(len(text.partition(" ")[0].partition(".")[2]) for text in (number, own))
-    text = f"{error / size:,.{decimals}f}"
+    number, _, unit = format_value(metric, value).partition(" ")
+    scaled = error / dict({"bytes": _BYTES, "params": _PARAMS}.get(metric_of(metric).unit, ())).get(unit, 1)
+    decimals = min(len(text.partition(".")[2]) for text in (number, significant(scaled)))
+    text = f"{scaled:,.{decimals}f}"
     return f"{text} {unit}".rstrip() if float(text.replace(",", "")) else own
 
 
