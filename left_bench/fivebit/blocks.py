@@ -85,6 +85,7 @@ def quantize(
     return pack(codes.view(-1), together=TOGETHER[scheme]).view(-1), constants
 
 
+@torch.compiler.disable  # it would be traced into Arrow and LLVM, which fails
 def dequantize(
     packed: torch.Tensor,
     constants: Mapping[str, torch.Tensor],

@@ -218,7 +218,9 @@ def _eight_levels(code: _Code, codes: str, start: int, levels: Sequence[float]) 
     order = ", ".join(f"i32 {start + lane}" for lane in range(8))
     index = code(f"shufflevector {_INTS} {codes}, {_INTS} poison, <8 x i32> <{order}>")
     found = [
-        code(f"call <8 x float> @llvm.x86.avx2.permps(<8 x float> <{_literals(levels[at : at + 8])}>, <8 x i32> {index})")
+        code(
+            f"call <8 x float> @llvm.x86.avx2.permps(<8 x float> <{_literals(levels[at : at + 8])}>, <8 x i32> {index})"
+        )
         for at in range(0, 32, 8)
     ]
     for bit in (3, 4):

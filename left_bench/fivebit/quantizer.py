@@ -60,7 +60,12 @@ class FiveBitConfig(QuantizationConfigMixin):
 
     def prepare(self) -> None:
         """Compile what decodes such weights on a CPU, which the first use would do otherwise."""
-        native.prepare(scheme=self.scheme, double_quant=self.double_quant, block_size=self.block_size)
+        native.prepare(
+            scheme=self.scheme,
+            double_quant=self.double_quant,
+            block_size=self.block_size,
+            compute_dtype=getattr(torch, self.compute_dtype),
+        )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
