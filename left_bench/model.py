@@ -181,7 +181,8 @@ def _found(model: PreTrainedModel, cell: Cell) -> dict[str, Any]:
 
 def _decoders(model: torch.nn.Module) -> set[str]:
     """Who decodes the weights of its 5-bit layers."""
-    return {module.decoded_by for module in model.modules() if isinstance(getattr(module, "decoded_by", None), str)}
+    found = (getattr(module, "decoded_by", None) for module in model.modules())
+    return {name for name in found if isinstance(name, str)}
 
 
 def open_pretrained(cell: Cell) -> tuple[str, PreTrainedTokenizerBase]:

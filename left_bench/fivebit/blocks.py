@@ -99,12 +99,10 @@ def dequantize(
 
     In one pass where there is a kernel for it (`native`), else by torch's operations; the bits are the same.
     """
-    kind = {"scheme": scheme, "double_quant": "nested_scale" in constants, "block_size": block_size}
-    stored = packed.numel() * 8 // 5
-    if native.decoder(**kind, dtype=dtype, device=packed.device) == native.TORCH:
+    if native.decoder(block_size=block_size, dtype=dtype, device=packed.device) == native.TORCH:
         out = _by_torch(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype)
     else:
-        out = torch.empty(stored, dtype=dtype)
+        out = torch.empty(packed.numel() * 8 // 5, dtype=dtype)
         native.decode(packed, constants, out, scheme=scheme, block_size=block_size)
     return out[: torch.Size(shape).numel()].view(shape)
 

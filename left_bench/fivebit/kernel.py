@@ -18,9 +18,9 @@ ARGUMENTS = ("out", "planes", "scale", "second", "mean", "blocks")
 """The fields, 8 bytes each, of what `decode` is given: addresses, and the number of blocks in a segment. `second` holds
 the zero points (`int5`) or the scales' own scales (double quantization)."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Weights of a segment decoded before the next segment's turn: the planes' bytes stay in the first cache, and the result
-# is written in runs of whole pages, not in eight places at once.
-_RUN = 2048
+# Weights of a segment decoded before the next segment's turn: the planes' bytes, 160 KiB, stay in the second cache, and
+# the result is written in long runs, not in eight places at once. Runs of 2048 cost large weights half as much again.
+_RUN = 2**15
 _INTS, _FLOATS = f"<{LANES} x i32>", f"<{LANES} x float>"
 
 

@@ -56,13 +56,7 @@ class Linear5bit(nn.Linear):
     @property
     def decoded_by(self) -> str:
         """Who decodes the weight for its products; a record's `effective.five_bit_decoder`."""
-        return native.decoder(
-            scheme=self.scheme,
-            double_quant=self.double_quant,
-            block_size=self.block_size,
-            dtype=self.compute_dtype,
-            device=self.weight.device,
-        )
+        return native.decoder(block_size=self.block_size, dtype=self.compute_dtype, device=self.weight.device)
 
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """What this layer would store for a dense weight [out, in]: `weight` and the constants."""

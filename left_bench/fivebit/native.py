@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +29,8 @@ class _OpenMP(NamedTuple):
     """The entry points of the runtime that torch uses: its threads are awake, and another pool's would fight them."""
 
     parallel: Callable[..., None]
-    count: int
-    number: int
+    threads: int
+    thread: int
 
 
 class Kernel(NamedTuple):
@@ -41,7 +41,7 @@ class Kernel(NamedTuple):
     engine: object
 
 
-def decoder(*, scheme: str, double_quant: bool, block_size: int, dtype: torch.dtype, device: torch.device) -> str:
+def decoder(*, block_size: int, dtype: torch.dtype, device: torch.device) -> str:
     """Who decodes such weights: `llvm-avx512`, `llvm-avx2`, `llvm` or `torch`."""
     if device.type != "cpu" or dtype not in _DTYPES or block_size % (2 * kernel.LANES) or look_up() is None:
         return TORCH
@@ -53,10 +53,9 @@ def decoder(*, scheme: str, double_quant: bool, block_size: int, dtype: torch.dt
 
 def prepare(*, scheme: str, double_quant: bool, block_size: int, compute_dtype: torch.dtype) -> None:
     """Compile what decodes such weights, so that no measured step does; to float32 too, for measuring their error."""
-    options: dict[str, Any] = {"scheme": scheme, "double_quant": double_quant, "block_size": block_size}
     for dtype in {compute_dtype, torch.float32}:
-        if decoder(**options, dtype=dtype, device=torch.device("cpu")) != TORCH:
-            compiled(**options, dtype=_DTYPES[dtype], look_up=look_up())
+        if decoder(block_size=block_size, dtype=dtype, device=torch.device("cpu")) != TORCH:
+            _compiled_here(scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=dtype)
 
 
 def decode(
@@ -67,16 +66,20 @@ def decode(
     Only where `decoder` does not say `torch`.
     """
     double_quant = "nested_scale" in constants
-    compiled_code = compiled(
-        scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=_DTYPES[out.dtype], look_up=look_up()
-    )
+    code = _compiled_here(scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=out.dtype)
     second = constants.get("nested_scale", constants.get("zero_point"))
     tensors = (out, packed, constants["scale"], second, constants.get("nested_mean"))
     held = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     blocks = out.numel() // (block_size * 8)
     fields = [0 if tensor is None else tensor.data_ptr() for tensor in held]
     arguments = (ctypes.c_int64 * len(kernel.ARGUMENTS))(*fields, blocks)
-    _run(compiled_code, ctypes.addressof(arguments), blocks, out.numel())
+    _run(code, ctypes.addressof(arguments), blocks, out.numel())
+
+
+def _compiled_here(*, scheme: str, double_quant: bool, block_size: int, dtype: torch.dtype) -> Kernel:
+    way = look_up()
+    assert way is not None, "asked only where `decoder` names a kernel"
+    return compiled(scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=_DTYPES[dtype], look_up=way)
 
 
 def _run(code: Kernel, arguments: int, blocks: int, numel: int) -> None:
@@ -93,11 +96,13 @@ def _run(code: Kernel, arguments: int, blocks: int, numel: int) -> None:
 
 @cache
 def look_up() -> str | None:
-    """How this CPU looks levels up (`kernel.source`); None where llvmlite is not installed."""
+    """How this CPU looks levels up (`kernel.source`); None where llvmlite is not installed or cannot be loaded."""
     try:
         import llvmlite.binding as llvm
-    except ImportError:
+    except (ImportError, OSError):  # OSError: its library wants a newer system
         return None
+    if sys.byteorder != "little":
+        return None  # pairs of results are put together as integers
     features = llvm.get_host_cpu_features()
     return next((way for way, needs in (("avx512", "avx512f"), ("avx2", "avx2")) if features.get(needs)), "plain")
 
@@ -133,7 +138,7 @@ def compiled(*, scheme: str, double_quant: bool, block_size: int, dtype: str, lo
         look_up=look_up,
     )
     if openmp is not None:
-        text += kernel.team(count=openmp.count, number=openmp.number)
+        text += kernel.team(count=openmp.threads, number=openmp.thread)
     module = llvm.parse_assembly(text)
     module.triple = machine.triple
     module.verify()
