@@ -1,4 +1,4 @@
-"""How fast 5-bit weights are decoded beside bitsandbytes' CPU nf4: `python benchmarks/dequantize.py [--json]`.
+"""How fast 5-bit weights are decoded beside bitsandbytes' CPU nf4: `python benchmarks/dequantize.py [--decoder torch]`.
 
 Paired: each round times one call of bitsandbytes and one of ours, one after the other (A B A B), so that whatever else
 the machine does falls on both. Printed: nanoseconds per weight (median) and the ratio of the pairs, median and
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from left_bench.fivebit import Linear5bit
+from left_bench.fivebit import Linear5bit, native
 
 SHAPES = ((1536, 576), (5632, 2048))
 SCHEMES = {
@@ -60,6 +60,7 @@ def measure(shape: tuple[int, int], scheme: str, dtype: torch.dtype, *, rounds: 
         "shape": list(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "decoder": layer.decoded_by,
         "nanoseconds_per_weight": 1e9 * found["seconds"] / weight.numel(),
         "bitsandbytes_nanoseconds_per_weight": 1e9 * found["bitsandbytes_seconds"] / weight.numel(),
         **found,
@@ -71,13 +72,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--decoder", choices=["torch"], help="default: the one-pass kernel, where llvmlite is there")
     arguments = parser.parse_args()
+    if arguments.decoder:
+        native.look_up = lambda: None  # type: ignore[assignment]  # as without llvmlite
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if not arguments.json:
-        print(f"{'scheme':8}{'shape':>12}{'dtype':>10}{'threads':>9}{'ns/weight':>11}{'nf4':>8}   ratio (p10 to p90)")
+        print(
+            f"{'scheme':8}{'shape':>12}{'dtype':>10}{'threads':>9}{'decoder':>13}{'ns/weight':>11}{'nf4':>8}"
+            "   ratio (p10 to p90)"
+        )
     for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for scheme in SCHEMES:
                 row = measure(shape, scheme, dtype, rounds=arguments.rounds)
                 if arguments.json:
@@ -85,6 +92,7 @@ def main() -> None:
                     continue
                 print(
                     f"{scheme:8}{'x'.join(map(str, shape)):>12}{row['dtype']:>10}{row['threads']:>9}"
+                    f"{row['decoder']:>13}"
                     f"{row['nanoseconds_per_weight']:>11.3f}{row['bitsandbytes_nanoseconds_per_weight']:>8.3f}"
                     f"   {row['ratio']:.2f} ({row['ratio_p10']:.2f} to {row['ratio_p90']:.2f})",
                     flush=True,

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     table.add_row("cache", f"{cache_dir()} ({_free(cache_dir()):.0f} GiB free)")
     table.add_row("default model", _default_model())
     table.add_row("wandb", _wandb())
+    table.add_row("5-bit decoding", _five_bits(device.kind))
     healthy = True
     for name, check in _CHECKS.items():
         try:
@@ -64,6 +65,16 @@ def _wandb() -> str:
 
     mode = os.environ.get("WANDB_MODE")
     return f"WANDB_MODE={mode}" if mode else ("online, logged in" if logged_in() else "offline: no login")
+
+
+def _five_bits(device: str) -> str:
+    import torch
+
+    from left_bench.fivebit import Linear5bit, native
+
+    found = Linear5bit(32, 32, compute_dtype=torch.bfloat16, device=device).decoded_by
+    on_cpu = device == "cpu" and found == native.TORCH
+    return f"{found} (pip install 'left-bench[fivebit]' makes it faster)" if on_cpu else found
 
 
 def _matrix_product(device: str) -> str:

@@ -58,6 +58,12 @@ def load_model(cell: Cell, *, folder: str, device: str) -> tuple[PreTrainedModel
     return model, _found(model, cell)
 
 
+def make_ready(cell: Cell, *, device: str) -> None:
+    """What a quantization compiles, compiled before the baseline: its seconds and bytes are no phase's."""
+    if device == "cpu" and cell.quantization.target == "left_bench.fivebit.FiveBitConfig":
+        instantiate(cell.quantization.target, cell.quantization.config, key="quantization").prepare()
+
+
 def apply_precision(cell: Cell, *, device: str) -> None:
     """Set the matrix products' rounding; raises NotInForce where the device has no such mode."""
     if cell.precision.tf32 and device != "cuda":
@@ -165,11 +171,18 @@ def _found(model: PreTrainedModel, cell: Cell) -> dict[str, Any]:
     found = {
         "weights_dtype": "+".join(name for name, _ in sorted(dtypes.items())) or None,
         "attention": model.config._attn_implementation,
+        "five_bit_decoder": "+".join(sorted(_decoders(model))) or None,
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
         "revision": resolved_revision(cell.model),
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _decoders(model: torch.nn.Module) -> set[str]:
+    """Who decodes the weights of its 5-bit layers."""
+    found = (getattr(module, "decoded_by", None) for module in model.modules())
+    return {name for name in found if isinstance(name, str)}
 
 
 def open_pretrained(cell: Cell) -> tuple[str, PreTrainedTokenizerBase]:

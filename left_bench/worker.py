@@ -36,7 +36,7 @@ from left_bench.seats import assigned_cores, concurrent_cells
 CELL_NAME, OUTCOME_NAME, ADAPTER_NAME, ROWS_NAME = "cell.json", "outcome.json", "adapter", "rows.jsonl"
 _VERSIONS = (
     *("left-bench", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
-    *("datasets", "evaluate", "tokenizers", "safetensors", "numpy"),
+    *("datasets", "evaluate", "tokenizers", "safetensors", "numpy", "llvmlite"),
 )
 NO_OUTCOME = 74  # sysexits.h: EX_IOERR
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -85,6 +85,7 @@ def work(
     splits = load_data(cell.data, tokenizer, max_length=cell.training.max_length)
     test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
 
+    models.make_ready(cell, device=device.kind)
     meter = Meter(device, events)
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics["truncated_rows"] = splits.truncated_rows

@@ -421,4 +421,7 @@ def test_a_whole_cell(tmp_path: Path, name: str) -> None:
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["status"] == "ok", record.get("reason")
     assert record["metrics"]["quantized_modules"] == 14
+    compute = getattr(torch, record["config"]["precision"]["compute_dtype"])
+    decoder = Linear5bit(64, 64, **SCHEMES[name], compute_dtype=compute).decoded_by
+    assert record["environment"]["effective"]["five_bit_decoder"] == decoder
     assert 5.1 < record["metrics"]["quantized_bits_per_param"] <= 5.5

@@ -515,6 +515,17 @@ def test_quantized_weights_are_no_unfulfilled_request() -> None:
     assert what == "not as asked"
 
 
+def test_who_decodes_five_bits_confounds_only_where_there_are_five_bits() -> None:
+    changes = {"quantization.name": "nf5", "quantization._target_": "left_bench.fivebit.FiveBitConfig"}
+    dense, fast, slow = rows_of(
+        make_record(),
+        *(make_record(changes=changes, effective={"five_bit_decoder": name}) for name in ("llvm-avx512", "torch")),
+    )
+    names = {id(dense): "dense", id(fast): "fast", id(slow): "slow"}
+    assert confounders([dense, fast], names) == []
+    assert confounders([dense, fast, slow], names) == [("five_bit_decoder", "llvm-avx512: fast; torch: slow")]
+
+
 def test_random_weights_have_no_quality(tmp_path: Path) -> None:
     text = write_report(RECORDED / "random_weights", name="random_weights", out=tmp_path).read_text(encoding="utf-8")
     assert "**Random weights: no quality is scored**" in section(text, "Quality")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from left_bench.fivebit import native
 from left_bench.fivebit.codebook import levels, look_up
 from left_bench.fivebit.packing import PLANES, SEGMENTS, pack, unpacked
 
@@ -84,6 +85,7 @@ def quantize(
     return pack(codes.view(-1), together=TOGETHER[scheme]).view(-1), constants
 
 
+@torch.compiler.disable  # it would be traced into Arrow and LLVM, which fails
 def dequantize(
     packed: torch.Tensor,
     constants: Mapping[str, torch.Tensor],
@@ -93,7 +95,22 @@ def dequantize(
     block_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The dense weight that the codes stand for: worked out in float32, rounded once to `dtype`."""
+    """The dense weight that the codes stand for: worked out in float32, rounded once to `dtype`.
+
+    In one pass where there is a kernel for it (`native`), else by torch's operations; the bits are the same.
+    """
+    if native.decoder(block_size=block_size, dtype=dtype, device=packed.device) == native.TORCH:
+        out = _by_torch(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype)
+    else:
+        out = torch.empty(packed.numel() * 8 // 5, dtype=dtype)
+        native.decode(packed, constants, out, scheme=scheme, block_size=block_size)
+    return out[: torch.Size(shape).numel()].view(shape)
+
+
+def _by_torch(
+    packed: torch.Tensor, constants: Mapping[str, torch.Tensor], *, scheme: str, block_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """All that is stored, padding included, flat."""
     planes = packed.view(PLANES, -1)
     scale = decoded_scale(constants).view(SEGMENTS, -1, 1)
     blocks = scale.shape[1]  # of one segment
@@ -113,8 +130,7 @@ def dequantize(
             part = (slice(first, first + len(some)), piece)
             out[part] = some.mul_(scale[part])
             first += len(some)
-    numel = torch.Size(shape).numel()
-    return out.view(-1)[:numel].view(shape)
+    return out.view(-1)
 
 
 def decoded_scale(constants: Mapping[str, torch.Tensor]) -> torch.Tensor:

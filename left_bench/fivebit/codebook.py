@@ -64,7 +64,7 @@ def look_up(pairs: torch.Tensor) -> Iterable[torch.Tensor]:
         found = level_pairs(pairs.device).index_select(0, pairs.view(-1).int())
         return [found.view(torch.float32).view(len(pairs), -1)]
     threads = min(len(pairs), torch.get_num_threads())
-    return [_take(pairs)] if threads == 1 else _pool(threads, os.getpid()).map(_take, pairs.chunk(threads))
+    return [_take(pairs)] if threads == 1 else pool(threads, os.getpid()).map(_take, pairs.chunk(threads))
 
 
 def _take(pairs: torch.Tensor) -> torch.Tensor:
@@ -81,6 +81,6 @@ def _arrow_table() -> pyarrow.Array:
 
 
 @cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """One for each process: a fork inherits the pool without its threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="look-up")
+def pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads for one process: a fork inherits the pool without its threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="decode")

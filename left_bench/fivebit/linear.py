@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from left_bench.fivebit import blocks
+from left_bench.fivebit import blocks, native
 
 
 class Linear5bit(nn.Linear):
@@ -52,6 +52,11 @@ class Linear5bit(nn.Linear):
     def constants(self) -> dict[str, torch.Tensor]:
         """The quantization constants by name."""
         return {name: self._buffers[name] for name in self.constant_names}  # type: ignore[misc]
+
+    @property
+    def decoded_by(self) -> str:
+        """Who decodes the weight for its products; a record's `effective.five_bit_decoder`."""
+        return native.decoder(block_size=self.block_size, dtype=self.compute_dtype, device=self.weight.device)
 
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """What this layer would store for a dense weight [out, in]: `weight` and the constants."""

@@ -12,6 +12,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from left_bench.errors import UserError
+from left_bench.fivebit import native
 from left_bench.fivebit.linear import Linear5bit
 
 QUANT_METHOD = "left_fivebit"
@@ -56,6 +57,15 @@ class FiveBitConfig(QuantizationConfigMixin):
         self.double_quant = double_quant
         self.compute_dtype = str(kind).removeprefix("torch.")
         self.modules_to_not_convert = modules_to_not_convert
+
+    def prepare(self) -> None:
+        """Compile what decodes such weights on a CPU, which the first use would do otherwise."""
+        native.prepare(
+            scheme=self.scheme,
+            double_quant=self.double_quant,
+            block_size=self.block_size,
+            compute_dtype=getattr(torch, self.compute_dtype),
+        )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -1,0 +1,170 @@
+"""Decoding in one pass over memory, by machine code that LLVM makes for this CPU (`llvmlite`, the extra `fivebit`).
+
+Compiled in memory for each process, in some 50 ms; nothing is kept on disk and no other compiler is needed. Where
+llvmlite is not installed, for other devices and for other dtypes, torch decodes (`blocks`), to the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from left_bench.fivebit import kernel
+from left_bench.fivebit.codebook import levels, pool
+
+TORCH = "torch"
+"""What `decoder` calls the way without a kernel."""
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+# Weights below which one thread is enough: torch's own grain.
+_GRAIN = 2**15
+
+
+class _OpenMP(NamedTuple):
+    """The entry points of the runtime that torch uses: its threads are awake, and another pool's would fight them."""
+
+    parallel: Callable[..., None]
+    threads: int
+    thread: int
+
+
+class Kernel(NamedTuple):
+    """Compiled code; the engine owns its memory."""
+
+    decode: Callable[[int, int, int], None]
+    share: int | None
+    engine: object
+
+
+def decoder(*, block_size: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Who decodes such weights: `llvm-avx512`, `llvm-avx2`, `llvm` or `torch`."""
+    if device.type != "cpu" or dtype not in _DTYPES or block_size % (2 * kernel.LANES) or look_up() is None:
+        return TORCH
+    if dtype == torch.float16 and not _halves():
+        return TORCH
+    way = look_up()
+    return "llvm" if way == "plain" else f"llvm-{way}"
+
+
+def prepare(*, scheme: str, double_quant: bool, block_size: int, compute_dtype: torch.dtype) -> None:
+    """Compile what decodes such weights, so that no measured step does; to float32 too, for measuring their error."""
+    for dtype in {compute_dtype, torch.float32}:
+        if decoder(block_size=block_size, dtype=dtype, device=torch.device("cpu")) != TORCH:
+            _compiled_here(scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=dtype)
+
+
+def decode(
+    packed: torch.Tensor, constants: Mapping[str, torch.Tensor], out: torch.Tensor, *, scheme: str, block_size: int
+) -> None:
+    """Decode all stored weights into `out`, flat, of the dtype wanted, padding included.
+
+    Only where `decoder` does not say `torch`.
+    """
+    double_quant = "nested_scale" in constants
+    code = _compiled_here(scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=out.dtype)
+    second = constants.get("nested_scale", constants.get("zero_point"))
+    tensors = (out, packed, constants["scale"], second, constants.get("nested_mean"))
+    held = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    blocks = out.numel() // (block_size * 8)
+    fields = [0 if tensor is None else tensor.data_ptr() for tensor in held]
+    arguments = (ctypes.c_int64 * len(kernel.ARGUMENTS))(*fields, blocks)
+    _run(code, ctypes.addressof(arguments), blocks, out.numel())
+
+
+def _compiled_here(*, scheme: str, double_quant: bool, block_size: int, dtype: torch.dtype) -> Kernel:
+    way = look_up()
+    assert way is not None, "asked only where `decoder` names a kernel"
+    return compiled(scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=_DTYPES[dtype], look_up=way)
+
+
+def _run(code: Kernel, arguments: int, blocks: int, numel: int) -> None:
+    threads = min(torch.get_num_threads(), blocks, max(1, numel // _GRAIN))
+    openmp = _openmp()
+    if threads == 1:
+        code.decode(arguments, 0, blocks)
+    elif openmp is not None and code.share is not None:
+        openmp.parallel(code.share, arguments, threads, 0)
+    else:
+        edges = [blocks * part // threads for part in range(threads + 1)]
+        list(pool(threads, os.getpid()).map(code.decode, [arguments] * threads, edges[:-1], edges[1:]))
+
+
+@cache
+def look_up() -> str | None:
+    """How this CPU looks levels up (`kernel.source`); None where llvmlite is not installed or cannot be loaded."""
+    try:
+        import llvmlite.binding as llvm
+    except (ImportError, OSError):  # OSError: its library wants a newer system
+        return None
+    if sys.byteorder != "little":
+        return None  # pairs of results are put together as integers
+    features = llvm.get_host_cpu_features()
+    return next((way for way, needs in (("avx512", "avx512f"), ("avx2", "avx2")) if features.get(needs)), "plain")
+
+
+@cache
+def _halves() -> bool:
+    """Whether this CPU rounds to float16 by itself; where not, LLVM would call a library that is not there."""
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("f16c") or features.get("avx512f")) or llvm.get_process_triple().startswith(
+        ("aarch64", "arm64")
+    )
+
+
+@cache
+def compiled(*, scheme: str, double_quant: bool, block_size: int, dtype: str, look_up: str) -> Kernel:
+    """The machine code for one kind of weights."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), jit=True
+    )
+    openmp = _openmp()
+    text = kernel.source(
+        scheme=scheme,
+        double_quant=double_quant,
+        block_size=block_size,
+        dtype=dtype,
+        levels=levels("nf5", torch.device("cpu")).tolist(),
+        look_up=look_up,
+    )
+    if openmp is not None:
+        text += kernel.team(count=openmp.threads, number=openmp.thread)
+    module = llvm.parse_assembly(text)
+    module.triple = machine.triple
+    module.verify()
+    # no passes: they find nothing to better in these loops, and take twice as long as making the code
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)  # without the GIL
+    decode_address = engine.get_function_address("decode")
+    share = engine.get_function_address("share") if openmp is not None else None
+    return Kernel(prototype(decode_address), share, engine)
+
+
+@cache
+def _openmp() -> _OpenMP | None:
+    """The OpenMP runtime that torch brought into this process, where its GNU entry points are to be seen."""
+    if sys.platform != "linux":
+        return None
+    process = ctypes.CDLL(None)
+    try:
+        parallel = process.GOMP_parallel
+        asked = [
+            ctypes.cast(function, ctypes.c_void_p).value or 0
+            for function in (process.omp_get_num_threads, process.omp_get_thread_num)
+        ]
+    except AttributeError:
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return _OpenMP(parallel, *asked)
