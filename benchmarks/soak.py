@@ -123,9 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(figures.lost or figures.doubled or figures.torn or figures.left_running))
 
 
-def soak(
-    folder: Path, *, cells: int, launches: int, kills: int, seed: int = 0, broken: str | None = None
-) -> Figures:
+def soak(folder: Path, *, cells: int, launches: int, kills: int, seed: int = 0, broken: str | None = None) -> Figures:
     """Run `cells` cells by `launches` launches at once; `kills` signals go to launches and workers drawn at random."""
     draw = random.Random(seed)
     figures = Figures(cells=cells)

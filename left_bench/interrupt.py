@@ -1,6 +1,6 @@
 """A request to end (Ctrl-C, a batch system's SIGTERM, a closed terminal), taken where nothing can swallow it.
 
-Python runs a signal's handler between any two instructions: also in a weakref's callback, in a finalizer, in an import's
+Python runs a signal's handler between any two instructions: also in a weakref's callback, a finalizer or an import's
 lock, whose exceptions are printed and forgotten, and within the `except:` of other people's code. A KeyboardInterrupt
 raised there is lost. So the handler only notes the request, and a launch asks for it (`check`) where it may safely
 stop: before it composes a job, before a cell, at each look at a worker or a lock. What comes to no such place in time,

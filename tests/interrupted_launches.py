@@ -20,12 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# All that a launch imports, so that the forks begin with it.
+# unused here: what a launch imports, so that the forks begin with it
 import hydra._internal.core_plugins.basic_launcher
-import hydra._internal.core_plugins.basic_sweeper
-import matplotlib.pyplot
-import multiprocessing.forkserver
-import pandas  # noqa: F401
+import hydra._internal.core_plugins.basic_sweeper  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
 
 import left_bench.report.plots  # noqa: F401
 from left_bench import cli, interrupt, launch
