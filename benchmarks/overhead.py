@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -68,7 +67,10 @@ def resume_seconds(folder: Path, cells: int) -> float:
         (runs / cell.id).mkdir(exist_ok=True)
         copy = record | {"cell_id": cell.id, "config": cell.sections()}
         (runs / cell.id / "record.json").write_text(json.dumps(copy))
-    return run(["-m", *TINY, f"seed=range({cells})", f"runs_dir={runs}"], folder)
+    seconds = run(["-m", *TINY, f"seed=range({cells})", f"runs_dir={runs}"], folder)
+    begun = len(list(runs.glob("*/events.jsonl")))
+    assert begun == 1, f"{begun - 1} of the {cells} cells were run again"
+    return seconds
 
 
 def _cells(count: int, runs: Path) -> list[Any]:
@@ -101,12 +103,15 @@ def report_cost(folder: Path, records: int) -> tuple[float, float]:
         (runs / cell_id).mkdir()
         copy = record | {"cell_id": cell_id, "choices": choices, "metrics": metrics, "config": config}
         (runs / cell_id / "record.json").write_text(json.dumps(copy))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    seconds = run(["report", str(runs), "--out", str(folder / "out")], folder)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    if after <= before:  # an earlier child was larger, so the report's own peak is not known
-        raise SystemExit("the report's memory could not be told from an earlier command's")
-    return seconds, after / 1024
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "left_bench", "report", str(runs), "--out", str(folder / "out")]
+    child = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(child.pid, 0)  # this child's own peak, not that of the largest child so far
+    child.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
+    if child.returncode != 0:
+        raise SystemExit(f"left-bench report: exit code {child.returncode}")
+    return seconds, used.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -118,14 +123,11 @@ def main() -> None:
     os.environ.setdefault("WANDB_MODE", "offline")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # in a process tree of its own: the largest child so far would hide the report's memory
-        with_records = [sys.executable, __file__, "--report-only", str(arguments.records)]
         figures: dict[str, float] = {"help_seconds": help_seconds(folder)}
         first, later = cell_overhead(folder, arguments.cells)
         figures |= {"first_cell_overhead_seconds": first, "cell_overhead_seconds": later}
         figures["resume_100_cells_seconds"] = resume_seconds(folder, 100)
-        done = subprocess.run(with_records, capture_output=True, text=True, check=True)
-        figures |= json.loads(done.stdout)
+        figures["report_seconds"], figures["report_peak_mib"] = report_cost(folder, arguments.records)
     text = markdown(figures, arguments)
     print(text)
     if arguments.out:
@@ -165,9 +167,4 @@ def markdown(figures: dict[str, float], arguments: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    if "--report-only" in sys.argv:
-        with tempfile.TemporaryDirectory() as name:
-            seconds, mebibytes = report_cost(Path(name), int(sys.argv[-1]))
-        print(json.dumps({"report_seconds": seconds, "report_peak_mib": mebibytes}))
-    else:
-        main()
+    main()

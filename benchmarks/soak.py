@@ -1,15 +1,20 @@
 """A soak: many launches over one runs folder, launches and workers killed at random, and nothing lost, doubled or torn.
 
     python benchmarks/soak.py [--cells 200] [--launches 20] [--kills 150] [--seed 0] [--out reports/soak.md]
+    python benchmarks/soak.py --break claims|writes|records     a promise broken on purpose: the soak has to notice
 
 Everything is the package's own (claims, isolation, records) but for the measured run: a small program in its place
 writes an outcome within a tenth of a second, watches for a second one of the same cell, and notes that it ran.
 Signals are real ones. The last launch is left alone, as a person would start the command again.
+
+A soak that counts nothing may be blind. `--break` takes one promise away in the soak's own launches (the claim of a
+cell, the whole writing of a record, its being written at all); the package has no such switch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -19,23 +24,27 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from left_bench import cli, launch
+from left_bench import interrupt, launch
+from left_bench import record as records
 from left_bench.cell import GROUPS, Cell
 from left_bench.isolate import run_isolated
 from left_bench.record import RECORD_NAME, read_record
 
 JOURNAL = "journal"
+STEP_SECONDS = 0.02
+BROKEN = ("claims", "writes", "records")
 WORKER = """
 import ctypes, fcntl, json, os, pathlib, signal, sys, time
 launcher = int(os.environ["LEFT_BENCH_LAUNCHER_PID"])
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 if os.getppid() != launcher:
     os._exit(1)
-folder = pathlib.Path(sys.argv[1])
+step_seconds, folder = float(sys.argv[1]), pathlib.Path(sys.argv[2])
 def note(what):
     handle = os.open(folder.parent / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(handle, f"{what} {folder.name} {os.getpid()}\\\\n".encode())
@@ -53,7 +62,7 @@ with open(folder / "events.jsonl", "a") as events:
         events.write(json.dumps({"event": "step", "time": 0, "step": step, "loss": 1 / step, "seconds": 0.01,
                                  "tokens": 8, "answer_tokens": 2, "rows": 1, "tokens_per_second": 800}) + "\\\\n")
         events.flush()
-        time.sleep(0.02)
+        time.sleep(step_seconds)
 record = {"schema_version": 1, "cell_id": folder.name, "status": "ok", "started_at": "", "finished_at": "",
           "choices": cell["choices"], "config": {"seed": cell["seed"]}, "metrics": {"eval_loss": float(cell["seed"])}}
 (folder / ".outcome").write_text(json.dumps(record))
@@ -96,10 +105,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--break", choices=BROKEN, dest="broken", help="take a promise away, to see that it is noticed")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         figures = soak(
-            Path(folder), cells=options.cells, launches=options.launches, kills=options.kills, seed=options.seed
+            Path(folder),
+            cells=options.cells,
+            launches=options.launches,
+            kills=options.kills,
+            seed=options.seed,
+            broken=options.broken,
         )
     text = page(figures, options)
     if options.out is not None:
@@ -108,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(figures.lost or figures.doubled or figures.torn or figures.left_running))
 
 
-def soak(folder: Path, *, cells: int, launches: int, kills: int, seed: int = 0) -> Figures:
+def soak(folder: Path, *, cells: int, launches: int, kills: int, seed: int = 0, broken: str | None = None) -> Figures:
     """Run `cells` cells by `launches` launches at once; `kills` signals go to launches and workers drawn at random."""
     draw = random.Random(seed)
     figures = Figures(cells=cells)
@@ -120,39 +135,49 @@ def soak(folder: Path, *, cells: int, launches: int, kills: int, seed: int = 0) 
     while True:
         for pid in [pid for pid in alive if os.waitpid(pid, os.WNOHANG)[0]]:
             alive.discard(pid)
-        if figures.kills >= kills:
+        if figures.launches and figures.kills >= kills:
             break
         while len(alive) < launches:  # whoever was killed, or is done, starts the same command again
-            alive.add(start_launch(wanted, runs))
+            alive.add(start_launch(wanted, runs, broken=broken))
             figures.launches += 1
+            if broken == "claims":  # two that begin a cell in the same millisecond stop at each other's files instead
+                time.sleep(5 * STEP_SECONDS)
         time.sleep(draw.uniform(0.0, 0.04))
-        for _ in range(draw.randint(1, 8)):  # several at once as well
+        for _ in range(min(draw.randint(1, 8), kills - figures.kills)):  # several at once as well
             strike(draw, alive, runs, figures)
         look(draw.sample(wanted, min(10, cells)), runs, figures)
         if all((runs / cell.id / RECORD_NAME).exists() for cell in wanted):
             break
-    for pid in alive:
-        os.waitpid(pid, 0)
-    last = start_launch(wanted, runs)
+    while alive:
+        look(draw.sample(wanted, min(10, cells)), runs, figures)
+        for pid in [pid for pid in alive if os.waitpid(pid, os.WNOHANG)[0]]:
+            alive.discard(pid)
+        time.sleep(0.02)
+    last = start_launch(wanted, runs, broken=broken)
     os.waitpid(last, 0)
     figures.launches += 1
     look(wanted, runs, figures)
     figures.seconds = time.monotonic() - start
+    count(wanted, runs, figures)
+    return figures
+
+
+def count(cells: list[Cell], runs: Path, figures: Figures) -> None:
+    """What the journal and the records say when all is over."""
     journal = [line.split() for line in (runs / JOURNAL).read_text().splitlines()]
     figures.doubled = sum(what in ("twice_at_once", "after_its_record") for what, *_ in journal)
     figures.attempts = sum(what == "start" for what, *_ in journal)
     figures.left_running = sum(is_worker(int(pid)) for what, _, pid in journal if what == "start")
-    for cell in wanted:
+    for cell in cells:
         try:
             record = read_record(runs / cell.id / RECORD_NAME)
         except ValueError:
             figures.lost += 1
             continue
         figures.lost += record.status != "ok" or record.metrics["eval_loss"] != cell.seed
-    return figures
 
 
-def start_launch(cells: list[Cell], runs: Path) -> int:
+def start_launch(cells: list[Cell], runs: Path, *, broken: str | None = None) -> int:
     """A launch in a process of its own, as `left-bench` runs a sweep; its process id."""
     pid = os.fork()
     if pid:
@@ -162,7 +187,10 @@ def start_launch(cells: list[Cell], runs: Path) -> int:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(nowhere, stream)
-        command = [sys.executable, "-I", "-S", "-c", WORKER]
+        if broken is not None:
+            break_promise(broken)
+        # with claims broken, long enough to meet another launch's run of the same cell
+        command = [sys.executable, "-I", "-S", "-c", WORKER, str(STEP_SECONDS * (5 if broken == "claims" else 1))]
         launch.run_isolated = partial(run_isolated, command=command)
         launch._fetch_model = lambda cell: None
         settings = launch.Settings(
@@ -172,7 +200,7 @@ def start_launch(cells: list[Cell], runs: Path) -> int:
             force_unsupported=True,
             tracker={},
         )
-        with cli.ended_as_by_ctrl_c():
+        with interrupt.noted():
             launch.begin([cell.id for cell in cells], settings, later=[])
             later = [
                 partial(launch.run_cell, cell, settings, overrides=[])
@@ -183,6 +211,32 @@ def start_launch(cells: list[Cell], runs: Path) -> int:
         code = 0
     finally:
         os._exit(code)
+
+
+def break_promise(which: str) -> None:
+    """Take away, in this process, what keeps a cell from being doubled, torn or lost."""
+
+    @contextlib.contextmanager
+    def claimed_by_all(run_dir: Path) -> Iterator[bool]:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        yield True
+
+    def write_piecemeal(path: Path, text: str) -> Path:
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text[: len(text) // 2])
+            file.flush()
+            time.sleep(0.2)
+            file.write(text[len(text) // 2 :])
+        return path
+
+    def write_some(path: Path, text: str) -> Path:
+        return path if json.loads(text)["config"]["seed"] % 3 == 0 else records_write(path, text)
+
+    records_write = records.write_atomically
+    if which == "claims":
+        launch.claim = claimed_by_all
+    else:
+        records.write_atomically = write_piecemeal if which == "writes" else write_some
 
 
 def strike(draw: random.Random, alive: set[int], runs: Path, figures: Figures) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from left_bench import interrupt
 from left_bench.record import write_atomically
 
 LOCK_NAME, ATTEMPT_NAME = ".lock", "attempt"
@@ -62,6 +63,7 @@ def until_done(attempts: list[Callable[[], _Done | None]]) -> list[_Done]:
     while waiting:
         still = []
         for attempt in waiting:
+            interrupt.check()
             found = attempt()
             if found is None:
                 still.append(attempt)

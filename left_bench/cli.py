@@ -5,17 +5,15 @@ Nothing here imports torch: `--help` and a mistyped sweep are answered at once.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from left_bench import __version__
+from left_bench import __version__, interrupt
 from left_bench.errors import UserError, nearest, user_errors
 from left_bench.paths import config_root, is_installed
 
@@ -39,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             if argv and argv[0] == "--version":
                 print(f"left-bench {__version__}")
                 return 0
-            return _run(argv)
+            with interrupt.noted():
+                return _run(argv)
         commands: dict[str, Callable[[list[str]], int]] = {
             "report": _report,
             "compare": _compare,
@@ -118,30 +117,8 @@ def _run(argv: list[str]) -> int:
         with user_errors():
             return run_job(config)
 
-    with ended_as_by_ctrl_c():
-        hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(task)()
+    hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(task)()
     return 0
-
-
-@contextlib.contextmanager
-def ended_as_by_ctrl_c() -> Iterator[None]:
-    """Take a request to end (a batch system's SIGTERM, a closed terminal) as a Ctrl-C: workers end, nothing is torn."""
-
-    def end(number: int, _frame: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        asked = []  # only there may handlers be set
-    # what is ignored stays ignored: `nohup`
-    before = {number: signal.getsignal(number) for number in asked if signal.getsignal(number) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def launch_name(argv: list[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from left_bench import limits
+from left_bench import interrupt, limits
 from left_bench import process as processes
 from left_bench.cell import Cell
 from left_bench.checkpoint import forget_checkpoints
@@ -57,15 +57,20 @@ def run_isolated(
             seen.append(event)
             on_event(event)
 
-    process = processes.start(
-        run_dir,
-        log=run_dir / LOG_NAME,
-        environment=worker_environment(cell),
-        command=command,
-        fork=cell.hardware.device == "cpu",
-    )
+    try:
+        process = processes.start(
+            run_dir,
+            log=run_dir / LOG_NAME,
+            environment=worker_environment(cell),
+            command=command,
+            fork=cell.hardware.device == "cpu",
+        )
+    except (OSError, EOFError):
+        interrupt.check()  # a terminal's Ctrl-C ends a fork server that is still importing
+        raise
     try:
         while process.wait(_LOOK_EVERY_SECONDS) is None:
+            interrupt.check()
             look()
             too_long = _too_long(cell, running=time.monotonic() - start, silent=time.monotonic() - last_sign)
             if too_long is not None:

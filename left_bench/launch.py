@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from left_bench import interrupt
 from left_bench.carried import Ended, forget_jobs, note_job, noted_jobs, store_received
 from left_bench.cell import Cell, fingerprint
 from left_bench.checkpoint import forget_checkpoints
@@ -30,7 +31,7 @@ from left_bench.errors import UserError, user_errors
 from left_bench.isolate import LOG_NAME, run_isolated
 from left_bench.loader import use_sweep_loader
 from left_bench.progress import say_end, watch
-from left_bench.record import RECORD_NAME, NewerSchema, Record, Status, read_record
+from left_bench.record import RECORD_NAME, KnownParts, NewerSchema, Record, Status, read_record
 from left_bench.redact import redact_file, redacted_record
 from left_bench.rules import why_unsupported
 from left_bench.seats import SCHEDULERS, available_cores, cells_at_once, seated
@@ -95,6 +96,7 @@ def run_job(config: DictConfig) -> Ended:
         )
 
     try:
+        interrupt.check()
         record = attempt()
         if record is None and _later is not None and not searches(hydra):
             _later.append(attempt)
@@ -212,6 +214,8 @@ def _run_claimed(
                 record = run_isolated(cell, run_dir, on_event=on_event)
         except UserError as error:  # this machine has no such seat
             record = _ended(cell, "failed", str(error))
+    if record.status != "ok":  # a terminal's Ctrl-C goes to the children as well, and what they say of it is no result
+        interrupt.check()
     told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command_of(overrides)}
     provenance = record.provenance | told
     record = redacted_record(record.model_copy(update={"attempt": attempt.number, "provenance": provenance}))
@@ -279,8 +283,10 @@ class Launch(Callback):
             for job in jobs_of(config):  # one at a time: thousands of configurations would fill the memory
                 cell, settings = compose(job, job.hydra)
                 ids[cell.id] = None
+                interrupt.check()
                 unlike.setdefault(fingerprint([cell.identity["model"], cell.identity["data"]]), cell)
             for cell in unlike.values():
+                interrupt.check()
                 check_cell(cell)
                 if searches(config.hydra):
                     check_objective(cell, settings.objective)
@@ -309,6 +315,7 @@ class Launch(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         runs_dir = Path(config.runs_dir)
+        interrupt.check()
         with user_errors(callback=True):
             if _later:
                 print(f"waiting for {len(_later)} cells that another launch is running")
@@ -356,8 +363,12 @@ def _finish(
     from left_bench.report import print_summary, write_report
     from left_bench.tracker.comparison import track_sweep
 
-    records = [record for cell in cells if (record := _previous(runs_dir / cell / RECORD_NAME)) is not None]
+    known: KnownParts = {}
+    paths = [runs_dir / cell / RECORD_NAME for cell in cells]
+    records = [record for path in paths if (record := _previous(path, known=known)) is not None]
     print_summary(records)
+    all_well = len(records) == len(cells) and all(record.status in ("ok", "unsupported") for record in records)
+    del records, known  # the report reads them again
     if manifest is not None:
         markdown = write_report(runs_dir, name=manifest.name, out=reports_dir)
         print(f"report: {markdown}\npage: {markdown.with_suffix('.html')}")
@@ -371,11 +382,11 @@ def _finish(
             markdown=markdown,
         )
     print(f"records: {runs_dir}/<cell>/{RECORD_NAME}")
-    if len(records) < len(cells) or any(record.status not in ("ok", "unsupported") for record in records):
+    if not all_well:
         raise SystemExit(1)
 
 
-def _previous(path: Path) -> Record | None:
+def _previous(path: Path, *, known: KnownParts | None = None) -> Record | None:
     """The record that is there; a damaged one is said, put aside, and counts as none.
 
     Raises:
@@ -384,7 +395,7 @@ def _previous(path: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        return read_record(path)
+        return read_record(path, known=known)
     except NewerSchema as error:
         raise UserError(f"{error}; upgrade left_bench or give another runs_dir=") from error
     except ValueError as error:

@@ -18,6 +18,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from left_bench import interrupt
+
 _KEPT = 512  # compositions of 150 kB each
 
 
@@ -34,6 +36,7 @@ class SweepLoader(ConfigLoaderImpl):
         return self.__dict__ | {"_composed": OrderedDict(), "_groups": {}}
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        interrupt.check()  # the sweeper composes all jobs in a row, to see that it can
         overrides = [_parse(text) for text in sweep_overrides]
         if any(override.is_hydra_override() for override in overrides):
             return super().load_sweep_config(master_config, sweep_overrides)

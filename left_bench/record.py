@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -174,8 +175,16 @@ class NewerSchema(ValueError):
     """A record that a newer left_bench has written."""
 
 
-def read_record(path: Path) -> Record:
+KnownParts: TypeAlias = dict[tuple[type, str], Any]
+"""Parts of records by type and text, so that equal ones become one object."""
+
+
+def read_record(path: Path, *, known: KnownParts | None = None) -> Record:
     """Read one record.
+
+    Args:
+        known: parts of the records read before, and filled with this one's. Ten thousand records hold a few dozen
+            different sections, versions and prompts between them; each for itself would be 1 GiB. None: share nothing.
 
     Raises:
         NewerSchema: it was written by a newer left_bench; a ValueError too.
@@ -189,11 +198,28 @@ def read_record(path: Path) -> Record:
     if version != SCHEMA_VERSION:
         kind = NewerSchema if isinstance(version, int) and version > SCHEMA_VERSION else ValueError
         raise kind(f"{path}: schema version {version!r}, this left_bench reads {SCHEMA_VERSION}")
+    if known is not None:
+        _share(raw, known)
     try:
         return Record.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _share(raw: dict[str, Any], known: KnownParts) -> None:
+    """Put what is known already in the place of its equals; the texts tell 1 from 1.0 and keep the order of keys."""
+
+    def same(value: Any) -> Any:
+        if isinstance(value, (dict, list)):
+            return known.setdefault((type(value), json.dumps(value)), value)
+        return known.setdefault((str, value), value) if isinstance(value, str) else value
+
+    for part, value in raw.items():
+        if isinstance(value, dict):
+            raw[part] = {sys.intern(key): same(inner) for key, inner in value.items()}
+        elif isinstance(value, list):  # phases, scores, samples
+            raw[part] = [{k: same(v) for k, v in one.items()} if isinstance(one, dict) else one for one in value]
 
 
 def write_atomically(path: Path, text: str) -> Path:

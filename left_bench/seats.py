@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from left_bench import interrupt
 from left_bench.errors import UserError
 
 CORES, AT_ONCE = "LEFT_BENCH_CORES", "LEFT_BENCH_AT_ONCE"
@@ -163,6 +164,7 @@ def count_devices(kind: str) -> int:
 def _wait_for(names: Sequence[str], count: int, held: contextlib.ExitStack, *, prefix: str) -> list[str]:
     folder = _folder()
     while (taken := take(names, count, lambda name: _try_lock(folder / f"{prefix}{_file_name(name)}"))) is None:
+        interrupt.check()
         time.sleep(_LOOK_EVERY_SECONDS)
     for lock in taken.values():
         held.callback(lock.close)

@@ -74,6 +74,27 @@ def test_a_record_survives_the_disk(record, tmp_path_factory):
     assert [path.name for path in folder.iterdir()] == [RECORD_NAME]
 
 
+@given(first=RECORDS, second=RECORDS)
+def test_records_that_share_their_parts_are_the_same_records(first, second, tmp_path_factory):
+    known = {}
+    folder = tmp_path_factory.mktemp("record")
+    for record in (first, second, first):
+        assert read_record(record.write(folder), known=known) == record
+
+
+def test_equal_parts_are_one_object(tmp_path):
+    sections = {"model": {"name": "tiny", "layers": 1}, "seed": 0}
+    known = {}
+    read = [
+        read_record(small(config=config, environment={"versions": {"torch": "2"}}).write(tmp_path), known=known)
+        for config in (sections, sections | {"seed": 1}, sections | {"model": {"name": "tiny", "layers": 1.0}})
+    ]
+    assert read[0].config["model"] is read[1].config["model"]
+    assert read[0].environment["versions"] is read[2].environment["versions"]
+    assert type(read[2].config["model"]["layers"]) is float
+    assert [record.config["seed"] for record in read] == [0, 1, 0]
+
+
 def test_what_was_not_measured_is_absent(tmp_path):
     small().write(tmp_path)
     plain = json.loads((tmp_path / RECORD_NAME).read_text())

@@ -35,6 +35,7 @@ from left_bench.report.markdown import code, escape, fence, table
 from left_bench.report.placement import overlap
 from left_bench.report.plots import pareto_figure, plot_style, write_plots
 from left_bench.report.ranking import best_rows, confounders, pareto_front, ties_with_best
+from left_bench.report.seeds import pool
 from left_bench.report.tables import Report
 from left_bench.report.values import format_against, format_error, format_share, significant
 
@@ -891,6 +892,34 @@ def test_the_summary_obeys_no_text() -> None:
         color_system=None,
     )
     assert "[red]x[/red]" in text and "\x1b[2J" not in text and "[bold] next" in text
+
+
+def test_the_summary_of_very_many_is_cut_and_says_so() -> None:
+    records = [make_record(changes={"seed": seed}, status="failed", reason="r") for seed in range(205)]
+    text = printed(records)
+    assert len(re.findall(r"^seed \d+ +failed ", text, re.MULTILINE)) == text.count(": failed: r\n") == 200
+    assert "and 5 more cells\n" in text and "and 5 more that are not ok\n" in text
+
+
+def test_thousands_of_records_fit_in_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    record = json.loads(next((RECORDED / "methods").glob("*-none-lora-*/record.json")).read_text(encoding="utf-8"))
+    for number in range(200):
+        record["config"]["seed"] = number
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "record.json").write_text(json.dumps(record))
+    tracemalloc.start()
+    try:
+        runs, _ = read_runs(tmp_path)
+        rows = pool([row_of(run) for run in runs])
+        find_axes([row_of(run) for run in runs])
+        used, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (len(runs), len(rows)) == (200, 1)
+    assert used < 200 * 25_000, used  # ten thousand: 250 MB
+    assert peak < 200 * 35_000, peak
 
 
 def test_the_summary_of_nothing_is_nothing() -> None:

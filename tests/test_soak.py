@@ -28,6 +28,20 @@ def test_twenty_launches_killed_at_random(tmp_path):
     assert figures["attempts begun"] > 40
 
 
+@pytest.mark.parametrize(
+    ("broken", "noticed"), [("claims", "cells doubled"), ("writes", "records torn"), ("records", "cells lost")]
+)
+def test_a_broken_promise_is_noticed(broken, noticed, tmp_path):
+    """A soak that counts nothing may be blind: without claims, whole writes or records it has to count."""
+    out = tmp_path / "soak.md"
+    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--break", broken, "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--cells", "4", "--launches", "3", "--kills", "0"], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert read(out)[noticed] > 0, done.stdout
+
+
 @pytest.mark.parametrize("path", [ROOT / "reports" / "soak.md"])
 def test_the_page_says_what_it_must(path):
     figures = read(path)

@@ -13,7 +13,7 @@ from typing import Any
 from left_bench.cell import GROUPS, slugify
 from left_bench.errors import UserError, nearest
 from left_bench.record import METRICS, Record
-from left_bench.report.load import Problem, Run, Sweep, flatten, score_of
+from left_bench.report.load import FlatSections, Problem, Run, Sweep, flat_section, flatten, score_of
 from left_bench.report.values import ABSENT, format_setting, format_value, one_line
 
 NOT_RUN = "not run"
@@ -329,14 +329,18 @@ def _choices(rows: Sequence[Row]) -> list[dict[str, str]]:
 def _varying_leaves(
     rows: Sequence[Row], choices: Sequence[dict[str, str]], varying: Sequence[str]
 ) -> dict[str, list[Any]]:
-    flat = [settings(row) if row.record else None for row in rows]
-    keys = dict.fromkeys(key for row in flat if row for key in row if "." in key)
+    configs = [row.record.config if row.record else None for row in rows]
+    flat: FlatSections = {}
+    section_of = {
+        key: name for config in configs if config for name in config for key in flat_section(name, config[name], flat)
+    }
+    one_only = {name for name in section_of.values() if len({id(c.get(name)) for c in configs if c is not None}) == 1}
     leaves: dict[str, list[Any]] = {}
-    for key in keys:
-        if key.startswith(_NOT_AN_AXIS) or key.endswith((".name", "._target_")):
+    for key, name in section_of.items():
+        if "." not in key or name in one_only or key.startswith(_NOT_AN_AXIS) or key.endswith((".name", "._target_")):
             continue
-        values = [row.get(key) if row else None for row in flat]
-        known = [(value, choice) for value, choice, row in zip(values, choices, flat, strict=True) if row]
+        values = [flat_section(name, c[name], flat).get(key) if c and name in c else None for c in configs]
+        known = [(value, choice) for value, choice, c in zip(values, choices, configs, strict=True) if c is not None]
         if len({value for value, _ in known}) < 2:
             continue
         deciders: list[tuple[str, ...]] = [(group,) for group in varying]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 from left_bench.errors import UserError
-from left_bench.record import METRICS, RECORD_NAME, Record, Score, read_record
+from left_bench.record import METRICS, RECORD_NAME, KnownParts, Record, Score, read_record
 from left_bench.report.where import parse_where
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def read_runs(paths: PathLike | Iterable[PathLike]) -> tuple[list[Run], list[Pro
     Raises:
         UserError: a path does not exist.
     """
-    found = [_read(path) for path in _record_files(_paths(paths))]
+    known: KnownParts = {}
+    found = [_read(path, known) for path in _record_files(_paths(paths))]
     runs = [run for run in found if isinstance(run, Run)]
     problems = [problem for problem in found if isinstance(problem, Problem)]
     return sorted(runs, key=lambda run: (run.record.started_at, run.record.cell_id)), problems
@@ -240,6 +241,21 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+FlatSections: TypeAlias = dict[tuple[str, int], dict[str, Any]]
+
+
+def flat_section(name: str, section: Any, known: FlatSections) -> dict[str, Any]:
+    """One section of a configuration, flat and not to be changed; records that were read together share theirs.
+
+    Args:
+        known: what was flattened before, by the section's identity; good as long as those records are alive.
+    """
+    key = name, id(section)
+    if key not in known:
+        known[key] = flatten({name: section})
+    return known[key]
+
+
 def score_of(record: Record, metric: str) -> Score | None:
     """The score behind `record.metrics[metric]`: of several tasks', the one that has this very value."""
     scores = [score for score in record.scores if score.metric == metric]
@@ -273,9 +289,9 @@ def _record_files(paths: list[Path]) -> Iterator[Path]:
                 yield file
 
 
-def _read(path: Path) -> Run | Problem:
+def _read(path: Path, known: KnownParts) -> Run | Problem:
     try:
-        return Run(read_record(path), path)
+        return Run(read_record(path, known=known), path)
     except (ValueError, RecursionError) as error:
         return Problem(path, str(error).removeprefix(f"{path}: "))
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from left_bench.report.cells import Row
-from left_bench.report.load import flatten
+from left_bench.report.load import FlatSections, flat_section
 
 
 def pool(rows: Sequence[Row]) -> list[Row]:
@@ -17,10 +17,16 @@ def pool(rows: Sequence[Row]) -> list[Row]:
     row of its own. A cell that left no record joins the row that its id belongs to, where there is only one.
     """
     alike: dict[Hashable, list[Row]] = {}
+    flat: FlatSections = {}
+    told: dict[tuple[str, int], Hashable] = {}  # frozen once for all rows that share the section
     for row in rows:
         if row.record:
-            config = frozenset((key, value) for key, value in flatten(row.record.config).items() if key != "seed")
-            alike.setdefault((frozenset(row.record.choices.items()), config), []).append(row)
+            config = row.record.config
+            for name in config:
+                if (name, id(config[name])) not in told:
+                    told[name, id(config[name])] = frozenset(flat_section(name, config[name], flat).items())
+            leaves = (told[name, id(config[name])] for name in config if name != "seed")
+            alike.setdefault((frozenset(row.record.choices.items()), frozenset(filter(None, leaves))), []).append(row)
     groups = [group for same in alike.values() for group in _apart(same)]
     by_slug: dict[str, list[list[Row]]] = {}
     for group in groups:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from left_bench.record import Record
 from left_bench.report.cells import Row, find_axes, labels, row_of
 from left_bench.report.ranking import headline_quality
-from left_bench.report.tables import heading
+from left_bench.report.tables import ROWS_SHOWN, heading
 from left_bench.report.values import ABSENT, format_error, format_share, format_value, one_line
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _REASON_LIMIT = 300
 
 
 def print_summary(records: Sequence[Record], *, console: Console | None = None) -> None:
-    """Print the records, one line each, and beneath why some did not run.
+    """Print the records, one line each, and beneath why some did not run; of very many the first ones.
 
     Args:
         console: where to; None: standard output. Where that is no terminal, the text is plain and as wide as it needs.
@@ -48,7 +48,7 @@ def print_summary(records: Sequence[Record], *, console: Console | None = None) 
     metrics = [*([quality] if quality else []), *_COLUMNS]
     for metric in metrics:
         table.add_column(_HEADINGS.get(metric, heading(metric)), justify="right", no_wrap=True)
-    for row, name in zip(rows, names, strict=True):
+    for row, name in list(zip(rows, names, strict=True))[:ROWS_SHOWN]:
         style = "green" if row.ok else "yellow" if row.status == "unsupported" else "red"
         table.add_row(Text(name), Text(row.status, style=style), *(Text(_number(row, metric)) for metric in metrics))
     if console is None:
@@ -57,10 +57,14 @@ def print_summary(records: Sequence[Record], *, console: Console | None = None) 
             natural = Measurement.get(console, console.options.update(width=_NO_EDGE), table).maximum
             console.width = max(_PLAIN_WIDTH, natural)
     console.print(table)
-    for row, name in zip(rows, names, strict=True):
-        if not row.ok:
-            reason = one_line(row.reason or "no reason was recorded", limit=_REASON_LIMIT)
-            console.print(Text(f"{name}: {row.status}: {reason}"), soft_wrap=True)
+    if len(rows) > ROWS_SHOWN:
+        console.print(Text(f"and {len(rows) - ROWS_SHOWN:,} more cells"))
+    failed = [(row, name) for row, name in zip(rows, names, strict=True) if not row.ok]
+    for row, name in failed[:ROWS_SHOWN]:
+        reason = one_line(row.reason or "no reason was recorded", limit=_REASON_LIMIT)
+        console.print(Text(f"{name}: {row.status}: {reason}"), soft_wrap=True)
+    if len(failed) > ROWS_SHOWN:
+        console.print(Text(f"and {len(failed) - ROWS_SHOWN:,} more that are not ok"))
     if not any(row.scored for row in rows):
         console.print(Text("random weights: no quality is scored"))
 
