@@ -61,7 +61,7 @@ def work(
     Raises:
         Exception: whatever went wrong; `found` then holds what was measured before.
     """
-    from left_bench import adapter, base, evaluate, in_force, packing
+    from left_bench import adapter, base, evaluate, in_force, packing, quantized_cache
     from left_bench import merge as merging
     from left_bench import model as models
     from left_bench import train as training
@@ -96,8 +96,9 @@ def work(
 
         effective["memory_limit"] = device.limit(cell.hardware.memory_limit, run_dir=run_dir, exceeded=end_phase_too)
 
-    with meter.phase("load"):
-        base_model, loaded = models.load_model(cell, folder=folder, device=device.kind)
+    circumstances = {"machine": found["environment"]["machine"]["id"]}
+    circumstances |= {key: effective[key] for key in ("threads", "concurrent_cells")}
+    base_model, loaded = quantized_cache.load_base(cell, folder=folder, meter=meter, circumstances=circumstances)
     models.check_tokenizer(tokenizer, base_model)
     effective |= loaded
     meter.metrics |= models.base_metrics(base_model)
