@@ -137,7 +137,8 @@ def work(
         common: dict[str, Any] = {"loss": loss, "pad_id": pad_id, "packed": layout.packed}
         if cell.training.compile:
             with meter.phase("compile"):
-                training.compile_model(model, splits.train, cell, device=device.kind, **common)
+                compiling = training.compile_model(model, splits.train, cell, device=device.kind, **common)
+            common["compiling"] = compiling
         neighbours = Neighbours()
         try:
             with meter.phase("train") as counts, training.embedding_noise(model, cell.training.neftune_alpha):
@@ -150,7 +151,9 @@ def work(
                 found["provenance"]["resumed_after_steps"] = meter.starts[1:]
             meter.finish(measure_after=cell.training.measure_after, flops=flops.of, peak_flops=peak)
     effective["optimizer_state_dtype"] = states
-    training.uncompile(model)
+    if cell.training.compile:
+        meter.metrics |= {"compile_seconds": compiling.seconds, "compiled_graphs": compiling.graphs}
+        training.uncompile(model)
     account_for_peak(meter.memory_breakdown, meter.metrics)
 
     with meter.phase("evaluate") as counts:

@@ -31,11 +31,12 @@ def always_worth_it(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(session_cache, tmp_path, monkeypatch):
-    """The session's models, and a place for quantized ones that begins empty."""
-    monkeypatch.setattr(quantized_cache, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr("left_bench.pretrained.cache.cache_dir", lambda: tmp_path)
-    return tmp_path / "models"
+def own_cache(session_cache):
+    """The session's models, none of them quantized yet."""
+    models = session_cache / "models"
+    for path in models.glob("quantized-*"):
+        shutil.rmtree(path)
+    return models
 
 
 class Meter:
@@ -210,13 +211,15 @@ def test_a_damaged_folder_is_made_anew(harm, tiny_cell, load, own_cache):
 
 
 def test_a_full_disk_costs_no_cell(tiny_cell, load, own_cache, monkeypatch):
+    cell = tiny_cell("quantization=nf4")
+    models.open_pretrained(cell)
+
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    model, _, _ = load(tiny_cell("quantization=nf4"))
-    assert quantized_weights(model)
-    assert not [path for path in own_cache.iterdir() if path.name.endswith(".tmp") or path.is_dir()]
+    assert quantized_weights(load(cell)[0])
+    assert not [path for path in own_cache.iterdir() if path.name.endswith(".tmp") or path.name.startswith("quantized-")]
 
 
 def test_kept_weights_are_the_users_alone_and_hold_no_pickle(tiny_cell, load, own_cache):
