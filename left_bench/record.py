@@ -85,7 +85,9 @@ METRICS: dict[str, Metric] = {
     "other_cpu_share": Metric(
         "fraction", "none", "fact", "share of the machine's CPU time that other processes took in the train phase"
     ),
-    "compiled_graphs": Metric("count", "none", "fact", "pieces of code that torch.compile compiled, recompilations too"),
+    "compiled_graphs": Metric(
+        "count", "none", "fact", "pieces of code that torch.compile compiled, recompilations too"
+    ),
     "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
     "baseline_memory_bytes": Metric("bytes", "none", "fact", "process memory after imports, before the load phase"),
     # merging and saving

@@ -59,7 +59,7 @@ _TOUCHES = {
     "training.activation_checkpointing": ("memory", "speed"),
     "attention": ("memory", "speed"),
     "output_head": ("memory", "speed"),
-    "weights_from": ("speed",),
+    "weights_from": ("memory", "speed"),
     "peak_memory": ("memory",),
     "machine": ("speed",),
     "other processes": ("speed",),
