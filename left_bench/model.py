@@ -122,9 +122,9 @@ def _let_go_of_checkpoint(model: PreTrainedModel, *, all_of_it: bool) -> None:
     """Copy what is not quantized out of the memory-mapped checkpoint, so that the mapping can go.
 
     One embedding that is a view of it keeps every page resident that quantizing has read: all the unquantized weights,
-    203 MiB beside SmolLM2's 107 MiB of NF4, would count as the quantized model's memory. Where the quantized weights are
-    views too (`all_of_it`) they are copied as well: a half-copied file would count twice, and products of weights that
-    begin at other boundaries may round otherwise.
+    203 MiB beside SmolLM2's 107 MiB of NF4, would count as the quantized model's memory. Where the quantized weights
+    are views too (`all_of_it`) they are copied as well: a half-copied file would count twice, and products of weights
+    that begin at other boundaries may round otherwise.
     """
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -1,8 +1,8 @@
 """Quantized weights kept on disk after the first cell that needs them, and loaded by the others of a sweep.
 
 They lie beside the base-model files, `models/quantized-<key>/` in the user's cache: a safetensors checkpoint as
-`save_pretrained` writes it, and `load.json` with what the quantizing load took. Removing such a folder costs nothing but
-the time to quantize again.
+`save_pretrained` writes it, and `load.json` with what the quantizing load took. Removing such a folder costs nothing
+but the time to quantize again.
 """
 
 from __future__ import annotations

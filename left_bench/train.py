@@ -142,7 +142,7 @@ def compile_model(
     pad_id: int,
     packed: bool = False,
 ) -> Compiling:
-    """Compile the model's layers in place with dynamic shapes, and run them both ways so that training compiles nothing.
+    """Compile the model's layers in place with dynamic shapes; run them both ways so that training compiles nothing.
 
     Layer by layer: they are alike, so one is compiled and all are served, in a fraction of the whole model's time.
     """
