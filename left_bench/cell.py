@@ -221,7 +221,6 @@ _TAKEN_OVER = (
 )
 # What does not change the result besides the sections' names: limits on patience, and what was taken over above.
 _NOT_IDENTITY = {
-    "quantization": {"cache"},
     "peft": {"learning_rate"},
     "training": {"checkpoint_every"},
     "data": {"metrics", "max_new_tokens"},
