@@ -49,6 +49,9 @@ class Quantization(_Section):
     nominal_bits: int | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     """That class's own arguments."""
+    cache: bool = False
+    """Keep the quantized weights on disk for later cells, where loading them is faster than quantizing again. Off: a
+    cell that loads them shows a higher training peak (see docs/design.md)."""
 
 
 class Peft(_Section):

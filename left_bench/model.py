@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,13 @@ class NotInForce(RuntimeError):
     """Something that was asked for silently did not happen; the cell's numbers would bear a wrong name."""
 
 
-def load_model(cell: Cell, *, folder: str, device: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_model(
+    cell: Cell, *, folder: str, device: str, quantized: Path | None = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the base model from `folder` (see `pretrained.model_folder`) onto `device`.
+
+    Args:
+        quantized: a folder with the same model's weights as quantizing left them (see `quantized_cache`).
 
     Returns:
         The model, and what was found after loading: dtypes, attention kernel, quantized modules.
@@ -32,18 +38,18 @@ def load_model(cell: Cell, *, folder: str, device: str) -> tuple[PreTrainedModel
     """
     arguments: dict[str, Any] = {"dtype": DTYPES[cell.precision.weights_dtype]}
     if cell.quantization.target is not None:
-        arguments["quantization_config"] = instantiate(
-            cell.quantization.target, cell.quantization.config, key="quantization"
-        )
+        config = instantiate(cell.quantization.target, cell.quantization.config, key="quantization")
+        if quantized is None:  # else it is in the folder's own configuration
+            arguments["quantization_config"] = config
     if cell.training.attention is not None:
         arguments["attn_implementation"] = cell.training.attention
     if device != "cpu":
         arguments["device_map"] = {"": device}  # weights go straight to the device, no copy on the host
-    if source(cell.model) == "hub":
+    if source(cell.model) == "hub" and quantized is None:
         arguments["revision"] = cell.model.revision
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=cell.model.trust_remote_code, use_safetensors=True, **arguments
+            quantized or folder, trust_remote_code=cell.model.trust_remote_code, use_safetensors=True, **arguments
         )
     except OSError as error:
         raise unloadable(cell.model, error) from error
@@ -54,8 +60,11 @@ def load_model(cell: Cell, *, folder: str, device: str) -> tuple[PreTrainedModel
     _feed_head_contiguous(model)
     _keep_trainable(model)
     if device == "cpu" and quantized_weights(model):
-        _let_go_of_checkpoint(model)
-    return model, _found(model, cell)
+        _let_go_of_checkpoint(model, all_of_it=quantized is not None)
+    if quantized is not None:
+        model.config.name_or_path = model.name_or_path = folder  # an adapter's file names its base model
+    found = _found(model, cell)
+    return model, found | {"weights_from": "checkpoint" if quantized is None else "quantized_cache"}
 
 
 def make_ready(cell: Cell, *, device: str) -> None:
@@ -115,15 +124,23 @@ def base_metrics(model: torch.nn.Module) -> dict[str, float]:
     return metrics
 
 
-def _let_go_of_checkpoint(model: PreTrainedModel) -> None:
+def _let_go_of_checkpoint(model: PreTrainedModel, *, all_of_it: bool) -> None:
     """Copy what is not quantized out of the memory-mapped checkpoint, so that the mapping can go.
 
     One embedding that is a view of it keeps every page resident that quantizing has read: all the unquantized weights,
-    203 MiB beside SmolLM2's 107 MiB of NF4, would count as the quantized model's memory.
+    203 MiB beside SmolLM2's 107 MiB of NF4, would count as the quantized model's memory. Where the quantized weights
+    are views too (`all_of_it`) they are copied as well: a half-copied file would count twice, and products of weights
+    that begin at other boundaries may round otherwise.
     """
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point() and not any(not part.is_floating_point() for part in plain_parts(tensor)):
-            tensor.data = tensor.data.clone()
+        parts = list(plain_parts(tensor))
+        if all_of_it or all(part.is_floating_point() for part in parts):
+            for part in parts:
+                place = (part.data_ptr(), part.dtype, part.shape)  # int8 weights have two names for one storage
+                if place not in copies:
+                    copies[place] = part.data.clone()
+                part.data = copies[place]
 
 
 def _keep_trainable(model: PreTrainedModel) -> None:

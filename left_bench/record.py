@@ -55,7 +55,8 @@ METRICS: dict[str, Metric] = {
     "step_seconds_p50": Metric("seconds", "lower", "speed", "median optimizer step, same steps"),
     "step_seconds_p95": Metric("seconds", "lower", "speed", "95th percentile of the same steps"),
     "train_seconds": Metric("seconds", "lower", "speed", "the whole train phase, warm-up steps included"),
-    "load_seconds": Metric("seconds", "lower", "speed", "the load phase"),
+    "load_seconds": Metric("seconds", "lower", "speed", "loading the checkpoint, quantizing included"),
+    "compile_seconds": Metric("seconds", "lower", "speed", "torch.compile at work, before training and within it"),
     "generate_tokens_per_second": Metric(
         "tokens/s", "higher", "speed", "new tokens / seconds of greedy decoding, adapter attached"
     ),
@@ -84,6 +85,9 @@ METRICS: dict[str, Metric] = {
     ),
     "other_cpu_share": Metric(
         "fraction", "none", "fact", "share of the machine's CPU time that other processes took in the train phase"
+    ),
+    "compiled_graphs": Metric(
+        "count", "none", "fact", "pieces of code that torch.compile compiled, recompilations too"
     ),
     "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
     "baseline_memory_bytes": Metric("bytes", "none", "fact", "process memory after imports, before the load phase"),

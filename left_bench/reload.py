@@ -77,7 +77,7 @@ def compare_losses(run_dir: Path) -> str:
     """`equal`, or the largest difference of a row's loss between the saved adapter, loaded now, and `rows.jsonl`."""
     import torch
 
-    from left_bench import adapter, evaluate
+    from left_bench import adapter, evaluate, quantized_cache
     from left_bench import model as models
     from left_bench.data import load_data
     from left_bench.worker import set_threads
@@ -89,7 +89,8 @@ def compare_losses(run_dir: Path) -> str:
     folder, tokenizer = models.open_pretrained(cell)
     test = load_data(cell.data, tokenizer, max_length=cell.training.max_length).test
     test = test if cell.eval.rows is None else test[: cell.eval.rows]
-    base, _ = models.load_model(cell, folder=folder, device=device)
+    quantized = quantized_cache.kept(cell, folder=folder, device=device)
+    base, _ = models.load_model(cell, folder=folder, device=device, quantized=quantized)
     model = adapter.load_trained(base, run_dir / ADAPTER_NAME)
     if cell.autocast:
         adapter.let_autocast_convert(model)

@@ -16,6 +16,7 @@ from transformers import get_scheduler
 from left_bench.adapter import after_optimizer_step, regularization, trainable_parameters
 from left_bench.cell import Cell
 from left_bench.checkpoint import Checkpoint
+from left_bench.compiling import Compiling
 from left_bench.data import Example, collate, split_passes, step_rows
 from left_bench.errors import UserError
 from left_bench.in_force import check_gradient
@@ -42,6 +43,7 @@ def train(
     counts: PhaseCounts,
     pad_id: int,
     packed: bool = False,
+    compiling: Compiling | None = None,
 ) -> str:
     """Take `training.steps` optimizer steps; measurements go into `meter`.
 
@@ -51,6 +53,7 @@ def train(
     Args:
         loss: of `model`.
         packed: put the rows of a pass end to end (see `packing`).
+        compiling: of `compile_model`; what is compiled again in a step, for a shape not met before, is not the step's.
 
     Returns:
         The dtypes of the optimizer's states.
@@ -59,6 +62,7 @@ def train(
         Diverged: a loss or gradient that is not finite, or a loss that exploded, with the step.
     """
     settings, device = cell.training, meter.device.kind
+    compiling = compiling or Compiling()
     accelerator = Accelerator(cpu=device == "cpu")
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(model, cell, device=device)
@@ -109,7 +113,7 @@ def train(
 
         meter.device.synchronize()
         measured = Step(
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - start - compiling.take(),
             tokens=sum(batch.tokens for batch in batches),
             answer_tokens=answer_tokens,
             rows=len(indices),
@@ -137,18 +141,25 @@ def compile_model(
     device: str,
     pad_id: int,
     packed: bool = False,
-) -> None:
-    """Compile the model's layers in place with dynamic shapes, and run it both ways so that training compiles nothing.
+) -> Compiling:
+    """Compile the model's layers in place with dynamic shapes; run them both ways so that training compiles nothing.
 
     Layer by layer: they are alike, so one is compiled and all are served, in a fraction of the whole model's time.
     """
+    compiling = Compiling()
+    compiling.watch()
     for layer in layers_of(model):
         layer.compile(dynamic=True)
     model.train()
-    batch = collate([rows[index] for index in range(cell.training.batch_size)], pad_id=pad_id, packed=packed)
-    with autocast(cell, device=device):
-        loss.summed(batch.to(device)).backward()
+    with torch.random.fork_rng():  # the noise of training is what it would be without
+        for start in (0, cell.training.batch_size):  # another length shows what is still taken for a constant
+            indices = range(start, start + cell.training.batch_size)
+            batch = collate([rows[index % len(rows)] for index in indices], pad_id=pad_id, packed=packed)
+            with autocast(cell, device=device):
+                loss.summed(batch.to(device)).backward()
     model.zero_grad(set_to_none=True)
+    compiling.take()
+    return compiling
 
 
 def uncompile(model: torch.nn.Module) -> None:

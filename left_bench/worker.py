@@ -61,7 +61,7 @@ def work(
     Raises:
         Exception: whatever went wrong; `found` then holds what was measured before.
     """
-    from left_bench import adapter, base, evaluate, in_force, packing
+    from left_bench import adapter, base, evaluate, in_force, packing, quantized_cache
     from left_bench import merge as merging
     from left_bench import model as models
     from left_bench import train as training
@@ -97,8 +97,9 @@ def work(
 
         effective["memory_limit"] = device.limit(cell.hardware.memory_limit, run_dir=run_dir, exceeded=end_phase_too)
 
-    with meter.phase("load"):
-        base_model, loaded = models.load_model(cell, folder=folder, device=device.kind)
+    circumstances = {"machine": found["environment"]["machine"]["id"]}
+    circumstances |= {key: effective[key] for key in ("threads", "concurrent_cells")}
+    base_model, loaded = quantized_cache.load_base(cell, folder=folder, meter=meter, circumstances=circumstances)
     models.check_tokenizer(tokenizer, base_model)
     effective |= loaded
     meter.metrics |= models.base_metrics(base_model)
@@ -137,7 +138,8 @@ def work(
         common: dict[str, Any] = {"loss": loss, "pad_id": pad_id, "packed": layout.packed}
         if cell.training.compile:
             with meter.phase("compile"):
-                training.compile_model(model, splits.train, cell, device=device.kind, **common)
+                compiling = training.compile_model(model, splits.train, cell, device=device.kind, **common)
+            common["compiling"] = compiling
         neighbours = Neighbours()
         try:
             with meter.phase("train") as counts, training.embedding_noise(model, cell.training.neftune_alpha):
@@ -150,7 +152,9 @@ def work(
                 found["provenance"]["resumed_after_steps"] = meter.starts[1:]
             meter.finish(measure_after=cell.training.measure_after, flops=flops.of, peak_flops=peak)
     effective["optimizer_state_dtype"] = states
-    training.uncompile(model)
+    if cell.training.compile:
+        meter.metrics |= {"compile_seconds": compiling.seconds, "compiled_graphs": compiling.graphs}
+        training.uncompile(model)
     account_for_peak(meter.memory_breakdown, meter.metrics)
 
     with meter.phase("evaluate") as counts:

@@ -10,6 +10,7 @@ import left_bench.merge
 import left_bench.neighbours
 import left_bench.packing
 import left_bench.quantization
+import left_bench.quantized_cache
 import left_bench.reload  # noqa: F401
 
 # what was imported stays: every later collection, one before each phase, would go through a million such objects

@@ -35,6 +35,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "config": {"model_type": "opt"},
     },
     "quantization": {
+        "cache": True,
         "_target_": "transformers.BitsAndBytesConfig",
         "checkpoint_method": "gptq",
         "nominal_bits": 4,

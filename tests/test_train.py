@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from left_bench.adapter import attach_adapter, regularization, trainable_parameters
+from left_bench.compiling import Compiling
 from left_bench.data import collate
 from left_bench.device import CpuDevice
 from left_bench.errors import UserError
@@ -289,3 +291,29 @@ def test_prefix_tuning_starts_near_the_base_model(tiny_cell, run):
     base = losses(run(tiny_cell("peft=full", "training.steps=1"))[1])[0]
     prefix = losses(run(tiny_cell("peft=prefix_tuning", "training.steps=1"))[1])[0]
     assert prefix == pytest.approx(base, abs=0.1)
+
+
+# --- torch.compile ---
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_lose_what_eager_ones_lose_and_compile_nothing_while_training(tiny_cell, work_in_process):
+    """Packed rows are the harder case: their attention is not compiled, and every step has another length."""
+    common = ["training.batching=packed", "training.steps=4", "eval.generate=false", "data.train_rows=16"]
+    eager, compiled = (work_in_process(tiny_cell(*common, *more)) for more in ([], ["training.compile=true"]))
+    for metric in ("first_train_loss", "train_loss"):
+        assert compiled["metrics"][metric] == pytest.approx(eager["metrics"][metric], abs=1e-4)
+    assert compiled["environment"]["effective"]["batching"] == "packed"
+    seconds = {phase.name: phase.seconds for phase in compiled["phases"]}
+    assert 0 < compiled["metrics"]["compile_seconds"] <= seconds["compile"]  # so none while it trained
+    assert 2 <= compiled["metrics"]["compiled_graphs"] <= 16
+    assert "compile_seconds" not in eager["metrics"]
+
+
+def test_what_compiles_within_a_step_is_no_part_of_its_seconds():
+    compiling = Compiling()
+    compiling.watch()
+    torch.compile(lambda x: x + 1, backend="eager", dynamic=True)(torch.ones(3))
+    assert compiling.graphs == 1
+    assert compiling.take() == compiling.seconds > 0
+    assert compiling.take() == 0

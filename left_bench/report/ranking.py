@@ -60,6 +60,7 @@ _TOUCHES = {
     "attention": ("memory", "speed"),
     "five_bit_decoder": ("memory", "speed"),
     "output_head": ("memory", "speed"),
+    "weights_from": ("memory", "speed"),
     "peak_memory": ("memory",),
     "machine": ("speed",),
     "other processes": ("speed",),

@@ -47,7 +47,7 @@ _HOW = {
     "standard errors": "two standard errors, taken as independent",
 }
 
-PHASES = ("load", "attach", "evaluate_base", "train", "evaluate", "save", "merge")
+PHASES = ("load", "load_cached", "attach", "evaluate_base", "train", "evaluate", "save", "merge")
 _HEADINGS = {
     "exact_match": "exact match",
     "eval_loss": "eval loss (nats)",
