@@ -6,6 +6,7 @@ and padding, are thrown away.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -34,12 +35,25 @@ class AnswerLoss:
             everywhere: compute all logits, as a model does that is given labels.
         """
         self.model: Any = model
+        self.forward: Any = model
         self.head: Any = None
         self.suffix: Suffix | None = None
         self.output_head = "all positions"
         get_head = getattr(model, "get_output_embeddings", lambda: None)
         if not everywhere and get_head() is not None:
             self._probe(get_head())
+
+    def through(self, wrapped: torch.nn.Module, *, in_chunks: bool = True) -> AnswerLoss:
+        """The same loss with its forward pass taken through a wrapper around the model, whose hooks then run (DDP).
+
+        Args:
+            in_chunks: whether the output head may be run outside that pass: not where its weights are sharded.
+        """
+        found = copy.copy(self)
+        found.forward = wrapped
+        if not in_chunks:
+            found.suffix = None
+        return found
 
     def of_tokens(self, batch: Batch) -> torch.Tensor:
         """The loss of every labelled token, float32 [answer tokens], in the batch's order of labels; for evaluating."""
@@ -76,7 +90,7 @@ class AnswerLoss:
         rows, positions = batch.label_rows, batch.label_positions + virtual_positions(self.model)
         inputs = batch.inputs()
         if self.head is None:
-            return self.model(**inputs).logits[rows, positions]
+            return self.forward(**inputs).logits[rows, positions]
         kept: list[torch.Tensor] = []
 
         def take(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -86,7 +100,7 @@ class AnswerLoss:
             return (states[None, :0] if self.suffix else states[None], *arguments[1:])
 
         with self.head.register_forward_pre_hook(take):
-            logits = self.model(**inputs).logits
+            logits = self.forward(**inputs).logits
         return kept[0] if self.suffix else logits[0]
 
     def _probe(self, head: Any) -> None:

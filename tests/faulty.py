@@ -1,6 +1,7 @@
 """Faults for tests: a worker whose events strike. The package itself has no switch for any of this.
 
-`LEFT_BENCH_TEST_FAULT=segfault@step2` strikes when the second step has been told; `hang@train`, when the phase begins.
+`LEFT_BENCH_TEST_FAULT=segfault@step2` strikes when the second step has been told; `hang@train`, when the phase begins;
+`kill@step2#1` strikes the other ranks of a cell of several processes, in the place of the first.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ def arm() -> None:
     """Make the worker of this process strike as the environment says."""
     from left_bench import events, worker
 
-    wanted, _, where = os.environ[FAULT].partition("@")
-    write = events.EventWriter.write
+    wanted, _, place = os.environ[FAULT].partition("@")
+    where, _, others = place.partition("#")
+    struck = events.Unheard if others else events.EventWriter
+    write = struck.write
 
     def strike_after(self: Any, event: str, **fields: Any) -> None:
         write(self, event, **fields)
@@ -30,7 +33,7 @@ def arm() -> None:
         if event in ("step", "phase") and here == where:
             strike(wanted, self)
 
-    events.EventWriter.write = strike_after  # type: ignore[method-assign]
+    struck.write = strike_after  # type: ignore[method-assign]
     worker.EventWriter = events.EventWriter
 
 
