@@ -34,8 +34,17 @@ from left_bench.rules import why_unsupported
 from left_bench.train import some_get_no_gradient
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="workers and their ranks are forked on Linux")
-STEPS = ["training.steps=3", "training.measure_after=0", "eval.generate=false", "data.train_rows=32"]
+STEPS = ["training.steps=3", "training.measure_after=0", "eval.generate=false", "data.train_rows=24"]
 TWO = "hardware.processes=2"
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory) -> list[str]:
+    """Three steps on rows whose answers have 1 to 24 tokens."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [{"prompt": f"Row {i}" + "?" * (i * 7 % 11), "answer": "7" * (1 + i * 5 % 23)} for i in range(28)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [*STEPS, "data=jsonl", f"data.path={path}"]
 
 
 def run(cell: Cell, run_dir: Path) -> tuple[Record, list[dict[str, Any]]]:
@@ -65,9 +74,9 @@ CELLS = {
 
 @linux
 @pytest.mark.parametrize("overrides", CELLS.values(), ids=CELLS)
-def test_two_processes_lose_what_one_loses(overrides, tiny_cell, work_in_process, tmp_path):
-    alone = work_in_process(tiny_cell(*STEPS, *overrides))
-    record, steps = run(tiny_cell(*STEPS, *overrides, TWO), tmp_path / "run")
+def test_two_processes_lose_what_one_loses(overrides, unlike, tiny_cell, work_in_process, tmp_path):
+    alone = work_in_process(tiny_cell(*unlike, *overrides))
+    record, steps = run(tiny_cell(*unlike, *overrides, TWO), tmp_path / "run")
     assert record.status == "ok", (record.reason, record.provenance["log_tail"])
     expected = steps_in_process(alone)
     assert len(steps) == len(expected) == 3
@@ -93,11 +102,11 @@ def test_two_processes_lose_what_one_loses(overrides, tiny_cell, work_in_process
     assert left == {"cell.json", "events.jsonl", "worker.log", "rows.jsonl", "adapter"}
 
 
-def test_the_ranks_of_these_cells_have_unlike_answers(tiny_cell):
+def test_the_ranks_of_these_cells_have_unlike_answers(unlike, tiny_cell):
     """Else a mean of the ranks' means would pass for the mean over all answer tokens."""
     from left_bench.model import open_pretrained
 
-    cell = tiny_cell(*STEPS)
+    cell = tiny_cell(*unlike)
     rows = load_data(cell.data, open_pretrained(cell)[1], max_length=cell.training.max_length).train
     for indices in step_rows(len(rows), rows_per_step=4, steps=3, seed=cell.seed):
         shares = [Team(rank=rank, size=2).share([rows[index] for index in indices]) for rank in (0, 1)]
