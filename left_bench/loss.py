@@ -28,11 +28,12 @@ class AnswerLoss:
             something to its logits that is not known here, and has to do it itself; or `all positions`.
     """
 
-    def __init__(self, model: torch.nn.Module, *, everywhere: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module, *, everywhere: bool = False, in_chunks: bool = True) -> None:
         """Look at what the model does with its output head, by a pass over two tokens.
 
         Args:
             everywhere: compute all logits, as a model does that is given labels.
+            in_chunks: run the head outside the model's own pass where that can be: not where its weights are sharded.
         """
         self.model: Any = model
         self.forward: Any = model
@@ -41,18 +42,12 @@ class AnswerLoss:
         self.output_head = "all positions"
         get_head = getattr(model, "get_output_embeddings", lambda: None)
         if not everywhere and get_head() is not None:
-            self._probe(get_head())
+            self._probe(get_head(), in_chunks=in_chunks)
 
-    def through(self, wrapped: torch.nn.Module, *, in_chunks: bool = True) -> AnswerLoss:
-        """The same loss with its forward pass taken through a wrapper around the model, whose hooks then run (DDP).
-
-        Args:
-            in_chunks: whether the output head may be run outside that pass: not where its weights are sharded.
-        """
+    def through(self, wrapped: torch.nn.Module) -> AnswerLoss:
+        """The same loss with its forward pass taken through a wrapper around the model, whose hooks then run (DDP)."""
         found = copy.copy(self)
         found.forward = wrapped
-        if not in_chunks:
-            found.suffix = None
         return found
 
     def of_tokens(self, batch: Batch) -> torch.Tensor:
@@ -103,7 +98,7 @@ class AnswerLoss:
             logits = self.forward(**inputs).logits
         return kept[0] if self.suffix else logits[0]
 
-    def _probe(self, head: Any) -> None:
+    def _probe(self, head: Any, *, in_chunks: bool) -> None:
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         device = next(self.model.parameters()).device
         with (
@@ -116,7 +111,8 @@ class AnswerLoss:
         self.head = head
         self._vocabulary = logits.shape[-1]
         raw = seen[0][1]
-        self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one(raw), logits)), None)
+        if in_chunks:
+            self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one(raw), logits)), None)
         self.output_head = "labelled positions, in chunks" if self.suffix else "labelled positions"
 
 

@@ -225,8 +225,9 @@ def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The ordinary tensors that a parameter is made of: itself, a subclass's inner ones, its quantization constants."""
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:
-        for name in inner()[0]:
-            yield from plain_parts(getattr(tensor, name))
+        for part in (getattr(tensor, name) for name in inner()[0]):
+            if hasattr(part, "untyped_storage"):  # a sharded tensor's mesh is a part and no tensor
+                yield from plain_parts(part)
     elif tensor.device.type != "meta":
         yield tensor
     state = getattr(tensor, "quant_state", None)

@@ -187,8 +187,12 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "needs the package deepspeed, which is not installed: pip install 'left-bench[deepspeed]'",
     ),
     (
-        lambda cell: _sharded(cell) and cell.hardware.device == "cpu",
-        "accelerate shards over accelerators alone; on the CPU it would run DDP, silently",
+        lambda cell: cell.hardware.sharding == "deepspeed" and cell.hardware.device != "cuda",
+        "DeepSpeed is asked for on CUDA alone; hardware.sharding=fsdp2 shards on other devices",
+    ),
+    (
+        lambda cell: cell.hardware.sharding == "deepspeed" and cell.hardware.sharding_config.get("zero_stage") == 3,
+        "DeepSpeed's third stage takes the model's loading over; hardware.sharding=fsdp2 shards the weights too",
     ),
     (
         lambda cell: _sharded(cell) and _quantized(cell),

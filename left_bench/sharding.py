@@ -88,11 +88,6 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             continue
         if hasattr(parameter, "full_tensor"):
             found[name] = parameter.detach().full_tensor()
-        elif hasattr(parameter, "ds_id"):  # DeepSpeed's third stage
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(parameter):
-                found[name] = parameter.detach().clone()
         else:
             found[name] = parameter.detach()
     return found

@@ -75,8 +75,10 @@ def train(
         unused=lambda: some_get_no_gradient(model, rows, cell, loss=loss, device=device, pad_id=pad_id, packed=packed),
     )
     network, optimizer = wrap(accelerator, model, optimizer)
-    loss = loss.through(network, in_chunks=cell.hardware.sharding is None)
+    loss = loss.through(network)
     parameters = trainable_parameters(model)  # sharding has put others in their place
+    if cell.hardware.sharding is not None:
+        meter.memory_breakdown |= held_weights(model, attached=cell.peft.target is not None)
     network.train()
     if team.size > 1:
         torch.manual_seed(cell.seed)  # whatever rank 0 alone has drawn before
@@ -171,6 +173,14 @@ def some_get_no_gradient(
     found = any(parameter.grad is None for parameter in trainable_parameters(model))
     model.zero_grad(set_to_none=True)
     return found
+
+
+def held_weights(model: torch.nn.Module, *, attached: bool) -> dict[str, int]:
+    """The parts `weights` and `adapter` of the memory breakdown, as this rank holds them."""
+    trained = trainable_parameters(model) if attached else []
+    ids = {id(parameter) for parameter in trained}
+    others = [tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in ids]
+    return {"weights": stored_bytes(others)} | ({"adapter": stored_bytes(trained)} if attached else {})
 
 
 def compile_model(

@@ -138,7 +138,8 @@ def work(
         peak = base.shared_peak(cell, meter=meter, runs_dir=run_dir.parent, threads=threads_in_use()) * team.size
     with models.autocast(cell, device=device.kind):
         in_force.check_forward(model)
-        loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+        everywhere, whole = cell.training.output_head == "all", cell.hardware.sharding is None
+        loss = AnswerLoss(model, everywhere=everywhere, in_chunks=whole)
         flops = step_flops(model)
     with packing.laid_out(model, loss, splits.train, cell, pad_id=pad_id, device=device.kind) as layout:
         effective |= {"output_head": loss.output_head, **layout.effective}
@@ -160,11 +161,10 @@ def work(
     effective["optimizer_state_dtype"] = states
     if team.size > 1:
         effective["rank_peak_memory_bytes"] = meter.take_in_peaks(team)
-    if cell.hardware.sharding is not None:
-        trained = whole_weights(model)
+    trained = {} if whole else whole_weights(model)
     if not team.first:
         return
-    if cell.hardware.sharding is not None:  # what follows is this rank's alone, and wants a model that is no shard
+    if not whole:  # what follows is this rank's alone, and wants a model that is no shard
         base_model, _ = models.load_model(cell, folder=folder, device=team.place(device.kind))
         model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer, rows=splits.train)
         put_whole_weights(model, trained)

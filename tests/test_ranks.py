@@ -59,6 +59,10 @@ def steps_in_process(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == "step"]
 
 
+def held_out(run_dir: Path) -> list[float]:
+    return [json.loads(line)["nll"] for line in (run_dir / "rows.jsonl").read_text().splitlines()]
+
+
 # --- the same losses ---
 
 CELLS = {
@@ -69,13 +73,15 @@ CELLS = {
     "adalora, grouped": ["peft=adalora", "training.batching=grouped", "training.gradient_accumulation=2"],
     "over nf4, 8-bit states": ["peft=lora", "quantization=nf4", "optimizer=adamw_8bit"],
     "checkpointed activations": ["peft=lora", "training.activation_checkpointing=true"],
+    "fsdp2, full, accumulated": ["peft=full", "training.gradient_accumulation=2", "hardware.sharding=fsdp2"],
+    "fsdp2, lora, packed": ["peft=lora", "training.batching=packed", "hardware.sharding=fsdp2"],
 }
 
 
 @linux
 @pytest.mark.parametrize("overrides", CELLS.values(), ids=CELLS)
 def test_two_processes_lose_what_one_loses(overrides, unlike, tiny_cell, work_in_process, tmp_path):
-    alone = work_in_process(tiny_cell(*unlike, *overrides))
+    alone = work_in_process(tiny_cell(*unlike, *(one for one in overrides if "sharding" not in one)))
     record, steps = run(tiny_cell(*unlike, *overrides, TWO), tmp_path / "run")
     assert record.status == "ok", (record.reason, record.provenance["log_tail"])
     expected = steps_in_process(alone)
@@ -91,10 +97,16 @@ def test_two_processes_lose_what_one_loses(overrides, unlike, tiny_cell, work_in
         assert record.metrics[name] == alone["metrics"][name]
     seconds = sum(step["seconds"] for step in steps)
     assert record.metrics["train_tokens_per_second"] == pytest.approx(record.metrics["train_tokens"] / seconds)
+    # what rank 0 evaluates is what all have trained
+    assert held_out(tmp_path / "run") == pytest.approx(held_out(alone["run_dir"]), rel=1e-5)
     effective = record.environment["effective"]
     assert effective["processes"] == 2
     assert effective["threads"] == 2  # one was asked for, and none can have less than one
     assert effective.get("batching") == alone["environment"]["effective"].get("batching")
+    if "hardware.sharding=fsdp2" in overrides:  # a half of each, but for what does not divide
+        parts = (record.memory_breakdown, alone["memory_breakdown"])
+        for name in ("weights", "gradients", "optimizer"):
+            assert parts[0][name] == pytest.approx(parts[1][name] / 2, rel=0.05), name
     peaks = effective["rank_peak_memory_bytes"]
     assert len(peaks) == 2
     assert record.metrics["peak_memory_bytes"] == max(peaks) > 0
