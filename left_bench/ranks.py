@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 
 
 def folder_of(run_dir: Path, rank: int) -> Path:
-    """Where a rank leaves its outcome: rank 0 in the cell's folder, the others below it, for as long as the cell runs."""
+    """Where a rank leaves its outcome: rank 0 in the cell's folder, the others below it while the cell runs."""
     return run_dir if rank == 0 else run_dir / f"rank-{rank}"
 
 
@@ -96,7 +96,7 @@ class Team:
         os.environ.pop(LAUNCHER_PID)
 
     def watch(self, lost: Callable[[Status, str], None]) -> None:
-        """Rank 0: call `lost`, from another thread, when a rank ends otherwise than well, unless this one ends first."""
+        """Rank 0: call `lost`, from another thread, when a rank ends otherwise than well and this one does not."""
 
         def wait(rank: int, end: Callable[[], int]) -> None:
             why = self._why(rank, end())
@@ -184,9 +184,7 @@ class Team:
         numbers = {"RANK": self.rank, "LOCAL_RANK": self.rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size}
         os.environ.update({name: str(number) for name, number in numbers.items()})  # accelerate reads them
         store = distributed.FileStore(str(self._store), self.size)
-        distributed.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
-        )
+        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE)
 
     def place(self, kind: str) -> str:
         """The device that this rank's weights go to, as torch names it."""

@@ -207,6 +207,10 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "AdaLoRA, GaLore and APOLLO look at whole gradients, and hardware.sharding leaves each process a part",
     ),
     (
+        lambda cell: _sharded(cell) and cell.optimizer.target.startswith("bitsandbytes."),
+        "bitsandbytes' optimizers do not know sharded weights (seen with bitsandbytes 0.50.2, torch 2.13)",
+    ),
+    (
         lambda cell: _sharded(cell) and (cell.precision.loss_scaling or cell.training.compile),
         "float16 loss scaling and compiled layers are not written for hardware.sharding; DDP (sharding=null) has both",
     ),

@@ -73,7 +73,9 @@ def wrap(
 
 def clip_gradient(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip the gradient's 2-norm, over all shards; returns what it was before."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it has clipped (`_deepspeed`) and stepped in its backward pass
+    if (
+        accelerator.distributed_type == DistributedType.DEEPSPEED
+    ):  # it has clipped (`_deepspeed`) and stepped in its backward pass
         return torch.tensor(float(accelerator.clip_grad_norm_(parameters, max_norm) or 0.0))
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -118,7 +120,9 @@ def _plugin(kind: Any, config: dict[str, Any], **fixed: Any) -> Any:
     known = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
     for key in config:
         if key not in known:
-            raise UserError(f"hardware.sharding_config.{key}: {kind.__name__} has no such argument{nearest(key, known)}")
+            raise UserError(
+                f"hardware.sharding_config.{key}: {kind.__name__} has no such argument{nearest(key, known)}"
+            )
     return kind(**config, **fixed)
 
 

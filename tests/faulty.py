@@ -82,6 +82,23 @@ def run_forked(run_dir: str, log: str, environment: dict[str, str]) -> None:
     process._run_forked(run_dir, log, environment)
 
 
+def run_forked_with_an_idle_parameter(run_dir: str, log: str, environment: dict[str, str]) -> None:
+    """The same, for a worker whose method has a parameter that takes no part in the loss."""
+    import torch
+
+    from left_bench import adapter, process
+
+    attach = adapter.attach_adapter
+
+    def attach_and_add(*arguments: Any, **named: Any) -> Any:
+        model = attach(*arguments, **named)
+        model.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
+        return model
+
+    adapter.attach_adapter = attach_and_add
+    process._run_forked(run_dir, log, environment)
+
+
 if __name__ == "__main__":
     from left_bench.worker import main
 

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from faulty import FAULT, run_forked
-from hypothesis import given
+from faulty import FAULT, run_forked, run_forked_with_an_idle_parameter
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded.build import make_record
 
@@ -72,7 +72,6 @@ CELLS = {
     "lora, packed, accumulated": ["training.batching=packed", "training.gradient_accumulation=3"],
     "adalora, grouped": ["peft=adalora", "training.batching=grouped", "training.gradient_accumulation=2"],
     "over nf4, 8-bit states": ["peft=lora", "quantization=nf4", "optimizer=adamw_8bit"],
-    "checkpointed activations": ["peft=lora", "training.activation_checkpointing=true"],
     "fsdp2, full, accumulated": ["peft=full", "training.gradient_accumulation=2", "hardware.sharding=fsdp2"],
     "fsdp2, lora, packed": ["peft=lora", "training.batching=packed", "hardware.sharding=fsdp2"],
 }
@@ -151,6 +150,19 @@ def test_dropout_and_noise_differ_between_ranks_and_a_killed_cell_goes_on(tiny_c
         draws.append(torch.rand(4).tolist())
     assert draws[0] != draws[2]
     assert draws[1] == draws[3]  # outside, as if nothing had been drawn
+
+
+@linux
+def test_a_parameter_without_a_gradient_is_waited_for_by_nobody(
+    unlike, tiny_cell, work_in_process, tmp_path, monkeypatch
+):
+    cell = tiny_cell(*unlike, "training.gradient_accumulation=2")
+    alone = steps_in_process(work_in_process(cell))
+    monkeypatch.setattr(process, "_run_forked", run_forked_with_an_idle_parameter)
+    record, steps = run(tiny_cell(*unlike, "training.gradient_accumulation=2", TWO), tmp_path / "run")
+    assert record.status == "ok", record.provenance["log_tail"]
+    assert record.metrics["trainable_params"] % 2 == 1  # it is there: LoRA's own are even
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in alone], rel=2e-6)
 
 
 def test_some_get_no_gradient(tiny_cell, load_tiny, addition_rows):
@@ -240,6 +252,7 @@ def test_a_killed_worker_takes_its_ranks_along(tiny_cell, tmp_path):
 # --- what is shared, and what is refused ---
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["padded", "grouped", "packed"]), st.randoms())
 def test_every_row_is_one_ranks(size, each, batching, random):
     from left_bench.data import Example
