@@ -73,10 +73,10 @@ def wrap(
 
 def clip_gradient(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip the gradient's 2-norm, over all shards; returns what it was before."""
-    if (
-        accelerator.distributed_type == DistributedType.DEEPSPEED
-    ):  # it has clipped (`_deepspeed`) and stepped in its backward pass
-        return torch.tensor(float(accelerator.clip_grad_norm_(parameters, max_norm) or 0.0))
+    norm: Any
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        norm = accelerator.clip_grad_norm_(parameters, max_norm)  # told, not clipped: its backward pass has (below)
+        return torch.tensor(float(norm))
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole

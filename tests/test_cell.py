@@ -96,8 +96,12 @@ OTHER: dict[str, dict[str, Any]] = {
         "check_reload": True,
     },
     "hardware": {
-        **{"device": "cuda", "threads": 3, "memory_limit": "6GiB"},
-        **{"processes": 2, "sharding": "fsdp2", "sharding_config": {"reshard_after_forward": False}},
+        "device": "cuda",
+        "threads": 3,
+        "memory_limit": "6GiB",
+        "processes": 2,
+        "sharding": "fsdp2",
+        "sharding_config": {"reshard_after_forward": False},
     },
 }
 NO_RESULT = {

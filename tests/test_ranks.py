@@ -153,9 +153,7 @@ def test_dropout_and_noise_differ_between_ranks_and_a_killed_cell_goes_on(tiny_c
 
 
 @linux
-def test_a_parameter_without_a_gradient_is_waited_for_by_nobody(
-    unlike, tiny_cell, work_in_process, tmp_path, monkeypatch
-):
+def test_nobody_waits_for_a_parameter_without_a_gradient(unlike, tiny_cell, work_in_process, tmp_path, monkeypatch):
     cell = tiny_cell(*unlike, "training.gradient_accumulation=2")
     alone = steps_in_process(work_in_process(cell))
     monkeypatch.setattr(process, "_run_forked", run_forked_with_an_idle_parameter)
