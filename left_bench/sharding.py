@@ -86,12 +86,9 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The trained parameters, gathered from their shards; every rank must ask, and rank 0 is the one to use them."""
     found = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if hasattr(parameter, "full_tensor"):
-            found[name] = parameter.detach().full_tensor()
-        else:
-            found[name] = parameter.detach()
+        if parameter.requires_grad:
+            part: Any = parameter.detach()
+            found[name] = part.full_tensor() if hasattr(part, "full_tensor") else part
     return found
 
 
