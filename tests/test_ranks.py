@@ -26,6 +26,7 @@ from left_bench.data import load_data, split_passes, step_rows
 from left_bench.errors import UserError
 from left_bench.events import EVENTS_NAME
 from left_bench.isolate import run_isolated
+from left_bench.neighbours import _own_seconds
 from left_bench.ranks import ALONE, RankLost, Team
 from left_bench.record import Record
 from left_bench.report.cells import row_of
@@ -288,6 +289,19 @@ def test_one_process_is_a_team_that_does_nothing():
     assert ALONE.share([1, 2, 3]) == [1, 2, 3]
     assert ALONE.why_lost(RuntimeError("gloo: Connection closed by peer")) is None
     assert not torch.distributed.is_initialized()
+
+
+def test_the_other_ranks_are_no_neighbours():
+    burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", burn], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert _own_seconds([process.pid]) - _own_seconds([]) > 0.25
+    finally:
+        process.kill()
+        process.wait()
+    assert _own_seconds([process.pid]) >= 0  # ended
 
 
 def test_processes_are_of_the_cells_identity(tiny_cell):
