@@ -97,7 +97,7 @@ class Training(_Section):
     steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(ge=1)
-    """Rows of one forward and backward pass."""
+    """Rows of one forward and backward pass, over all processes."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Passes summed into one optimizer step; rows per step = batch_size x gradient_accumulation."""
     batching: Literal["padded", "grouped", "packed"] = "padded"
@@ -188,7 +188,13 @@ class Hardware(_Section):
     name: str
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of the worker; None: all cores it may use."""
+    """CPU threads of the worker; None: all cores it may use. Several processes divide them."""
+    processes: int = Field(default=1, ge=1)
+    """Processes that train the cell together, each with its part of every pass's rows (DDP unless `sharding`)."""
+    sharding: Literal["fsdp2", "deepspeed"] | None = None
+    """How weights, gradients and optimizer are sharded over the processes; None: each holds them whole."""
+    sharding_config: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of accelerate's FullyShardedDataParallelPlugin (`fsdp2`) or DeepSpeedPlugin (`deepspeed`)."""
     memory_limit: int | None = None
     """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
     timeout: float | None = Field(default=None, gt=0)

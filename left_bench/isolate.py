@@ -16,6 +16,7 @@ from left_bench import process as processes
 from left_bench.cell import Cell
 from left_bench.checkpoint import forget_checkpoints
 from left_bench.events import EVENTS_NAME, EventReader
+from left_bench.ranks import Team, folder_of
 from left_bench.record import Phase, Record, Status, write_atomically
 from left_bench.worker import ADAPTER_NAME, CELL_NAME, NO_OUTCOME, OUTCOME_NAME, ROWS_NAME, utc_now
 
@@ -81,7 +82,9 @@ def run_isolated(
                 break
     finally:
         code = process.end()
-        limits.remove_group(run_dir)
+        for rank in range(cell.hardware.processes):
+            limits.remove_group(folder_of(run_dir, rank))
+        Team(run_dir, size=cell.hardware.processes).sweep()
     look()
     wall = time.monotonic() - start
 

@@ -90,7 +90,11 @@ def run_job(config: DictConfig) -> Ended:
             sweep=sweep,
             launch=launch_id(started_at),
             take_seat=functools.partial(
-                seated, at_once=min(at_once, total), share=settings.share_devices, scheduled=launcher in SCHEDULERS
+                seated,
+                at_once=min(at_once, total),
+                devices=cell.hardware.processes,
+                share=settings.share_devices,
+                scheduled=launcher in SCHEDULERS,
             ),
             bars=launcher == "basic",
         )

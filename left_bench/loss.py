@@ -6,6 +6,7 @@ and padding, are thrown away.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -27,19 +28,27 @@ class AnswerLoss:
             something to its logits that is not known here, and has to do it itself; or `all positions`.
     """
 
-    def __init__(self, model: torch.nn.Module, *, everywhere: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module, *, everywhere: bool = False, in_chunks: bool = True) -> None:
         """Look at what the model does with its output head, by a pass over two tokens.
 
         Args:
             everywhere: compute all logits, as a model does that is given labels.
+            in_chunks: run the head outside the model's own pass where that can be: not where its weights are sharded.
         """
         self.model: Any = model
+        self.forward: Any = model
         self.head: Any = None
         self.suffix: Suffix | None = None
         self.output_head = "all positions"
         get_head = getattr(model, "get_output_embeddings", lambda: None)
         if not everywhere and get_head() is not None:
-            self._probe(get_head())
+            self._probe(get_head(), in_chunks=in_chunks)
+
+    def through(self, wrapped: torch.nn.Module) -> AnswerLoss:
+        """The same loss with its forward pass taken through a wrapper around the model, whose hooks then run (DDP)."""
+        found = copy.copy(self)
+        found.forward = wrapped
+        return found
 
     def of_tokens(self, batch: Batch) -> torch.Tensor:
         """The loss of every labelled token, float32 [answer tokens], in the batch's order of labels; for evaluating."""
@@ -76,7 +85,7 @@ class AnswerLoss:
         rows, positions = batch.label_rows, batch.label_positions + virtual_positions(self.model)
         inputs = batch.inputs()
         if self.head is None:
-            return self.model(**inputs).logits[rows, positions]
+            return self.forward(**inputs).logits[rows, positions]
         kept: list[torch.Tensor] = []
 
         def take(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -86,10 +95,10 @@ class AnswerLoss:
             return (states[None, :0] if self.suffix else states[None], *arguments[1:])
 
         with self.head.register_forward_pre_hook(take):
-            logits = self.model(**inputs).logits
+            logits = self.forward(**inputs).logits
         return kept[0] if self.suffix else logits[0]
 
-    def _probe(self, head: Any) -> None:
+    def _probe(self, head: Any, *, in_chunks: bool) -> None:
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         device = next(self.model.parameters()).device
         with (
@@ -102,7 +111,8 @@ class AnswerLoss:
         self.head = head
         self._vocabulary = logits.shape[-1]
         raw = seen[0][1]
-        self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one(raw), logits)), None)
+        if in_chunks:
+            self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one(raw), logits)), None)
         self.output_head = "labelled positions, in chunks" if self.suffix else "labelled positions"
 
 

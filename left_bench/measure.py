@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from left_bench.events import EventWriter
+    from left_bench.ranks import Team
 
 
 @dataclass(kw_only=True)
@@ -127,6 +129,17 @@ class Meter:
         self.peak_before = max((event.get("peak_memory_bytes", 0) for event in events), default=0)
         self.memory_breakdown |= memory_breakdown
 
+    def take_in_peaks(self, team: Team) -> list[int]:
+        """Let the peaks be those of the rank that has the highest; returns the train phase's of every rank."""
+        names = ("load_peak_memory_bytes", "peak_memory_bytes")
+        of_ranks = team.gather(*(self.metrics.get(name, math.nan) for name in names))
+        found: list[int] = []
+        for name, numbers in zip(names, zip(*of_ranks, strict=True), strict=True):
+            found = [int(number) for number in numbers if not math.isnan(number)]  # some devices keep no peak
+            if found:
+                self.metrics[name] = max(found)
+        return found
+
     def finish(
         self, *, measure_after: int, flops: Callable[[list[Step]], float] | None = None, peak_flops: float | None = None
     ) -> dict[str, float]:
@@ -212,8 +225,9 @@ def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The ordinary tensors that a parameter is made of: itself, a subclass's inner ones, its quantization constants."""
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:
-        for name in inner()[0]:
-            yield from plain_parts(getattr(tensor, name))
+        for part in (getattr(tensor, name) for name in inner()[0]):
+            if hasattr(part, "untyped_storage"):  # a sharded tensor's mesh is a part and no tensor
+                yield from plain_parts(part)
     elif tensor.device.type != "meta":
         yield tensor
     state = getattr(tensor, "quant_state", None)

@@ -42,7 +42,7 @@ _FACTS = "load.json"
 
 
 def load_base(
-    cell: Cell, *, folder: str, meter: Meter, circumstances: Mapping[str, Any]
+    cell: Cell, *, folder: str, device: str, meter: Meter, circumstances: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`load_model` as a measured phase: `load` from the checkpoint, `load_cached` from quantized weights kept earlier.
 
@@ -55,7 +55,7 @@ def load_base(
     if path is not None:
         facts = _facts(path)
         with meter.phase("load_cached"):
-            model, found = load_model(cell, folder=folder, device=kind, quantized=path)
+            model, found = load_model(cell, folder=folder, device=device, quantized=path)
         if facts["circumstances"] == circumstances:
             meter.metrics |= facts["metrics"]
         if "load_cached_seconds" not in facts:  # once: is it faster at all?
@@ -64,7 +64,7 @@ def load_base(
                 write_atomically(path / _FACTS, json.dumps(facts) + "\n")
         return model, found
     with meter.phase("load"):
-        model, found = load_model(cell, folder=folder, device=kind)
+        model, found = load_model(cell, folder=folder, device=device)
     load = meter.phases[-1]
     path = _place(cell, folder=folder, device=kind)
     if path is not None and not path.exists() and load.seconds >= _WORTH_KEEPING:
@@ -130,6 +130,8 @@ def _place(cell: Cell, *, folder: str, device: str) -> Path | None:
     """Where this cell's quantized weights belong; None where they are not to be kept."""
     quantization, model = cell.quantization, cell.model
     if not quantization.cache or quantization.target not in FORMATS or model.trust_remote_code:
+        return None
+    if cell.hardware.processes > 1:  # each rank would keep, and measure, its own
         return None
     if source(model) == "hub":
         weights: Any = [model.name_or_path, resolved_revision(model)]

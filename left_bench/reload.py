@@ -80,11 +80,12 @@ def compare_losses(run_dir: Path) -> str:
     from left_bench import adapter, evaluate, quantized_cache
     from left_bench import model as models
     from left_bench.data import load_data
+    from left_bench.ranks import Team
     from left_bench.worker import set_threads
 
     cell = Cell.model_validate_json((run_dir / CELL_NAME).read_text(encoding="utf-8"))
     device = cell.hardware.device
-    set_threads(cell)
+    set_threads(cell, Team(size=cell.hardware.processes))  # as many as the process had that evaluated
     models.apply_precision(cell, device=device)
     folder, tokenizer = models.open_pretrained(cell)
     test = load_data(cell.data, tokenizer, max_length=cell.training.max_length).test

@@ -63,6 +63,10 @@ def _lora_with(cell: Cell, key: str, *values: object) -> bool:
     return _is(cell, "Lora") and (value in values if values else bool(value))
 
 
+def _sharded(cell: Cell) -> bool:
+    return cell.hardware.sharding is not None
+
+
 RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     *(
         (
@@ -158,6 +162,54 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             cell.peft.target == "left_bench.methods.BitFitConfig" and model_type(cell) in _FAMILIES_WITHOUT_BIAS
         ),
         "BitFit trains bias terms, and this model's layers have none",
+    ),
+    (
+        lambda cell: cell.training.batch_size % cell.hardware.processes != 0,
+        "training.batch_size counts the rows of all hardware.processes and must be a multiple of their number",
+    ),
+    (
+        lambda cell: cell.hardware.processes > 1 and cell.hardware.device == "mps",
+        "several processes want an accelerator each, and MPS is one; hardware.processes=1 or hardware=cpu",
+    ),
+    (
+        lambda cell: _sharded(cell) and cell.hardware.processes == 1,
+        "hardware.sharding divides a model over processes; set hardware.processes to more than one",
+    ),
+    (
+        lambda cell: cell.hardware.sharding == "deepspeed" and not is_installed("deepspeed"),
+        "needs the package deepspeed, which is not installed: pip install 'left-bench[deepspeed]'",
+    ),
+    (
+        lambda cell: cell.hardware.sharding == "deepspeed" and cell.hardware.device != "cuda",
+        "DeepSpeed is asked for on CUDA alone; hardware.sharding=fsdp2 shards on other devices",
+    ),
+    (
+        lambda cell: cell.hardware.sharding == "deepspeed" and cell.hardware.sharding_config.get("zero_stage") == 3,
+        "DeepSpeed's third stage takes the model's loading over; hardware.sharding=fsdp2 shards the weights too",
+    ),
+    (
+        lambda cell: _sharded(cell) and _quantized(cell),
+        "hardware.sharding divides floating-point weights alone; DDP (sharding=null) trains over quantized ones",
+    ),
+    (
+        lambda cell: _sharded(cell) and cell.training.checkpoint_every is not None,
+        "training.checkpoint_every is saved by one process, and none holds all of a sharded state; leave it out",
+    ),
+    (
+        lambda cell: _sharded(cell) and (_is(cell, "AdaLora") or bool(cell.optimizer.matrices)),
+        "AdaLoRA, GaLore and APOLLO look at whole gradients, and hardware.sharding leaves each process a part",
+    ),
+    (
+        lambda cell: _sharded(cell) and cell.optimizer.target.startswith("bitsandbytes."),
+        "bitsandbytes' optimizers do not know sharded weights (seen with bitsandbytes 0.50.2, torch 2.13)",
+    ),
+    (
+        lambda cell: _sharded(cell) and (cell.precision.loss_scaling or cell.training.compile),
+        "float16 loss scaling and compiled layers are not written for hardware.sharding; DDP (sharding=null) has both",
+    ),
+    (
+        lambda cell: cell.hardware.sharding == "deepspeed" and cell.training.gradient_accumulation > 1,
+        "DeepSpeed counts passes by itself and would step at each; training.gradient_accumulation=1",
     ),
 )
 

@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import get_scheduler
 
 from left_bench.adapter import after_optimizer_step, regularization, trainable_parameters
@@ -24,6 +23,8 @@ from left_bench.instantiate import instantiate
 from left_bench.loss import AnswerLoss
 from left_bench.measure import Meter, PhaseCounts, Step, stored_bytes
 from left_bench.model import NotInForce, autocast, layers_of
+from left_bench.ranks import ALONE, Team
+from left_bench.sharding import clip_gradient, fingerprint_of, make_accelerator, wrap
 
 EXPLODED = 100.0
 """Nats per token beyond which a finite loss has exploded too: a uniform guess over 50,000 tokens costs 11."""
@@ -44,34 +45,47 @@ def train(
     pad_id: int,
     packed: bool = False,
     compiling: Compiling | None = None,
+    team: Team = ALONE,
 ) -> str:
     """Take `training.steps` optimizer steps; measurements go into `meter`.
 
     Every answer token of a step weighs the same, in whichever pass it comes: the passes' summed losses are divided by
-    the step's answer tokens.
+    the step's answer tokens, those of all ranks.
 
     Args:
         loss: of `model`.
         packed: put the rows of a pass end to end (see `packing`).
         compiling: of `compile_model`; what is compiled again in a step, for a shape not met before, is not the step's.
+        team: the processes that train together; what is measured is the same on each of them, but for memory.
 
     Returns:
         The dtypes of the optimizer's states.
 
     Raises:
         Diverged: a loss or gradient that is not finite, or a loss that exploded, with the step.
+        RankLost: the ranks do not hold the same gradient or weights.
     """
     settings, device = cell.training, meter.device.kind
     compiling = compiling or Compiling()
-    accelerator = Accelerator(cpu=device == "cpu")
-    parameters = trainable_parameters(model)
     optimizer = make_optimizer(model, cell, device=device)
     # transformers' plain `constant` knows no warm-up
     shape = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     schedule = get_scheduler(shape, optimizer, math.ceil(settings.steps * settings.warmup_ratio), settings.steps)
     scaler = torch.amp.GradScaler(device, enabled=cell.precision.loss_scaling)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
+    accelerator = make_accelerator(
+        model,
+        cell,
+        team=team,
+        unused=lambda: some_get_no_gradient(model, rows, cell, loss=loss, device=device, pad_id=pad_id, packed=packed),
+    )
+    network, optimizer = wrap(accelerator, model, optimizer)
+    loss = loss.through(network)
+    parameters = trainable_parameters(model)  # sharding has put others in their place
+    if cell.hardware.sharding is not None:
+        meter.memory_breakdown |= held_weights(model, attached=cell.peft.target is not None)
+    network.train()
+    if team.size > 1:
+        torch.manual_seed(cell.seed)  # whatever rank 0 alone has drawn before
 
     order = step_rows(
         len(rows),
@@ -81,26 +95,35 @@ def train(
     )
     checkpoint = Checkpoint(cell, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, meter=meter)
     done = checkpoint.resume()
+    team.check_alike("the step to go on from", [float(step) for (step,) in team.gather(done)])
     counts.steps = counts.tokens = 0
     for step, indices in enumerate(islice(order, done, None), start=done + 1):
         start = time.perf_counter()
         passes = split_passes(
             [rows[index] for index in indices], batch_size=settings.batch_size, batching=settings.batching
         )
-        batches = [collate(examples, pad_id=pad_id, packed=packed).to(accelerator.device) for examples in passes]
-        answer_tokens = sum(batch.answer_tokens for batch in batches)
+        batches = [
+            collate(team.share(examples), pad_id=pad_id, packed=packed).to(accelerator.device) for examples in passes
+        ]
+        taken = [example for examples in passes for example in examples]  # by all ranks
+        answer_tokens = sum(example.labels for example in taken)
         scale = float(scaler.scale(torch.ones((), device=accelerator.device)))  # 1 where it is off
+        gain = scale * team.size / answer_tokens  # gradients are averaged over the ranks
 
         total = torch.zeros((), device=accelerator.device)
-        for batch in batches:
-            with autocast(cell, device=device):
-                part = loss.summed(batch, gain=scale / answer_tokens)
-            total += part.detach() / scale
-            penalty = regularization(model)
-            accelerator.backward(part if penalty is None else part + scale * penalty / len(batches))
+        with team.own_draws(device, seed=cell.seed, step=step):
+            for batch in batches:
+                # gradients go round once a step
+                last = batch is batches[-1]
+                with contextlib.nullcontext() if last else accelerator.no_sync(network):
+                    with autocast(cell, device=device):
+                        part = loss.summed(batch, gain=gain)
+                    total += part.detach() / (scale * team.size)
+                    penalty = regularization(model)
+                    accelerator.backward(part if penalty is None else part + scale * penalty / len(batches))
 
         scaler.unscale_(optimizer) if scaler.is_enabled() else None
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
+        norm = clip_gradient(accelerator, parameters, settings.max_grad_norm or math.inf)
         if step == 1:
             check_gradient(norm.item())
             meter.memory_breakdown["gradients"] = stored_bytes(p.grad for p in parameters if p.grad is not None)
@@ -111,15 +134,17 @@ def train(
         after_optimizer_step(model, step - 1)
         optimizer.zero_grad(set_to_none=True)
 
+        parts = team.gather(total.item(), norm.item())
         meter.device.synchronize()
         measured = Step(
             seconds=time.perf_counter() - start - compiling.take(),
-            tokens=sum(batch.tokens for batch in batches),
+            tokens=sum(example.length for example in taken),
             answer_tokens=answer_tokens,
             rows=len(indices),
-            loss=total.item(),
-            pairs=sum(example.length**2 for examples in passes for example in examples),
+            loss=sum(part for part, _ in parts),
+            pairs=sum(example.length**2 for example in taken),
         )
+        team.check_alike(f"the gradient's norm at step {step}", [norm for _, norm in parts])
         counts.steps += 1
         counts.tokens += measured.tokens
         meter.step(measured, learning_rate=learning_rate, gradient_norm=norm.item())
@@ -127,9 +152,39 @@ def train(
         finite = math.isfinite(measured.loss) and (math.isfinite(norm.item()) or scaler.is_enabled())
         if not finite or measured.loss > EXPLODED:
             raise Diverged(f"loss {measured.loss:g}, gradient norm {norm.item():g} at step {step} of {settings.steps}")
-        checkpoint.save(step)
+        if team.first:  # all ranks hold the same
+            checkpoint.save(step)
+    if team.size > 1 and cell.hardware.sharding is None:
+        team.check_alike("what was trained", [one for (one,) in team.gather(fingerprint_of(parameters))])
     meter.memory_breakdown["optimizer"] = stored_bytes(_state_tensors(optimizer))
     return optimizer_state_dtypes(optimizer)
+
+
+def some_get_no_gradient(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    loss: AnswerLoss,
+    device: str,
+    pad_id: int,
+    packed: bool,
+) -> bool:
+    """Whether a pass over one row leaves a trainable parameter without a gradient: DDP then has to look for such."""
+    model.train()
+    with autocast(cell, device=device):
+        loss.summed(collate(rows[:1], pad_id=pad_id, packed=packed).to(device)).backward()
+    found = any(parameter.grad is None for parameter in trainable_parameters(model))
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def held_weights(model: torch.nn.Module, *, attached: bool) -> dict[str, int]:
+    """The parts `weights` and `adapter` of the memory breakdown, as this rank holds them."""
+    trained = trainable_parameters(model) if attached else []
+    ids = {id(parameter) for parameter in trained}
+    others = [tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in ids]
+    return {"weights": stored_bytes(others)} | ({"adapter": stored_bytes(trained)} if attached else {})
 
 
 def compile_model(
@@ -151,10 +206,12 @@ def compile_model(
     for layer in layers_of(model):
         layer.compile(dynamic=True)
     model.train()
+    count = cell.training.batch_size // cell.hardware.processes
     with torch.random.fork_rng():  # the noise of training is what it would be without
-        for start in (0, cell.training.batch_size):  # another length shows what is still taken for a constant
-            indices = range(start, start + cell.training.batch_size)
-            batch = collate([rows[index % len(rows)] for index in indices], pad_id=pad_id, packed=packed)
+        for start in (0, count):  # another length shows what is still taken for a constant
+            batch = collate(
+                [rows[index % len(rows)] for index in range(start, start + count)], pad_id=pad_id, packed=packed
+            )
             with autocast(cell, device=device):
                 loss.summed(batch.to(device)).backward()
     model.zero_grad(set_to_none=True)

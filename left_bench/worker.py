@@ -25,15 +25,16 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from left_bench import limits
+from left_bench import limits, ranks
 from left_bench.cell import Cell
 from left_bench.errors import UserError
-from left_bench.events import EVENTS_NAME, EventWriter
+from left_bench.events import EVENTS_NAME, EventWriter, Unheard
 from left_bench.process import LAUNCHER_PID, STACK_SIGNAL
+from left_bench.ranks import OUTCOME_NAME, Team
 from left_bench.record import Record, Status, write_atomically
 from left_bench.seats import assigned_cores, concurrent_cells
 
-CELL_NAME, OUTCOME_NAME, ADAPTER_NAME, ROWS_NAME = "cell.json", "outcome.json", "adapter", "rows.jsonl"
+CELL_NAME, ADAPTER_NAME, ROWS_NAME = "cell.json", "adapter", "rows.jsonl"
 _VERSIONS = (
     *("left-bench", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
     *("datasets", "evaluate", "tokenizers", "safetensors", "numpy", "llvmlite"),
@@ -52,11 +53,13 @@ def work(
     events: EventWriter,
     exceeded: Callable[[int], None] = lambda used: None,
     reloads: Callable[[Path], bool] | None = None,
+    team: Team = ranks.ALONE,
 ) -> None:
     """Fine-tune and measure one cell; everything learned goes into `found` as soon as it is known.
 
     `exceeded` is told, from another thread, of memory in use beyond `hardware.memory_limit`. `reloads` says whether
-    the run's saved adapter gives back its losses, for `eval.check_reload`.
+    the run's saved adapter gives back its losses, for `eval.check_reload`. Every rank of `team` runs this; the first
+    alone evaluates and saves.
 
     Raises:
         Exception: whatever went wrong; `found` then holds what was measured before.
@@ -72,13 +75,15 @@ def work(
     from left_bench.measure import Meter, logical_numel, stored_bytes
     from left_bench.neighbours import Neighbours
     from left_bench.quantization import quantization_error
+    from left_bench.sharding import put_whole_weights, whole_weights
 
+    team.meet(cell.hardware.device)
     device = open_device(cell.hardware.device)
     found["environment"] = {"machine": describe_machine(device), "versions": versions(), "effective": {}}
-    set_threads(cell)  # after the machine is described: a seat's cores are not all it has
+    set_threads(cell, team)  # after the machine is described: a seat's cores are not all it has
     models.apply_precision(cell, device=device.kind)
     effective = found["environment"]["effective"]
-    effective |= {"threads": threads_in_use(), "peak_memory": device.peak_source}
+    effective |= {"threads": threads_in_use() * team.size, "processes": team.size, "peak_memory": device.peak_source}
     effective["concurrent_cells"] = concurrent_cells(os.environ)
 
     folder, tokenizer = models.open_pretrained(cell)
@@ -95,23 +100,27 @@ def work(
             meter.close_phase()
             exceeded(used)
 
-        effective["memory_limit"] = device.limit(cell.hardware.memory_limit, run_dir=run_dir, exceeded=end_phase_too)
+        effective["memory_limit"] = device.limit(
+            cell.hardware.memory_limit, run_dir=ranks.folder_of(run_dir, team.rank), exceeded=end_phase_too
+        )
 
     circumstances = {"machine": found["environment"]["machine"]["id"]}
     circumstances |= {key: effective[key] for key in ("threads", "concurrent_cells")}
-    base_model, loaded = quantized_cache.load_base(cell, folder=folder, meter=meter, circumstances=circumstances)
+    base_model, loaded = quantized_cache.load_base(
+        cell, folder=folder, device=team.place(device.kind), meter=meter, circumstances=circumstances
+    )
     models.check_tokenizer(tokenizer, base_model)
     effective |= loaded
     meter.metrics |= models.base_metrics(base_model)
     meter.memory_breakdown["weights"] = int(meter.metrics["weights_bytes"])
-    if cell.quantization.target is not None:
+    if team.first and cell.quantization.target is not None:
         with meter.phase("quantization_error"):
             error = quantization_error(base_model, folder)
         if error is not None:
             meter.metrics["quantization_error"] = error
 
     before = None
-    if cell.model.weights != "random":
+    if team.first and cell.model.weights != "random":
         before, source = base.evaluate_base(base_model, tokenizer, test, cell, meter=meter, runs_dir=run_dir.parent)
         found["provenance"]["base_scores_from"] = source
 
@@ -128,22 +137,24 @@ def work(
     }
 
     pad_id = evaluate.pad_of(tokenizer)
-    peak = base.shared_peak(cell, meter=meter, runs_dir=run_dir.parent, threads=threads_in_use())
+    peak = None
+    if team.first:
+        peak = base.shared_peak(cell, meter=meter, runs_dir=run_dir.parent, threads=threads_in_use()) * team.size
     with models.autocast(cell, device=device.kind):
         in_force.check_forward(model)
-        loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+        everywhere, whole = cell.training.output_head == "all", cell.hardware.sharding is None
+        loss = AnswerLoss(model, everywhere=everywhere, in_chunks=whole)
         flops = step_flops(model)
     with packing.laid_out(model, loss, splits.train, cell, pad_id=pad_id, device=device.kind) as layout:
         effective |= {"output_head": loss.output_head, **layout.effective}
         common: dict[str, Any] = {"loss": loss, "pad_id": pad_id, "packed": layout.packed}
         if cell.training.compile:
             with meter.phase("compile"):
-                compiling = training.compile_model(model, splits.train, cell, device=device.kind, **common)
-            common["compiling"] = compiling
-        neighbours = Neighbours()
+                common["compiling"] = training.compile_model(model, splits.train, cell, device=device.kind, **common)
+        neighbours = Neighbours(beside=team.pids)
         try:
             with meter.phase("train") as counts, training.embedding_noise(model, cell.training.neftune_alpha):
-                states = training.train(model, splits.train, cell, meter=meter, counts=counts, **common)
+                states = training.train(model, splits.train, cell, meter=meter, counts=counts, team=team, **common)
         finally:
             others = neighbours.share()
             if others is not None:
@@ -153,8 +164,18 @@ def work(
             meter.finish(measure_after=cell.training.measure_after, flops=flops.of, peak_flops=peak)
     effective["optimizer_state_dtype"] = states
     if cell.training.compile:
+        compiling = common["compiling"]
         meter.metrics |= {"compile_seconds": compiling.seconds, "compiled_graphs": compiling.graphs}
-        training.uncompile(model)
+    if team.size > 1:
+        effective["rank_peak_memory_bytes"] = meter.take_in_peaks(team)
+    trained = {} if whole else whole_weights(model)
+    if not team.first:
+        return
+    if not whole:  # what follows is this rank's alone, and wants a model that is no shard
+        base_model, _ = models.load_model(cell, folder=folder, device=team.place(device.kind))
+        model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer, rows=splits.train)
+        put_whole_weights(model, trained)
+    training.uncompile(model)
     account_for_peak(meter.memory_breakdown, meter.metrics)
 
     with meter.phase("evaluate") as counts:
@@ -189,20 +210,23 @@ def work(
 def main(argv: list[str], *, forked: bool = False) -> int:
     """Run the cell in `RUN_DIR` and leave its outcome, whatever its status; exit code NO_OUTCOME where that fails.
 
-    `forked`: this process came from the fork server and has done nothing yet.
+    `RUN_DIR RANK` is one of the other processes of a cell that has several. `forked`: this process came from the fork
+    server, or is a fork of one that did, and has done nothing yet.
     """
-    run_dir = Path(argv[0])
+    run_dir, rank = Path(argv[0]), int(argv[1]) if len(argv) > 1 else 0
     faulthandler.enable()  # a segfault leaves its stack in worker.log
     if STACK_SIGNAL is not None:
         faulthandler.register(STACK_SIGNAL)  # and so does a run that the parent finds hanging
     die_with_parent()
     cell = Cell.model_validate_json((run_dir / CELL_NAME).read_text(encoding="utf-8"))
+    team = Team(run_dir, rank=rank, size=cell.hardware.processes)
+    team.start(partial(main, forked=True) if forked else None)
     reloads = None
-    if cell.eval.check_reload:
+    if cell.eval.check_reload and team.first:
         from left_bench import reload
 
         reloads = reload.asked_of_a_fork() if forked else reload.gives_the_same_loss
-    events = EventWriter(run_dir / EVENTS_NAME)
+    events = EventWriter(run_dir / EVENTS_NAME) if team.first else Unheard(run_dir / EVENTS_NAME)
     started = utc_now()
     found: dict[str, Any] = {"provenance": {}}
     ended = threading.Lock()
@@ -224,10 +248,11 @@ def main(argv: list[str], *, forked: bool = False) -> int:
             **found,
         )
         try:
-            write_atomically(run_dir / OUTCOME_NAME, outcome.model_dump_json(exclude_none=True))
+            write_atomically(ranks.folder_of(run_dir, rank) / OUTCOME_NAME, outcome.model_dump_json(exclude_none=True))
         except OSError as error:
             print(f"no outcome: {error}", file=sys.stderr, flush=True)
             os._exit(NO_OUTCOME)
+        team.dismiss()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # the outcome is on disk; tearing down torch's threads takes a second and can hang
@@ -236,13 +261,14 @@ def main(argv: list[str], *, forked: bool = False) -> int:
         used = f"{used_bytes / 2**20:.0f} MiB resident"
         end("oom", out_of_memory_reason(used, limit_bytes=cell.hardware.memory_limit))
 
+    team.watch(end)
     status: Status = "ok"
     reason = None
     try:
-        work(cell, run_dir=run_dir, found=found, events=events, exceeded=exceeded, reloads=reloads)
+        work(cell, run_dir=run_dir, found=found, events=events, exceeded=exceeded, reloads=reloads, team=team)
     except Exception as error:
         limits.lift()
-        status, reason = classify(error, limit_bytes=cell.hardware.memory_limit)
+        status, reason = team.why_lost(error) or classify(error, limit_bytes=cell.hardware.memory_limit)
         if disk_full(error):  # half an adapter is of no use, and its room is wanted for the outcome
             shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)
         traceback.print_exc()
@@ -312,14 +338,20 @@ def write_rows(path: Path, after: Any, before: Any, rows: Any) -> None:
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def set_threads(cell: Cell) -> None:
-    """Take the threads the cell names, else one for each core of its seat, else torch's choice: all it may use."""
+def set_threads(cell: Cell, team: Team = ranks.ALONE) -> None:
+    """Take the threads the cell names, else one for each core of its seat, else torch's choice: all it may use.
+
+    Ranks divide them, and the seat's cores.
+    """
     import torch
 
     cores = assigned_cores(os.environ)
     if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, team.cores(cores))
     threads = cell.hardware.threads or len(cores)
+    if team.size > 1:
+        threads = max(1, (threads or torch.get_num_threads()) // team.size)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate sets another number
     if threads:
         torch.set_num_threads(threads)
 

@@ -1,6 +1,7 @@
 """Faults for tests: a worker whose events strike. The package itself has no switch for any of this.
 
-`LEFT_BENCH_TEST_FAULT=segfault@step2` strikes when the second step has been told; `hang@train`, when the phase begins.
+`LEFT_BENCH_TEST_FAULT=segfault@step2` strikes when the second step has been told; `hang@train`, when the phase begins;
+`kill@step2#1` strikes the other ranks of a cell of several processes, in the place of the first.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ def arm() -> None:
     """Make the worker of this process strike as the environment says."""
     from left_bench import events, worker
 
-    wanted, _, where = os.environ[FAULT].partition("@")
-    write = events.EventWriter.write
+    wanted, _, place = os.environ[FAULT].partition("@")
+    where, _, others = place.partition("#")
+    struck = events.Unheard if others else events.EventWriter
+    write = struck.write
 
     def strike_after(self: Any, event: str, **fields: Any) -> None:
         write(self, event, **fields)
@@ -30,7 +33,7 @@ def arm() -> None:
         if event in ("step", "phase") and here == where:
             strike(wanted, self)
 
-    events.EventWriter.write = strike_after  # type: ignore[method-assign]
+    struck.write = strike_after  # type: ignore[method-assign]
     worker.EventWriter = events.EventWriter
 
 
@@ -76,6 +79,23 @@ def run_forked(run_dir: str, log: str, environment: dict[str, str]) -> None:
 
     os.environ[FAULT] = environment[FAULT]
     arm()
+    process._run_forked(run_dir, log, environment)
+
+
+def run_forked_with_an_idle_parameter(run_dir: str, log: str, environment: dict[str, str]) -> None:
+    """The same, for a worker whose method has a parameter that takes no part in the loss."""
+    import torch
+
+    from left_bench import adapter, process
+
+    attach = adapter.attach_adapter
+
+    def attach_and_add(*arguments: Any, **named: Any) -> Any:
+        model = attach(*arguments, **named)
+        model.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
+        return model
+
+    adapter.attach_adapter = attach_and_add
     process._run_forked(run_dir, log, environment)
 
 

@@ -96,7 +96,14 @@ OTHER: dict[str, dict[str, Any]] = {
         "forgetting": False,
         "check_reload": True,
     },
-    "hardware": {"device": "cuda", "threads": 3, "memory_limit": "6GiB"},
+    "hardware": {
+        "device": "cuda",
+        "threads": 3,
+        "memory_limit": "6GiB",
+        "processes": 2,
+        "sharding": "fsdp2",
+        "sharding_config": {"reshard_after_forward": False},
+    },
 }
 NO_RESULT = {
     "peft": {"learning_rate"},

@@ -70,7 +70,7 @@ def load(tiny_cell):
     def load(cell, *, meter=None, since=SINCE, folder=None):
         meter = meter or Meter()
         folder = folder or models.open_pretrained(cell)[0]
-        model, found = quantized_cache.load_base(cell, folder=folder, meter=meter, circumstances=since)
+        model, found = quantized_cache.load_base(cell, folder=folder, device="cpu", meter=meter, circumstances=since)
         return model, found, meter
 
     return load

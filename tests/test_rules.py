@@ -19,6 +19,8 @@ NF4, INT8, NF5, HQQ = (["quantization=nf4"], ["quantization=int8"], ["quantizati
 NEEDED = {"quantization=quanto_int8": "optimum.quanto", "quantization=hqq_4": "hqq"}
 CHEAP = ["training.steps=2", "eval.generate=false", "eval.check_reload=false"]
 NEOX = ["model=tiny_neox"]
+TWO = ["hardware.processes=2"]
+SHARDED = [*TWO, "hardware=cuda", "hardware.sharding=fsdp2"]
 
 # what is refused; words of the reason; the nearest neighbour that is not
 PAIRS: list[tuple[list[str], str, list[str]]] = [
@@ -65,6 +67,18 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
         ["peft=layer_freeze", "peft.config.last_layers=1"],
     ),
     (["peft=bitfit"], "BitFit", ["peft=bitfit", *NEOX]),
+    # forced in this process, which is one: neighbours that are several are in test_ranks.py
+    (["hardware.processes=3"], "training.batch_size", ["training.batch_size=3"]),
+    ([*TWO, "hardware=cuda", "hardware.device=mps"], "MPS is one", []),
+    (["hardware.sharding=fsdp2"], "more than one", []),
+    ([*TWO, "hardware.sharding=deepspeed"], "eep", []),
+    ([*TWO, "hardware=cuda", "hardware.sharding=deepspeed", "hardware.sharding_config.zero_stage=3"], "eep", []),
+    ([*SHARDED, *NF4], "floating-point weights alone", NF4),
+    ([*SHARDED, "training.checkpoint_every=1"], "checkpoint_every", ["training.checkpoint_every=1"]),
+    ([*SHARDED, "peft=adalora"], "whole gradients", ["peft=adalora"]),
+    ([*SHARDED, "optimizer=adamw_8bit"], "sharded weights", ["optimizer=adamw_8bit"]),
+    ([*SHARDED, "precision=fp16_mixed"], "loss scaling", []),
+    ([*TWO, "hardware=cuda", "hardware.sharding=deepspeed", "training.gradient_accumulation=2"], "eep", []),
 ]
 # an option that a package must be installed for, by the package's module
 WANTING = {

@@ -46,6 +46,11 @@ class Example:
         """Tokens of prompt and answer together."""
         return len(self.prompt_ids) + len(self.answer_ids)
 
+    @property
+    def labels(self) -> int:
+        """Tokens that carry loss: the answer's, but for a first one that nothing precedes."""
+        return len(self.answer_ids) - (not self.prompt_ids)
+
 
 class Examples(Sequence[Example]):
     """Examples memory-mapped from disk: the rows of a large data set do not count as the run's memory."""

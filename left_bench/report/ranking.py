@@ -54,6 +54,7 @@ _TOUCHES = {
     "training.steps": ("quality", "speed"),
     "hardware.threads": ("speed",),
     "threads": ("speed",),
+    "processes": ("memory", "speed"),
     "batching": ("memory", "speed"),
     "training.batching": ("memory", "speed"),
     "training.activation_checkpointing": ("memory", "speed"),
@@ -92,14 +93,15 @@ def headline_quality(rows: Sequence[Row]) -> str | None:
 def yardstick(row: Row, metric: str) -> Hashable:
     """Two rows' values of a metric may be held against each other only when this is the same.
 
-    Speed: the machine, and how many cells shared it. Memory: the kind of device, which decides how it is measured.
+    Speed: the machine, how many cells shared it, and over how many processes a cell ran. Memory: the kind of device,
+    which decides how it is measured, and the processes, which each hold a part.
     Quality: the held-out rows, and for a loss per token the model, whose tokenizer decides what a token is.
     """
     kind = metric_of(metric).kind
     if kind == "speed":
-        return row.machine, row.noted("effective").get("concurrent_cells", 1)
+        return row.machine, row.noted("effective").get("concurrent_cells", 1), _effective(row, "processes")
     if kind == "memory":
-        return one_line(row.noted("machine").get("device", ""))
+        return one_line(row.noted("machine").get("device", "")), _effective(row, "processes")
     if kind == "quality" and metric != "quantization_error":
         data, scoring = row.section("data"), row.section("eval")
         held_out = [
@@ -198,7 +200,9 @@ def pareto_front(rows: Sequence[Row], quality: str, *costs: str) -> list[Row]:
 
 
 # precision and quantization have columns of their own; merging comes after everything that is compared
-_NO_CONFOUNDERS = {"weights_dtype", "merge"}
+_NO_CONFOUNDERS = {"weights_dtype", "merge", "rank_peak_memory_bytes"}
+# What records did not tell before it could be anything else.
+_BEFORE = {"processes": 1}
 
 
 def touching(found: Sequence[tuple[str, str]], kind: str) -> list[tuple[str, str]]:
@@ -222,7 +226,7 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
     for key in dict.fromkeys(key for row in done for key in row.noted("effective")):
         if key not in asked and key not in _NO_CONFOUNDERS:
             having = [row for row in done if key != "five_bit_decoder" or _five_bits(row)]
-            found += _differing(key, having, [row.noted("effective").get(key) for row in having], names)
+            found += _differing(key, having, [_effective(row, key) for row in having], names)
     found += _differing("torch version", done, [row.noted("versions").get("torch") for row in done], names)
     if len(machines_of(rows)) > 1:
         [(_, how)] = _differing("", rows, [row.machine for row in rows], names)
@@ -271,6 +275,10 @@ def _unfulfilled(rows: list[Row], names: Mapping[int, str]) -> list[tuple[str, s
 
 def _five_bits(row: Row) -> bool:
     return str(row.section("quantization").get("_target_")).startswith("left_bench.fivebit.")
+
+
+def _effective(row: Row, key: str) -> Any:
+    return row.noted("effective").get(key, _BEFORE.get(key))
 
 
 def _same(asked: Any, effective: Any) -> bool:
