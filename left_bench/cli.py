@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             "dashboard": _dashboard,
             "doctor": _doctor,
             "list": _list,
+            "init": _init,
         }
         if argv[0] not in commands:
             hint = nearest(argv[0], commands) or f"; commands are {', '.join(commands)}"
@@ -73,6 +74,7 @@ def help_text() -> str:
         "left-bench export CELL --format model-card    a record's scores as a model card's metadata",
         "left-bench track RUNS... --tracker NAME       tell finished records to a tracker",
         "left-bench dashboard --sweep NAME             a Weights & Biases workspace and report for a sweep",
+        "left-bench init DIR                           a project of your own: options, a sweep, rows to start from",
         "left-bench list                               every group's options, one line each",
         "left-bench doctor                             what this machine has and can run",
         "",
@@ -283,3 +285,9 @@ def _list(argv: list[str]) -> int:
     from left_bench.listing import main as listing
 
     return listing(argv)
+
+
+def _init(argv: list[str]) -> int:
+    from left_bench.init import main as init
+
+    return init(argv)
