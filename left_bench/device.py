@@ -287,20 +287,28 @@ class _PeakSampler:
             self.peak = max(self.peak, _resident_bytes())
 
 
-def matrix_product_peak(kind: str, dtype: str, *, size: int = 2048, seconds: float = 0.4) -> float:
-    """FLOP/s of square matrix products of that size: the best of the repetitions that fit into `seconds`."""
+def matrix_product_peak(kind: str, dtype: str, *, largest: int = 2048, seconds: float = 0.25) -> float:
+    """FLOP/s of square matrix products: the best of repetitions at sizes up to `largest`, about `seconds` at each.
+
+    A dtype without fast kernels here (float16 on most CPUs) stays at a small size: a large one would take minutes.
+    """
     import time
 
     import torch
 
-    left, right = (torch.randn(size, size, device=kind, dtype=getattr(torch, dtype)) for _ in range(2))
     device = open_device(kind)
-    best = float("inf")
-    left @ right  # the first call chooses kernels
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        left @ right
+    best, size = 0.0, min(256, largest)
+    while True:
+        left, right = (torch.randn(size, size, device=kind, dtype=getattr(torch, dtype)) for _ in range(2))
+        left @ right  # the first call chooses kernels
         device.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        end, took = time.perf_counter() + seconds, float("inf")
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            left @ right
+            device.synchronize()
+            took = min(took, time.perf_counter() - start)
+        best = max(best, 2 * size**3 / took)
+        size *= 2
+        if size > largest or took * 8 > seconds:
+            return best

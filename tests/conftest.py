@@ -12,12 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import pytest
 
 from left_bench.cell import Cell
 
 # setuptools' import hook for old pips trips over pytest-xdist's frames, which have no file
 sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "DistutilsMetaFinder"]
+
+# CI runs tests side by side: how long an example takes says nothing
+hypothesis.settings.register_profile("left_bench", deadline=None)
+hypothesis.settings.load_profile("left_bench")
 
 TINY = [
     *("model=tiny_llama", "precision=fp32", "hardware=cpu", "hardware.threads=1", "hardware.timeout=120"),

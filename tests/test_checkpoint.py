@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from left_bench import checkpoint as checkpoints
@@ -186,7 +186,6 @@ TREES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(tree=TREES)
 def test_plain_data_comes_back_as_it_was(tree):
     text = json.dumps(checkpoints._plain(tree, {}, {}))

@@ -162,7 +162,7 @@ def test_a_file_is_read_with_the_standard_library_alone(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     questions=st.lists(st.integers(0, 12), min_size=1, max_size=40),
     test_rows=st.integers(1, 5),
@@ -525,7 +525,6 @@ def test_passes_hold_every_row_once(examples: list[Example], batch_size: int) ->
     assert volume(grouped) <= volume(padded) or len(examples) % batch_size
 
 
-@settings(deadline=None)
 @given(examples=examples_strategy, pad_id=st.integers(0, 99))
 def test_collate_masks_exactly_prompt_and_padding(examples: list[Example], pad_id: int) -> None:
     batch = collate(examples, pad_id=pad_id)

@@ -67,7 +67,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(strange, other.isnan()) and bool(equal.all())
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 70),

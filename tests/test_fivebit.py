@@ -99,7 +99,7 @@ def test_pack_round_trip(values: list[int], together: int) -> None:
     assert torch.equal(unpack(packed, together=together), codes)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 70),

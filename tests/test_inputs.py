@@ -277,7 +277,7 @@ def build(group: str, key: str, value: Any) -> Cell:
     return Cell.from_config(sections, choices=CHOICES)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(where=st.sampled_from(KEYS) | st.tuples(st.sampled_from(GROUPS), st.text(min_size=1, max_size=8)), value=VALUES)
 def test_any_value_makes_a_cell_or_one_line(where, value):
     """A cell that survives JSON with its identity, or a refusal that names the key; never anything else."""
@@ -297,7 +297,7 @@ def test_any_value_makes_a_cell_or_one_line(where, value):
 SAME = {"hardware": {"timeout", "phase_timeout"}, "training": {"checkpoint_every"}}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(where=st.sampled_from([key for key in KEYS if key[1] != "name"]), one=VALUES, other=VALUES)
 def test_a_cells_id_differs_exactly_where_its_result_may(where, one, other):
     group, key = where

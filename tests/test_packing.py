@@ -18,7 +18,7 @@ from left_bench.packing import SEGMENTS, attending_in_segments, laid_out, segmen
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=lengths, groups=st.sampled_from([1, 2]), window=st.sampled_from([None, 3]), kernels=st.booleans())
 def test_segments_are_causal_attention_under_a_block_mask(lengths, groups, window, kernels):
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def test_segments_are_causal_attention_under_a_block_mask(lengths, groups, windo
         torch.testing.assert_close(found, wanted)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=5))
 def test_both_layouts_hold_the_same_tokens_and_labels(sizes):
     examples = [Example([9] * before, list(range(10, 10 + answer)), "", "") for before, answer in sizes]

@@ -258,7 +258,7 @@ def test_a_record_writes_nothing_into_the_page_but_text(turn: int, tmp_path: Pat
         st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
     )
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_json_in_a_script_element_is_the_same_json(value: Any) -> None:
     text = as_json(value)
     assert json.loads(text) == value

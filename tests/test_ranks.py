@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from faulty import FAULT, run_forked, run_forked_with_an_idle_parameter
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorded.build import make_record
 
@@ -251,7 +251,6 @@ def test_a_killed_worker_takes_its_ranks_along(tiny_cell, tmp_path):
 # --- what is shared, and what is refused ---
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["padded", "grouped", "packed"]), st.randoms())
 def test_every_row_is_one_ranks(size, each, batching, random):
     from left_bench.data import Example

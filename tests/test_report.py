@@ -270,7 +270,7 @@ def test_cells_run_twice_are_told_apart() -> None:
     assert len(set(labels(rows, find_axes(rows)))) == 3
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["lora", "none", "a b", "–"]), st.integers(1, 3), st.integers(0, 1)),
@@ -542,7 +542,7 @@ def test_random_weights_have_no_quality(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=2, max_size=9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     rows = rows_of(
         *(make_record(peak_mib=100 * x, exact_match=y / 6, eval_loss=None, minute=i) for i, (x, y) in enumerate(points))
@@ -653,7 +653,7 @@ def assert_harmless(text: str) -> None:
         assert row.count("|") == len(re.split(r"\|", row)) - 1
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(hostile, min_size=8, max_size=8))
 def test_a_record_can_write_nothing_into_the_report_but_text(texts: list[str]) -> None:
     a, b, c, d, e, f, g, h = texts
