@@ -7,6 +7,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads cost more than they bring, and CI runs tests beside others
 
 import functools
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ from left_bench.cell import Cell
 
 # setuptools' import hook for old pips trips over pytest-xdist's frames, which have no file
 sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "DistutilsMetaFinder"]
+
+# a shell's background job ignores Ctrl-C, and so would every launch that a test starts and interrupts
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # CI runs tests side by side: how long an example takes says nothing
 hypothesis.settings.register_profile("left_bench", deadline=None)
