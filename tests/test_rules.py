@@ -75,7 +75,7 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     ([*TWO, "hardware=cuda", "hardware.sharding=deepspeed", "hardware.sharding_config.zero_stage=3"], "eep", []),
     ([*SHARDED, *NF4], "floating-point weights alone", NF4),
     ([*SHARDED, "training.checkpoint_every=1"], "checkpoint_every", ["training.checkpoint_every=1"]),
-    ([*SHARDED, "peft=adalora"], "whole gradients", ["peft=adalora"]),
+    ([*SHARDED, "peft=adalora"], "whole gradients", ["peft=lora"]),
     ([*SHARDED, "optimizer=adamw_8bit"], "sharded weights", ["optimizer=adamw_8bit"]),
     ([*SHARDED, "precision=fp16_mixed"], "loss scaling", []),
     ([*TWO, "hardware=cuda", "hardware.sharding=deepspeed", "training.gradient_accumulation=2"], "eep", []),
