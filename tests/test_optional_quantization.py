@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from left_bench.quantization import dequantized
-from left_bench.rules import _installed
+from left_bench.paths import is_installed
 
 MODULES = {"hqq": "hqq", "quanto": "optimum.quanto", "torchao": "torchao"}
 # groups of 64 with two float32 constants; 3 bits are packed ten in 32; in these small layers constants weigh more
@@ -15,7 +15,7 @@ BITS = {"hqq_4": 4 + 1, "hqq_3": 3.389 + 1, "hqq_2": 2 + 1, "quanto_int4": 4.889
 
 @pytest.mark.parametrize("name", BITS)
 def test_lora_trains_over_it(name, tiny_cell, work_in_process):
-    if not _installed(MODULES[name.partition("_")[0]]):
+    if not is_installed(MODULES[name.partition("_")[0]]):
         pytest.skip("not installed")
     found = work_in_process(tiny_cell("training.steps=4", "eval.check_reload=false", f"quantization={name}"))
     metrics = found["metrics"]

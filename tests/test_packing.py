@@ -79,8 +79,7 @@ def loss_and_gradients(loss: AnswerLoss, rows: Any, *, packed: bool) -> tuple[fl
     return found.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# tiny_opt passes alone, and fails after other files' tests in one process: some state is left on the meta device
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox"])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox", "tiny_opt"])
 @pytest.mark.parametrize("peft", ["full", "lora", "ia3", "houlsby"])
 def test_packed_is_padded(name, peft, tiny_cell, load_tiny, addition_rows):
     cell, model = attached(tiny_cell, load_tiny, addition_rows, f"model={name}", f"peft={peft}")

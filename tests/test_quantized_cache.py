@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -230,11 +231,21 @@ def test_kept_weights_are_the_users_alone_and_hold_no_pickle(tiny_cell, load, ow
     assert set(json.loads((kept / "load.json").read_text())) == {"metrics", "circumstances", "files"}
 
 
-def test_cells_at_the_same_time_leave_one_whole_folder(tiny_cell, load, own_cache):
+def test_cells_at_the_same_time_leave_one_whole_folder(tiny_cell, load, own_cache, monkeypatch):
+    """Threads for processes: the models are loaded in turn (from_pretrained patches classes), and kept at once."""
     cell = tiny_cell("quantization=nf4", "quantization.cache=true")
-    with ThreadPoolExecutor(3) as at_once:
-        found = list(at_once.map(lambda _: load(cell)[1]["weights_from"], range(3)))
-    assert "checkpoint" in found
+    in_turn, all_are_loaded = threading.Lock(), threading.Barrier(3, timeout=60)
+
+    def load_model(*args, **kwargs):
+        with in_turn:
+            loaded = models.load_model(*args, **kwargs)
+        all_are_loaded.wait()
+        return loaded
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(3) as at_once:
+        patch.setattr(quantized_cache, "load_model", load_model)
+        found = [future.result()[1]["weights_from"] for future in [at_once.submit(load, cell) for _ in range(3)]]
+    assert found == ["checkpoint"] * 3
     assert len(list(own_cache.glob("quantized-*"))) == 1
     assert load(cell)[2].names == ["load_cached"]
 
