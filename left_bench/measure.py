@@ -230,21 +230,18 @@ def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
                 yield from plain_parts(part)
     elif tensor.device.type != "meta":
         yield tensor
-    state = getattr(tensor, "quant_state", None)
-    if state is not None:
-        yield from _state_tensors(state)
-    for name in ("SCB", "CB"):
-        constant = getattr(tensor, name, None)
-        if constant is not None:
-            yield constant
+    for owner, name in constants(tensor):
+        yield getattr(owner, name)
 
 
-def _state_tensors(state: Any) -> Iterator[torch.Tensor]:
-    """Tensors of a bitsandbytes QuantState, the nested one of double quantization included."""
-    for name in ("absmax", "code", "offset"):
-        value = getattr(state, name, None)
-        if value is not None and hasattr(value, "untyped_storage"):
-            yield value
-    nested = getattr(state, "state2", None)
-    if nested is not None:
-        yield from _state_tensors(nested)
+def constants(parameter: torch.Tensor) -> Iterator[tuple[Any, str]]:
+    """Where bitsandbytes keeps a parameter's constants: object and attribute, double quantization's included."""
+    state = getattr(parameter, "quant_state", None)
+    owners: list[tuple[Any, tuple[str, ...]]] = [(parameter, ("SCB", "CB"))]
+    while state is not None:
+        owners.append((state, ("absmax", "code", "offset")))
+        state = getattr(state, "state2", None)
+    for owner, names in owners:
+        for name in names:
+            if hasattr(getattr(owner, name, None), "untyped_storage"):
+                yield owner, name

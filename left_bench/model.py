@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from left_bench.cell import Cell
 from left_bench.instantiate import instantiate
-from left_bench.measure import logical_numel, plain_parts, stored_bytes
+from left_bench.measure import constants, logical_numel, plain_parts, stored_bytes
 from left_bench.pretrained import check_vocabulary, load_tokenizer, model_folder, resolved_revision, source, unloadable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -133,14 +133,31 @@ def _let_go_of_checkpoint(model: PreTrainedModel, *, all_of_it: bool) -> None:
     that begin at other boundaries may round otherwise.
     """
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        parts = list(plain_parts(tensor))
-        if all_of_it or all(part.is_floating_point() for part in parts):
-            for part in parts:
-                place = (part.data_ptr(), part.dtype, part.shape)  # int8 weights have two names for one storage
-                if place not in copies:
-                    copies[place] = part.data.clone()
-                part.data = copies[place]
+
+    def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+        return tensor.data_ptr(), tensor.dtype, tensor.shape
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if place(tensor) not in copies:  # int8 weights have two names for one storage
+            copied = tensor.data.clone()
+            copies[place(tensor)] = copies[place(copied)] = copied
+        return copies[place(tensor)]
+
+    def stays(tensor: torch.Tensor) -> bool:
+        return not all_of_it and any(not part.is_floating_point() for part in plain_parts(tensor))
+
+    # replaced where they are referred to: a view that is given other data keeps its base, and that the mapping
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not stays(buffer):
+                setattr(module, name, copy(buffer))
+    for parameter in model.parameters():
+        if not stays(parameter):
+            parameter.data = copy(parameter)
+            for owner, name in constants(parameter):
+                constant = getattr(owner, name)
+                if copy(constant) is not constant:  # a 5-bit layer's are its buffers
+                    setattr(owner, name, copy(constant))
 
 
 def _keep_trainable(model: PreTrainedModel) -> None:

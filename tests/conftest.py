@@ -21,9 +21,10 @@ from left_bench.cell import Cell
 # setuptools' import hook for old pips trips over pytest-xdist's frames, which have no file
 sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "DistutilsMetaFinder"]
 
-# a shell's background job ignores Ctrl-C, and so would every launch that a test starts and interrupts
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# a shell's background job ignores Ctrl-C and nohup's a hang-up, and so would every launch that a test interrupts
+for number, default in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, default)
 
 # CI runs tests side by side: how long an example takes says nothing
 hypothesis.settings.register_profile("left_bench", deadline=None)
