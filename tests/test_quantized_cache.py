@@ -9,6 +9,7 @@ import shutil
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def stored(model):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_weights_are_the_same_bit_for_bit(name, precision, tiny_cell, load):
-    cell = tiny_cell(f"quantization={name}", "quantization.cache=true", f"precision={precision}")
+    cell = tiny_cell(f"quantization={name}", f"precision={precision}")
     fresh, found, meter = load(cell)
     again, found_again, meter_again = load(cell)
     assert (meter.names, meter_again.names) == (["load", "keep_quantized"], ["load_cached"])
@@ -112,7 +113,7 @@ def test_the_weights_are_the_same_bit_for_bit(name, precision, tiny_cell, load):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_cell_cannot_tell_the_two_apart(name, tiny_cell, work_in_process):
     """Losses, scores, merging and the reload in another process: equal to the last bit with and without."""
-    cell = tiny_cell(f"quantization={name}", "quantization.cache=true", "model.weights=pretrained", "model.wheel=null")
+    cell = tiny_cell(f"quantization={name}", "model.weights=pretrained", "model.wheel=null")
     cell = cell.model_copy(
         update={"model": cell.model.model_copy(update={"name_or_path": models.open_pretrained(tiny_cell())[0]})}
     )
@@ -136,14 +137,25 @@ def test_a_cell_cannot_tell_the_two_apart(name, tiny_cell, work_in_process):
 
 
 def test_off_means_off(tiny_cell, load, own_cache):
-    cell = tiny_cell("quantization=nf4")
+    cell = tiny_cell("quantization=nf4", "quantization.cache=false")
     for _ in range(2):
         assert load(cell)[2].names == ["load"]
     assert not list(own_cache.glob("quantized-*"))
-    assert cell.id != tiny_cell("quantization=nf4", "quantization.cache=true").id  # its training peak is another
+    assert cell.id == tiny_cell("quantization=nf4").id  # the same bits, the same memory after loading
 
 
-@pytest.mark.parametrize("overrides", [[], ["quantization=hqq_4", "quantization.cache=true"]])
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_loaded_refers_to_the_mapped_file(name, tiny_cell, load):
+    """One small constant that is a view of it would keep the whole file in the cell's memory."""
+    cell = tiny_cell(f"quantization={name}")
+    load(cell)
+    model, found, _ = load(cell)  # the model is alive while the maps are read
+    assert found["weights_from"] == "quantized_cache"
+    assert "quantized-" not in Path("/proc/self/maps").read_text(), type(model)
+
+
+@pytest.mark.parametrize("overrides", [[], ["quantization=hqq_4"]])
 def test_what_is_not_quantized_or_not_known_to_come_back_is_not_kept(overrides, tiny_cell):
     cell = tiny_cell(*overrides)
     assert quantized_cache._place(cell, folder=models.open_pretrained(cell)[0], device="cpu") is None
@@ -151,25 +163,25 @@ def test_what_is_not_quantized_or_not_known_to_come_back_is_not_kept(overrides, 
 
 def test_quick_quantizing_is_not_kept(tiny_cell, load, own_cache, monkeypatch):
     monkeypatch.setattr(quantized_cache, "_WORTH_KEEPING", 2.0)
-    assert load(tiny_cell("quantization=nf4", "quantization.cache=true"))[2].names == ["load"]
+    assert load(tiny_cell("quantization=nf4"))[2].names == ["load"]
     assert not list(own_cache.glob("quantized-*"))
 
 
 def test_other_weights_formats_and_dtypes_are_other_folders(tiny_cell, tmp_path):
     cells = [
-        tiny_cell("quantization=nf4", "quantization.cache=true"),
-        tiny_cell("quantization=fp4", "quantization.cache=true"),
-        tiny_cell("quantization=nf4", "quantization.cache=true", "quantization.config.bnb_4bit_use_double_quant=true"),
-        tiny_cell("quantization=nf4", "quantization.cache=true", "precision=bf16"),
-        tiny_cell("quantization=nf4", "quantization.cache=true", "training.attention=eager"),
-        tiny_cell("quantization=nf4", "quantization.cache=true", "model=tiny_opt"),
+        tiny_cell("quantization=nf4"),
+        tiny_cell("quantization=fp4"),
+        tiny_cell("quantization=nf4", "quantization.config.bnb_4bit_use_double_quant=true"),
+        tiny_cell("quantization=nf4", "precision=bf16"),
+        tiny_cell("quantization=nf4", "training.attention=eager"),
+        tiny_cell("quantization=nf4", "model=tiny_opt"),
     ]
     places = [quantized_cache._place(cell, folder=models.open_pretrained(cell)[0], device="cpu") for cell in cells]
     assert len(set(places)) == len(cells)
     # nothing else that a sweep goes over
     assert (
         quantized_cache._place(
-            tiny_cell("quantization=nf4", "quantization.cache=true", "peft=ia3", "seed=3"),
+            tiny_cell("quantization=nf4", "peft=ia3", "seed=3"),
             folder=models.open_pretrained(cells[0])[0],
             device="cpu",
         )
@@ -183,21 +195,21 @@ def test_other_weights_formats_and_dtypes_are_other_folders(tiny_cell, tmp_path)
 
 
 def test_a_load_measured_in_other_circumstances_is_not_taken_over(tiny_cell, load):
-    cell = tiny_cell("quantization=nf4", "quantization.cache=true")
+    cell = tiny_cell("quantization=nf4")
     assert load(cell)[2].metrics == {}  # `Meter.finish` has them from the phase
     assert load(cell)[2].metrics == {"load_seconds": 1.0, "load_peak_memory_bytes": 7}
     assert load(cell, since=SINCE | {"threads": 2})[2].metrics == {}
 
 
 def test_where_loading_is_slower_it_is_quantized_again(tiny_cell, load):
-    cell = tiny_cell("quantization=nf4", "quantization.cache=true")
+    cell = tiny_cell("quantization=nf4")
     names = [load(cell, meter=Meter(cached_seconds=1.5))[2].names for _ in range(3)]
     assert names == [["load", "keep_quantized"], ["load_cached"], ["load"]]
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "no facts"])
 def test_a_damaged_folder_is_made_anew(harm, tiny_cell, load, own_cache):
-    cell = tiny_cell("quantization=nf4", "quantization.cache=true")
+    cell = tiny_cell("quantization=nf4")
     load(cell)
     [kept] = own_cache.glob("quantized-*")
     weights = kept / "model.safetensors"
@@ -210,7 +222,7 @@ def test_a_damaged_folder_is_made_anew(harm, tiny_cell, load, own_cache):
 
 
 def test_a_full_disk_costs_no_cell(tiny_cell, load, own_cache, monkeypatch):
-    cell = tiny_cell("quantization=nf4", "quantization.cache=true")
+    cell = tiny_cell("quantization=nf4")
     models.open_pretrained(cell)
 
     def full(*_args, **_kwargs):
@@ -224,7 +236,7 @@ def test_a_full_disk_costs_no_cell(tiny_cell, load, own_cache, monkeypatch):
 
 
 def test_kept_weights_are_the_users_alone_and_hold_no_pickle(tiny_cell, load, own_cache):
-    load(tiny_cell("quantization=nf4", "quantization.cache=true"))
+    load(tiny_cell("quantization=nf4"))
     [kept] = own_cache.glob("quantized-*")
     assert stat.S_IMODE(kept.stat().st_mode) == 0o700
     assert {path.suffix for path in kept.iterdir()} == {".json", ".safetensors"}
@@ -233,7 +245,7 @@ def test_kept_weights_are_the_users_alone_and_hold_no_pickle(tiny_cell, load, ow
 
 def test_cells_at_the_same_time_leave_one_whole_folder(tiny_cell, load, own_cache, monkeypatch):
     """Threads for processes: the models are loaded in turn (from_pretrained patches classes), and kept at once."""
-    cell = tiny_cell("quantization=nf4", "quantization.cache=true")
+    cell = tiny_cell("quantization=nf4")
     in_turn, all_are_loaded = threading.Lock(), threading.Barrier(3, timeout=60)
 
     def load_model(*args, **kwargs):
@@ -251,20 +263,20 @@ def test_cells_at_the_same_time_leave_one_whole_folder(tiny_cell, load, own_cach
 
 
 def test_beyond_the_bound_the_longest_unused_goes(tiny_cell, load, own_cache, monkeypatch):
-    load(tiny_cell("quantization=nf4", "quantization.cache=true"))
-    load(tiny_cell("quantization=fp4", "quantization.cache=true"))
+    load(tiny_cell("quantization=nf4"))
+    load(tiny_cell("quantization=fp4"))
     old, used = own_cache.glob("quantized-*-nf4-*"), own_cache.glob("quantized-*-fp4-*")
     [old], [used] = list(old), list(used)
     os.utime(old, (0, 0))
     monkeypatch.setattr(quantized_cache, "LARGEST_TOTAL", 1)
-    load(tiny_cell("quantization=int8", "quantization.cache=true"))
+    load(tiny_cell("quantization=int8"))
     assert not old.exists()
     assert used.exists()  # a cell may be about to open it
 
 
 def test_training_over_kept_weights_moves_the_adapter_alone(tiny_cell, load):
     """What was mapped from the file is the process's own memory: nothing can be written back."""
-    cell = tiny_cell("quantization=nf4", "quantization.cache=true")
+    cell = tiny_cell("quantization=nf4")
     load(cell)
     model, _, _ = load(cell)
     for parameter in model.parameters():

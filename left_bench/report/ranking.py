@@ -61,7 +61,6 @@ _TOUCHES = {
     "attention": ("memory", "speed"),
     "five_bit_decoder": ("memory", "speed"),
     "output_head": ("memory", "speed"),
-    "weights_from": ("memory", "speed"),
     "peak_memory": ("memory",),
     "machine": ("speed",),
     "other processes": ("speed",),
@@ -199,8 +198,9 @@ def pareto_front(rows: Sequence[Row], quality: str, *costs: str) -> list[Row]:
     return [full[i] for i in front]
 
 
-# precision and quantization have columns of their own; merging comes after everything that is compared
-_NO_CONFOUNDERS = {"weights_dtype", "merge", "rank_peak_memory_bytes"}
+# precision and quantization have columns of their own; merging comes after everything that is compared; weights from
+# the cache are the same bits, and loading is measured apart
+_NO_CONFOUNDERS = {"weights_dtype", "merge", "rank_peak_memory_bytes", "weights_from"}
 # What records did not tell before it could be anything else.
 _BEFORE = {"processes": 1}
 
