@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,9 +14,11 @@ from left_bench.data import Example
 from left_bench.device import describe_machine, matrix_product_peak
 from left_bench.evaluate import Evaluation, evaluate_model
 from left_bench.measure import Meter
+from left_bench.paths import versions_of
 from left_bench.record import write_atomically
 
 BASE_FOLDER = "base"
+_DECIDING = ("torch", "transformers", "bitsandbytes", "torchao", "hqq", "optimum-quanto", "llvmlite")
 
 
 def evaluate_base(
@@ -34,7 +35,7 @@ def evaluate_base(
     Returns:
         The evaluation, and where it comes from: `measured here` or the shared file's name.
     """
-    path = runs_dir / BASE_FOLDER / f"{base_key(cell)}.json"
+    path = runs_dir / BASE_FOLDER / f"{base_key(cell, rows)}.json"
     if path.exists():
         try:
             return Evaluation.model_validate_json(path.read_text(encoding="utf-8")), f"{BASE_FOLDER}/{path.name}"
@@ -48,26 +49,30 @@ def evaluate_base(
     return found, "measured here"
 
 
-def shared_peak(cell: Cell, *, meter: Meter, runs_dir: Path, threads: int) -> float:
-    """FLOP/s of this machine's matrix products in the cell's compute dtype, from `runs_dir/base/` or measured now."""
+def shared_peak(cell: Cell, *, meter: Meter, runs_dir: Path, threads: int, at_once: int) -> float:
+    """FLOP/s of this machine's matrix products in the cell's compute dtype, from `runs_dir/base/` or measured now.
+
+    Shared among cells with as many threads that run as many at once: beside others a machine gives less.
+    """
     machine = describe_machine(meter.device)["id"]
     dtype = cell.precision.compute_dtype
-    path = runs_dir / BASE_FOLDER / f"peak-{machine}-{dtype}-{threads}.json"
+    path = runs_dir / BASE_FOLDER / f"peak-{machine}-{dtype}-{threads}x{at_once}.json"
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["flops_per_second"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measure and replace it
         pass
     with meter.phase("peak"):
         found = matrix_product_peak(meter.device.kind, dtype)
-    facts = {"machine": machine, "dtype": dtype, "threads": threads, "flops_per_second": found}
-    write_atomically(path, json.dumps(facts) + "\n")
+    facts = {"machine": machine, "dtype": dtype, "threads": threads, "concurrent_cells": at_once}
+    write_atomically(path, json.dumps(facts | {"flops_per_second": found}) + "\n")
     return found
 
 
-def base_key(cell: Cell) -> str:
-    """Fingerprint of all that decides the base model's scores."""
+def base_key(cell: Cell, rows: Sequence[Example]) -> str:
+    """Fingerprint of all that decides the base model's scores on these rows."""
     identity = cell.identity
     parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
-    parts["max_length"] = cell.training.max_length
-    parts["versions"] = [version(name) for name in ("torch", "transformers")]
+    parts["rows"] = [[row.prompt_ids, row.answer_ids, row.reference] for row in rows]
+    parts["kernels"] = [cell.training.attention, cell.training.output_head]
+    parts["versions"] = versions_of(_DECIDING)
     return fingerprint(parts)

@@ -146,6 +146,8 @@ class Data(_Section):
     """reasoning_gym: the dataset's own arguments. hub: `load_dataset` arguments (name, revision, split)."""
     path: str | None = None
     """A local JSON-lines file; takes the place of the hub where both are given."""
+    content: str | None = None
+    """That file's SHA-256, filled in when a cell is composed: other rows are another cell, a moved file is none."""
     hub_id: str | None = None
     prompt_column: str = "prompt"
     answer_column: str = "answer"
@@ -300,6 +302,8 @@ class Cell(BaseModel):
             if isinstance(section, dict):
                 for key in {"name"} | _NOT_IDENTITY.get(group, set()):
                     section.pop(key, None)
+        if self.data.content is not None:
+            plain["data"].pop("path", None)
         return plain
 
     @property

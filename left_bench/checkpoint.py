@@ -8,7 +8,6 @@ folder can run code. A checkpoint is a folder that appears by a rename, whole or
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import random
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from left_bench.cell import Cell, fingerprint
 from left_bench.errors import UserError
+from left_bench.paths import versions_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Checkpoint:
     ) -> None:
         self._every = cell.training.checkpoint_every
         self._optimizer_name = cell.optimizer.name
-        self._key = fingerprint([cell.identity, _versions()])
+        self._key = fingerprint([cell.identity, versions_of(_SAME)])
         self._model, self._optimizer, self._schedule, self._scaler = model, optimizer, schedule, scaler
         self._meter = meter
 
@@ -180,19 +180,6 @@ def _restore_random(state: dict[str, Any]) -> None:
 def _step_lines(events: Path) -> list[str]:
     lines = events.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line.startswith('{"event": "step"')]
-
-
-def _versions() -> list[str]:
-    found = []
-    for name in _SAME:
-        try:
-            found.append(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            found.append("")
-    return found
-
-
-# --- on disk ---
 
 
 def _write(folder: Path, state: dict[str, Any], *, steps: list[str]) -> None:

@@ -11,6 +11,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from left_bench.cell import GROUPS, Cell, slugify
+from left_bench.data.rows import with_content
 from left_bench.device import find_device
 from left_bench.errors import UserError
 from left_bench.redact import refuse_secrets
@@ -64,6 +65,8 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg'].lower()}") from error
+    if cell.data.path is not None:
+        cell = cell.model_copy(update={"data": with_content(cell.data)})
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
     return cell, found
 

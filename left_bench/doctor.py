@@ -18,7 +18,8 @@ def main(argv: list[str]) -> int:
         print("usage: left-bench doctor")
         return 0 if argv[0] in ("-h", "--help") else 2
     from left_bench.device import describe_machine, find_device, open_device
-    from left_bench.worker import versions
+    from left_bench.paths import versions_of
+    from left_bench.worker import VERSIONS
 
     console = Console()
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     table.add_row("device", f"{device.kind} {device.name() or ''}".strip())
     table.add_row("peak memory", device.peak_source)
     table.add_row("python", f"{machine['python']} on {machine['platform']}")
-    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in versions_of(VERSIONS).items()))
     table.add_row("conf and sweeps", str(config_root()))
     table.add_row("cache", f"{cache_dir()} ({_free(cache_dir()):.0f} GiB free)")
     table.add_row("default model", _default_model())

@@ -241,10 +241,10 @@ def _left_off(cell: Cell, runs_dir: Path, sweep: str | None) -> str:
 
 def _fetch_model(cell: Cell) -> str | None:
     """Make the base model's files before the cell's clock starts; what is wrong when they cannot be had."""
-    from left_bench.pretrained import model_folder
+    from left_bench.pretrained import fetch
 
     try:
-        model_folder(cell.model, dtype=cell.precision.weights_dtype)
+        fetch(cell.model, dtype=cell.precision.weights_dtype)
     except (UserError, MemoryError, RuntimeError, OSError) as error:
         return str(error).splitlines()[0]
     return None

@@ -1,9 +1,12 @@
-"""Where things lie: the shipped conf/ and sweeps/, the user's cache, and whether a package is there."""
+"""Where things lie and what they are: conf/ and sweeps/, the user's cache, a file's hash, a package's version."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from left_bench.errors import UserError
@@ -24,6 +27,26 @@ def cache_dir() -> Path:
     if named:
         return Path(named).expanduser().resolve()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "left_bench"
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package; what is not installed is left out."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def is_installed(module: str) -> bool:

@@ -28,14 +28,14 @@ def dequantized(weight: Any) -> torch.Tensor | None:
     return inner().float() if callable(inner) else None
 
 
-def quantization_error(model: torch.nn.Module, folder: str) -> float | None:
+def quantization_error(model: torch.nn.Module, folder: Path | None) -> float | None:
     """Mean over the quantized layers of ||W_q - W|| / ||W|| (Frobenius), against the checkpoint's own weights.
 
-    One layer at a time, so that no second model is held. None where the checkpoint is not a local folder of dense
-    safetensors or names its weights otherwise than the model does.
+    One layer at a time, so that no second model is held. None where the checkpoint's files are not on this machine,
+    are no dense safetensors, or name its weights otherwise than the model does.
     """
     errors = []
-    with _Checkpoint(Path(folder)) as checkpoint:
+    with _Checkpoint(folder) as checkpoint:
         for name, weight in quantized_weights(model).items():
             dense = checkpoint.tensor(f"{name}.weight")
             approximate = dequantized(weight)
@@ -49,8 +49,8 @@ def quantization_error(model: torch.nn.Module, folder: str) -> float | None:
 class _Checkpoint:
     """The tensors of a folder's safetensors files, read one by one."""
 
-    def __init__(self, folder: Path) -> None:
-        self._files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    def __init__(self, folder: Path | None) -> None:
+        self._files = sorted(folder.glob("*.safetensors")) if folder and folder.is_dir() else []
         self._open: list[Any] = []
 
     def __enter__(self) -> _Checkpoint:

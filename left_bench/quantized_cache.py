@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from left_bench.cell import Cell, fingerprint, slugify
 from left_bench.errors import UserError
 from left_bench.measure import Meter
 from left_bench.model import load_model
-from left_bench.paths import cache_dir
+from left_bench.paths import cache_dir, versions_of
 from left_bench.pretrained import resolved_revision, source
 from left_bench.pretrained.cache import made_once
 from left_bench.record import write_atomically
@@ -39,6 +38,7 @@ LARGEST_TOTAL = 64 * 2**30
 _WORTH_KEEPING = 0.5  # seconds of quantizing; below, the disk would be filled for nothing
 _IN_USE = 3600.0  # seconds since its last use in which kept weights are not removed
 _FACTS = "load.json"
+_DECIDING = ("torch", "transformers", "bitsandbytes", "safetensors")
 
 
 def load_base(
@@ -144,16 +144,8 @@ def _place(cell: Cell, *, folder: str, device: str) -> Path | None:
     # the same instructions round alike
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     identity = [LAYOUT, weights, quantization.target, quantization.config, cell.precision.weights_dtype]
-    key = fingerprint([*identity, cell.training.attention, device, processor, _versions(), _own_source(quantization)])
+    key = fingerprint([*identity, cell.training.attention, device, processor, versions_of(_DECIDING), _own_source(quantization)])
     return cache_dir() / "models" / f"quantized-{slugify(model.name)}-{slugify(quantization.name)}-{key}"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "transformers", "bitsandbytes", "safetensors"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _own_source(quantization: Any) -> list[str]:

@@ -11,7 +11,6 @@ import datetime
 import errno
 import faulthandler
 import gc
-import importlib.metadata
 import json
 import os
 import shutil
@@ -29,13 +28,14 @@ from left_bench import limits, ranks
 from left_bench.cell import Cell
 from left_bench.errors import UserError
 from left_bench.events import EVENTS_NAME, EventWriter, Unheard
+from left_bench.paths import versions_of
 from left_bench.process import LAUNCHER_PID, STACK_SIGNAL
 from left_bench.ranks import OUTCOME_NAME, Team
 from left_bench.record import Record, Status, write_atomically
 from left_bench.seats import assigned_cores, concurrent_cells
 
 CELL_NAME, ADAPTER_NAME, ROWS_NAME = "cell.json", "adapter", "rows.jsonl"
-_VERSIONS = (
+VERSIONS = (
     *("left-bench", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
     *("datasets", "evaluate", "tokenizers", "safetensors", "numpy", "llvmlite"),
 )
@@ -74,12 +74,13 @@ def work(
     from left_bench.loss import AnswerLoss
     from left_bench.measure import Meter, logical_numel, stored_bytes
     from left_bench.neighbours import Neighbours
+    from left_bench.pretrained import local_files
     from left_bench.quantization import quantization_error
     from left_bench.sharding import put_whole_weights, whole_weights
 
     team.meet(cell.hardware.device)
     device = open_device(cell.hardware.device)
-    found["environment"] = {"machine": describe_machine(device), "versions": versions(), "effective": {}}
+    found["environment"] = {"machine": describe_machine(device), "versions": versions_of(VERSIONS), "effective": {}}
     set_threads(cell, team)  # after the machine is described: a seat's cores are not all it has
     models.apply_precision(cell, device=device.kind)
     effective = found["environment"]["effective"]
@@ -94,6 +95,7 @@ def work(
     meter = Meter(device, events)
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics["truncated_rows"] = splits.truncated_rows
+    found["provenance"]["rows"] = splits.fingerprint
     if cell.hardware.memory_limit is not None:
 
         def end_phase_too(used: int) -> None:
@@ -115,7 +117,7 @@ def work(
     meter.memory_breakdown["weights"] = int(meter.metrics["weights_bytes"])
     if team.first and cell.quantization.target is not None:
         with meter.phase("quantization_error"):
-            error = quantization_error(base_model, folder)
+            error = quantization_error(base_model, local_files(cell.model, folder))
         if error is not None:
             meter.metrics["quantization_error"] = error
 
@@ -139,7 +141,13 @@ def work(
     pad_id = evaluate.pad_of(tokenizer)
     peak = None
     if team.first:
-        peak = base.shared_peak(cell, meter=meter, runs_dir=run_dir.parent, threads=threads_in_use()) * team.size
+        peak = team.size * base.shared_peak(
+            cell,
+            meter=meter,
+            runs_dir=run_dir.parent,
+            threads=threads_in_use(),
+            at_once=effective["concurrent_cells"],
+        )
     with models.autocast(cell, device=device.kind):
         in_force.check_forward(model)
         everywhere, whole = cell.training.output_head == "all", cell.hardware.sharding is None
@@ -360,17 +368,6 @@ def threads_in_use() -> int:
     import torch
 
     return torch.get_num_threads()
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers; what is not installed is left out."""
-    found = {}
-    for name in _VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def die_with_parent() -> None:

@@ -35,7 +35,6 @@ OTHER: dict[str, dict[str, Any]] = {
         "config": {"model_type": "opt"},
     },
     "quantization": {
-        "cache": True,
         "_target_": "transformers.BitsAndBytesConfig",
         "checkpoint_method": "gptq",
         "nominal_bits": 4,
@@ -77,6 +76,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "task": "gsm_symbolic",
         "config": {"min_terms": 3},
         "path": "rows.jsonl",
+        "content": "0" * 64,
         "hub_id": "a/b",
         "prompt_column": "question",
         "answer_column": "label",
@@ -106,6 +106,7 @@ OTHER: dict[str, dict[str, Any]] = {
     },
 }
 NO_RESULT = {
+    "quantization": {"cache"},
     "peft": {"learning_rate"},
     "training": {"checkpoint_every"},
     "data": {"metrics", "max_new_tokens"},
@@ -170,6 +171,9 @@ def test_a_name_changes_only_the_slug(group):
 
 def test_what_does_not_change_the_result_keeps_the_id():
     assert build(hardware__timeout=5, hardware__phase_timeout=5, training__checkpoint_every=1).id == build().id
+    assert build(quantization__cache=False).id == build().id
+    moved = {"data__content": "a" * 64}
+    assert build(**moved, data__path="here.jsonl").id == build(**moved, data__path="there.jsonl").id
     given_rate = {"training__learning_rate": 1e-3}
     assert build(**given_rate, peft__learning_rate=7e-3).id == build(**given_rate).id
     shown = {"eval__metrics": ["bleu"], "eval__max_new_tokens": 9}

@@ -144,7 +144,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_passed_over(damage, tiny_ce
     elif damage == "missing":
         tensors.unlink()
     else:
-        monkeypatch.setattr(checkpoints, "_versions", lambda: ["another torch"])
+        monkeypatch.setattr(checkpoints, "versions_of", lambda packages: {"torch": "another"})
     again, found = losses_of(cell, "run")
     assert "resumed_after_steps" not in found["provenance"]
     assert again == whole

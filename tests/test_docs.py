@@ -45,3 +45,12 @@ def test_every_test_named_on_the_reliability_page_exists():
     for file, test in named:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
+
+
+def test_the_results_shown_first_are_the_reports_own_lines():
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition("<!-- from reports/peft_methods.md -->\n")[2].partition("\n\n")[0].splitlines()
+    report = (ROOT / "reports" / "peft_methods.md").read_text().splitlines()
+    start = report.index(shown[0])
+    assert len(shown) == 7
+    assert shown == report[start : start + 7]

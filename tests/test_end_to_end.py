@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,10 @@ STEPS, ROWS = 3, 4
 LAYERS, HIDDEN, INNER, KEYS, VOCABULARY = 2, 64, 128, 32, 512  # conf/model/tiny_llama.yaml
 
 
-def left_bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def left_bench(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     # a wandb service that another test of this process started is not this command's
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment["WANDB_MODE"] = "offline"
+    environment |= {"WANDB_MODE": "offline", **variables}
     return subprocess.run(
         [sys.executable, "-m", "left_bench", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -249,3 +250,24 @@ def test_the_default_model_trains_packed(place: Path) -> None:
     record = read_record(path)
     assert record.environment["effective"]["batching"] == "packed", record.environment["effective"]
     assert record.metrics["train_loss"] < record.metrics["first_train_loss"]
+
+
+def test_a_model_of_the_hub_from_its_local_copy(place: Path, base_folder: Path) -> None:
+    """No network: the hub's own cache layout, as a download leaves it."""
+    commit, home = "b" * 40, place / "hub home"
+    copy = home / "hub" / "models--someone--tiny"
+    (copy / "refs").mkdir(parents=True)
+    (copy / "refs" / "main").write_text(commit)
+    (copy / "snapshots").mkdir()
+    shutil.copytree(base_folder, copy / "snapshots" / commit)
+    arguments = [
+        *("model.name_or_path=someone/tiny", "quantization=int8", "peft=lora", "precision=fp32", "tracker=none"),
+        *("training.steps=1", "data.train_rows=8", "data.test_rows=4", "runs_dir=of_the_hub"),
+    ]
+    done = left_bench(*arguments, cwd=place, HF_HOME=str(home), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = place.glob("of_the_hub/*/record.json")
+    record = read_record(path)
+    assert record.environment["effective"]["revision"] == commit
+    assert record.config["model"]["name_or_path"] == "someone/tiny"
+    assert 0 < record.metrics["quantization_error"] < 0.05  # against the copy's own weights

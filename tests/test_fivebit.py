@@ -318,7 +318,7 @@ def test_saved_model_reloads_bit_equal(dense_folder: Path, tmp_path: Path, schem
 
 @each_scheme
 def test_quantization_error_is_measured_against_the_checkpoint(dense_folder: Path, scheme: str) -> None:
-    found = quantization_error(load(dense_folder, scheme), str(dense_folder))
+    found = quantization_error(load(dense_folder, scheme), Path(dense_folder))
     assert found is not None and 0.02 < found < 0.07
 
 

@@ -108,6 +108,22 @@ def test_any_changed_setting_is_another_run(override, place, runs, left_bench):
     assert len({cell.id for cell in runs}) == 2
 
 
+def test_an_edited_data_file_is_another_run_and_a_moved_one_is_none(place, runs, left_bench):
+    quick = [one for one in QUICK if not one.startswith("data")]
+    rows = [json.dumps({"prompt": f"{n} + {n}", "answer": str(2 * n)}) for n in range(20)]
+
+    def launch(name: str, lines: list[str]) -> None:
+        (place / name).write_text("\n".join(lines))
+        answer = left_bench(*quick, "data=jsonl", f"data.path={name}", "data.train_rows=8", "data.test_rows=4")
+        assert answer.code == 0, answer
+
+    launch("rows.jsonl", rows)
+    launch("elsewhere.jsonl", rows)
+    assert len(runs) == 1
+    launch("rows.jsonl", rows[::-1])
+    assert len({cell.id for cell in runs}) == 2
+
+
 def test_a_failed_cell_is_run_again(place, runs, left_bench):
     type(runs).status = {"lora": "oom"}
     assert left_bench(*QUICK).code == 1

@@ -22,6 +22,7 @@ from left_bench.errors import UserError
 from left_bench.pretrained import (
     check_model,
     check_vocabulary,
+    fetch,
     load_tokenizer,
     model_folder,
     resolved_revision,
@@ -488,6 +489,42 @@ def test_resolved_revision_is_read_from_the_hub_cache(tmp_path, monkeypatch):
     (refs / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert resolved_revision(Model(name="m", name_or_path="someone/something")) == commit
+
+
+def test_a_hub_model_is_fetched_apart_from_loading(monkeypatch):
+    from left_bench import pretrained
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.append((name, how)))
+    model = Model(name="m", name_or_path="someone/apart", revision="v1")
+    fetch(model)
+    fetch(model)
+    [(name, how)] = asked  # once for a launch
+    assert (name, how["revision"]) == ("someone/apart", "v1")
+    wanted = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model"]
+    others = ["pytorch_model.bin", "consolidated.safetensors", "onnx/config.json", "modeling.py", "weights.gguf"]
+    from huggingface_hub.utils import filter_repo_objects
+
+    kept = filter_repo_objects(
+        wanted + others, allow_patterns=how["allow_patterns"], ignore_patterns=how["ignore_patterns"]
+    )
+    assert list(kept) == wanted
+    pretrained._fetch_snapshot.cache_clear()
+
+
+def test_a_hub_model_that_cannot_be_had_is_said_before_anything_runs(tmp_path):
+    code = (
+        "from left_bench.cell import Model; from left_bench.errors import UserError\n"
+        "from left_bench.pretrained import fetch, local_files\n"
+        "model = Model(name='m', name_or_path='someone/something')\n"
+        "try: fetch(model)\n"
+        "except UserError as error: print(error)\n"
+        "print(local_files(model, 'someone/something'))"
+    )
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+    assert "model.name_or_path=someone/something cannot be loaded" in out.stdout
+    assert out.stdout.strip().endswith("None")
 
 
 # --- the default model, with a network -------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_the_weights_are_the_same_bit_for_bit(name, precision, tiny_cell, load):
             assert torch.equal(left, right), key
     assert base_metrics(fresh) == base_metrics(again)
     folder = models.open_pretrained(cell)[0]
-    assert quantization_error(fresh, folder) == quantization_error(again, folder)
+    assert quantization_error(fresh, Path(folder)) == quantization_error(again, Path(folder))
     assert fresh.config.dtype == again.config.dtype
     assert fresh.name_or_path == again.name_or_path == again.config._name_or_path == folder
     assert fresh.generation_config.to_dict() == again.generation_config.to_dict()

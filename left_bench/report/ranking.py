@@ -104,7 +104,11 @@ def yardstick(row: Row, metric: str) -> Hashable:
     if kind == "quality" and metric != "quantization_error":
         data, scoring = row.section("data"), row.section("eval")
         held_out = [
-            data.get(key) for key in ("source", "task", "hub_id", "template", "instruction", "test_rows", "seed")
+            data.get(key)
+            for key in (
+                *("source", "task", "hub_id", "content", "prompt_column", "answer_column"),
+                *("template", "instruction", "test_rows", "seed"),
+            )
         ]
         drawn = [data.get("config"), scoring.get("rows"), scoring.get("max_new_tokens")]
         return repr((held_out, drawn, row.section("model").get("name_or_path") if metric in _PER_TOKEN else None))
