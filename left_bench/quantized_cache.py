@@ -144,7 +144,8 @@ def _place(cell: Cell, *, folder: str, device: str) -> Path | None:
     # the same instructions round alike
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     identity = [LAYOUT, weights, quantization.target, quantization.config, cell.precision.weights_dtype]
-    key = fingerprint([*identity, cell.training.attention, device, processor, versions_of(_DECIDING), _own_source(quantization)])
+    makers = [versions_of(_DECIDING), _own_source(quantization)]
+    key = fingerprint([*identity, cell.training.attention, device, processor, *makers])
     return cache_dir() / "models" / f"quantized-{slugify(model.name)}-{slugify(quantization.name)}-{key}"
 
 

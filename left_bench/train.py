@@ -84,8 +84,7 @@ def train(
     if cell.hardware.sharding is not None:
         meter.memory_breakdown |= held_weights(model, attached=cell.peft.target is not None)
     network.train()
-    if team.size > 1:
-        torch.manual_seed(cell.seed)  # whatever rank 0 alone has drawn before
+    torch.manual_seed(cell.seed)  # dropout and noise are the seed's, whatever this process alone has drawn before
 
     order = step_rows(
         len(rows),

@@ -97,6 +97,18 @@ def test_losses_are_bit_identical(name, tiny_cell, losses_of):
     assert found["metrics"]["train_steps"] == STEPS
 
 
+def test_what_one_run_draws_before_training_changes_no_loss(tiny_cell, losses_of, monkeypatch):
+    """A sweep's first cell measures the machine's peak, on random matrices and for as long as it takes."""
+    cell = tiny_cell(*QUICK, *CELLS["noise"])
+
+    def peak(*_args, **_how):
+        return float(torch.rand(3).numel())
+
+    first, _ = losses_of(cell, "first")
+    monkeypatch.setattr("left_bench.base.shared_peak", peak)
+    assert losses_of(cell, "another")[0] == first
+
+
 def test_repeated_steps_count_once(tiny_cell, losses_of, tmp_path):
     cell = tiny_cell(*QUICK[:1], f"training.steps={STEPS}", "training.checkpoint_every=2", "training.measure_after=1")
     losses_of(cell, "run", kill_after=5)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from left_bench.cell import Model
 from left_bench.errors import UserError
+from left_bench.paths import file_sha256
 from left_bench.pretrained.cache import in_fresh_process
 
 INSTEAD = "or point model.name_or_path= at a local folder with config.json, *.safetensors and a tokenizer"
