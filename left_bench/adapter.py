@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,23 @@ from peft import (
     PromptLearningConfig,
     get_peft_model,
     initialize_kv_prefix_from_text,
-    initialize_lora_eva_weights,
 )
 from peft.tuners.adalora import AdaLoraModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
+from peft.tuners.poly.layer import PolyLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from left_bench import start
 from left_bench.cell import Cell
-from left_bench.data import Example, collate
+from left_bench.data import Example
 from left_bench.errors import UserError
-from left_bench.in_force import stored_integers_are_not_read
+from left_bench.in_force import check_variant, stored_integers_are_not_read
 from left_bench.instantiate import instantiate
 from left_bench.methods import Method, load_attached, method_in
 from left_bench.model import DTYPES, quantized_weights
 
-_EVA_ROWS = 256
 _KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 
@@ -38,7 +38,7 @@ def attach_adapter(
 ) -> torch.nn.Module:
     """Freeze the base model and attach the cell's method; full fine-tuning attaches nothing and freezes nothing.
 
-    `rows` are the training rows, for a method that is initialized from data (EVA).
+    `rows` are the training rows, for a method that is initialized from data (`start`).
 
     Raises:
         UserError: an argument that the method's configuration does not have, or a method that does not fit the model.
@@ -56,15 +56,25 @@ def attach_adapter(
         arguments.setdefault("task_type", "CAUSAL_LM")
     if arguments.get("adapter_layers", 0) is None:
         arguments["adapter_layers"] = model.config.num_hidden_layers
+    arguments = start.arguments_from_rows(cell.peft.target, arguments, rows)
     config = instantiate(cell.peft.target, arguments, key="peft")
     if quantized_weights(model):
         _prepare_quantized(model)
+    few: dict[str, Any] = {"batch_size": cell.training.batch_size, "pad_id": tokenizer.pad_token_id}
+    start.look_at_rows(model, config, rows, **few)
     torch.manual_seed(cell.seed)  # the adapter's initialization is the seed's, whatever was drawn before
     if isinstance(config, Method):
         return config.attach(model, adapter_dtype=DTYPES[cell.precision.adapter_dtype])
     in_float32 = cell.precision.adapter_dtype == "float32"  # what peft does of itself over half-precision weights
     with stored_integers_are_not_read(model):  # some methods start from the weight's values
         adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    check_variant(adapted)
+    if _is_adalora(adapted):
+        for layer in adapted.modules():
+            for ranks in getattr(layer, "ranknum", {}).values():
+                ranks.requires_grad_(False)  # peft lets it be trained, and does not save it
+    _give_one_task(adapted)
+    start.start_from_rows(adapted, config, rows, **few)
     if not in_float32:
         for parameter in trainable_parameters(adapted):
             parameter.data = parameter.data.to(DTYPES[cell.precision.adapter_dtype])
@@ -72,12 +82,6 @@ def attach_adapter(
         let_autocast_convert(adapted)
     if cell.peft.init_text is not None:
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
-    if getattr(config, "init_lora_weights", None) == "eva":
-        directions = math.ceil(config.r * config.eva_config.rho)
-        batches = _first_batches(
-            rows, cell, answer_tokens=directions, pad_id=tokenizer.pad_token_id, device=model.device
-        )
-        initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
     return adapted
 
 
@@ -92,28 +96,16 @@ def let_autocast_convert(model: torch.nn.Module) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _first_batches(
-    rows: Sequence[Example], cell: Cell, *, answer_tokens: int, pad_id: Any, device: torch.device
-) -> list[dict[str, Any]]:
-    """The training rows in their own order, as many as EVA's decompositions may ask for.
+def _give_one_task(model: torch.nn.Module) -> None:
+    """Methods for several tasks (Poly, multitask prompt tuning) are told with every pass that there is one."""
 
-    Every batch has at least so many answer tokens: peft skips a smaller one, and would go on skipping for ever.
-    """
-    batches, taken = [], []
-    for row in rows[:_EVA_ROWS]:
-        taken.append(row)
-        if len(taken) >= cell.training.batch_size and sum(len(row.answer_ids) for row in taken) >= answer_tokens:
-            batches.append(collate(taken, pad_id=pad_id).to(device))
-            taken = []
-    if not batches:
-        raise UserError(
-            f"peft.config.r={cell.peft.config['r']}: EVA looks for {answer_tokens} directions in the inputs of answer "
-            "tokens, and the training rows have fewer; lower the rank or give more rows"
-        )
-    return [
-        {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-        for batch in batches
-    ]
+    def every_row_is_of_task_0(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        first = arguments[0]  # Poly: hidden states; prompt tuning: the virtual tokens' numbers
+        return arguments[:1], named | {"task_ids": first.new_zeros(len(first), dtype=torch.long)}
+
+    for module in model.modules():
+        if isinstance(module, (PolyLayer, MultitaskPromptEmbedding)):
+            module.register_forward_pre_hook(every_row_is_of_task_0, with_kwargs=True)
 
 
 def _prepare_quantized(model: PreTrainedModel) -> None:
@@ -137,14 +129,19 @@ def virtual_positions(model: torch.nn.Module) -> int:
 
 
 def regularization(model: torch.nn.Module) -> torch.Tensor | None:
-    """The term that AdaLoRA adds to the loss, else None.
+    """The term that a method adds to the loss, else None: our loss is computed outside the model, where peft adds none.
 
-    Zhang et al. 2023, eq. 4: the mean over the factors P, Q of ||P P^T - I||_F, times `orth_reg_weight`. peft adds it
-    only to a loss the model computed itself, and ours is computed outside the model.
+    AdaLoRA (Zhang et al. 2023, eq. 4): the mean over the factors P, Q of ||P P^T - I||_F, times `orth_reg_weight`.
+    KaSA (Wang et al. 2024, eq. 9 to 12) and MonteCLoRA: peft's own sums, with the weights of their configurations.
     """
-    if not _is_adalora(model):
+    tuner: Any = model.base_model if isinstance(model, PeftModel) else None
+    if not isinstance(tuner, LoraModel):
         return None
-    tuner: Any = model.base_model
+    if not isinstance(tuner, AdaLoraModel):
+        config: Any = tuner.peft_config[tuner.active_adapters[0]]
+        if config.kasa_config is not None:
+            return tuner._get_kasa_loss()  # type: ignore[return-value]
+        return None if config.monteclora_config is None else tuner._get_monteclora_loss()  # type: ignore[return-value]
     name = tuner.trainable_adapter_name
     distances = []
     for key, parameter in tuner.model.named_parameters():
@@ -153,8 +150,8 @@ def regularization(model: torch.nn.Module) -> torch.Tensor | None:
             distances.append(
                 torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
             )
-    weight = tuner.peft_config[name].orth_reg_weight
-    return weight * torch.stack(distances).mean()
+    own: Any = tuner.peft_config[name]
+    return own.orth_reg_weight * torch.stack(distances).mean()
 
 
 def after_optimizer_step(model: torch.nn.Module, step: int) -> None:
@@ -177,6 +174,7 @@ def save_trained(model: torch.nn.Module, folder: Path) -> int:
     """
     save: Any = model.save_pretrained
     save(folder)
+    start.save_start(model, folder)
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
@@ -190,7 +188,12 @@ def load_trained(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     if method is not None:
         return load_attached(model, folder, method=method)
     if (folder / "adapter_config.json").is_file():
-        return PeftModel.from_pretrained(model, folder)
+        start.start_again(model, folder)
+        adapted = PeftModel.from_pretrained(model, folder)
+        if _is_adalora(adapted):
+            _load_unrounded(adapted, folder)
+        _give_one_task(adapted)
+        return adapted
     absent = {name for name, _ in model.named_parameters()}
     for path in sorted(folder.glob("*.safetensors")):
         weights = load_file(path)
@@ -201,6 +204,17 @@ def load_trained(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     if absent:
         raise UserError(f"{folder}: no weights for '{min(absent)}'; load the folder that save_trained wrote")
     return model
+
+
+def _load_unrounded(model: torch.nn.Module, folder: Path) -> None:
+    """Give AdaLoRA's matrices the saved values: peft, loading, cuts them to their ranks in the weights' own dtype."""
+    for name, saved in load_file(folder / "adapter_model.safetensors").items():
+        layer, _, kind = name.rpartition(".")
+        tuned: Any = model.get_submodule(layer)
+        parameter = getattr(tuned, kind)["default"]
+        parameter.data = saved.to(parameter.device)
+        ranks = tuned.ranknum["default"]
+        ranks.data = ranks.data.to(saved.dtype)
 
 
 def _is_adalora(model: torch.nn.Module) -> bool:

@@ -69,7 +69,7 @@ def _weights(module: Any) -> int:
     """Weights of a matrix product's own layer; 0 for what is none (embeddings, norms, wrappers around a layer)."""
     if isinstance(module, torch.nn.Embedding) or next(module.children(), None) is not None:
         return 0
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features * module.out_features)
     weight = getattr(module, "weight", None)
+    if weight is not None and hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features * module.out_features)
     return logical_numel(weight) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else 0

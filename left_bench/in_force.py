@@ -1,19 +1,22 @@
-"""Is what was attached over quantized weights really at work? What would be silently wrong becomes a failed cell.
+"""Is what was attached really at work? What would be silently wrong becomes a failed cell.
 
 A method that does not know a quantized layer may read the stored integers as if they were the weight, or cast its own
 matrices to the weight's integer dtype, where they round to zero. Nothing raises; the run ends with numbers that mean
 something else. Both are looked for here, whatever the method: the first in a forward pass before training, the second
-in the first step's gradient.
+in the first step's gradient. And peft's quantized layers drop the variants of LoRA that they do not know: what trains
+then is plain LoRA.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from left_bench.measure import plain_parts
@@ -90,6 +93,26 @@ def check_forward(model: torch.nn.Module) -> None:
             network(input_ids=ids, attention_mask=torch.ones_like(ids))
     finally:
         model.train(training)
+
+
+def check_variant(model: Any) -> None:
+    """Refuse a variant of LoRA (DoRA, KaSA, ...) that one of the layers does not have.
+
+    Raises:
+        NotInForce: naming the variant, the layer and its kind.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for adapter in layer.lora_A.keys() - layer.lora_variant.keys():
+            config = model.peft_config[adapter]
+            asked = [one.name for one in dataclasses.fields(config) if one.metadata.get("is_lora_variant")]
+            for variant in asked:
+                if getattr(config, variant):
+                    raise NotInForce(
+                        f"peft's layer {type(layer).__module__}.{type(layer).__name__} at '{name}' does not know "
+                        f"{variant} and is plain LoRA"
+                    )
 
 
 def check_gradient(norm: float) -> None:

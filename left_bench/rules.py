@@ -111,8 +111,8 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         lambda cell: (
             _quantized(cell)
             and (
-                _is(cell, "Psoft", "Delora", "Adamss", "TinyLora", "Glora", "Supertuning")
-                or _lora_with(cell, "init_lora_weights", "pissa")
+                _is(cell, "Psoft", "Delora", "Adamss", "TinyLora", "Glora", "Supertuning", "OSF", "Frod")
+                or _lora_with(cell, "init_lora_weights", "pissa", "corda", "lora_ga", "mica", "orthogonal")
                 or (_is(cell, "Lora") and cell.peft.config.get("velora_config") is not None)  # {}: its defaults
             )
         ),
@@ -124,11 +124,15 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: (
+            (_quantized(cell) and (_lora_with(cell, "kasa_config") or _lora_with(cell, "use_bdlora")))
+            or ((_int8(cell) or _four_bit(cell)) and _lora_with(cell, "monteclora_config"))
+        ),
+        f"peft's quantized layers do not know this variant of LoRA and would be plain LoRA {_SEEN}",
+    ),
+    (
+        lambda cell: (
             cell.quantization.target in ("left_bench.fivebit.FiveBitConfig", "left_bench.hqq.HqqConfig")
-            and (
-                _is(cell, "LoHa", "LoKr", "Shira", "Hira")
-                or _lora_with(cell, "init_lora_weights", "olora", "orthogonal", "mica")
-            )
+            and (_is(cell, "LoHa", "LoKr", "Shira", "Hira") or _lora_with(cell, "init_lora_weights", "olora"))
         ),
         f"peft reads this method's shape or values from the dense weight, which 5-bit and HQQ layers lack {_SEEN}",
     ),
@@ -188,16 +192,25 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "DeepSpeed's third stage takes the model's loading over; hardware.sharding=fsdp2 shards the weights too",
     ),
     (
-        lambda cell: _sharded(cell) and _quantized(cell),
-        "hardware.sharding divides floating-point weights alone; DDP (sharding=null) trains over quantized ones",
+        lambda cell: (
+            _sharded(cell)
+            and _quantized(cell)
+            and (
+                cell.hardware.sharding == "deepspeed"
+                or _int8(cell)
+                or cell.quantization.target == "transformers.TorchAoConfig"
+                or cell.quantization.checkpoint_method is not None
+            )
+        ),
+        "hardware.sharding cannot divide these quantized weights (seen with torch 2.13); sharding=null can train",
     ),
     (
         lambda cell: _sharded(cell) and cell.training.checkpoint_every is not None,
         "training.checkpoint_every is saved by one process, and none holds all of a sharded state; leave it out",
     ),
     (
-        lambda cell: _sharded(cell) and (_is(cell, "AdaLora") or bool(cell.optimizer.matrices)),
-        "AdaLoRA, GaLore and APOLLO look at whole gradients, and hardware.sharding leaves each process a part",
+        lambda cell: _sharded(cell) and (_is(cell, "AdaLora") or cell.optimizer.target.startswith("apollo_torch.")),
+        "AdaLoRA and APOLLO look at whole gradients, and hardware.sharding leaves each process a part",
     ),
     (
         lambda cell: _sharded(cell) and cell.optimizer.target.startswith("bitsandbytes."),

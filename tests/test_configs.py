@@ -114,6 +114,37 @@ def test_peft_arguments_are_the_upstream_classs_own(name, compose_cell):
             assert kept == value, key
 
 
+def test_every_method_of_pefts_has_an_option_or_a_reason_in_the_docs(compose_cell):
+    """The types, the variants of LoRA and its ways to start; the reasons are a table in docs/extending.md."""
+    import dataclasses
+    import typing
+
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    cells = [compose_cell(f"peft={name}").peft for name in PEFT if name != "custom"]
+    used = {cell.target for cell in cells}
+    switched = {key for cell in cells for key, value in cell.config.items() if value is not False}
+    started = {cell.config.get("init_lora_weights") for cell in cells}
+    text = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    excused = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+
+    types = {kind.value for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items() if f"peft.{made.__name__}" not in used}
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    ways = {name for name in fields if name.startswith("use_") or name.endswith(("_config", "_tokens"))} - switched
+    hints = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]
+    starts = {
+        word for part in typing.get_args(hints) for word in typing.get_args(part) if not word.startswith("pissa_niter")
+    } - started
+    assert types | ways | starts == excused
+
+
+def test_the_sweep_of_all_methods_has_all():
+    plain = yaml.safe_load((ROOT / "sweeps" / "peft_all.yaml").read_text())
+    named = [name.strip() for name in plain["hydra"]["sweeper"]["params"]["peft"].split(",")]
+    assert sorted(named) == sorted(set(PEFT) - {"custom"})
+
+
 def test_qlora_sets_both_groups(compose_cell):
     qlora, spelt = compose_cell("peft=qlora"), compose_cell("peft=lora", "quantization=nf4_dq")
     assert qlora.quantization.name == qlora.choices["quantization"] == "nf4_dq"

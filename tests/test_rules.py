@@ -13,14 +13,21 @@ from left_bench.model import NotInForce
 from left_bench.paths import is_installed
 from left_bench.rules import EXTRAS, RULES, model_type, why_unsupported
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux")
 BF16 = ["precision=bf16"]
 ALL_BF16 = [*BF16, "precision.adapter_dtype=bfloat16"]
 NF4, INT8, NF5, HQQ = (["quantization=nf4"], ["quantization=int8"], ["quantization=nf5"], ["quantization=hqq_4"])
-NEEDED = {"quantization=quanto_int8": "optimum.quanto", "quantization=hqq_4": "hqq"}
+NEEDED = {
+    "quantization=quanto_int8": "optimum.quanto",
+    "quantization=hqq_4": "hqq",
+    "quantization=torchao_int8": "torchao",
+    "optimizer=galore": "galore_torch",
+    "optimizer=apollo": "apollo_torch",
+}
 CHEAP = ["training.steps=2", "eval.generate=false", "eval.check_reload=false"]
 NEOX = ["model=tiny_neox"]
 TWO = ["hardware.processes=2"]
-SHARDED = [*TWO, "hardware=cuda", "hardware.sharding=fsdp2"]
+FSDP2 = [*TWO, "hardware.sharding=fsdp2"]
 
 # what is refused; words of the reason; the nearest neighbour that is not
 PAIRS: list[tuple[list[str], str, list[str]]] = [
@@ -51,7 +58,19 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["peft=shira", *NF5], "5-bit", ["peft=shira"]),
     (["peft=hira", *NF5], "5-bit", ["peft=hira"]),
     (["peft=olora", *NF5], "5-bit", ["peft=olora", *NF4]),
-    (["peft=lora", "peft.config.init_lora_weights=orthogonal", *NF5], "5-bit", ["peft=lora", *NF5]),
+    (["peft=lora_orthogonal", *NF5], "floating-point weights", ["peft=lora", *NF5]),
+    (["peft=lora_orthogonal", *INT8], "floating-point weights", ["peft=lora_orthogonal"]),
+    (["peft=mica", *NF4], "floating-point weights", ["peft=mica"]),
+    (["peft=lora_ga", *NF4], "floating-point weights", ["peft=lora_ga"]),
+    (["peft=lora_ga", *INT8], "floating-point weights", ["peft=lora_ga"]),
+    (["peft=corda", *INT8], "floating-point weights", ["peft=corda"]),
+    (["peft=osf", *INT8], "floating-point weights", ["peft=osf"]),
+    (["peft=frod", *NF4], "floating-point weights", ["peft=frod"]),
+    # plain LoRA without a word but for `left_bench.in_force`
+    (["peft=kasa", *NF4], "plain LoRA", ["peft=kasa"]),
+    (["peft=kasa", *NF5], "plain LoRA", ["peft=kasa"]),
+    (["peft=bdlora", *INT8], "plain LoRA", ["peft=bdlora"]),
+    (["peft=monteclora", *INT8], "plain LoRA", ["peft=monteclora", *NF5]),
     (["peft=loha", *HQQ], "HQQ layers", ["peft=loha", *INT8]),
     (["peft=olora", *HQQ], "HQQ layers", ["peft=lora", *HQQ]),
     (["peft=loha", *NF4], "packed 4-bit", ["peft=loha", *INT8]),
@@ -73,12 +92,18 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["hardware.sharding=fsdp2"], "more than one", []),
     ([*TWO, "hardware.sharding=deepspeed"], "eep", []),
     ([*TWO, "hardware=cuda", "hardware.sharding=deepspeed", "hardware.sharding_config.zero_stage=3"], "eep", []),
-    ([*SHARDED, *NF4], "floating-point weights alone", NF4),
-    ([*SHARDED, "training.checkpoint_every=1"], "checkpoint_every", ["training.checkpoint_every=1"]),
-    ([*SHARDED, "peft=adalora"], "whole gradients", ["peft=adalora", "training.steps=10"]),
-    ([*SHARDED, "optimizer=adamw_8bit"], "sharded weights", ["optimizer=adamw_8bit"]),
-    ([*SHARDED, "precision=fp16_mixed"], "loss scaling", []),
     ([*TWO, "hardware=cuda", "hardware.sharding=deepspeed", "training.gradient_accumulation=2"], "eep", []),
+]
+# on two processes of the CPU: what is refused over shards, words of the reason, what the forced cell says
+SHARDED: list[tuple[list[str], str, str]] = [
+    (INT8, "divide these quantized weights", "no attribute 'CB'"),
+    (["quantization=torchao_int8"], "divide these quantized weights", "Int8Tensor"),
+    (["training.checkpoint_every=1"], "checkpoint_every", "invalid python storage"),
+    (["peft=adalora", "training.steps=10"], "whole gradients", "mixed torch.Tensor and DTensor"),
+    (["peft=full", "optimizer=apollo", "optimizer.matrices.rank=8"], "whole gradients", "seed"),
+    (["optimizer=adamw_8bit"], "sharded weights", "sharding strategy"),
+    # hangs; and under loss scaling a rank would skip the steps that overflow in its own shard alone
+    (["training.compile=true", "hardware.timeout=20"], "loss scaling and compiled", "in phase compile"),
 ]
 # an option that a package must be installed for, by the package's module
 WANTING = {
@@ -96,6 +121,8 @@ CHECKPOINTS = {
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
     "spqr": {"quant_method": "spqr", "bits": 3, "beta1": 16, "beta2": 16, "shapes": {}},
 }
+# and what shards do not mind
+OVER_SHARDS = [NF4, NF5, HQQ, ["peft=full", "optimizer=galore", "optimizer.matrices.rank=8"]]
 ALLOWED = list(dict.fromkeys(tuple(pair[2]) for pair in PAIRS))
 
 
@@ -129,6 +156,37 @@ def test_the_nearest_neighbour_runs(allowed, tiny_cell, work_in_process):
     assert found["metrics"]["train_steps"] == cell.training.steps
 
 
+def losses_of(cell, run_dir) -> tuple[str, str, list[float]]:
+    """A cell's status, reason and step losses, in processes of its own."""
+    seen: list[dict] = []
+    record = run_isolated(cell, run_dir, on_event=seen.append)
+    return record.status, record.reason or "", [event["loss"] for event in seen if event["event"] == "step"]
+
+
+@linux
+@pytest.mark.parametrize(("refused", "words", "says"), SHARDED, ids=map(names, SHARDED))
+def test_a_cell_that_shards_refuse_fails_over_them(refused, words, says, tiny_cell, tmp_path):
+    skip_without_packages(refused)
+    cell = tiny_cell("eval.generate=false", "data.train_rows=24", *refused, *FSDP2)
+    assert words in str(why_unsupported(cell))
+    assert why_unsupported(tiny_cell(*refused, *TWO)) is None
+    status, reason, _ = losses_of(cell, tmp_path / "run")
+    assert status in ("failed", "timeout"), status
+    assert says in reason
+
+
+@linux
+@pytest.mark.parametrize("overrides", OVER_SHARDS, ids="+".join)
+def test_what_shards_do_not_mind_learns_the_same(overrides, tiny_cell, tmp_path):
+    skip_without_packages(overrides)
+    common = ["eval.generate=false", "data.train_rows=24", "training.steps=3", *overrides]
+    sharded = tiny_cell(*common, *FSDP2)
+    assert why_unsupported(sharded) is None
+    found = [losses_of(cell, tmp_path / name) for name, cell in (("s", sharded), ("one", tiny_cell(*common)))]
+    assert [status for status, _, _ in found] == ["ok", "ok"], found
+    assert found[0][2] == pytest.approx(found[1][2], rel=2e-6)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -136,8 +194,11 @@ def test_the_nearest_neighbour_runs(allowed, tiny_cell, work_in_process):
         (["peft=deft", *INT8], "reads the stored integers of"),
         (["peft=peanut", *INT8], "reads the stored integers of"),
         (["peft=unilora", *NF4], "no trainable parameter received a gradient"),
+        (["peft=kasa", *INT8], "does not know kasa_config and is plain LoRA"),
+        (["peft=bdlora", *NF4], "does not know use_bdlora and is plain LoRA"),
+        (["peft=monteclora", *NF4], "does not know monteclora_config and is plain LoRA"),
     ],
-    ids=["hra", "deft", "peanut", "unilora"],
+    ids=["hra", "deft", "peanut", "unilora", "kasa", "bdlora", "monteclora"],
 )
 def test_what_would_go_wrong_silently_says_what_is_wrong(overrides, words, tiny_cell, work_in_process):
     with pytest.raises(NotInForce, match=words):
@@ -186,6 +247,7 @@ def test_an_installed_package_runs(module, tiny_cell, work_in_process):
 def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     """A new rule must come with a cell that it refuses, here or among the checkpoints and packages above."""
     cells = [tiny_cell(*CHEAP, *refused) for refused, _, _ in PAIRS]
+    cells += [tiny_cell(*CHEAP, *refused, *FSDP2) for refused, _, _ in SHARDED]
     cells += [tiny_cell(*CHEAP, f"quantization={method}") for method in CHECKPOINTS]
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
     monkeypatch.setattr("left_bench.rules.is_installed", lambda module: False)

@@ -1,4 +1,4 @@
-"""Decoding in one pass over memory, by machine code that LLVM makes for this CPU (`llvmlite`, the extra `fivebit`).
+"""Decoding in one pass over memory, by machine code that LLVM makes for this CPU (`llvmlite`).
 
 Compiled in memory for each process, in some 50 ms; nothing is kept on disk and no other compiler is needed. Where
 llvmlite is not installed, for other devices and for other dtypes, torch decodes (`blocks`), to the same bits.
