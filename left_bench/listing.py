@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     for group in argv or groups:
         console.print(f"[bold]{group}[/]")
         for option in cli.options(group):
-            text = f"  {option:22}{_verdict(group, option)}{escape(summary_of(_file(group, option)))}"
+            text = f"  {option:24}{_verdict(group, option)}{escape(summary_of(_file(group, option)))}"
             console.print(text, soft_wrap=True, highlight=False)
     return 0
 

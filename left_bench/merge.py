@@ -11,7 +11,7 @@ from peft import PeftModel
 from left_bench.cell import Cell
 from left_bench.data import Example, collate
 from left_bench.measure import Meter
-from left_bench.model import autocast
+from left_bench.model import autocast, quantized_weights
 
 
 def merge(
@@ -22,7 +22,8 @@ def merge(
     `model` must not be used afterwards. `merge_max_abs_difference` goes into `meter`.
 
     Returns:
-        The merged model and `merged`, with the rounding that the dtype allows; or None and why there is no merge.
+        The merged model and `merged`, or `merged and quantized again`, with the rounding that the dtype allows; or
+        None and why there is no merge.
     """
     refusal = why_not(model)
     if refusal is not None:
@@ -39,7 +40,8 @@ def merge(
     meter.metrics["merge_max_abs_difference"] = difference
     dtype = next(p.dtype for p in merged.parameters() if p.is_floating_point())
     rounding = torch.finfo(dtype).eps * attached.abs().max().item()
-    return merged, f"merged; one rounding of the largest logit in {str(dtype).removeprefix('torch.')} is {rounding:.2g}"
+    how = "merged and quantized again" if quantized_weights(merged) else "merged"  # its rounding is in the difference
+    return merged, f"{how}; one rounding of the largest logit in {str(dtype).removeprefix('torch.')} is {rounding:.2g}"
 
 
 def why_not(model: torch.nn.Module) -> str | None:

@@ -65,3 +65,10 @@ def test_virtual_tokens_are_not_merged(config, meter, tiny_cell):
 
 def test_a_model_without_an_adapter_has_nothing_to_merge():
     assert "no peft adapter" in (why_not(tiny()) or "")
+
+
+def test_a_merge_into_quantized_weights_says_that_they_are_quantized_again(tiny_cell, work_in_process):
+    cell = tiny_cell("quantization=nf4", "training.steps=1", "eval.generate=false", "eval.check_reload=false")
+    found = work_in_process(cell)
+    assert found["environment"]["effective"]["merge"].startswith("merged and quantized again; ")
+    assert found["metrics"]["merge_max_abs_difference"] > 0

@@ -94,18 +94,23 @@ class Claim:
 DEFAULT = {"quantization": "none", "peft": "lora", "precision": "bf16", "training": "default"}
 
 
-def _int8_memory(found: Evidence) -> Verdict:
-    against32 = found.ratio("float32", "8-bit", "weights_bytes")
-    against16 = found.ratio("bfloat16", "8-bit", "weights_bytes")
-    bits = found.value("8-bit", "quantized_bits_per_param")
-    peaks = [format_ratio(found.ratio("8-bit", name, "peak_memory_bytes")) for name in ("float32", "bfloat16")]
-    told = (
-        f"stored weights are {format_ratio(against32)} smaller than in float32 and {format_ratio(against16)} smaller "
-        f"than in bfloat16; the quantized layers alone take {significant(bits)} bits a parameter, "
-        f"{format_ratio(32 / bits)} less than float32; the peak in training is {peaks[0]} that of float32 and "
-        f"{peaks[1]} that of bfloat16"
-    )
-    return Verdict(HOLDS if against32 >= 3.6 else IN_PART if against32 >= 1.5 else NOT_HERE, told)
+def _stored(of: str, *, whole: float) -> Callable[[Evidence], Verdict]:
+    """The rule of "`of` loading saves up to N× memory": `whole` is the ratio from which it holds."""
+
+    def judge(found: Evidence) -> Verdict:
+        against32 = found.ratio("float32", of, "weights_bytes")
+        against16 = found.ratio("bfloat16", of, "weights_bytes")
+        bits = found.value(of, "quantized_bits_per_param")
+        peaks = [format_ratio(found.ratio(of, name, "peak_memory_bytes")) for name in ("float32", "bfloat16")]
+        told = (
+            f"stored weights are {format_ratio(against32)} smaller than in float32 and {format_ratio(against16)} "
+            f"smaller than in bfloat16; the quantized layers alone take {significant(bits)} bits a parameter, "
+            f"{format_ratio(32 / bits)} less than float32; the peak in training is {peaks[0]} that of float32 and "
+            f"{peaks[1]} that of bfloat16"
+        )
+        return Verdict(HOLDS if against32 >= whole else IN_PART if against32 >= 1.5 else NOT_HERE, told)
+
+    return judge
 
 
 def _quality_rule(of: str, reference: str) -> str:
@@ -235,7 +240,7 @@ CLAIMS: tuple[Claim, ...] = (
         metrics=_STORED,
         rule="Holds: the stored weights of the whole model are at least 3.6 times smaller than in float32. In part: at "
         "least 1.5 times. Embeddings and norms are not quantized; a large vocabulary on a small model keeps much.",
-        judge=_int8_memory,
+        judge=_stored("8-bit", whole=3.6),
     ),
     Claim(
         sentence="4-bit NF4 keeps quality",
@@ -310,6 +315,14 @@ CLAIMS: tuple[Claim, ...] = (
         rule="Holds: one quantization trains at 0.95 of bfloat16's speed or less, its interval below 1. In part: one "
         "is not clearly faster.",
         judge=_not_always_faster,
+    ),
+    Claim(
+        sentence="4-bit loading saves up to 8× memory",
+        cells={"float32": {"precision": "fp32"}, **{name: _QUANTIZED[name] for name in ("bfloat16", "NF4", _DQ)}},
+        metrics=_STORED,
+        rule="Holds: NF4's stored weights of the whole model are at least 7.2 times smaller than in float32. In part: "
+        "at least 1.5 times.",
+        judge=_stored("NF4", whole=7.2),
     ),
 )
 
