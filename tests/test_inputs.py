@@ -118,7 +118,6 @@ def test_a_users_own_file_that_is_wrong(name, content, words, refused, tmp_path)
 @pytest.mark.parametrize("path", sorted(ROOT.glob("conf/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_arguments_read_from_source_are_the_classes_own(path):
     """What is refused without an import is what the class itself would refuse."""
-    import dataclasses
     import inspect
 
     from left_bench.instantiate import locate
@@ -131,10 +130,7 @@ def test_arguments_read_from_source_are_the_classes_own(path):
         found = locate(target, key="x")
     except UserError:
         pytest.skip("not installed")
-    if dataclasses.is_dataclass(found):
-        assert set(read) == {field.name for field in dataclasses.fields(found) if field.init}
-    else:
-        assert set(read) == set(inspect.signature(found).parameters)
+    assert set(read) == set(inspect.signature(found).parameters)
 
 
 def test_most_classes_are_read():

@@ -9,6 +9,7 @@ import pytest
 
 from left_bench.cell import Cell
 from left_bench.paths import is_installed
+from left_bench.plan import predict as predicting
 from left_bench.plan.command import BESIDE_TENSORS_BYTES, verdict
 from left_bench.plan.predict import Pass, Plan, predict
 
@@ -59,19 +60,19 @@ def test_the_parts_are_those_of_a_run(overrides, tiny_cell, work_in_process):
     assert plan.total_params == measured["metrics"]["total_params"]
 
 
-@pytest.mark.parametrize("kind", ["none-lora-bf16", "nf4_dq-dora-bf16", "none-full-bf16"])
-def test_committed_records_beside_their_plans(kind):
-    """The default model's parts to within 2 %, and its peak to within what docs/plan.md says of the CPU."""
-    path = sorted(RECORDS.glob(f"smollm2_135m-{kind}-chain_sum-s0-*/record.json"))[0]
-    record = json.loads(path.read_text(encoding="utf-8"))
-    cell = Cell.from_config(record["config"], choices=record["choices"])
-    plan = predict(cell)
+@pytest.mark.parametrize("kind", ["none-lora-bf16", "nf4_dq-lora-bf16", "none-full-bf16"])
+def test_committed_records_beside_their_plans(kind, monkeypatch):
+    """The default model's parts to the byte, and its peak to within what docs/plan.md says of the CPU."""
+    # what `largest_pass` finds where the default model's tokenizer is at hand, which tests must not count on
+    monkeypatch.setattr(predicting, "largest_pass", lambda cell: Pass(8, 42, 30, measured=True))
+    paths = sorted(RECORDS.glob(f"smollm2_135m-{kind}-chain_sum-s0-*/record.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    record = next(one for one in records if one["config"]["training"]["name"] == "default")
+    plan = predict(Cell.from_config(record["config"], choices=record["choices"]))
     for part in PARTS:
-        assert plan.parts.get(part) == pytest.approx(record["memory_breakdown"].get(part), rel=0.02), part
-    if not plan.largest.measured:  # the default model is not in this cache, and longest rows are taken
-        return
+        assert plan.parts.get(part) == record["memory_breakdown"].get(part), part
     beside = record["metrics"]["peak_memory_bytes"] - plan.peak_bytes
-    assert 0 < beside < BESIDE_TENSORS_BYTES["cpu"]
+    assert 150 * 2**20 < beside < BESIDE_TENSORS_BYTES["cpu"]
 
 
 def test_a_peak_follows_its_causes(tiny_cell):
@@ -80,7 +81,8 @@ def test_a_peak_follows_its_causes(tiny_cell):
 
     plain = beyond()
     assert beyond("training.activation_checkpointing=true") < plain
-    assert beyond("training.batch_size=4") < plain < beyond("precision=bf16_mixed")
+    assert beyond("training.batch_size=4") < plain
+    assert beyond("precision=bf16_mixed") < plain  # what is kept for the backward pass is half as wide
     assert beyond("training.output_head=all") > plain  # all the logits at once
 
 

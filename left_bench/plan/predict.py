@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -124,7 +125,7 @@ def predict(cell: Cell) -> Plan:
 
 
 def _shaped(cell: Cell) -> Cell:
-    """The cell with an adapter of the same shapes whose start asks for no numbers (as EVA, PiSSA, a prefix's text do)."""
+    """The cell with an adapter of the same shapes whose start asks for no numbers (EVA's, PiSSA's, a prefix's do)."""
     started_from_numbers = ("init_lora_weights", "eva_config", "loftq_config")
     config = {name: value for name, value in cell.peft.config.items() if name not in started_from_numbers}
     return cell.model_copy(update={"peft": cell.peft.model_copy(update={"config": config, "init_text": None})})
@@ -240,27 +241,39 @@ def _take_step(plan: Plan, model: Any, cell: Cell, *, workspace: int) -> None:
 
 
 def _states_by_trial(model: torch.nn.Module, cell: Cell) -> int:
-    """Bytes of the optimizer's states, by a real step of it over one real parameter of every shape there is."""
+    """Bytes of the optimizer's states, by a real step of it over one or two real parameters of every shape there is.
+
+    Two show what parameters share, such as bitsandbytes' tables of 256 levels.
+    """
     alike: dict[tuple[Any, ...], int] = {}
     tried = torch.nn.Module()
+    kinds: list[tuple[Any, ...]] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         kind = tuple(parameter.shape), parameter.dtype, "lora_B" in name, "lora_embedding_B" in name
         alike[kind] = alike.get(kind, 0) + 1
-        if alike[kind] == 1:
+        if alike[kind] <= 2:
             if parameter.numel() > _LARGEST_TRIED:
                 raise ValueError(f"{cell.optimizer.name} would have to be tried on {parameter.numel():,} numbers")
             real = torch.nn.Parameter(torch.zeros(kind[0], dtype=kind[1]))
             real.grad = torch.randn_like(real)
             tried.register_parameter(name.replace(".", "_"), real)
+            kinds.append(kind)
     optimizer = make_optimizer(tried, cell, device="cpu")
     optimizer.step()
-    found = 0
-    for count, parameter in zip(alike.values(), tried.parameters(), strict=True):
-        state = optimizer.state[parameter].values()
-        found += count * stored_bytes(value for value in state if isinstance(value, torch.Tensor))
-    return found
+    own: dict[tuple[Any, ...], int] = {}
+    owners: Counter[int] = Counter()
+    states = [
+        [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+        for parameter in tried.parameters()
+    ]
+    for tensors in states:
+        owners.update({tensor.untyped_storage().data_ptr() for tensor in tensors})
+    shared = [one for tensors in states for one in tensors if owners[one.untyped_storage().data_ptr()] > 1]
+    for kind, tensors in zip(kinds, states, strict=True):
+        own[kind] = stored_bytes(one for one in tensors if owners[one.untyped_storage().data_ptr()] == 1)
+    return stored_bytes(shared) + sum(count * own[kind] for kind, count in alike.items())
 
 
 def _batch(largest: Pass) -> Any:
