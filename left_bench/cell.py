@@ -348,6 +348,8 @@ def _first_error(error: ValidationError, group: str) -> str:
         known = [field.alias or name for name, field in SECTIONS[group].model_fields.items()] if group else list(GROUPS)
         hint = nearest(str(detail["loc"][-1]), known) or f"; {group or 'the cell'} has {', '.join(known)}"
         return f"{key}: no such key{hint}"
+    if detail["type"] == "missing":
+        return f"{key}: no value; give {key}=VALUE"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     hint = nearest(str(detail["input"]), _allowed(detail)) if detail["type"] == "literal_error" else ""

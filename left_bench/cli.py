@@ -5,16 +5,18 @@ Nothing here imports torch: `--help` and a mistyped sweep are answered at once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from left_bench import __version__, interrupt
-from left_bench.errors import UserError, nearest, user_errors
+from left_bench.errors import UserError, in_one_sentence, nearest, user_errors
 from left_bench.paths import config_root, is_installed
 
 _GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             "doctor": _doctor,
             "list": _list,
             "init": _init,
+            "plan": _plan,
         }
         if argv[0] not in commands:
             hint = nearest(argv[0], commands) or f"; commands are {', '.join(commands)}"
@@ -75,6 +78,7 @@ def help_text() -> str:
         "left-bench track RUNS... --tracker NAME       tell finished records to a tracker",
         "left-bench dashboard --sweep NAME             a Weights & Biases workspace and report for a sweep",
         "left-bench init DIR                           a project of your own: options, a sweep, rows to start from",
+        "left-bench plan [GROUP=OPTION | KEY=VALUE ...]   the memory a run or sweep will need; nothing is run",
         "left-bench list                               every group's options, one line each",
         "left-bench doctor                             what this machine has and can run",
         "",
@@ -101,6 +105,7 @@ def options(group: str, extra: list[Path] | None = None) -> list[str]:
 def _run(argv: list[str]) -> int:
     """Compose with Hydra and run; `sys.argv` is what Hydra reads."""
     if not {"-sc", "--shell-completion"} & set(argv):  # what is being typed is not whole yet
+        check_options(argv)
         check_choices(argv)
         check_plugins(argv)
     import hydra
@@ -119,8 +124,31 @@ def _run(argv: list[str]) -> int:
         with user_errors():
             return run_job(config)
 
-    hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(task)()
+    with hydra_errors():
+        hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(task)()
     return 0
+
+
+@contextlib.contextmanager
+def hydra_errors() -> Iterator[None]:
+    """What Hydra and OmegaConf refuse becomes one sentence.
+
+    Raises:
+        UserError: with their words.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines of its own and exits with 1
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(in_one_sentence(error)) from error
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def launch_name(argv: list[str]) -> str:
@@ -137,6 +165,45 @@ def is_override(argument: str) -> bool:
     return argument.startswith(("+", "~")) or ("=" in argument and not argument.startswith("-"))
 
 
+def check_options(argv: list[str]) -> None:
+    """Refuse what begins with a dash and is no option of Hydra's, and a folder of options that cannot be read.
+
+    Raises:
+        UserError: naming option and mend.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    known = [one for one in get_args_parser()._option_string_actions if one not in ("--config-path", "-cp")]
+    for argument in argv:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and name not in known:
+            hint = nearest(name, known) or f"; options are {', '.join(known)}"
+            raise UserError(f"{name}: no such option{hint}")
+    for folder in config_dirs(argv):
+        check_config_dir(folder)
+
+
+def check_config_dir(folder: Path) -> None:
+    """Refuse a `--config-dir` that is none, or holds a file that is no YAML: Hydra would show its own stack.
+
+    Raises:
+        UserError: naming the file and the line.
+    """
+    import yaml
+
+    if folder == Path() or is_override(str(folder)) or not folder.is_dir():
+        what = "is a file, not a folder" if folder.is_file() else "is no folder"
+        raise UserError(f"--config-dir: '{folder}' {what}; give the folder that holds your groups, such as ./conf")
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise UserError(f"--config-dir: {path}{line} is no YAML ({error.problem}); mend the file") from error
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"--config-dir: {path} cannot be read ({error}); mend the file") from error
+
+
 def check_choices(argv: list[str]) -> None:
     """Refuse an option that no group has, with the options there are and the nearest; likewise keys and spelling.
 
@@ -146,7 +213,10 @@ def check_choices(argv: list[str]) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    extra = _config_dirs(argv)
+    extra = config_dirs(argv)
+    swept = bool({"-m", "--multirun"} & set(argv)) or any(
+        argument.lstrip("+").startswith(("sweep=", "hydra.mode=")) for argument in argv
+    )
     for argument in filter(is_override, argv):
         key, separator, value = argument.partition("=")
         group = key.lstrip("+")
@@ -155,9 +225,11 @@ def check_choices(argv: list[str]) -> None:
             hint = nearest(root, (*_GROUPS, *_ROOT_KEYS)) or f"; keys are {', '.join((*_GROUPS, *_ROOT_KEYS))}"
             raise UserError(f"{root}: no such key{hint}")
         try:
-            OverridesParser.create().parse_override(argument)
+            parsed = OverridesParser.create().parse_override(argument)
         except HydraException as error:
             raise UserError(f"{argument}: {str(error).splitlines()[0]}; quote what is special to Hydra") from error
+        if parsed.is_sweep_override() and not swept:
+            raise UserError(f"{argument}: several values are a sweep; add -m, or write '{key}=[...]' for a list")
         if not separator or group not in (*_GROUPS, *_PRESETS):
             continue
         if group == "tracker" and "," in value and not value.startswith("["):
@@ -166,7 +238,7 @@ def check_choices(argv: list[str]) -> None:
         for option in value.split(","):
             # several trackers are a list of one option, `tracker=[a,b]`; any other list is Hydra's business
             name = option.strip(" []'\"") if group == "tracker" else option.strip().strip("'\"")
-            if name and name not in known and not any(mark in name for mark in "()[]{}$*/"):
+            if name not in known and not any(mark in name for mark in "()[]{}$*"):
                 hint = nearest(name, known).removesuffix("?")
                 there_are = f"there are {', '.join(known)}"
                 raise UserError(f"unknown {group} '{name}'{f'{hint}?' if hint else ''} ({there_are})")
@@ -235,11 +307,11 @@ def register_sweeps() -> None:
         ConfigStore.instance().store(group="sweep", name=path.stem, node=node, package="_global_", provider=str(path))
 
 
-def _config_dirs(argv: list[str]) -> list[Path]:
+def config_dirs(argv: list[str]) -> list[Path]:
     found = []
     for index, argument in enumerate(argv):
-        if argument in ("--config-dir", "-cd") and index + 1 < len(argv):
-            found.append(Path(argv[index + 1]))
+        if argument in ("--config-dir", "-cd"):
+            found.append(Path(next(iter(argv[index + 1 :]), "")))
         elif argument.startswith("--config-dir="):
             found.append(Path(argument.partition("=")[2]))
     return found
@@ -285,6 +357,12 @@ def _list(argv: list[str]) -> int:
     from left_bench.listing import main as listing
 
     return listing(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from left_bench.plan import main as plan
+
+    return plan(argv)
 
 
 def _init(argv: list[str]) -> int:

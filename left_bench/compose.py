@@ -10,11 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from left_bench.cell import GROUPS, Cell, slugify
+from left_bench.cell import GROUPS, Cell, Data, slugify
 from left_bench.data.rows import with_content
 from left_bench.device import find_device
 from left_bench.errors import UserError
+from left_bench.paths import config_root
 from left_bench.redact import refuse_secrets
+from left_bench.signatures import check_arguments
 
 
 class Settings(BaseModel):
@@ -47,6 +49,9 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
         raise UserError(f"{error.full_key}: no value; give {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    absent = [group for group in GROUPS if group not in hydra.runtime.choices]
+    if absent:
+        raise UserError(f"~{absent[0]}: a cell needs every group; choose another option with {absent[0]}=NAME")
     choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
     if _overridden(hydra, "model.name_or_path"):
         plain["model"], choices["model"] = _named_model(plain["model"])
@@ -67,6 +72,7 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
         raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg'].lower()}") from error
     if cell.data.path is not None:
         cell = cell.model_copy(update={"data": with_content(cell.data)})
+    check_arguments(cell)
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
     return cell, found
 
@@ -100,11 +106,21 @@ def check_cell(cell: Cell) -> None:
         UserError: naming the key, the value and the mend.
     """
     from left_bench.data import load_rows
+    from left_bench.data.rows import check_generated
     from left_bench.pretrained import check_model
 
     check_model(cell.model)
     if cell.data.path is not None or cell.data.source == "jsonl":
         load_rows(cell.data)
+    elif cell.data.source == "reasoning_gym" and not _as_shipped(cell):
+        check_generated(cell.data)  # importing the library takes a second, and what ships is tested
+
+
+def _as_shipped(cell: Cell) -> bool:
+    path = config_root() / "conf" / "data" / f"{cell.choices.get('data')}.yaml"
+    shipped: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    deciding = ("task", "config", "template", "prompt_column", "answer_column")
+    return all(getattr(cell.data, key) == shipped.get(key, Data.model_fields[key].default) for key in deciding)
 
 
 def check_folder(key: str, folder: Path) -> None:

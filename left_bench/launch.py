@@ -289,6 +289,8 @@ class Launch(Callback):
                 ids[cell.id] = None
                 interrupt.check()
                 unlike.setdefault(fingerprint([cell.identity["model"], cell.identity["data"]]), cell)
+            if not ids:
+                raise UserError("the sweep has no cells: one of its keys has no values, such as seed=range(0,0)")
             for cell in unlike.values():
                 interrupt.check()
                 check_cell(cell)

@@ -44,6 +44,16 @@ class AnswerLoss:
         if not everywhere and get_head() is not None:
             self._probe(get_head(), in_chunks=in_chunks)
 
+    @classmethod
+    def assumed(cls, model: torch.nn.Module) -> AnswerLoss:
+        """That of a model which does nothing to its logits, without a pass to see so: for shapes without numbers."""
+        found = cls(model, everywhere=True)
+        head = found.model.get_output_embeddings()
+        if head is not None:
+            found.head, found.suffix, found._vocabulary = head, lambda logits: logits, head.weight.shape[0]
+            found.output_head = "labelled positions, in chunks"
+        return found
+
     def through(self, wrapped: torch.nn.Module) -> AnswerLoss:
         """The same loss with its forward pass taken through a wrapper around the model, whose hooks then run (DDP)."""
         found = copy.copy(self)

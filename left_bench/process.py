@@ -77,7 +77,7 @@ class _Forked:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOAD])
         # the server keeps the environment of its start; what a cell sets itself is set again in the fork
-        with _environment(environment), _output_discarded():
+        with _environment(environment), output_discarded():
             forkserver.ensure_running()
         self._process: Any = context.Process(target=_run_forked, args=(str(run_dir), str(log), environment))
         with _main_hidden():
@@ -137,7 +137,7 @@ def _environment(wanted: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _output_discarded() -> Iterator[None]:
+def output_discarded() -> Iterator[None]:
     """What libraries say when they are imported belongs to no cell; a fork's own output goes to its log."""
     kept = [os.dup(1), os.dup(2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -155,7 +155,7 @@ def train(
             checkpoint.save(step)
     if team.size > 1 and cell.hardware.sharding is None:
         team.check_alike("what was trained", [one for (one,) in team.gather(fingerprint_of(parameters))])
-    meter.memory_breakdown["optimizer"] = stored_bytes(_state_tensors(optimizer))
+    meter.memory_breakdown["optimizer"] = stored_bytes(state_tensors(optimizer))
     return optimizer_state_dtypes(optimizer)
 
 
@@ -246,7 +246,7 @@ def embedding_noise(model: torch.nn.Module, alpha: float | None) -> Iterator[Non
 
 def optimizer_state_dtypes(optimizer: Any) -> str:
     """The dtypes of the optimizer's states, step counters aside: `float32`, `uint8+float32`."""
-    dtypes = {tensor.dtype for tensor in _state_tensors(optimizer) if tensor.dim() > 0}
+    dtypes = {tensor.dtype for tensor in state_tensors(optimizer) if tensor.dim() > 0}
     return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
 
 
@@ -280,5 +280,6 @@ def _without(group: dict[str, Any], taken: list[torch.nn.Parameter]) -> dict[str
     return {"params": [parameter for parameter in group["params"] if id(parameter) not in ids]}
 
 
-def _state_tensors(optimizer: Any) -> list[torch.Tensor]:
+def state_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """Every tensor of the optimizer's states."""
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]

@@ -65,12 +65,83 @@ def refused(left_bench, tmp_path, monkeypatch):
         ([f"data.path={LONG}", "data=jsonl"], ["data.path='xxx", "File name too long", "check the path"]),
         ([f"runs_dir={LONG}"], ["runs_dir='xxx", "File name too long", "give another"]),
         (["peft._target_=os.system"], ["peft._target_='os.system'", "only classes of left_bench"]),
+        (["peft="], ["unknown peft ''", "there are "]),
+        (["model=../../etc/passwd"], ["unknown model '../../etc/passwd'"]),
+        (["~peft"], ["~peft: a cell needs every group", "peft=NAME"]),
+        (["~training.steps"], ["training.steps: no value; give training.steps=VALUE"]),
+        (["peft=lora,dora"], ["peft=lora,dora: several values are a sweep; add -m"]),
+        (["-m", "seed=range(0,0)"], ["the sweep has no cells"]),
+        (["+peft=lora"], ["peft appears more than once"]),
+        (["hydra/launcher=nope"], ["hydra/launcher/nope", "basic"]),
+        (["--nonsense"], ["--nonsense: no such option"]),
+        (["--config-name", "other"], ["Cannot find primary config 'other'"]),
+        (["--config-dir", "no/such"], ["--config-dir: 'no/such' is no folder"]),
+        (["--config-dir"], ["--config-dir: ", "is no folder"]),
+        (["peft.config.rr=3"], ["peft.config.rr: peft.LoraConfig has no such argument; did you mean 'r'?"]),
+        (["peft.config.r=0"], ["peft.config.r=0: a rank is at least 1"]),
+        (["peft.config.r=abc"], ["peft.config.r='abc': peft.LoraConfig takes int here"]),
+        (["optimizer.config.betaz=1"], ["optimizer.config.betaz: torch.optim.AdamW", "did you mean 'betas'"]),
+        (["data.task=chain_som"], ["data.task='chain_som'", "did you mean 'chain_sum'"]),
+        (["data.config.max_term=2"], ["data.config.max_term", "did you mean 'max_terms'"]),
+        (["data.template='{nope}'"], ["data.template='{nope}'", "no column", "question"]),
     ],
 )
 def test_a_wrong_value(overrides, words, refused):
     said = refused(*overrides)
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("peft/mine.yaml", b"name: x\n  bad: [1,\n", "peft/mine.yaml, line 2 is no YAML (mapping values"),
+        ("peft/mine.yaml", b"name: \xff\n", "peft/mine.yaml cannot be read"),
+        ("peft/mine.yaml", b"- a\n- b\n", "peft=['a', 'b']"),
+        ("peft/mine.yaml", b"name: ${no.such}\n", "peft.name: Interpolation key 'no.such' not found"),
+        ("sweep/mine.yaml", b"# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: [}}\n", "is no YAML"),
+        (
+            "sweep/mine.yaml",
+            b"# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {peft: 'lora,nope'}}}\n",
+            "Could not find 'peft/nope'",
+        ),
+    ],
+)
+def test_a_users_own_file_that_is_wrong(name, content, words, refused, tmp_path):
+    path = tmp_path / "own" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    choice = "+sweep=mine" if name.startswith("sweep") else "peft=mine"
+    assert words in refused("--config-dir", str(tmp_path / "own"), choice)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("conf/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_arguments_read_from_source_are_the_classes_own(path):
+    """What is refused without an import is what the class itself would refuse."""
+    import inspect
+
+    from left_bench.instantiate import locate
+    from left_bench.signatures import arguments_of
+
+    target = (yaml.safe_load(path.read_text()) or {}).get("_target_")
+    if not target or target == "???" or (read := arguments_of(target)) is None:
+        return
+    try:
+        found = locate(target, key="x")
+    except UserError:
+        pytest.skip("not installed")
+    assert set(read) == set(inspect.signature(found).parameters)
+
+
+def test_most_classes_are_read():
+    """Or the test above would pass by finding nothing."""
+    from left_bench.signatures import arguments_of
+
+    assert len(arguments_of("peft.LoraConfig") or ()) > 20
+    assert "betas" in (arguments_of("torch.optim.AdamW") or ())
+    assert "reduction_factor" in (arguments_of("left_bench.methods.BottleneckConfig") or ())
+    assert arguments_of("transformers.BitsAndBytesConfig") is None
+    assert arguments_of("no_such_package.Config") is None
 
 
 @pytest.mark.parametrize("key", ["runs_dir", "reports_dir"])

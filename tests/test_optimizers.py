@@ -14,7 +14,7 @@ from left_bench.errors import UserError
 from left_bench.model import NotInForce
 from left_bench.paths import is_installed
 from left_bench.rules import EXTRAS
-from left_bench.train import _state_tensors, embedding_noise, make_optimizer, optimizer_state_dtypes
+from left_bench.train import embedding_noise, make_optimizer, optimizer_state_dtypes, state_tensors
 
 CONF = sorted((Path(__file__).resolve().parents[1] / "conf" / "optimizer").glob("*.yaml"))
 
@@ -69,7 +69,7 @@ def state_bytes(name: str, tiny_cell: Callable[..., Cell]) -> tuple[int, str]:
     optimizer = make_optimizer(layer, cell, device="cpu")
     layer(torch.randn(4, 128)).sum().backward()
     optimizer.step()
-    return sum(tensor.nbytes for tensor in _state_tensors(optimizer)), optimizer_state_dtypes(optimizer)
+    return sum(tensor.nbytes for tensor in state_tensors(optimizer)), optimizer_state_dtypes(optimizer)
 
 
 def test_states_are_as_large_as_promised(tiny_cell):

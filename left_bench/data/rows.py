@@ -179,6 +179,17 @@ def _generated_rows(section: Data, source: str) -> list[Row]:
     )
 
 
+def check_generated(section: Data) -> None:
+    """Draw one item of a reasoning_gym task, to see that its settings, columns and template go together.
+
+    Raises:
+        UserError: as `load_rows`.
+    """
+    if not section.task:
+        raise UserError("data.task is missing; name a reasoning_gym dataset, such as data.task=chain_sum")
+    list(_rows(section, _drawn_records(section, size=1, seed=section.seed), f"data.task={section.task}"))
+
+
 def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
     import dataclasses
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from left_bench.cell import Model, fingerprint, slugify
 from left_bench.errors import UserError
+from left_bench.paths import cache_dir
 from left_bench.pretrained.cache import in_fresh_process, made_once
 from left_bench.pretrained.folder import check_folder
 from left_bench.pretrained.wheel import INSTEAD, check_wheel, unpack_wheel
@@ -36,14 +37,36 @@ def model_folder(model: Model, *, dtype: str = "bfloat16") -> str:
     if kind == "folder":
         return str(_local(model))
     if kind == "random":
-        version = importlib.metadata.version("transformers")  # its initialisation may change
-        name = f"random-{fingerprint([model.config, dtype, version, LAYOUT])}"
         order: dict[str, Any] = {"make": "random", "config": model.config, "dtype": dtype}
-        return str(made_once(name, lambda folder: in_fresh_process(order, folder)))
+        return str(made_once(_made_name(model, dtype=dtype), lambda folder: in_fresh_process(order, folder)))
     assert model.wheel is not None
     wheel = model.wheel
-    name = f"{slugify(PurePosixPath(wheel['member']).stem)}-{fingerprint([wheel['sha256'], wheel['member'], LAYOUT])}"
-    return str(made_once(name, lambda folder: unpack_wheel(wheel, folder)))
+    return str(made_once(_made_name(model, dtype=dtype), lambda folder: unpack_wheel(wheel, folder)))
+
+
+def _made_name(model: Model, *, dtype: str) -> str:
+    """The cache folder's name of a model that is made here."""
+    if source(model) == "random":
+        version = importlib.metadata.version("transformers")  # its initialisation may change
+        return f"random-{fingerprint([model.config, dtype, version, LAYOUT])}"
+    wheel = model.wheel
+    assert wheel is not None
+    return f"{slugify(PurePosixPath(wheel['member']).stem)}-{fingerprint([wheel['sha256'], wheel['member'], LAYOUT])}"
+
+
+def fetched(model: Model, *, dtype: str = "bfloat16") -> str | None:
+    """The folder of the base model's files where they are on this machine already; nothing is made or downloaded.
+
+    Raises:
+        UserError: the configuration or a local folder is wrong.
+    """
+    check_model(model)
+    kind = source(model)
+    if kind in ("hub", "folder"):
+        found = local_files(model, model.name_or_path)
+        return None if found is None else str(found.expanduser().absolute())
+    folder = cache_dir() / "models" / _made_name(model, dtype=dtype)
+    return str(folder) if folder.is_dir() else None
 
 
 def fetch(model: Model, *, dtype: str = "bfloat16") -> None:

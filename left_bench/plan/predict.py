@@ -1,0 +1,339 @@
+"""A cell's memory from shapes alone: the model, its adapter and its optimizer as tensors that hold nothing, and a step.
+
+The parts of `memory_breakdown` are counted as a run counts them. The peak is that of one whole optimizer step of the
+same code, carried out on fake tensors (torch's FakeTensorMode: shapes, dtypes and lifetimes, no numbers), with every
+storage followed from its making to its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from left_bench.adapter import attach_adapter, regularization, trainable_parameters
+from left_bench.cell import Cell
+from left_bench.data import Example, load_data, split_passes, step_rows
+from left_bench.errors import UserError
+from left_bench.loss import AnswerLoss
+from left_bench.measure import stored_bytes
+from left_bench.model import DTYPES, autocast
+from left_bench.plan.formats import stored_bytes_of
+from left_bench.pretrained import fetched, load_tokenizer, source, unloadable
+from left_bench.pretrained.make import byte_tokenizer
+from left_bench.train import make_optimizer, state_tensors
+
+_SHOWN_STEPS = 1000
+_LARGEST_TRIED = 2**26
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The shape of a step's largest pass."""
+
+    rows: int
+    length: int
+    """Tokens of its longest row."""
+    answer_tokens: int
+    measured: bool
+    """Whether the training rows were looked at; else every row is taken to be as long as `training.max_length` lets."""
+
+
+@dataclass
+class Plan:
+    """Bytes by the names of a record's `memory_breakdown`; what could not be predicted is absent and in `unknown`."""
+
+    largest: Pass
+    total_params: int = 0
+    trainable_params: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    """What was not predicted, and why, in words."""
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most that a step holds at once; None when a part of it is not known."""
+        wanted = {"weights", "gradients", "optimizer", "activations_and_workspace"}
+        return sum(self.parts.values()) if wanted <= self.parts.keys() else None
+
+
+def predict(cell: Cell) -> Plan:
+    """What `cell` will hold in memory while it trains.
+
+    Raises:
+        UserError: the model's configuration cannot be had.
+    """
+    plan = Plan(largest_pass(cell))
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            architecture(cell),
+            dtype=DTYPES[cell.precision.weights_dtype],
+            attn_implementation=cell.training.attention,
+            trust_remote_code=cell.model.trust_remote_code,
+        )
+    quantized = quantizable(model) if cell.quantization.target is not None else {}
+    dense = bytes_of(chain(model.parameters(), model.buffers()))
+    plan.total_params = sum(parameter.numel() for parameter in model.parameters())
+    stored = stored_bytes_of(cell)
+    workspace = 0
+    if cell.quantization.checkpoint_method is not None or (quantized and stored is None):
+        plan.unknown.append(f"weights: how {cell.quantization.name} stores a layer is not known here")
+    else:
+        dequantized = sum(layer.weight.nbytes for layer in quantized.values())
+        kept = sum(stored(layer.out_features, layer.in_features) for layer in quantized.values()) if stored else 0
+        plan.parts["weights"] = dense - dequantized + kept
+        item = DTYPES[cell.precision.compute_dtype].itemsize
+        workspace = max((layer.weight.numel() * item for layer in quantized.values()), default=0)
+    try:
+        with torch.device("meta"):
+            model = attach_adapter(model, _shaped(cell), tokenizer=None, rows=[])  # type: ignore[arg-type]
+    except UserError:
+        raise
+    except Exception as error:  # a method that starts from the weights' values, or from data
+        plan.unknown.append(f"adapter and all that follows: {cell.peft.name} needs more than shapes ({_short(error)})")
+        return plan
+    trained = trainable_parameters(model)
+    plan.trainable_params = sum(parameter.numel() for parameter in trained)
+    if cell.peft.target is not None:
+        plan.parts["adapter"] = bytes_of(trained)
+    if cell.hardware.sharding is not None:
+        plan.unknown.append(f"the step: hardware.sharding={cell.hardware.sharding} is not followed")
+        return plan
+    try:
+        _take_step(plan, model, cell, workspace=workspace)
+    except UserError:
+        raise
+    except Exception as error:
+        plan.unknown.append(f"the step: it cannot be followed by shapes alone ({_short(error)})")
+    return plan
+
+
+def _shaped(cell: Cell) -> Cell:
+    """The cell with an adapter of the same shapes whose start asks for no numbers (EVA's, PiSSA's, a prefix's do)."""
+    started_from_numbers = ("init_lora_weights", "eva_config", "loftq_config")
+    config = {name: value for name, value in cell.peft.config.items() if name not in started_from_numbers}
+    return cell.model_copy(update={"peft": cell.peft.model_copy(update={"config": config, "init_text": None})})
+
+
+def architecture(cell: Cell) -> Any:
+    """The model's configuration: the cell's own, or the one in its folder or on the hub.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    model, folder = cell.model, fetched(cell.model, dtype=cell.precision.weights_dtype)
+    if source(model) in ("random", "wheel") and model.config is not None:
+        arguments = dict(model.config)
+        return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    try:
+        return AutoConfig.from_pretrained(
+            folder or model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise unloadable(model, error) from error
+
+
+def largest_pass(cell: Cell) -> Pass:
+    """The pass with the most tokens, padding included, over the cell's steps; an upper bound where rows are not here.
+
+    Rows are read and tokenized only when the tokenizer and the data are on this machine already.
+    """
+    settings, rows = cell.training, _rows_at_hand(cell)
+    each = max(1, settings.batch_size // cell.hardware.processes)
+    if rows is None:
+        return Pass(each, settings.max_length, each * settings.max_length, measured=False)
+    found = Pass(0, 0, 0, measured=True)
+    for indices in step_rows(
+        len(rows),
+        rows_per_step=settings.batch_size * settings.gradient_accumulation,
+        steps=min(settings.steps, _SHOWN_STEPS),
+        seed=cell.seed,
+    ):
+        examples = [rows[index] for index in indices]
+        for one in split_passes(examples, batch_size=settings.batch_size, batching=settings.batching):
+            mine = one[:each]
+            longest = max(example.length for example in mine)
+            if len(mine) * longest > found.rows * found.length:
+                found = Pass(len(mine), longest, sum(example.labels for example in mine), measured=True)
+    return found
+
+
+def _rows_at_hand(cell: Cell) -> Sequence[Example] | None:
+    folder = fetched(cell.model, dtype=cell.precision.weights_dtype)
+    if cell.data.source == "hub" and cell.data.path is None:
+        return None
+    if folder is not None:
+        tokenizer = load_tokenizer(folder, cell.model)
+    elif source(cell.model) == "random":
+        tokenizer = byte_tokenizer()
+    else:
+        return None
+    splits = load_data(cell.data, tokenizer, max_length=cell.training.max_length)
+    return list(splits.train)
+
+
+def quantizable(model: Any) -> dict[str, torch.nn.Linear]:
+    """The layers that quantizers replace: every linear one but the output head, and the encoder-side tied to it."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind some tensors that hold nothing, shared ones once."""
+    return sum({storage._cdata: storage.nbytes() for storage in (one.untyped_storage() for one in tensors)}.values())
+
+
+def _take_step(plan: Plan, model: Any, cell: Cell, *, workspace: int) -> None:
+    """One optimizer step, every storage followed; fills in gradients, optimizer and what the peak holds beyond."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _Storages() as storages:
+        _hollow(model)
+        trained = trainable_parameters(model)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        plan.parts["gradients"] = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
+        optimizer = None
+        with contextlib.suppress(DataDependentOutputException, UnsupportedFakeTensorException, RuntimeError):
+            optimizer = make_optimizer(model, cell, device="cpu")
+            optimizer.step()  # makes the states; the step that is followed is one that has them
+            plan.parts["optimizer"] = bytes_of(state_tensors(optimizer))
+        if "optimizer" not in plan.parts:
+            optimizer = None
+        model.zero_grad(set_to_none=True)
+
+        everywhere = cell.training.output_head == "all"
+        loss = AnswerLoss(model, everywhere=True) if everywhere else AnswerLoss.assumed(model)
+        held = storages.now
+        storages.peak = held
+        model.train()
+        for _ in range(min(2, cell.training.gradient_accumulation)):  # the second pass has the first one's gradients
+            with autocast(cell, device="cpu"):
+                total = loss.summed(_batch(plan.largest))
+            penalty = regularization(model)
+            (total if penalty is None else total + penalty).backward()
+            del total, penalty
+        torch.nn.utils.clip_grad_norm_(trained, cell.training.max_grad_norm or math.inf)
+        if optimizer is not None:
+            optimizer.step()
+    if optimizer is None:  # one whose states only numbers make
+        plan.parts["optimizer"] = _states_by_trial(model, cell)
+    beyond = storages.peak - held + workspace - plan.parts["gradients"]
+    plan.parts["activations_and_workspace"] = max(0, beyond)
+
+
+def _states_by_trial(model: torch.nn.Module, cell: Cell) -> int:
+    """Bytes of the optimizer's states, by a real step of it over one or two real parameters of every shape there is.
+
+    Two show what parameters share, such as bitsandbytes' tables of 256 levels.
+    """
+    alike: dict[tuple[Any, ...], int] = {}
+    tried = torch.nn.Module()
+    kinds: list[tuple[Any, ...]] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = tuple(parameter.shape), parameter.dtype, "lora_B" in name, "lora_embedding_B" in name
+        alike[kind] = alike.get(kind, 0) + 1
+        if alike[kind] <= 2:
+            if parameter.numel() > _LARGEST_TRIED:
+                raise ValueError(f"{cell.optimizer.name} would have to be tried on {parameter.numel():,} numbers")
+            real = torch.nn.Parameter(torch.zeros(kind[0], dtype=kind[1]))
+            real.grad = torch.randn_like(real)
+            tried.register_parameter(name.replace(".", "_"), real)
+            kinds.append(kind)
+    optimizer = make_optimizer(tried, cell, device="cpu")
+    optimizer.step()
+    own: dict[tuple[Any, ...], int] = {}
+    owners: Counter[int] = Counter()
+    states = [
+        [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+        for parameter in tried.parameters()
+    ]
+    for tensors in states:
+        owners.update({tensor.untyped_storage().data_ptr() for tensor in tensors})
+    shared = [one for tensors in states for one in tensors if owners[one.untyped_storage().data_ptr()] > 1]
+    for kind, tensors in zip(kinds, states, strict=True):
+        own[kind] = stored_bytes(one for one in tensors if owners[one.untyped_storage().data_ptr()] == 1)
+    return stored_bytes(shared) + sum(count * own[kind] for kind, count in alike.items())
+
+
+def _batch(largest: Pass) -> Any:
+    """A pass of that shape, as `AnswerLoss` asks for it."""
+    shape = (largest.rows, largest.length)
+    places = torch.zeros(largest.answer_tokens, dtype=torch.long)
+    inputs = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "attention_mask": torch.ones(shape, dtype=torch.long),
+        "use_cache": False,
+    }
+    return SimpleNamespace(inputs=lambda: inputs, label_rows=places, label_positions=places, targets=places)
+
+
+def _hollow(model: torch.nn.Module) -> None:
+    """Give the model fake tensors in place of those on the meta device, which autocast passes by; ties are kept."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            hollow = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+            made[id(tensor)] = hollow, tensor  # the old one is kept, or its id would be another's
+        return made[id(tensor)][0]
+
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name, tensor in owned.items():
+                if tensor is not None:
+                    owned[name] = fake(tensor)  # type: ignore[assignment]
+
+
+class _Storages(TorchDispatchMode):
+    """Bytes of all storages alive that were made while it is on, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage())
+        return out
+
+    def _follow(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self._alive:
+            self._alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._end, key)
+
+    def _end(self, key: int) -> None:
+        self.now -= self._alive.pop(key)
+
+
+def _short(error: Exception) -> str:
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:160]}"
