@@ -1,4 +1,4 @@
-"""Every command printed in the documentation composes, and every launcher's key in it is one that the launcher takes."""
+"""Every command printed in the documentation composes, and every launcher's key in it is one the launcher takes."""
 
 from __future__ import annotations
 
@@ -47,17 +47,13 @@ RUNS = [
 
 def test_commands_are_found():
     assert len(RUNS) > 20
-    assert {"launcher", "sweeper"} <= {
-        word for run in RUNS for part in run.values[0] for word in re.split(r"[./=]", part)
-    }
+    assert sum("launcher" in argument for run in RUNS for argument in run.values[0]) > 10
 
 
 @pytest.mark.parametrize("arguments", RUNS)
 def test_a_printed_command_composes_to_cells(arguments, composed, tmp_path, monkeypatch):
     for word, plugin in PLUGINS.items():
-        if any(word in argument for argument in arguments) or (
-            word == "optuna" and "+sweep=learning_rate" in arguments
-        ):
+        if any(argument.partition("=")[2].startswith(word) for argument in arguments):
             pytest.importorskip(f"hydra_plugins.hydra_{plugin}", reason="needs the launcher's extra")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
