@@ -305,3 +305,19 @@ def test_a_record_that_cannot_be_told_is_exit_code_1(swept: Swept) -> None:
     assert done.returncode == 1
     assert "tracker=jsonl failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_one_sweep_of_a_folder_is_told(swept: Swept, left_bench: Any, tmp_path: Path) -> None:
+    runs = swept.place / "runs"
+    manifest = json.loads((runs / "sweeps" / "three.json").read_text())
+    part = tmp_path / "runs"
+    (part / "sweeps").mkdir(parents=True)
+    for cell in manifest["cells"]:
+        (part / cell).symlink_to(runs / cell)
+    (part / "sweeps" / "three.json").write_text(json.dumps(manifest | {"cells": manifest["cells"][:1]}))
+    (part / "sweeps" / "all.json").write_text(json.dumps(manifest | {"name": "all"}))
+    answer = left_bench("track", str(part), "--tracker", "jsonl", "--sweep", "three")
+    assert answer.code == 0, answer
+    assert len(list(part.glob("jsonl/*.jsonl"))) == 2  # the one cell and the report
+    answer = left_bench("track", str(part), "--tracker", "jsonl", "--sweep", "thre")
+    assert answer.code == 2 and "did you mean 'three'?" in answer.err

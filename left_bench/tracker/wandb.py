@@ -174,7 +174,7 @@ def logged_in() -> bool:
     """Whether wandb has credentials; nothing is asked and nothing sent."""
     import wandb
 
-    with contextlib.redirect_stderr(io.StringIO()):  # where it found them, again for every run
+    with _unsaid():  # where it found them, again for every run
         return bool(wandb.login(prompt=False, verify=False))
 
 
@@ -203,6 +203,11 @@ def _go_offline(store: Path, error: Exception) -> None:
     _unreachable = True
 
 
+def _unsaid() -> contextlib.AbstractContextManager[Any]:
+    """wandb's own lines on the terminal, which `silent` does not reach outside a run."""
+    return contextlib.redirect_stderr(io.StringIO())
+
+
 def _forget(store: Path, pattern: str) -> None:
     for folder in (store / "wandb").glob(pattern):
         shutil.rmtree(folder, ignore_errors=True)
@@ -218,10 +223,11 @@ def _artifact_of(wandb: Any, record: Record, kind: str, path: Path) -> Any:
     artifact = wandb.Artifact(
         _artifact_name(f"{kind}-{record.cell_id}"), type=kind, metadata={"cell_id": record.cell_id}
     )
-    if path.is_dir():
-        artifact.add_dir(str(path), policy="immutable")
-    else:
-        artifact.add_file(str(path), policy="immutable")
+    with _unsaid():  # which folder it adds, for every cell
+        if path.is_dir():
+            artifact.add_dir(str(path), policy="immutable")
+        else:
+            artifact.add_file(str(path), policy="immutable")
     return artifact
 
 
