@@ -68,7 +68,8 @@ def test_a_learning_rate_is_searched_for(runs, left_bench, tmp_path, monkeypatch
     assert best["best_value"] == pytest.approx(value)
     failed = sum(record.status == "diverged" for record in records)
     chosen = f"{best['best_params']['++training.learning_rate']}"
-    assert f"best: training.learning_rate={chosen} (train_loss {value:.6g}); {failed} of 6 without a value" in answer.out
+    said = f"best: training.learning_rate={chosen} (train_loss {value:.6g}); {failed} of 6 without a value"
+    assert said in answer.out
     assert "A new study" not in answer.err
     manifest = json.loads((tmp_path / "runs" / "sweeps" / "learning_rate.json").read_text())
     assert sorted(manifest["cells"]) == sorted(record.cell_id for record in records)

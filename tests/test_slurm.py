@@ -1,7 +1,7 @@
 """The Slurm launcher against a stand-in for Slurm's commands: what is submitted, and a cell that is requeued.
 
-`sbatch` starts the tasks of an array as plain processes of this machine, with the variables that Slurm sets; `srun` runs
-what it is given; `scontrol requeue` starts a task again. submitit, Hydra's launcher and the cells are the real ones.
+`sbatch` starts the tasks of an array as plain processes of this machine, with the variables that Slurm sets; `srun`
+runs what it is given; `scontrol requeue` starts a task again. submitit, Hydra's launcher and the cells are real.
 """
 
 from __future__ import annotations

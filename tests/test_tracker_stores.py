@@ -288,6 +288,21 @@ def test_tensorboard_shows_the_report(swept: Swept) -> None:
     assert "unquantized" in report["comparison/text_summary" if "comparison/text_summary" in report else "comparison"]
 
 
+@pytest.mark.skipif("tensorboard" not in INSTALLED, reason="pip install 'left-bench[tensorboard]' for this store")
+def test_tensorboards_table_opens_with_the_numbers_that_matter(swept: Swept) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    for path in swept.place.glob("runs/tensorboard/*/tiny*/events.*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        told = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/experiment"]).experiment
+        tags = [metric.name.tag for metric in told.metric_infos]
+        assert tags[:3] == ["record/eval_loss", "record/exact_match", "record/peak_memory_bytes"]
+        assert {"axis.peft", "status"} <= {axis.name for axis in told.hparam_infos if axis.differs}
+        assert ("record/peak_memory_bytes" in events.Tags()["scalars"]) == ("-lora-" in str(path))
+
+
 def test_no_secret_is_in_any_file(swept: Swept) -> None:
     searched = 0
     for path in swept.place.rglob("*"):
