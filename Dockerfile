@@ -1,9 +1,9 @@
-# left_bench on the CPU: docker build -t left-bench . && docker run --rm -v "$PWD/runs:/home/bench/runs" left-bench +sweep=smoke
+# left_bench on the CPU: docker build -t left-bench . ; docs/cluster.md says how it is run
 FROM python:3.11-slim-bookworm
 
 RUN useradd --create-home --uid 1000 bench \
-    && mkdir /cache /home/bench/runs \
-    && chown bench:bench /cache /home/bench/runs
+    && mkdir /cache /home/bench/runs /home/bench/reports \
+    && chown bench:bench /cache /home/bench/runs /home/bench/reports
 ENV LEFT_BENCH_CACHE=/cache/left_bench \
     HF_HOME=/cache/huggingface \
     PIP_NO_CACHE_DIR=1 \
@@ -20,6 +20,6 @@ RUN pip install '.[joblib,optuna]' -c constraints.txt
 
 USER 1000
 WORKDIR /home/bench
-VOLUME ["/home/bench/runs", "/cache"]
+VOLUME ["/home/bench/runs", "/home/bench/reports", "/cache"]
 ENTRYPOINT ["left-bench"]
 CMD ["--help"]

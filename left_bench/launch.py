@@ -38,11 +38,13 @@ from left_bench.seats import SCHEDULERS, available_cores, cells_at_once, seated
 from left_bench.sweep import (
     SWEEPS_FOLDER,
     Manifest,
+    best_trial,
     check_launcher,
     check_objective,
     command_of,
     jobs_of,
     launcher_of,
+    quiet_optuna,
     scope_of,
     searches,
     sweep_name,
@@ -309,6 +311,7 @@ class Launch(Callback):
             )
             manifest.write(settings.runs_dir)
             if searches(config.hydra):
+                quiet_optuna()
                 forget_jobs(settings.runs_dir / SWEEPS_FOLDER, name)
             self._manifest = manifest
 
@@ -332,7 +335,14 @@ class Launch(Callback):
             manifest = self._manifest.model_copy(update={"finished_at": utc_now(), "cells": cells})
             manifest.write(runs_dir)
         tracker: Any = OmegaConf.to_container(config.tracker, resolve=True)
-        _finish(manifest.cells, runs_dir, manifest=manifest, reports_dir=Path(config.reports_dir), tracker=tracker)
+        _finish(
+            manifest.cells,
+            runs_dir,
+            manifest=manifest,
+            reports_dir=Path(config.reports_dir),
+            tracker=tracker,
+            objective=str(config.objective) if searches(config.hydra) else None,
+        )
 
 
 def _go_to(folder: str) -> None:
@@ -364,8 +374,13 @@ def _finish(
     manifest: Manifest | None,
     reports_dir: Path = Path(),
     tracker: dict[str, Any] | None = None,
+    objective: str | None = None,
 ) -> None:
-    """Print the summary, write the report, and leave with 1 when a cell ended other than ok or unsupported."""
+    """Print the summary, write the report, and leave with 1 when a cell ended other than ok or unsupported.
+
+    Args:
+        objective: what a search was after; its best trial is said.
+    """
     from left_bench.report import print_summary, write_report
     from left_bench.tracker.comparison import track_sweep
 
@@ -373,6 +388,8 @@ def _finish(
     paths = [runs_dir / cell / RECORD_NAME for cell in cells]
     records = [record for path in paths if (record := _previous(path, known=known)) is not None]
     print_summary(records)
+    if objective is not None:
+        print(best_trial(records, objective=objective))
     all_well = len(records) == len(cells) and all(record.status in ("ok", "unsupported") for record in records)
     del records, known  # the report reads them again
     if manifest is not None:

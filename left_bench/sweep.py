@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from left_bench.cell import Cell, slugify
 from left_bench.errors import UserError, nearest
-from left_bench.record import METRICS, write_atomically
+from left_bench.record import METRICS, Record, write_atomically
 from left_bench.seats import SCHEDULERS
 from left_bench.worker import utc_now
 
@@ -121,6 +121,27 @@ def check_objective(cell: Cell, objective: str) -> None:
     """
     if cell.model.weights == "random" and METRICS[objective].kind == "quality":
         raise UserError(f"objective={objective}: random weights are not scored; search for objective=train_loss")
+
+
+def best_trial(records: Sequence[Record], *, objective: str) -> str:
+    """A search's best trial in one line: what it had chosen, its value, and how many trials had none."""
+    scored = [one for one in records if one.status == "ok" and objective in one.metrics]
+    without = f"{len(records) - len(scored)} of {len(records)} without a value"
+    if not scored:
+        return f"best: none; {without}"
+    pick = max if METRICS[objective].better == "higher" else min
+    best = pick(scored, key=lambda one: one.metrics[objective])
+    told = [list(map(str, one.provenance.get("overrides", []))) for one in records]
+    shared = set(told[0]).intersection(*told[1:])
+    chosen = [one.lstrip("+") for one in best.provenance.get("overrides", []) if len(records) == 1 or one not in shared]
+    return f"best: {' '.join(chosen)} ({objective} {best.metrics[objective]:.6g}); {without}"
+
+
+def quiet_optuna() -> None:
+    """Its warnings alone: a study that has no name is no news."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def launcher_of(hydra: DictConfig) -> str:

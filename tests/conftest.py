@@ -68,7 +68,7 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def composed() -> Callable[..., Any]:
-    """`composed(*overrides)`: Hydra's whole configuration, `hydra` included, as `left-bench OVERRIDES` composes it."""
+    """`composed(*overrides)`: Hydra's whole configuration, `hydra` included, as `left-bench [-m] OVERRIDES` has it."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
@@ -82,7 +82,8 @@ def composed() -> Callable[..., Any]:
         GlobalHydra.instance().clear()
         # stays open: a sweep's jobs are composed by the same loader
         hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf"), job_name="left_bench")
-        multirun = any(one.startswith("+sweep=") for one in overrides)
+        multirun = "-m" in overrides or any(one.startswith("+sweep=") for one in overrides)
+        overrides = tuple(one for one in overrides if one != "-m")
         named = [f"hydra.job.name={launch_name(list(overrides))}"] if multirun else []
         return GlobalHydra.instance().hydra.compose_config(
             config_name="config",

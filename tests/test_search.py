@@ -66,6 +66,11 @@ def test_a_learning_rate_is_searched_for(runs, left_bench, tmp_path, monkeypatch
     best = yaml.safe_load((tmp_path / "runs" / "sweeps" / "optimization_results.yaml").read_text())
     value = min(record.metrics["train_loss"] for record in records if record.status == "ok")
     assert best["best_value"] == pytest.approx(value)
+    failed = sum(record.status == "diverged" for record in records)
+    chosen = f"{best['best_params']['++training.learning_rate']}"
+    said = f"best: training.learning_rate={chosen} (train_loss {value:.6g}); {failed} of 6 without a value"
+    assert said in answer.out
+    assert "A new study" not in answer.err
     manifest = json.loads((tmp_path / "runs" / "sweeps" / "learning_rate.json").read_text())
     assert sorted(manifest["cells"]) == sorted(record.cell_id for record in records)
     assert (tmp_path / "reports" / "learning_rate.md").is_file()

@@ -160,3 +160,20 @@ def test_more_devices_than_there_are(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(UserError, match="wants 4 of them and 2 are visible"), seated("cuda", at_once=1, devices=4):
         pass
+
+
+def test_a_report_ranks_no_speed_of_cells_that_ran_beside_others_with_that_of_lone_ones():
+    from recorded.build import make_record
+
+    from left_bench.report.cells import row_of
+    from left_bench.report.ranking import confounders, rankable
+
+    told = [{"concurrent_cells": 1}, {"concurrent_cells": 4}, {}, {"concurrent_cells": 4}]
+    lone, beside, before, too = (row_of(make_record(effective=effective)) for effective in told)
+    assert not rankable([lone, beside], "train_tokens_per_second")
+    names = {id(lone): "lone", id(beside): "beside"}
+    assert ("concurrent_cells", "1: lone; 4: beside") in confounders([lone, beside], names)
+    assert rankable([lone, before], "train_tokens_per_second")
+    assert rankable([beside, too], "train_tokens_per_second")
+    for metric in ("peak_memory_bytes", "eval_loss"):
+        assert rankable([lone, beside, before], metric)

@@ -288,6 +288,21 @@ def test_tensorboard_shows_the_report(swept: Swept) -> None:
     assert "unquantized" in report["comparison/text_summary" if "comparison/text_summary" in report else "comparison"]
 
 
+@pytest.mark.skipif("tensorboard" not in INSTALLED, reason="pip install 'left-bench[tensorboard]' for this store")
+def test_tensorboards_table_opens_with_the_numbers_that_matter(swept: Swept) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    for path in swept.place.glob("runs/tensorboard/*/tiny*/events.*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        told = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/experiment"]).experiment
+        tags = [metric.name.tag for metric in told.metric_infos]
+        assert tags[:3] == ["record/eval_loss", "record/exact_match", "record/peak_memory_bytes"]
+        assert {"axis.peft", "status"} <= {axis.name for axis in told.hparam_infos if axis.differs}
+        assert ("record/peak_memory_bytes" in events.Tags()["scalars"]) == ("-lora-" in str(path))
+
+
 def test_no_secret_is_in_any_file(swept: Swept) -> None:
     searched = 0
     for path in swept.place.rglob("*"):
@@ -305,3 +320,19 @@ def test_a_record_that_cannot_be_told_is_exit_code_1(swept: Swept) -> None:
     assert done.returncode == 1
     assert "tracker=jsonl failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_one_sweep_of_a_folder_is_told(swept: Swept, left_bench: Any, tmp_path: Path) -> None:
+    runs = swept.place / "runs"
+    manifest = json.loads((runs / "sweeps" / "three.json").read_text())
+    part = tmp_path / "runs"
+    (part / "sweeps").mkdir(parents=True)
+    for cell in manifest["cells"]:
+        (part / cell).symlink_to(runs / cell)
+    (part / "sweeps" / "three.json").write_text(json.dumps(manifest | {"cells": manifest["cells"][:1]}))
+    (part / "sweeps" / "all.json").write_text(json.dumps(manifest | {"name": "all"}))
+    answer = left_bench("track", str(part), "--tracker", "jsonl", "--sweep", "three")
+    assert answer.code == 0, answer
+    assert len(list(part.glob("jsonl/*.jsonl"))) == 2  # the one cell and the report
+    answer = left_bench("track", str(part), "--tracker", "jsonl", "--sweep", "thre")
+    assert answer.code == 2 and "did you mean 'three'?" in answer.err

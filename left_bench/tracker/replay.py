@@ -32,12 +32,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a tracker's setting, as project=mine"
     )
+    parser.add_argument("--sweep", metavar="NAME", help="only the cells of this sweep (default: all records)")
     parser.add_argument("--store", metavar="DIR", help="where local stores lie (default: the first RUNS folder)")
     options = parser.parse_args(argv)
     section = section_of(options.tracker, options.set)
     check_trackers(section)
     store = Path(options.store) if options.store else store_of(Path(options.runs[0]))
-    return replay(options.runs, section=section, store=store)
+    return replay(options.runs, section=section, store=store, sweep=options.sweep)
 
 
 def section_of(names: str, settings: Sequence[str]) -> dict[str, dict[str, str | bool]]:
@@ -71,16 +72,26 @@ def store_of(path: Path) -> Path:
     return path.parent if (path / "record.json").is_file() else path
 
 
-def replay(paths: Sequence[PathLike], *, section: dict[str, Any], store: Path) -> int:
+def replay(paths: Sequence[PathLike], *, section: dict[str, Any], store: Path, sweep: str | None = None) -> int:
     """Tell every record under `paths`, and every sweep's comparison; 1 when something could not be told or read.
 
+    Args:
+        sweep: tell only this one's cells.
+
     Raises:
-        UserError: a path does not exist, or there is no record.
+        UserError: a path does not exist, or there is no record, or no such sweep.
     """
     runs, problems = read_runs(paths)
     sweeps, _ = read_sweeps([path for path in paths if Path(path).is_dir()])
     if not runs:
         raise UserError(f"RUNS={', '.join(map(str, paths))}: there is no record (<cell id>/record.json)")
+    if sweep is not None:
+        names = [one.name for one in sweeps]
+        sweeps = [one for one in sweeps if one.name == sweep]
+        if not sweeps:
+            hint = nearest(sweep, names) or (f"; there is {', '.join(names)}" if names else "")
+            raise UserError(f"--sweep {sweep}: there is no such sweep in {', '.join(map(str, paths))}{hint}")
+        runs = [run for run in runs if run.record.cell_id in sweeps[0].cells]
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     failures = 0
@@ -89,8 +100,8 @@ def replay(paths: Sequence[PathLike], *, section: dict[str, Any], store: Path) -
         for number, run in enumerate(runs, start=1):
             tell(tracker, run, sweeps)
             print(f"[{number}/{len(runs)}] {name} {run.record.cell_id}")
-        for sweep in sweeps:
-            _tell_sweep(tracker, sweep, runs, paths)
+        for one in sweeps:
+            _tell_sweep(tracker, one, runs, paths)
         failures += tracker.failures
     return 1 if failures or problems else 0
 

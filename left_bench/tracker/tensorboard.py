@@ -18,6 +18,10 @@ from left_bench.tracker.base import (
     sample_rows,
 )
 
+# five of each are what TensorBoard's HPARAMS opens with
+_FIRST_AXES = ("axis.model", "axis.peft", "axis.precision", "axis.quantization", "status")
+_HEADLINES = ("eval_loss", "exact_match", "peak_memory_bytes", "train_tokens_per_second", "trainable_params")
+
 
 class TensorboardTracker:
     """A folder a run; one that is there already is removed first."""
@@ -41,8 +45,9 @@ class TensorboardTracker:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
         assert self._attempt is not None
-        axes = {f"axis.{group}": option for group, option in record.choices.items()}
-        self._write(hparams_pb(axes | {"status": record.status}, trial_id=self._attempt.id))
+        axes = {f"axis.{group}": option for group, option in record.choices.items()} | {"status": record.status}
+        self._write(_columns(list(axes)))
+        self._write(hparams_pb(axes, trial_id=self._attempt.id))
         # a name of its own for each kind: TensorBoard makes its sections of what is before the slash
         named = {name if "/" in name else f"record/{name}": value for name, value in numbers_of(record).items()}
         self._scalars(named)
@@ -104,3 +109,18 @@ class TensorboardTracker:
         if self._file is not None:
             self._file.close()
             self._file = self._writer = None
+
+
+def _columns(axes: list[str]) -> Any:
+    """Which columns HPARAMS opens with: left to itself it takes the first of the alphabet."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from tensorboard.plugins.hparams.summary_v2 import HParam, Metric, hparams_config_pb
+
+    metrics = [Metric(f"record/{name}", display_name=name) for name in _HEADLINES]
+    summary = hparams_config_pb(hparams=[HParam(name) for name in axes], metrics=metrics)
+    plugin = summary.value[0].metadata.plugin_data
+    told = HParamsPluginData.FromString(plugin.content)
+    for axis in told.experiment.hparam_infos:
+        axis.differs = axis.name in _FIRST_AXES  # what differs is shown first
+    plugin.content = told.SerializeToString()
+    return summary

@@ -1,10 +1,16 @@
-"""Weights & Biases: online when there is a login, offline otherwise; `WANDB_MODE` decides over both."""
+"""Weights & Biases: online when there is a login, offline otherwise; `WANDB_MODE` and `wandb offline` decide over both.
+
+A server that does not answer costs the wait once: this process's further runs are kept offline, for `wandb sync`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import html
+import io
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,12 @@ from left_bench.tracker.base import (
 
 _LONGEST_TAG = 64
 _ADAPTER_NAME = "adapter"
+# wandb waits for ever at a run's end, and then the sweep does; its own variables decide over these
+_WAITS_SECONDS = {"init_timeout": 30.0, "finish_timeout": 300.0}
+
+# trackers are made anew for each cell; these are of the process
+_unreachable = False
+_addresses_said: set[str] = set()
 
 
 class WandbTracker:
@@ -92,13 +104,31 @@ class WandbTracker:
             self._run.log_artifact(artifact)
         self._close(failed=False)
 
-    def _open(self, *, run_id: str, tags: list[str], **named: Any) -> Any:
+    def _open(self, *, run_id: str, **named: Any) -> Any:
+        """The run; offline where the server does not answer, in a new session where wandb's own process has died."""
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
         self._store.mkdir(parents=True, exist_ok=True)
-        for folder in (self._store / "wandb").glob(f"offline-run-*-{run_id}"):
-            shutil.rmtree(folder, ignore_errors=True)  # an earlier telling of this very run
+        _forget(self._store, f"offline-run-*-{run_id}")  # an earlier telling of this very run
+        try:
+            run = self._begin("offline" if _unreachable else _mode(), run_id=run_id, **named)
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            if isinstance(error, wandb.errors.Error):  # else wandb's own process has died, with an earlier run
+                _go_offline(self._store, error)
+            _forget(self._store, f"*run-*-{run_id}")
+            run = self._begin("offline" if _unreachable else _mode(), run_id=run_id, **named)
+        if not run.offline and run.url:
+            _say_once(f"{run.project_url}/groups/{run.group}" if run.group else run.url)
+        return run
+
+    def _begin(self, mode: Any, *, run_id: str, tags: list[str], **named: Any) -> Any:
+        import wandb
+
+        waits: dict[str, Any] = {
+            name: seconds for name, seconds in _WAITS_SECONDS.items() if f"WANDB_{name.upper()}" not in os.environ
+        }
         return wandb.init(
             project=self._project,
             entity=self._entity,
@@ -112,8 +142,10 @@ class WandbTracker:
                 console="off",
                 disable_code=True,
                 disable_git=True,
+                finish_timeout_raises=True,
                 x_disable_meta=True,  # host, user, command line: nothing a reader of the numbers needs
                 x_save_requirements=False,
+                **waits,
             ),
             **named,
         )
@@ -130,25 +162,72 @@ class WandbTracker:
             self._run.log_artifact(_artifact_of(wandb, record, "adapter", folder))
 
     def _close(self, *, failed: bool) -> None:
-        self._run.finish(exit_code=1 if failed else 0)
-        self._run = None
+        run, self._run = self._run, None
+        try:
+            run.finish(exit_code=1 if failed else 0)
+        except TimeoutError as error:
+            _go_offline(self._store, error)
+            raise
 
 
 def logged_in() -> bool:
     """Whether wandb has credentials; nothing is asked and nothing sent."""
     import wandb
 
-    return bool(wandb.login(prompt=False, verify=False))
+    with _unsaid():  # where it found them, again for every run
+        return bool(wandb.login(prompt=False, verify=False))
+
+
+def _mode() -> str | None:
+    """What wandb was told (`WANDB_MODE`, `wandb offline`, `wandb disabled`), else by the login."""
+    import wandb
+
+    if told := os.environ.get("WANDB_MODE"):
+        return told
+    settings = wandb.setup().settings
+    if settings.mode != "online":
+        return settings.mode
+    return "online" if logged_in() else "offline"
+
+
+def _go_offline(store: Path, error: Exception) -> None:
+    """This process has waited for the server in vain: once is enough."""
+    global _unreachable
+    if not _unreachable:
+        reason = " ".join(str(error).split()).partition(" Consider ")[0][:200]
+        print(
+            f"warning: tracker=wandb: no answer from Weights & Biases ({type(error).__name__}: {reason}); further runs "
+            f"are kept in {store / 'wandb'}, and `wandb sync` sends them",
+            file=sys.stderr,
+        )
+    _unreachable = True
+
+
+def _unsaid() -> contextlib.AbstractContextManager[Any]:
+    """wandb's own lines on the terminal, which `silent` does not reach outside a run."""
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+def _forget(store: Path, pattern: str) -> None:
+    for folder in (store / "wandb").glob(pattern):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _say_once(address: str) -> None:
+    if address not in _addresses_said:
+        _addresses_said.add(address)
+        print(f"wandb: {address}")
 
 
 def _artifact_of(wandb: Any, record: Record, kind: str, path: Path) -> Any:
     artifact = wandb.Artifact(
         _artifact_name(f"{kind}-{record.cell_id}"), type=kind, metadata={"cell_id": record.cell_id}
     )
-    if path.is_dir():
-        artifact.add_dir(str(path), policy="immutable")
-    else:
-        artifact.add_file(str(path), policy="immutable")
+    with _unsaid():  # which folder it adds, for every cell
+        if path.is_dir():
+            artifact.add_dir(str(path), policy="immutable")
+        else:
+            artifact.add_file(str(path), policy="immutable")
     return artifact
 
 

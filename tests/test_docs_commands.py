@@ -1,0 +1,105 @@
+"""Every command printed in the documentation composes, and every launcher's key in it is one the launcher takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from left_bench import cli
+from left_bench.compose import compose
+from left_bench.sweep import check_launcher, jobs_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLUGINS = {
+    "joblib": "joblib_launcher",
+    "submitit": "submitit_launcher",
+    "ray": "ray_launcher",
+    "optuna": "optuna_sweeper",
+}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The arguments of each `left-bench ...` that a page's shell blocks print."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                if words[0] == "left-bench":
+                    yield words[1:end]
+                words = words[end + 1 :]
+
+
+RUNS = [
+    pytest.param(arguments, id=f"{page.stem}: {shlex.join(arguments)[:60]}")
+    for page in PAGES
+    for arguments in commands(page)
+    if cli.is_override(arguments[0]) or arguments[0] == "-m"
+]
+
+
+def test_commands_are_found():
+    assert len(RUNS) > 20
+    assert sum("launcher" in argument for run in RUNS for argument in run.values[0]) > 10
+
+
+@pytest.mark.parametrize("arguments", RUNS)
+def test_a_printed_command_composes_to_cells(arguments, composed, tmp_path, monkeypatch):
+    for word, plugin in PLUGINS.items():
+        if any(argument.partition("=")[2].startswith(word) for argument in arguments):
+            pytest.importorskip(f"hydra_plugins.hydra_{plugin}", reason="needs the launcher's extra")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    cli.check_choices(arguments)
+    config = composed(*(one for one in arguments if one not in ("--cfg", "job")))
+    swept = "-m" in arguments or any(one.startswith("+sweep=") for one in arguments)
+    if swept:
+        check_launcher(config)
+    job = next(jobs_of(config)) if swept else config
+    cell, _ = compose(job, job.hydra)
+    assert cell.id
+
+
+def launcher_keys() -> list[tuple[str, str]]:
+    """`(launcher, override)` of every launcher's key that docs/cluster.md names; what has no value gets 1."""
+    found = []
+    for section in (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        launcher = {"Slurm": "submitit_slurm", "Ray": "ray"}.get(section.splitlines()[0])
+        for override in re.findall(r"`'?(\+?hydra\.launcher\.[^`]*?)'?`", section):
+            key, _, value = override.partition("=")
+            guessed = launcher or ("ray" if ".ray." in key else "joblib" if "n_jobs" in key else "submitit_slurm")
+            found.append((guessed, f"{key}={value if value and not value.startswith('<') else '1'}"))
+    return found
+
+
+def test_the_tables_of_launcher_keys_are_found():
+    assert len(launcher_keys()) > 15
+
+
+@pytest.mark.parametrize(("launcher", "override"), launcher_keys())
+def test_a_launcher_takes_the_documented_key(launcher, override, left_bench, tmp_path, monkeypatch):
+    plugin = PLUGINS[launcher.partition("_")[0]]
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}", reason="needs the launcher's extra")
+    monkeypatch.chdir(tmp_path)
+    answer = left_bench("+sweep=smoke", "hardware=cpu", f"hydra/launcher={launcher}", override, "--cfg", "hydra")
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs left-bench[ray]")
+def test_ray_takes_the_documented_keys():
+    """Hydra's plugin hands both sections to Ray as they are, so composing them proves nothing."""
+    import ray
+
+    for page in PAGES:
+        for part, name, value in re.findall(r"hydra\.launcher\.ray\.(init|remote)\.(\w+)=([\w.]*)", page.read_text()):
+            if part == "init":
+                assert name in inspect.signature(ray.init).parameters, name
+            else:
+                ray.remote(**{name: {"a": 1} if name == "resources" else int(value or 1)})(lambda: None)
