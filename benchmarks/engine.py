@@ -1,13 +1,15 @@
 """left_bench's training loop beside a bare loop, HF Trainer and TRL, on the same rows: `python benchmarks/engine.py`.
 
     pip install -e ".[benchmarks]"
-    python benchmarks/engine.py --data lamini_docs.jsonl [--steps 24] [--out reports/benchmarks]
+    python benchmarks/engine.py --data lamini_docs.jsonl [--steps 18] [--out reports/benchmarks]
+    python benchmarks/engine.py --data lamini_docs.jsonl --steps 5 precision=fp32  # losses agree far more closely
 
 Every contender lives in a process of its own and holds the same model, adapter, optimizer and rows. They take their
 steps in turn, one step each (A B C A B C), and sleep in between, so whatever else the machine does falls on all of
-them, and each step is compared with the others' step on the same rows. A ratio is the median over steps of the peer's
-seconds / ours; beside it stand its 10th and 90th percentile. Memory is the high-water mark of the process in training,
-over what it held before the model was loaded. Losses must agree, or the run fails: speed on other work is no speed.
+them, and each step is compared with the others' step on the same rows. A ratio is that of tokens/s over all counted
+steps, between the ends of its 95 % interval over resampled steps (paired: a step is drawn for both). Memory is the
+high-water mark of the process in training, over what it held before the model was loaded. Losses must agree, or the
+run fails: speed on other work is no speed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import random
 import statistics
 import tempfile
 import time
@@ -23,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP = 3
-# the largest difference of a step's loss that bfloat16 arithmetic in another order explains, nats
-TOLERANCE = 0.03
+# the largest difference of a step's loss that arithmetic in another order explains, nats, by the dtype it is done in
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
+RESAMPLED = 2000
+PACKED = "left_bench packed"
 CONTENDERS = {
-    "left_bench packed": ["training.batching=packed"],
+    PACKED: ["training.batching=packed"],
     "left_bench padded": [],
     "left_bench padded, plain loss": ["training.output_head=all"],
     "bare loop": None,
@@ -285,91 +290,109 @@ def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, 
 
 
 def summarize(run: dict[str, Any], *, peak_flops: float) -> list[dict[str, Any]]:
-    """One row per contender: tokens/s, utilization, memory, and its ratio to the packed loop, step by step."""
+    """One row per contender: tokens/s, utilization, memory, and what packed is beside it."""
     counted = slice(WARM_UP, None)
     tokens = sum(run["tokens"][counted])
-    reference = run["contenders"]["left_bench packed"]
+    packed = run["contenders"][PACKED]
     rows = []
     for name, one in run["contenders"].items():
-        seconds = one["seconds"][counted]
-        ratios = [theirs / ours for theirs, ours in zip(seconds, reference["seconds"][counted], strict=True)]
-        tenths = statistics.quantiles(ratios, n=10)
-        difference = max(abs(a - b) for a, b in zip(one["losses"], reference["losses"], strict=True))
+        seconds = sum(one["seconds"][counted])
+        ratio, low, high = faster(run, PACKED, name)
         rows.append(
             {
                 "contender": name,
-                "tokens_per_second": tokens / sum(seconds),
-                "model_flops_utilization": sum(one["flops"][counted]) / sum(seconds) / peak_flops,
+                "tokens_per_second": tokens / seconds,
+                "model_flops_utilization": sum(one["flops"][counted]) / seconds / peak_flops,
                 "peak_memory_bytes": one["peak_memory_bytes"],
-                "packed_is_faster": statistics.median(ratios),
-                "packed_is_faster_p10": tenths[0],
-                "packed_is_faster_p90": tenths[-1],
-                "largest_loss_difference": difference,
+                "packed_is_faster": ratio,
+                "packed_is_faster_low": low,
+                "packed_is_faster_high": high,
+                "packed_needs": packed["peak_memory_bytes"] / one["peak_memory_bytes"],
+                "largest_loss_difference": max(
+                    abs(a - b) for a, b in zip(one["losses"], packed["losses"], strict=True)
+                ),
             }
         )
     return rows
 
 
-def ratio(run: dict[str, Any], faster: str, slower: str) -> str:
-    """How many times `faster` is as fast as `slower`, step by step: median (10th to 90th percentile)."""
-    pairs = zip(run["contenders"][slower]["seconds"], run["contenders"][faster]["seconds"], strict=True)
-    ratios = [one / other for one, other in pairs][WARM_UP:]
-    tenths = statistics.quantiles(ratios, n=10)
-    return f"{statistics.median(ratios):.2f} ({tenths[0]:.2f} to {tenths[-1]:.2f})"
+def faster(run: dict[str, Any], one: str, other: str) -> tuple[float, float, float]:
+    """How many times `one`'s tokens/s are `other`'s over the counted steps, and the ends of the 95 % interval."""
+    pairs = list(zip(*(run["contenders"][name]["seconds"][WARM_UP:] for name in (one, other)), strict=True))
+    draw = random.Random(0)
+    resampled = [_ratio(draw.choices(pairs, k=len(pairs))) for _ in range(RESAMPLED)]
+    cuts = statistics.quantiles(resampled, n=40)
+    return _ratio(pairs), cuts[0], cuts[-1]
+
+
+def _ratio(pairs: list[tuple[float, float]]) -> float:
+    ours, theirs = map(sum, zip(*pairs, strict=True))
+    return theirs / ours
 
 
 def markdown(run: dict[str, Any], rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     from left_bench.report.markdown import table
 
-    packed = next(row for row in rows if row["contender"] == "left_bench packed")
     cells = [
         [
             row["contender"],
             f"{row['tokens_per_second']:.0f}",
-            f"{row['packed_is_faster']:.2f} ({row['packed_is_faster_p10']:.2f} to {row['packed_is_faster_p90']:.2f})",
+            _interval(row["packed_is_faster"], row["packed_is_faster_low"], row["packed_is_faster_high"])
+            if row["contender"] != PACKED
+            else "",
             f"{100 * row['model_flops_utilization']:.0f} %",
             f"{row['peak_memory_bytes'] / 2**20:.0f} MiB",
-            f"{packed['peak_memory_bytes'] / row['peak_memory_bytes']:.2f}",
-            f"{row['largest_loss_difference']:.3f}",
+            f"{row['packed_needs']:.2f}" if row["contender"] != PACKED else "",
+            f"{row['largest_loss_difference']:.2g}" if row["contender"] != PACKED else "",
         ]
         for row in rows
     ]
     head = [
         "",
         "tokens/s",
-        "packed is faster by (p10 to p90)",
+        "packed is faster by (95 % interval)",
         "FLOPs utilization",
         "peak memory",
-        "packed needs",
-        "loss difference, at most",
+        "packed needs of it",
+        "loss difference to packed, nats, at most",
     ]
     lines = [
         "## Training loop",
         "",
         f"{facts['what']} {facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, "
         f"transformers {facts['transformers']}, trl {facts['trl']}; {facts['steps']} steps, the first {WARM_UP} left "
-        f"out; the machine's measured matrix-product peak is {facts['peak_flops'] / 1e9:.0f} GFLOP/s. Tokens are "
-        "non-padding tokens. Ratios are medians over steps on the same rows, taken in turn.",
+        f"out; the machine's measured matrix-product peak is {facts['peak_flops'] / 1e9:.0f} GFLOP/s in "
+        f"{facts['dtype']}. Tokens are non-padding tokens. Ratios are of tokens/s over steps on the same rows, taken "
+        "in turn, with intervals over resampled steps. TRL has its default loss, and gradient checkpointing off: all "
+        "contenders keep their activations.",
         "",
         table(head, cells),
         "",
     ]
     same_work = ("left_bench padded, plain loss", "bare loop")
     if all(name in run["contenders"] for name in same_work):
-        found = ratio(run, *same_work)
+        found = _interval(*faster(run, *same_work))
         lines += [f"`{same_work[0]}` is {found} times as fast as the bare loop, which does the same work.", ""]
     return "\n".join(lines)
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="JSON lines with `question` and `answer`; default: the cell's own data")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--out", type=Path, help="write engine.json and engine.md into this folder")
     parser.add_argument("overrides", nargs="*", help="of the cell, for all contenders: model=..., peft=...")
     arguments = parser.parse_args()
+    if arguments.steps < WARM_UP + 2:
+        parser.error(f"--steps={arguments.steps}: the first {WARM_UP} are left out; give at least {WARM_UP + 2}")
+    if PACKED not in arguments.only:
+        parser.error(f"--only: the others are compared with '{PACKED}'; name it too")
     overrides = [
         *("peft=lora", "precision=bf16", "training.schedule=constant", "training.warmup_ratio=0"),
         *(f"training.steps={arguments.steps}", f"training.batch_size={arguments.batch_size}"),
@@ -377,22 +400,27 @@ def main() -> None:
         *arguments.overrides,
     ]
     names = [name for name in CONTENDERS if name in arguments.only]
+    cell = compose_cell(overrides)
     run = measure(names, overrides, steps=arguments.steps)
 
     from importlib.metadata import version
 
     from left_bench.device import describe_machine, matrix_product_peak, open_device
 
-    peak = matrix_product_peak("cpu", "bfloat16", seconds=2)
+    dtype = cell.precision.compute_dtype
+    peak = matrix_product_peak(cell.hardware.device, dtype, seconds=2)
     rows = summarize(run, peak_flops=peak)
+    adapter = ", ".join(f"{key}={value}" for key, value in cell.peft.config.items())
+    tokens_a_row = sum(run["tokens"]) / arguments.steps / arguments.batch_size
     facts = {
-        "what": f"SmolLM2-135M in bfloat16, LoRA r=16 on all linear layers, batches of {arguments.batch_size} rows of "
-        f"{Path(arguments.data).stem if arguments.data else 'the default data'} (mean "
-        f"{sum(run['tokens']) / arguments.steps / arguments.batch_size:.0f} tokens, longest {run['longest']}).",
+        "what": f"{cell.model.name} in {dtype}, {cell.peft.name} ({adapter}), batches of {arguments.batch_size} rows "
+        f"of {Path(arguments.data).stem if arguments.data else cell.data.name} (mean {tokens_a_row:.0f} tokens, "
+        f"longest {run['longest']}).",
         "machine": describe_machine(open_device("cpu"))["cpu"],
         "threads": run["threads"],
         "steps": arguments.steps,
         "peak_flops": peak,
+        "dtype": dtype,
         **{name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     }
     text = markdown(run, rows, facts)
@@ -401,9 +429,10 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "engine.json").write_text(json.dumps({"facts": facts, "rows": rows, "run": run}, indent=1))
         (arguments.out / "engine.md").write_text(text)
-    apart = [row["contender"] for row in rows if row["largest_loss_difference"] > TOLERANCE]
+    allowed = TOLERANCE[dtype]
+    apart = [row["contender"] for row in rows if row["largest_loss_difference"] > allowed]
     if apart:
-        raise SystemExit(f"losses differ by more than {TOLERANCE} nats: {', '.join(apart)}")
+        raise SystemExit(f"losses differ by more than {allowed} nats: {', '.join(apart)}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """What left_bench itself costs around the measured runs: `python benchmarks/overhead.py [--out reports/benchmarks]`.
 
 Times the command's answer to `--help`; what a cell costs beside loading, training and evaluating, once a sweep's first
-cell is done; going over a finished sweep of 100 cells again; and a report over 10,000 records. Needs no download: the
-models are two-layer ones with random weights.
+cell is done; going over a finished grid of 100 cells again; and a report over 10,000 records. The models are two-layer
+ones with random weights, that need no download; a further cell's cost is taken with the default model as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,15 @@ TINY = [
     *("model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=2", "eval.generate=false"),
     *("data.train_rows=16", "data.test_rows=4", "eval.forgetting=false"),
 ]
+DEFAULT_MODEL = [
+    *("precision=bf16", "hardware=cpu", "tracker=none", "training.steps=2", "training.batching=packed"),
+    *("data.train_rows=16", "data.test_rows=4", "eval.generate=false", "eval.forgetting=false"),
+]
+GRID = {  # 100 cells, 50 combinations of options: composing those is most of what going over them costs
+    "quantization": ["none", "int8", "nf4", "nf4_dq", "nf5"],
+    "peft": ["lora", "dora", "ia3", "vera", "rslora", "adalora", "bitfit", "houlsby", "prompt_tuning", "prefix_tuning"],
+    "seed": ["0", "1"],
+}
 MEASURED = {"load", "train", "evaluate"}
 
 
@@ -41,7 +52,7 @@ def help_seconds(folder: Path) -> float:
     return statistics.median(run(["--help"], folder) for _ in range(7))
 
 
-def cell_overhead(folder: Path, cells: int) -> tuple[float, float]:
+def cell_overhead(folder: Path, cells: int, options: list[str]) -> tuple[float, float]:
     """Seconds per cell beside load, train and evaluate: (the first cell's, the mean of all later ones').
 
     The first cell's is the whole launch less its measured phases; a later one's is what the launch takes longer for it.
@@ -50,30 +61,43 @@ def cell_overhead(folder: Path, cells: int) -> tuple[float, float]:
     for count in (1, cells):
         runs = folder / f"runs{count}"
         seeds = ",".join(map(str, range(count)))
-        walls[count] = run(["-m", *TINY, f"seed={seeds}", f"runs_dir={runs}"], folder)
+        walls[count] = run(["-m", *options, f"seed={seeds}", f"runs_dir={runs}"], folder)
         records = [json.loads(path.read_text()) for path in runs.glob("*/record.json")]
         assert len(records) == count
         measured[count] = sum(p["seconds"] for r in records for p in r["phases"] if p["name"] in MEASURED)
+        shutil.rmtree(runs)
     first = walls[1] - measured[1]
     return first, (walls[cells] - measured[cells] - first) / (cells - 1)
 
 
-def resume_seconds(folder: Path, cells: int) -> float:
-    """Going over a sweep whose cells are all done; their records are one real run's, under the ids they would have."""
+def import_seconds(folder: Path) -> float:
+    """What every launch pays once: the libraries, imported by the server that cells are forked from."""
+    command = [sys.executable, "-c", "import left_bench.worker_imports"]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def resume_seconds(folder: Path) -> float:
+    """Going over a grid of 100 cells that are all done; their records are one real run's, under the ids of the grid."""
     runs = folder / "resume"
     run([*TINY, "seed=0", f"runs_dir={runs}"], folder)
     record = json.loads(next(runs.glob("*/record.json")).read_text())
-    for cell in _cells(cells, runs):
+    for cell in _cells(runs):
         (runs / cell.id).mkdir(exist_ok=True)
-        copy = record | {"cell_id": cell.id, "config": cell.sections()}
+        copy = record | {"cell_id": cell.id, "choices": cell.choices, "config": cell.sections()}
         (runs / cell.id / "record.json").write_text(json.dumps(copy))
-    seconds = run(["-m", *TINY, f"seed=range({cells})", f"runs_dir={runs}"], folder)
+    axes = [f"{key}={','.join(values)}" for key, values in GRID.items()]
+    seconds = run(["-m", *TINY, *axes, f"runs_dir={runs}"], folder)
     begun = len(list(runs.glob("*/events.jsonl")))
-    assert begun == 1, f"{begun - 1} of the {cells} cells were run again"
+    assert begun == 1, f"{begun - 1} cells were run again"
     return seconds
 
 
-def _cells(count: int, runs: Path) -> list[Any]:
+def _cells(runs: Path) -> list[Any]:
     import hydra
 
     from left_bench.cli import open_section, register_resolvers, register_sweeps
@@ -82,11 +106,14 @@ def _cells(count: int, runs: Path) -> list[Any]:
 
     register_resolvers()
     register_sweeps()
+    cells = []
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf")):
-        overrides = [open_section(one) for one in (*TINY, f"runs_dir={runs}")]
-        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
-        cell = compose(config, config.hydra)[0]
-    return [cell.model_copy(update={"seed": seed}) for seed in range(count)]
+        for values in itertools.product(*GRID.values()):
+            job = [f"{key}={value}" for key, value in zip(GRID, values, strict=True)]
+            overrides = [open_section(one) for one in (*TINY, *job, f"runs_dir={runs}")]
+            config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+            cells.append(compose(config, config.hydra)[0])
+    return cells
 
 
 def report_cost(folder: Path, records: int) -> tuple[float, float]:
@@ -124,9 +151,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         figures: dict[str, float] = {"help_seconds": help_seconds(folder)}
-        first, later = cell_overhead(folder, arguments.cells)
+        first, later = cell_overhead(folder, arguments.cells, TINY)
         figures |= {"first_cell_overhead_seconds": first, "cell_overhead_seconds": later}
-        figures["resume_100_cells_seconds"] = resume_seconds(folder, 100)
+        figures["import_seconds"] = import_seconds(folder)
+        run([*DEFAULT_MODEL, f"runs_dir={folder / 'made'}"], folder)  # its files are made, or fetched, but once
+        _, figures["default_model_cell_overhead_seconds"] = cell_overhead(folder, arguments.cells, DEFAULT_MODEL)
+        figures["resume_100_cells_seconds"] = resume_seconds(folder)
         figures["report_seconds"], figures["report_peak_mib"] = report_cost(folder, arguments.records)
     text = markdown(figures, arguments)
     print(text)
@@ -147,8 +177,10 @@ def markdown(figures: dict[str, float], arguments: argparse.Namespace) -> str:
             "the first cell of a launch, beside load, train and evaluate",
             f"{figures['first_cell_overhead_seconds']:.1f} s",
         ],
+        ["of that, importing torch, transformers, peft and datasets", f"{figures['import_seconds']:.1f} s"],
         ["every further cell, beside load, train and evaluate", f"{figures['cell_overhead_seconds']:.2f} s"],
-        ["a finished sweep of 100 cells, launched again", f"{figures['resume_100_cells_seconds']:.1f} s"],
+        ["the same with the default model", f"{figures['default_model_cell_overhead_seconds']:.2f} s"],
+        ["a finished grid of 100 cells launched again", f"{figures['resume_100_cells_seconds']:.1f} s"],
         [
             f"a report over {arguments.records:,} records",
             f"{figures['report_seconds']:.1f} s, {figures['report_peak_mib']:.0f} MiB",
@@ -158,7 +190,8 @@ def markdown(figures: dict[str, float], arguments: argparse.Namespace) -> str:
         [
             "## Overhead",
             "",
-            f"Two-layer models with random weights on {machine['cpu']}, {machine['cores']} cores.",
+            f"Two-layer models with random weights on {machine['cpu']}, {machine['cores']} cores. The grid is 5 "
+            "quantizations × 10 methods × 2 seeds.",
             "",
             table(["what", "cost"], rows),
             "",

@@ -15,6 +15,10 @@ JOBS = [
     ["peft=qlora", "++peft.config.r=4", "seed=3"],  # an option that chooses for another group
     ["quantization=nf4", "++quantization.config.bnb_4bit_quant_type=fp4", "peft=lora"],
     ["++training.steps=7", "++data.config={min_terms: 3}", "training=long", "seed=1"],
+    ["peft=dora", "optimizer=adafactor", "quantization=int8", "training=long"],  # put together, one section from each
+    ["peft=qlora", "optimizer=adafactor", "training=long", "quantization=int8"],
+    ["peft=dora", "peft=lora", "training=long"],
+    ["+recipe=lora_nf4", "peft=dora", "training=long"],
     ["peft=lora", "~tracker.wandb.project"],
     ["tracker=none", "++peft.config.target_modules=[q_proj,v_proj]"],
     [],
@@ -34,6 +38,10 @@ def test_it_composes_what_hydra_composes(loaders):
         expected, found = plain.load_sweep_config(config, list(job)), ours.load_sweep_config(config, list(job))
         assert OmegaConf.to_container(found) == OmegaConf.to_container(expected), job
         assert OmegaConf.is_struct(found) == OmegaConf.is_struct(expected)
+        for group, section in expected.items():
+            if OmegaConf.is_config(section) and group != "hydra":
+                assert list(found[group]) == list(section), job
+                assert OmegaConf.is_readonly(found[group]) == OmegaConf.is_readonly(section)
 
 
 def test_one_job_does_not_change_the_next(loaders):

@@ -79,9 +79,22 @@ def test_every_method_has_the_models_own_loss(peft, tiny_cell, load_tiny, additi
     assert own.sum().item() == pytest.approx(theirs.item(), abs=1e-4)
 
 
-def test_an_adapter_on_the_head_gets_its_gradient(tiny_cell, load_tiny, addition_rows, small_chunks):
+@pytest.mark.parametrize(
+    "trained",
+    [
+        ["peft=lora", "peft.config.target_modules=[lm_head,q_proj]"],
+        ["peft=lora", "++peft.config.modules_to_save=[lm_head]"],
+        [
+            "peft=trainable_tokens",
+            "peft.config.token_indices=[3,4,5,6]",
+            "model.config.tie_word_embeddings=true",
+        ],  # of a tied embedding
+    ],
+    ids=["lora", "modules_to_save", "trainable_tokens"],
+)
+def test_an_adapter_on_the_head_gets_its_gradient(trained, tiny_cell, load_tiny, addition_rows, small_chunks):
     """The head is then no plain matrix: what is run chunk by chunk is the module with its adapter."""
-    cell = tiny_cell("peft=lora", "peft.config.target_modules=[lm_head,q_proj]")
+    cell = tiny_cell(*trained)
     model, tokenizer = load_tiny(cell)
     model = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows).eval()
     batch = collate(addition_rows, pad_id=0)
@@ -93,7 +106,10 @@ def test_an_adapter_on_the_head_gets_its_gradient(tiny_cell, load_tiny, addition
     theirs = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     AnswerLoss(model).summed(batch).backward()
-    assert any("lm_head" in name for name in theirs)
+    assert any("lm_head" in name or "trainable_tokens" in name for name in theirs)
+    assert all(gradient.abs().max() > 0 for gradient in theirs.values())
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
     for name, parameter in model.named_parameters():
         if name in theirs:
             torch.testing.assert_close(parameter.grad, theirs[name], atol=1e-5, rtol=1e-5, msg=name)
