@@ -64,7 +64,8 @@ def test_the_leaderboard_is_sorted_marked_and_keeps_failures_in_place(page: str)
     assert shown == sorted(shown, reverse=True)
     assert scores[0].startswith("**0.602**") and scores[1].startswith("<u>0.523</u>")
     assert scores[13:] == ["**unsupported**"] * 3
-    assert [line["#"] for line in lines] == [str(i + 1) for i in range(13)] + ["–"] * 3
+    # the ninth is not told from the eighth: one more than the cells that are better beyond the noise
+    assert [line["#"] for line in lines] == [*"12345678", "8", "10", "11", "12", "13", *"–––"]
     full, lora = lines[0], lines[1]
     assert full["peft"] == "full *(baseline)*" and lora["peft"] == "lora"
     assert lora["exact match"] == "<u>0.523</u> ± 0.005 (−0.078, 0.87×)"
@@ -78,10 +79,10 @@ def test_an_axis_is_compared_with_the_others_held_equal(page: str) -> None:
     for line in lines:
         blocks.setdefault(line["peft"], []).append(line["quantization"])
     assert blocks == {
-        method: ["none *(reference)*", "int8", "nf4", "nf4_dq"] for method in ("full", "lora", "ia3", "prompt_tuning")
-    }
+        method: ["none *(reference)*", "int8", "nf4", "nf4_dq"] for method in ("lora", "ia3", "prompt_tuning")
+    }  # of full one alone ran: there is nothing to compare
     int8 = next(line for line in lines if line["peft"] == "lora" and line["quantization"] == "int8")
-    assert int8["base weights"] == "131 MiB (−126 MiB, 0.51×)"
+    assert int8["base weights"] == "131 MiB (0.51×)"
     lora = [line["base weights"] for line in lines if line["peft"] == "lora"]
     assert lora[3].startswith("**78.0 MiB**") and lora[2].startswith("<u>84.0 MiB</u>")
 
