@@ -835,7 +835,10 @@ def test_plots_bear_any_label(tmp_path: Path) -> None:
 
     assert [name for name, _ in written] == ["odd_pareto.svg", "odd_memory.svg"]
     for name, _ in written:
-        ElementTree.parse(tmp_path / name)
+        elements = list(ElementTree.parse(tmp_path / name).iter())
+        kinds = {element.tag.rpartition("}")[2] for element in elements}
+        assert "text" in kinds and "script" not in kinds  # letters, not their outlines, and nothing that runs
+        assert any("<script>" in (element.text or "") for element in elements)
 
 
 def test_loss_stands_in_for_a_score_that_is_missing() -> None:
