@@ -146,7 +146,13 @@ def _scatter(rows: Sequence[Row], labels: Sequence[str], cost: str) -> Figure | 
         )
     for (colour, marker), group in styled.items():
         axes.scatter(
-            [x[id(row)] for row in group], [y[id(row)] for row in group], 34, colour, marker, linewidths=0, zorder=2
+            [x[id(row)] for row in group],
+            [y[id(row)] for row in group],
+            s=34,
+            c=colour,
+            marker=marker,
+            linewidths=0,
+            zorder=2,
         )
     higher = metric_of(quality).better == "higher"
     if not higher:
@@ -186,7 +192,9 @@ def _by_options(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     """(colour of the quantization, shape of the method) -> rows."""
     known = _options(rows)
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows if known else ():
+    if known is None:
+        return groups
+    for row in rows:
         method, quantization = str(option(row, "peft")), str(option(row, "quantization"))
         style = (COLOURS[known[1].index(quantization)], _MARKERS[known[0].index(method)])
         groups.setdefault(style, []).append(row)
@@ -279,7 +287,8 @@ def loss_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     notes += [f"named: the {_CURVES} lowest ends of {more + _CURVES:,}"] if more > 0 else []
     axes.set_title(", ".join(["Training loss", *notes]))
     axes.margins(x=0.02)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    ticks: Any = axes.xaxis.get_major_locator()
+    ticks.set_params(integer=True)  # there is no half a step
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
