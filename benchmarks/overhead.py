@@ -1,8 +1,9 @@
 """What left_bench itself costs around the measured runs: `python benchmarks/overhead.py [--out reports/benchmarks]`.
 
 Times the command's answer to `--help`; what a cell costs beside loading, training and evaluating, once a sweep's first
-cell is done; going over a finished grid of 100 cells again; and a report over 10,000 records. The models are two-layer
-ones with random weights, that need no download; a further cell's cost is taken with the default model as well.
+cell is done; going over a finished grid of 100 cells again; a report and a page over 10,000 records. The models are
+two-layer ones with random weights, that need no download; a further cell's cost is taken with the default model as
+well.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def _cells(runs: Path) -> list[Any]:
     return cells
 
 
-def report_cost(folder: Path, records: int) -> tuple[float, float]:
-    """Seconds and peak MiB of a report over so many records: one real run's under other seeds, methods and figures."""
+def write_many(folder: Path, records: int) -> Path:
+    """A runs folder of so many records: one real run's under other seeds, methods and figures."""
     runs = folder / "many"
     run([*TINY, "seed=0", f"runs_dir={runs}"], folder)
     path = next(runs.glob("*/record.json"))
@@ -130,15 +131,21 @@ def report_cost(folder: Path, records: int) -> tuple[float, float]:
         (runs / cell_id).mkdir()
         copy = record | {"cell_id": cell_id, "choices": choices, "metrics": metrics, "config": config}
         (runs / cell_id / "record.json").write_text(json.dumps(copy))
+    return runs
+
+
+def report_cost(runs: Path, name: str) -> tuple[float, float, float]:
+    """Seconds, peak MiB and the file's MiB of a report in one format."""
+    out = runs.parent / f"out_{name}"
     start = time.perf_counter()
-    command = [sys.executable, "-m", "left_bench", "report", str(runs), "--out", str(folder / "out")]
-    child = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "left_bench", "report", str(runs), "--out", str(out), "--format", name]
+    child = subprocess.Popen(command, cwd=runs.parent, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(child.pid, 0)  # this child's own peak, not that of the largest child so far
     child.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
     if child.returncode != 0:
         raise SystemExit(f"left-bench report: exit code {child.returncode}")
-    return seconds, used.ru_maxrss / 1024
+    return seconds, used.ru_maxrss / 1024, (out / f"cells.{name}").stat().st_size / 2**20
 
 
 def main() -> None:
@@ -157,7 +164,10 @@ def main() -> None:
         run([*DEFAULT_MODEL, f"runs_dir={folder / 'made'}"], folder)  # its files are made, or fetched, but once
         _, figures["default_model_cell_overhead_seconds"] = cell_overhead(folder, arguments.cells, DEFAULT_MODEL)
         figures["resume_100_cells_seconds"] = resume_seconds(folder)
-        figures["report_seconds"], figures["report_peak_mib"] = report_cost(folder, arguments.records)
+        runs = write_many(folder, arguments.records)
+        for what, name in (("report", "md"), ("page", "html")):
+            keys = (f"{what}_seconds", f"{what}_peak_mib", f"{what}_mib")
+            figures |= dict(zip(keys, report_cost(runs, name), strict=True))
     text = markdown(figures, arguments)
     print(text)
     if arguments.out:
@@ -181,10 +191,14 @@ def markdown(figures: dict[str, float], arguments: argparse.Namespace) -> str:
         ["every further cell, beside load, train and evaluate", f"{figures['cell_overhead_seconds']:.2f} s"],
         ["the same with the default model", f"{figures['default_model_cell_overhead_seconds']:.2f} s"],
         ["a finished grid of 100 cells launched again", f"{figures['resume_100_cells_seconds']:.1f} s"],
-        [
-            f"a report over {arguments.records:,} records",
-            f"{figures['report_seconds']:.1f} s, {figures['report_peak_mib']:.0f} MiB",
-        ],
+        *(
+            [
+                f"{told} over {arguments.records:,} records",
+                f"{figures[f'{what}_seconds']:.1f} s, {figures[f'{what}_peak_mib']:.0f} MiB of memory, "
+                f"a file of {figures[f'{what}_mib']:.1f} MiB",
+            ]
+            for what, told in (("report", "a Markdown report with plots"), ("page", "an HTML page"))
+        ),
     ]
     return "\n".join(
         [

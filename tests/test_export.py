@@ -42,6 +42,17 @@ def test_hostile_names_stay_text() -> None:
     assert plain["model-index"][0]["name"].startswith("x: y - !!python/object") and "b" not in plain
 
 
+def test_a_csv_file_computes_nothing_in_a_spreadsheet(tmp_path: Path) -> None:
+    names = ["=HYPERLINK(1)", "+1+cmd", "-2+3", "@SUM(A1)", "-9", "plain-name"]
+    write_runs(
+        tmp_path, [make_record(changes={"model.name": name}, metrics={"forgetting_nats": -0.5}) for name in names]
+    )
+    assert main([str(tmp_path), "--format", "csv", "--out", str(tmp_path / "all.csv")]) == 0
+    table = pandas.read_csv(tmp_path / "all.csv", dtype=str)
+    assert sorted(table["config.model.name"]) == sorted([*("'" + name for name in names[:4]), *names[4:]])
+    assert set(table["forgetting_nats"]) == {"-0.5"}
+
+
 def test_tables_hold_what_the_records_hold(tmp_path: Path) -> None:
     for name in ("csv", "parquet"):
         out = tmp_path / f"x.{name}"

@@ -36,8 +36,9 @@ from left_bench.report.placement import overlap
 from left_bench.report.plots import pareto_figure, plot_style, write_plots
 from left_bench.report.ranking import best_rows, confounders, pareto_front, ties_with_best
 from left_bench.report.seeds import pool
+from left_bench.report.statistics import tied
 from left_bench.report.tables import Report
-from left_bench.report.values import format_against, format_error, format_share, significant
+from left_bench.report.values import COUNTED, format_against, format_error, format_share, significant
 
 RECORDED = Path(__file__).parent / "recorded"
 REPORTS = Path(__file__).parents[1] / "reports"
@@ -335,7 +336,10 @@ def test_tables_show_the_records_numbers_in_the_sweeps_order(methods: str) -> No
             value = row.value(metric)
             assert format_value(metric, value) in cell, (heading, cell)
             if value is not None and row.ok and row is not baseline:
-                assert cell.endswith(f"({format_against(metric, value, baseline.value(metric))})")
+                told = format_against(metric, value, baseline.value(metric))
+                within = metric not in COUNTED and tied(row, baseline, metric)
+                same = format_value(metric, value) == format_value(metric, baseline.value(metric))
+                assert cell.endswith(f"({'tie' if within else 'same' if same else told})")
             if row.stderr(metric) is not None:
                 assert f" ± {format_error(metric, value, row.stderr(metric))}" in cell
             if row.base_value(metric) is not None:
@@ -376,7 +380,7 @@ def test_the_head_tells_machine_versions_command_and_constants(methods: str) -> 
 def test_phases_samples_and_glossary(methods: str) -> None:
     phases = table_rows(methods, "Phases")
     assert phases[0]["train"] == format_value("wall_seconds", 0.65 * 233.4)
-    assert methods.count("<details>") == 3 and "| prompt_tuning | The final answer is | 33 |" in methods
+    assert methods.count("<details>") == 6 and "| prompt_tuning | The final answer is | 33 |" in methods
     glossary = {row["name in the record"].strip("`"): row["meaning"] for row in table_rows(methods, "Metrics")}
     assert glossary["exact_match"] == METRICS["exact_match"].meaning
     assert "generate_tokens_per_second" not in glossary
@@ -831,7 +835,10 @@ def test_plots_bear_any_label(tmp_path: Path) -> None:
 
     assert [name for name, _ in written] == ["odd_pareto.svg", "odd_memory.svg"]
     for name, _ in written:
-        ElementTree.parse(tmp_path / name)
+        elements = list(ElementTree.parse(tmp_path / name).iter())
+        kinds = {element.tag.rpartition("}")[2] for element in elements}
+        assert "text" in kinds and "script" not in kinds  # letters, not their outlines, and nothing that runs
+        assert any("<script>" in (element.text or "") for element in elements)
 
 
 def test_loss_stands_in_for_a_score_that_is_missing() -> None:

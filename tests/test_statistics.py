@@ -8,14 +8,25 @@ import random
 from pathlib import Path
 
 import pytest
+import scipy.stats
 from recorded.build import LAPTOP, SERVER, make_record, peft, seeded, write_rows, write_runs, write_steps
 
 from left_bench.record import Record
 from left_bench.report.cells import Row, row_of
 from left_bench.report.load import read_row_results, read_runs, read_steps
-from left_bench.report.ranking import pareto_front, ties_with_best
+from left_bench.report.ranking import pareto_front, places, ties_with_best
 from left_bench.report.seeds import pool
-from left_bench.report.statistics import difference, mean_interval, seed_values, speed_ratio
+from left_bench.report.statistics import (
+    _bootstrap,
+    _scipy_bootstrap,
+    _student,
+    difference,
+    mean_interval,
+    ratio,
+    seed_values,
+    speed_ratio,
+    tied,
+)
 
 
 def rows_of(*records: Record) -> list[Row]:
@@ -179,6 +190,49 @@ def test_damaged_rows_are_no_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"row": 0, "nll": 1.0}\n', encoding="utf-8")
     assert read_row_results(tmp_path / "record.json") is None
     assert read_row_results(tmp_path / "elsewhere" / "record.json") is None
+
+
+def test_shared_draws_are_those_of_scipy() -> None:
+    rng = random.Random(3)
+    values, weights = [rng.gauss(0, 1) for _ in range(64)], [float(rng.randint(1, 9)) for _ in range(64)]
+    assert _bootstrap(values, weights) == pytest.approx(_scipy_bootstrap(values, weights), abs=1e-12)
+
+
+def test_three_seeds_are_judged_by_students_t(tmp_path: Path) -> None:
+    """Three differences of one sign are no evidence yet; a bootstrap of them, which cannot leave them, says so."""
+    gains = (0.02, 0.06, 0.16)
+    records = [
+        make_record(changes=(peft("lora") if side else {}) | {"seed": seed}, peak_mib=round(1000 * (1 + side * gain)))
+        for side in (0, 1)
+        for seed, gain in enumerate(gains)
+    ]
+    a, b = pool(rows_of(*records))
+    shifts = [2**20 * (round(1000 * (1 + gain)) - 1000) for gain in gains]
+    found, naive = difference(b, a, "peak_memory_bytes"), mean_interval(shifts)
+    expected = scipy.stats.ttest_rel([shift + 1 for shift in shifts], [1] * 3).confidence_interval()
+    assert found is not None and found.how == "seeds" and found.tie and naive is not None and naive.low > 0
+    assert found.interval == pytest.approx((expected.low, expected.high))
+    assert (
+        tied(b, a, "peak_memory_bytes") and tied(rows_of(records[0])[0], rows_of(records[3])[0], "wall_seconds") is None
+    )
+    value, interval = ratio(b, a, "peak_memory_bytes")  # type: ignore[misc]
+    assert value == pytest.approx(1.08) and interval is not None and interval.low < 1 < value < interval.high
+
+
+def test_unlike_seeds_are_judged_by_welch() -> None:
+    x, y = {0: 1.0, 1: 2.0, 2: 4.0}, {7: 0.1, 8: 0.2, 9: 0.4, 10: 0.2}
+    expected = scipy.stats.ttest_ind([*x.values()], [*y.values()], equal_var=False).confidence_interval()
+    assert _student(x, y) == pytest.approx((expected.low, expected.high))
+    assert _student({0: 1.0, 1: 1.0}, {0: 3.0, 1: 3.0}) == (-2.0, -2.0) and _student(x, {0: 1.0}) is None
+
+
+def test_a_place_counts_only_what_is_better_beyond_the_noise() -> None:
+    scores = (0.60, 0.58, 0.40, 0.39, 0.10)
+    rows = rows_of(*(make_record(changes=peft(f"m{i}"), exact_match=score) for i, score in enumerate(scores)))
+    found = places(rows, "exact_match")
+    assert found is not None and [found[id(row)] for row in rows] == [1, 1, 3, 3, 5]
+    other = make_record(changes=peft("x"), machine=SERVER)
+    assert places([*rows, *rows_of(other)], "train_tokens_per_second") is None
 
 
 # ---- speed

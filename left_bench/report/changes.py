@@ -14,13 +14,9 @@ from left_bench.report.cells import Row, find_axes, labels, row_of
 from left_bench.report.load import Problem, choose, flatten, read_runs
 from left_bench.report.seeds import pool
 from left_bench.report.statistics import Interval, difference, speed_ratio
-from left_bench.report.values import is_number, metric_of, one_line
+from left_bench.report.values import COUNTED, is_number, metric_of, one_line
 
 _FROM_STEPS = "train_tokens_per_second"
-# What is counted and not measured: any difference is one.
-_EXACT = frozenset(
-    name for name, metric in METRICS.items() if metric.kind == "size" or metric.unit in ("params", "bits", "count")
-) | {"weights_bytes", "reload_ok"}
 # Beside a metric that says the same, or of no interest in a comparison.
 _LEFT_OUT = frozenset({"eval_perplexity", "baseline_memory_bytes", "first_train_loss", "train_loss"})
 Judgement = Literal["better", "worse", "changed", "tie", "not judged"]
@@ -123,7 +119,7 @@ def _changes(name: str, before: Row, after: Row) -> Iterator[Change]:
         x, y = before.value(metric), after.value(metric)
         if metric in _LEFT_OUT or x is None or y is None or not (is_number(x) and is_number(y)):
             continue
-        if metric in _EXACT:
+        if metric in COUNTED:
             yield Change(name, metric, x, y, None, "counted, not measured", "tie" if x == y else _judged(metric, y - x))
             continue
         interval, how = _noise(before, after, metric)

@@ -13,6 +13,7 @@ from left_bench.errors import UserError, nearest
 from left_bench.record import write_atomically
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
 from left_bench.report.document import write_document
+from left_bench.report.export import csv_text, write_parquet
 from left_bench.report.leaderboard import check_group_by
 from left_bench.report.load import PathLike, Problem, Run, Sweep, choose, frame_of, read_runs, read_sweeps
 from left_bench.report.recommend import Need, recommend, sentence, take_needs
@@ -203,11 +204,9 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
     runs = [Run(run.record, run.path) for row in plan.rows for run in row.runs if run.record and run.path]
     if "csv" in wanted.formats:
         path = stem.with_name(f"{plan.file_name}.csv")
-        write_atomically(path, frame_of(runs).to_csv(index=False))
+        write_atomically(path, csv_text(frame_of(runs)))
         written.append(path)
     if "parquet" in wanted.formats:
-        from left_bench.report.export import write_parquet
-
         written.append(write_parquet(frame_of(runs), stem.with_name(f"{plan.file_name}.parquet")))
     return written
 

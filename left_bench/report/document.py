@@ -229,7 +229,9 @@ def _glossary(report: Report) -> Iterator[str]:
         for name in used
     ]
     yield "## Metrics"
-    yield table(["column", "name in the record", "unit", "better", "meaning"], lines, labels=5)
+    yield details(
+        "What each column is", table(["column", "name in the record", "unit", "better", "meaning"], lines, labels=5)
+    )
 
 
 def _sources(report: Report) -> Iterator[str]:
@@ -244,7 +246,7 @@ def _sources(report: Report) -> Iterator[str]:
         for row, label in report.runs[:ROWS_SHOWN]
     ]
     yield "## Where each number comes from"
-    yield table(["cell", "id", "status", "record", "finished"], lines, labels=5)
+    yield details("The records", table(["cell", "id", "status", "record", "finished"], lines, labels=5))
     yield from cut_line(len(report.runs))
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from left_bench import __version__
 from left_bench.errors import UserError, nearest
@@ -22,6 +22,7 @@ FORMATS = ("model-card", "csv", "parquet")
 _TASK = ("text-generation", "Text Generation")
 # The hub's own names of metrics, where it has others.
 _HUB_METRICS = {"rouge_l": "rouge", "eval_perplexity": "perplexity", "eval_loss": "loss"}
+_FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(?:\.\d*)?(?:[eE][+-]?\d+)?$)")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -47,11 +48,7 @@ def main(argv: list[str]) -> int:
         if options.format == "parquet":
             write_parquet(frame_of(runs), Path(options.out))
             return 0
-        text = (
-            model_card(_only(runs, options.cell))
-            if options.format == "model-card"
-            else frame_of(runs).to_csv(index=False)
-        )
+        text = model_card(_only(runs, options.cell)) if options.format == "model-card" else csv_text(frame_of(runs))
         if options.out is None:
             sys.stdout.write(text)
         else:
@@ -103,6 +100,21 @@ def model_card(record: Record) -> str:
     )
     origin = f"# measured by left_bench {__version__}, cell {one_line(record.cell_id)}, {one_line(record.finished_at)}"
     return f"---\n{origin}\n{card.to_yaml(line_break=chr(10))}\n---\n"
+
+
+def csv_text(frame: pandas.DataFrame) -> str:
+    """A table of records as CSV. A text that a spreadsheet would compute (`=…`, `+…`, `-…`, `@…`) gets an apostrophe
+    before it: records hold names that nobody vouches for. Numbers stay as they are.
+    """
+
+    from pandas.api.types import is_numeric_dtype
+
+    def plain(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+    texts = [name for name in frame.columns if not is_numeric_dtype(frame[name])]
+    frame = frame.assign(**{name: frame[name].map(plain) for name in texts})
+    return frame.rename(columns=plain).to_csv(index=False)
 
 
 def write_parquet(frame: pandas.DataFrame, path: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from left_bench.cell import GROUPS
@@ -12,13 +12,14 @@ from left_bench.report.cells import Axis, Row, option, settings
 from left_bench.report.markdown import code, escape, table
 from left_bench.report.ranking import (
     best_and_second,
-    comparable,
     confounders,
     headline_quality,
+    places,
     present,
 )
 from left_bench.report.recommend import recommend, sentence
 from left_bench.report.tables import (
+    CELLS_NAMED,
     ROWS_SHOWN,
     Report,
     constant,
@@ -29,8 +30,9 @@ from left_bench.report.tables import (
     lifted,
     marked,
     status_word,
+    told_against,
 )
-from left_bench.report.values import ABSENT, format_against_both, format_setting, format_value, metric_of
+from left_bench.report.values import ABSENT, format_setting, format_value, metric_of
 
 AXES = ("quantization", "peft", "precision", "training", "optimizer")
 CROSSED = ("quantization", "peft")
@@ -52,7 +54,8 @@ def leaderboard(report: Report) -> Iterator[str]:
         return
     yield "## Leaderboard"
     quality = headline_quality(report.rows)
-    metrics = present(report.rows, [*([quality] if quality else []), *_DECIDING])
+    wanted = _DECIDING if _only_group(report) is None else (*_DECIDING, *_AXIS_METRICS)
+    metrics = present(report.rows, list(dict.fromkeys([*([quality] if quality else []), *wanted])))
     if not metrics:
         yield "No cell has a result yet."
         return
@@ -76,7 +79,10 @@ def recommendation(report: Report) -> Iterator[str]:
         return
     over = ", ".join(heading(metric) for metric in found.metrics)
     more = len(found.front) - ROWS_SHOWN
-    yield f"No cell beats these in {over} at once{' among those that fit' if report.needs else ''}:"
+    yield (
+        f"By their values as measured, no cell beats these in {over} at once"
+        f"{' among those that fit' if report.needs else ''}:"
+    )
     lines = [
         [
             f"**{escape(names[id(row)])}**" if row is found.chosen else escape(names[id(row)]),
@@ -90,10 +96,16 @@ def recommendation(report: Report) -> Iterator[str]:
 
 def axis_tables(report: Report) -> Iterator[str]:
     """For each axis that varies, the rows that differ in it alone, beside each other."""
+    if (group := _only_group(report)) and len(report.rows) > 1 and report.group_by is None:
+        yield f"## By {group}"
+        yield f"The cells differ in {code(group)} alone: the leaderboard is this table."
+        return
     for group in AXES:
         own, others = _split(report, group)
-        blocks = [
-            rows for rows in _contexts(report, others).values() if len({_texts(report, own, r) for r in rows}) > 1
+        blocks = [  # with one that is ok there is nothing to compare, and the leaderboard has it
+            rows
+            for rows in _contexts(report, others).values()
+            if len({_texts(report, own, row) for row in rows if row.ok}) > 1
         ]
         if not own or not blocks:
             continue
@@ -172,16 +184,20 @@ def _ranked(report: Report, rows: Sequence[Row], metrics: Sequence[str]) -> Iter
     yield from lifted(alike)
     metrics = [metric for metric in metrics if metric not in alike] or list(metrics[:1])
     marks = {metric: best_and_second(rows, metric) for metric in metrics}
-    ordered = sorted(rows, key=lambda row: _standing(row, metrics[0]))
+    ordered = sorted(rows, key=lambda row: _standing(row, metrics[0]))[:ROWS_SHOWN]
+    standing = places(ordered, metrics[0])
     lines = []
-    place = 0
-    for row in ordered[:ROWS_SHOWN]:
-        place += row.ok
-        cells = [_in_place(row, metrics[0], marks[metrics[0]], report.baseline)]
-        cells += [_beside(row, metric, marks[metric], report.baseline) for metric in metrics[1:]]
-        lines.append([str(place) if row.ok else ABSENT, *label_cells(report, row), *cells])
-    yield table(["#", *label_headings(report), *map(heading, metrics)], lines, labels=1 + len(report.axes))
+    for row in ordered:
+        cells = [_in_place(row, metrics[0], marks[metrics[0]], report.baseline, both=True)]
+        cells += [_beside(row, metric, marks[metric], report.baseline, both=True) for metric in metrics[1:]]
+        place = [] if standing is None else [str(standing.get(id(row), ABSENT))]
+        lines.append([*place, *label_cells(report, row), *cells])
+    numbered = [] if standing is None else ["#"]
+    header = [*numbered, *label_headings(report), *map(heading, metrics)]
+    yield table(header, lines, labels=len(numbered) + len(report.axes))
     yield from cut_line(len(rows))
+    if standing and len(standing) > 1:
+        yield from _told_apart(report, [row for row in ordered if id(row) in standing], standing, metrics[0])
     yield from _other_differences(report, rows, ())
 
 
@@ -228,20 +244,49 @@ def _other_differences(report: Report, rows: Sequence[Row], compared: Sequence[s
         yield f"Confounders: the rows also differ in {names}, see under *Quality*, *Memory and size* and *Speed*."
 
 
-def _in_place(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], reference: Row | None = None) -> str:
+def _told_apart(report: Report, rows: Sequence[Row], standing: Mapping[int, int], metric: str) -> Iterator[str]:
+    """What a place means, and how many share the first."""
+    first = [escape(report.names[id(row)]) for row in rows if standing[id(row)] == 1]
+    told = (
+        f"{first[0]} is better than every other cell"
+        if len(first) == 1
+        else f"the noise does not tell {len(first):,} cells from the best ({_shortened(first)})"
+    )
+    yield f"`#` is one more than the number of cells with a better {heading(metric)} beyond the noise: {told}."
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = len(names) - CELLS_NAMED
+    return ", ".join(names[:CELLS_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _only_group(report: Report) -> str | None:
+    """The axis in which alone the rows differ: its table is the leaderboard."""
+    groups = {axis.key.partition(".")[0] for axis in report.axes if axis.key not in _NO_CONTEXT}
+    return next(iter(groups)) if len(groups) == 1 and groups <= set(AXES) else None
+
+
+def _in_place(
+    row: Row,
+    metric: str,
+    marks: tuple[Sequence[Row], Sequence[Row]],
+    reference: Row | None = None,
+    *,
+    both: bool = False,
+) -> str:
     """The value, or the word for why there is none."""
     if not row.ok:
         return f"**{escape(status_word(row))}**"
-    return _beside(row, metric, marks, reference)
+    return _beside(row, metric, marks, reference, both=both)
 
 
-def _beside(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], reference: Row | None) -> str:
+def _beside(
+    row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], reference: Row | None, *, both: bool = False
+) -> str:
     if row.value(metric) is None:
         return ABSENT
     text = marked(row, metric, marks)
-    if reference is None or row is reference or not row.ok or not comparable(row, reference, metric):
-        return text
-    against = format_against_both(metric, row.value(metric), reference.value(metric))
+    against = told_against(row, reference, metric, both=both)
     return f"{text} ({against})" if against else text
 
 

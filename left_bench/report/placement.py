@@ -25,6 +25,7 @@ def place_labels(
     labels: Sequence[str],
     *,
     avoid: Sequence[tuple[tuple[float, float], tuple[float, float]]] = (),
+    crowd: Sequence[tuple[float, float]] = (),
 ) -> list[Annotation]:
     """Write each label near its point where it covers neither another label nor a point.
 
@@ -33,10 +34,9 @@ def place_labels(
 
     Args:
         points: data coordinates, one per label.
+        crowd: points without a label, not to be covered either.
         avoid: upright or level line segments, as two points each, that a label covers only where no near place is free.
     """
-    from matplotlib.patheffects import withStroke
-
     figure: Any = axes.get_figure(root=True)
     figure.draw_without_rendering()  # the layout has to be settled before pixels can be counted
     renderer = figure.canvas.get_renderer()
@@ -45,7 +45,8 @@ def place_labels(
     bounds = axes.get_window_extent(renderer)
     inside: Box = (bounds.x0, bounds.y0, bounds.x1, bounds.y1)
     marker = _MARKER * pixels_per_point
-    taken: list[Box] = [(x - marker, y - marker, x + marker, y + marker) for x, y in centres]
+    unnamed = [(float(x), float(y)) for x, y in map(axes.transData.transform, crowd)]
+    taken: list[Box] = [(x - marker, y - marker, x + marker, y + marker) for x, y in [*centres, *unnamed]]
     lines = [_segment_box(axes.transData.transform(start), axes.transData.transform(end)) for start, end in avoid]
     placed: list[Annotation] = []
     # crowded points choose first: a lonely one finds room anywhere
@@ -54,7 +55,7 @@ def place_labels(
         text = axes.annotate(
             labels[i], points[i], (0, 0), textcoords="offset points", fontsize=_FONT_SIZE, ha="center", va="center"
         )
-        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6})
         extent = text.get_window_extent(renderer)
         half = (extent.width / 2 + _PADDING, extent.height / 2 + _PADDING)
         dx, dy, radius = _free_place(centres[i], half, taken, lines, inside, pixels_per_point)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from left_bench.report.cells import Row
+from left_bench.report.cells import Row, option
 from left_bench.report.load import read_losses
 from left_bench.report.placement import place_labels
 from left_bench.report.ranking import headline_quality, pareto_front, rankable
@@ -32,8 +33,9 @@ _PARTS = {
 }
 _INK, _FAINT = "#333333", "#D9D9D9"
 _LABEL_LIMIT = 40
-_NAMED, _BARS, _CURVES = 60, 60, 28
-"""Points with a name, bars and curves that one picture still holds."""
+_NAMED, _BARS, _CURVES = 24, 60, 12
+"""Points with a name, bars and curves with a colour that one picture still holds."""
+_MARKERS = "osD^vP*X<>"
 _SMOOTHED_FROM = 40
 """Steps from which a loss curve is drawn as a running mean."""
 # A white card is read alike on a light page and on a dark one.
@@ -53,12 +55,13 @@ _STYLE: dict[str, Any] = {
     "text.color": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first is matplotlib's own; a viewer takes what it has
     "font.size": 9,
     "legend.frameon": False,
     "savefig.dpi": 144,
     "svg.hashsalt": "left_bench",
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",  # text as text: a drawn outline for every letter made the files ten times as large
     "text.parse_math": False,  # a label is text: a dollar sign in it starts no formula
 }
 
@@ -104,7 +107,8 @@ def _scatter(rows: Sequence[Row], labels: Sequence[str], cost: str) -> Figure | 
     if len(named) < 2:
         return None
     drawn = [row for row, _ in named]
-    figure, axes = _new_figure(7.2, 4.8 + 0.06 * min(_NAMED, max(0, len(named) - 12)))
+    few = len(drawn) <= _NAMED
+    figure, axes = _new_figure(7.2, 4.8 + 0.06 * max(0, min(_NAMED, len(named)) - 12))
     in_bytes = metric_of(cost).unit == "bytes"
     scale, unit = _byte_scale([row.value(cost) or 0 for row in drawn]) if in_bytes else (1, "log scale")
     x = {id(row): (row.value(cost) or 0) / scale for row in drawn}
@@ -121,23 +125,33 @@ def _scatter(rows: Sequence[Row], labels: Sequence[str], cost: str) -> Figure | 
             alpha=0.6,
             zorder=1,
         )
+    styled = {} if few else _by_options(drawn)
     for colour, group in (
         ("#8C8C8C", [row for row in drawn if id(row) not in on_front]),
         (COLOURS[0], [row for row in drawn if id(row) in on_front]),
     ):
-        if not group:
+        if not group or styled:
             continue
-        errors = [row.stderr(quality) or 0.0 for row in group] if len(drawn) <= _NAMED else None
         axes.errorbar(
             [x[id(row)] for row in group],
             [y[id(row)] for row in group],
-            yerr=errors,
+            yerr=[row.stderr(quality) or 0.0 for row in group] if few else None,
             fmt="o",
-            markersize=6 if len(drawn) <= _NAMED else 3,
+            markersize=6 if few else 3,
             color=colour,
             ecolor=colour,
             elinewidth=0.7,
             capsize=2,
+            zorder=2,
+        )
+    for (colour, marker), group in styled.items():
+        axes.scatter(
+            [x[id(row)] for row in group],
+            [y[id(row)] for row in group],
+            s=34,
+            c=colour,
+            marker=marker,
+            linewidths=0,
             zorder=2,
         )
     higher = metric_of(quality).better == "higher"
@@ -150,21 +164,57 @@ def _scatter(rows: Sequence[Row], labels: Sequence[str], cost: str) -> Figure | 
     axes.set_xlabel(f"{'peak memory in training' if in_bytes else heading(cost)} ({unit}), left is better")
     axes.set_ylabel(f"{heading(quality)}{'' if higher else ' (axis inverted)'}, up is better")
     axes.margins(x=0.12, y=0.12)
-    marks = ["blue: unbeaten in both"] if front else []
-    few = len(drawn) <= _NAMED
+    marks = ["blue: unbeaten in both" if not styled else "line: unbeaten in both, named"] if front else []
     marks += ["bars: ± standard error"] if few and any(row.stderr(quality) for row in drawn) else []
     against = "memory" if in_bytes else "trained parameters"
     axes.set_title(f"Quality against {against}{' (' + ', '.join(marks) + ')' if marks else ''}")
     if not few:  # a name for each would cover the points: only the front is named
         named = [(row, label) for row, label in named if id(row) in on_front][:_NAMED]
+        _options_legend(figure, drawn)
     points = [(x[id(row)], y[id(row)]) for row, _ in named]
-    bars = [(row, row.stderr(quality) or 0.0) for row, _ in named]
+    bars = [(row, row.stderr(quality) or 0.0) for row, _ in named if few]
     lines = [((x[id(row)], y[id(row)] - error), (x[id(row)], y[id(row)] + error)) for row, error in bars]
     for start, end in pairwise((x[id(row)], y[id(row)]) for row in front):
         corner = (end[0], start[1])
         lines += [(start, corner), (corner, end)]
-    place_labels(axes, points, [label for _, label in named], avoid=lines)
+    others = [] if few else [(x[id(row)], y[id(row)]) for row in drawn if id(row) not in on_front]
+    place_labels(axes, points, [label for _, label in named], avoid=lines, crowd=others)
     return figure
+
+
+def _options(rows: Sequence[Row]) -> tuple[list[str], list[str]] | None:
+    """The methods and quantizations, where colours and shapes are enough to tell them apart."""
+    found = [list(dict.fromkeys(str(option(row, group)) for row in rows)) for group in ("peft", "quantization")]
+    return (found[0], found[1]) if len(found[0]) <= len(_MARKERS) and len(found[1]) <= len(COLOURS) else None
+
+
+def _by_options(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """(colour of the quantization, shape of the method) -> rows."""
+    known = _options(rows)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    if known is None:
+        return groups
+    for row in rows:
+        method, quantization = str(option(row, "peft")), str(option(row, "quantization"))
+        style = (COLOURS[known[1].index(quantization)], _MARKERS[known[0].index(method)])
+        groups.setdefault(style, []).append(row)
+    return groups
+
+
+def _options_legend(figure: Figure, rows: Sequence[Row]) -> None:
+    from matplotlib.lines import Line2D
+
+    known = _options(rows)
+    if known is None:
+        return
+
+    def mark(shape: str, colour: str, label: str) -> Any:
+        return Line2D([], [], linestyle="", marker=shape, color=colour, markersize=5.5, label=_label(label))
+
+    handles = [mark("o", colour, name) for colour, name in zip(COLOURS, known[1], strict=False)] * (len(known[1]) > 1)
+    handles += [mark("", _INK, " ")] * (len(known[0]) > 1 and len(known[1]) > 1)
+    handles += [mark(shape, _INK, name) for shape, name in zip(_MARKERS, known[0], strict=False)] * (len(known[0]) > 1)
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
 
 
 def memory_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
@@ -200,8 +250,8 @@ def memory_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
             fontsize=8,
         )
     axes.set_yticks(range(len(named)), [label for _, label in named])
-    axes.invert_yaxis()
     axes.margins(x=0.1)
+    axes.set_ylim(len(named) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(f"peak memory in training ({unit})")
     axes.set_title("What the memory peak is made of" + (f" (the {_BARS} smallest, {more:,} more)" if more > 0 else ""))
@@ -216,9 +266,13 @@ def loss_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     if not curves:
         return None
     more = len(curves) - _CURVES
-    if more > 0:  # the lowest ends: a hundred lines show none of them
-        curves = sorted(curves, key=lambda curve: sum(curve[0][1][-5:]) / len(curve[0][1][-5:]))[:_CURVES]
-    figure, axes = _new_figure(7.2, max(4.0, 0.9 + 0.19 * len(curves)))
+    figure, axes = _new_figure(7.2, 4.0)
+    if more > 0:  # a hundred colours show none of them: the lowest ends are named, the others are their background
+        curves = sorted(curves, key=lambda curve: sum(curve[0][1][-5:]) / len(curve[0][1][-5:]))
+        for (steps, losses), _ in curves[_CURVES : _CURVES + _BARS]:
+            window = len(losses) // 10 if len(losses) >= _SMOOTHED_FROM else 1
+            axes.plot(steps, _running_mean(losses, max(1, window)), color="#C8C8C8", linewidth=0.7, zorder=1)
+        curves = curves[:_CURVES]
     for i, ((steps, losses), label) in enumerate(curves):
         colour, line = COLOURS[i % len(COLOURS)], _LINES[i // len(COLOURS) % len(_LINES)]
         window = len(losses) // 10 if len(losses) >= _SMOOTHED_FROM else 1
@@ -230,15 +284,17 @@ def loss_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     longest = max(len(losses) for (_, losses), _ in curves)
     notes = ["running mean over a tenth of the steps"] if longest >= _SMOOTHED_FROM else []
     notes += ["mean over the seeds"] if any(row.members for row in rows) else []
-    notes += [f"the {_CURVES} lowest of {more + _CURVES:,}"] if more > 0 else []
+    notes += [f"named: the {_CURVES} lowest ends of {more + _CURVES:,}"] if more > 0 else []
     axes.set_title(", ".join(["Training loss", *notes]))
     axes.margins(x=0.02)
+    ticks: Any = axes.xaxis.get_major_locator()
+    ticks.set_params(integer=True)  # there is no half a step
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
 def steps_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
-    """Seconds per optimizer step, every step a point over its box, warm-up left out; None where no steps were kept."""
+    """Seconds per optimizer step, every step a stroke over its box, warm-up left out; None where no steps were kept."""
     named = []
     for row, label in zip(rows, labels, strict=True):
         seconds = [s for run in row.runs if run.ok for _, s in measured_steps(run)]
@@ -264,9 +320,10 @@ def steps_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
         medianprops={"color": COLOURS[3], "linewidth": 1.6},
     )
     for i, (seconds, _) in enumerate(named):
-        # a fixed spread in place of chance: the same records make the same picture
-        heights = [i + 0.22 * ((k * 0.618) % 1 - 0.5) for k in range(len(seconds))]
-        axes.plot(seconds, heights, ".", color=_INK, markersize=2.5, alpha=0.55, zorder=3)
+        # one broken line of short strokes: a marker for each step would be most of the file
+        across = [x for second in seconds for x in (second, second, math.nan)]
+        along = [i - 0.12, i + 0.12, math.nan] * len(seconds)
+        axes.plot(across, along, color=_INK, linewidth=0.7, alpha=0.6, zorder=3)
     axes.set_yticks(range(len(named)), [label for _, label in named])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

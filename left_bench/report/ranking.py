@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from left_bench.report.cells import Row, machines_of
-from left_bench.report.statistics import difference
+from left_bench.report.statistics import difference, tied
 from left_bench.report.values import format_setting, format_value, is_number, metric_of, one_line
 
 QUALITY = (
@@ -176,6 +176,27 @@ def ties_with_best(rows: Sequence[Row], metric: str) -> Ties | None:
     found = [(row, difference(best, row, metric)) for row in measured if row is not best and id(row) in kept]
     known = [(row, apart) for row, apart in found if apart is not None]
     return Ties(best, [row for row, apart in known if apart.tie], list(dict.fromkeys(apart.how for _, apart in known)))
+
+
+def places(rows: Sequence[Row], metric: str) -> dict[int, int] | None:
+    """`id(row)` -> one more than the number of rows that are better beyond the noise; None where none may be ranked.
+
+    Rows with the same place are not told apart from each other, or from what both are not told apart from: a place by
+    the value alone would rank the noise.
+    """
+    measured = _measured(rows, metric)
+    if metric_of(metric).better == "none" or not rankable(rows, metric):
+        return None
+    ordered = sorted(measured, key=lambda row: row.value(metric) or 0.0, reverse=metric_of(metric).better == "higher")
+    return {id(row): 1 + sum(_beats(other, row, metric) for other in ordered[:i]) for i, row in enumerate(ordered)}
+
+
+def _beats(better: Row, row: Row, metric: str) -> bool:
+    gap = abs((better.value(metric) or 0.0) - (row.value(metric) or 0.0))
+    errors = better.stderr(metric), row.stderr(metric)
+    if errors[0] and errors[1] and not (better.members or row.members) and gap > 4 * math.hypot(errors[0], errors[1]):
+        return True  # no pairing brings this back: the bootstrap is spared
+    return gap > 0 and not tied(better, row, metric)
 
 
 def pareto_front(rows: Sequence[Row], quality: str, *costs: str) -> list[Row]:

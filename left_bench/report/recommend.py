@@ -35,7 +35,7 @@ class Need(NamedTuple):
 
     def __str__(self) -> str:
         sign = "≥" if self.at_least else "≤"
-        return f"{self.metric} {sign} {format_value(self.metric, self.bound)}"
+        return f"{heading(self.metric)} {sign} {format_value(self.metric, self.bound)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +160,13 @@ def _nearest_miss(rows: Sequence[Row], needs: Sequence[Need], names: dict[int, s
     for need in needs:
         known = [row for row in rows if is_number(row.value(need.metric))]
         if not known:
-            told.append(f"{need.metric} was not measured in any cell")
+            told.append(f"{heading(need.metric)} was not measured in any cell")
             continue
         pick = max if need.at_least else min
         row = pick(known, key=lambda row: row.value(need.metric) or 0.0)
         extreme = "highest" if need.at_least else "lowest"
         value = format_value(need.metric, row.value(need.metric))
-        told.append(f"the {extreme} {need.metric} is {value} ({names.get(id(row), row.cell_id)})")
+        told.append(f"the {extreme} {heading(need.metric)} is {value} ({names.get(id(row), row.cell_id)})")
     return "; ".join(told)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
+_SHARED_DRAWS = 2048
+"""Values up to which one table of draws serves every pair of cells; 32 MiB."""
 
 
 class Interval(NamedTuple):
@@ -47,7 +49,8 @@ class Difference(NamedTuple):
 def mean_interval(values: Sequence[float]) -> Interval | None:
     """The interval of the mean by the percentile bootstrap; None below two values.
 
-    Of three values, as three seeds give, it spans little less than all of them: few seeds tell little, and it says so.
+    Of three values, as three seeds give, it spans no more than all of them: it describes them, and is too narrow to
+    judge by (three differences of nothing bear one sign one time in four). `difference` takes Student's t for seeds.
     """
     return _bootstrap(values, [1.0] * len(values)) if len(values) > 1 else None
 
@@ -62,8 +65,8 @@ def difference(a: Row, b: Row, metric: str) -> Difference | None:
     """`a` less `b`; None where either has no number.
 
     Where both kept their results row by row, the rows are paired: on one question both cells meet the same difficulty,
-    which the difference is then free of. Where both ran under the same seeds, the seeds are paired too, and the
-    interval is as wide as the wider of the two reaches at either end. Else the standard errors are
+    which the difference is then free of. Where both ran under several seeds, the same ones paired, Student's t says how
+    far they reach, and the interval is as wide as the wider of the two at either end. Else the standard errors are
     taken as independent.
     """
     x, y = a.value(metric), b.value(metric)
@@ -81,14 +84,72 @@ def difference(a: Row, b: Row, metric: str) -> Difference | None:
     return Difference(x - y, None, "none")
 
 
-def _over_seeds(a: Row, b: Row, metric: str) -> Interval | None:
-    x, y = seed_values(a, metric), seed_values(b, metric)
-    shared = [seed for seed in x if seed in y]
-    if len(shared) > 1 and len(shared) == len(x) == len(y):
-        return mean_interval([x[seed] - y[seed] for seed in shared])
-    if len(x) > 1 and len(y) > 1:
-        return _difference_of_means(tuple(x.values()), tuple(y.values()))
+def ratio(a: Row, b: Row, metric: str) -> tuple[float, Interval | None] | None:
+    """`a`'s value over `b`'s; None where either is missing or not above zero.
+
+    The interval is over the seeds (of the ratio's logarithm), for training speed over the steps too, the wider at
+    either end; None: one measurement each.
+    """
+    x, y = a.value(metric), b.value(metric)
+    if x is None or y is None or not (is_number(x) and is_number(y) and x > 0 and y > 0):
+        return None
+    over_seeds = ratio_of_seeds(seed_values(a, metric), seed_values(b, metric))
+    found = [] if over_seeds is None else [over_seeds]
+    if metric == "train_tokens_per_second" and (steps := speed_ratio(a, b)) is not None:
+        found.append(steps[1])
+    return x / y, Interval(min(i.low for i in found), max(i.high for i in found)) if found else None
+
+
+def ratio_of_seeds(x: Mapping[Any, float], y: Mapping[Any, float]) -> Interval | None:
+    """Student's interval of a ratio, from values above zero by seed; None where either side has fewer than two."""
+    found = _student(*({seed: math.log(value) for seed, value in side.items() if value > 0} for side in (x, y)))
+    return None if found is None else Interval(math.exp(found.low), math.exp(found.high))
+
+
+def tied(a: Row, b: Row, metric: str) -> bool | None:
+    """Whether the noise covers what lies between two rows; None where nothing tells how far it reaches."""
+    found = difference(a, b, metric)
+    if found is None:
+        return None
+    if found.interval is not None:
+        return found.tie
+    if metric == "train_tokens_per_second" and (steps := speed_ratio(a, b)) is not None:
+        return 1 in steps[1]
     return None
+
+
+def _over_seeds(a: Row, b: Row, metric: str) -> Interval | None:
+    return _student(seed_values(a, metric), seed_values(b, metric))
+
+
+def _student(x: dict[Any, float], y: dict[Any, float]) -> Interval | None:
+    """Student's interval of the difference of two means: of the pairs where the seeds are the same, else Welch's."""
+    n, m = len(x), len(y)
+    if min(n, m) < 2:
+        return None
+    if x.keys() == y.keys():
+        pairs = [x[seed] - y[seed] for seed in x]
+        mean, spread, freedom = math.fsum(pairs) / n, _variance(pairs) / n, n - 1.0
+    else:
+        parts = _variance([*x.values()]) / n, _variance([*y.values()]) / m
+        mean, spread = math.fsum(x.values()) / n - math.fsum(y.values()) / m, sum(parts)
+        freedom = spread**2 / (parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)) if spread else 1.0
+    reach = _student_quantile(freedom) * math.sqrt(spread) if spread else 0.0
+    return Interval(mean - reach, mean + reach)
+
+
+def _variance(values: Sequence[float]) -> float:
+    if len(set(values)) == 1:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+@lru_cache(maxsize=4096)
+def _student_quantile(freedom: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 def _over_rows(a: Row, b: Row, metric: str) -> Interval | None:
@@ -103,19 +164,24 @@ def _row_means(row: Row, metric: str) -> tuple[list[Any], list[float], list[floa
     """(the questions, each row's value as a mean over the seeds, each row's weight); None where any run kept none."""
     if metric != "eval_loss" and metric not in SCORES_OF_A_ROW:
         return None
-    found = []
-    for run in row.runs:
-        if run.ok:
-            results = read_row_results(run.path) if run.path else None
-            scored = results and [_score(result, metric) for result in results]
-            if not results or not scored or None in scored:
-                return None
-            found.append(([(r.reference, r.answer_tokens) for r in results], scored))
-    if not found or any(questions != found[0][0] for questions, _ in found):
+    runs = [read_row_results(run.path) if run.path else None for run in row.runs if run.ok]
+    kept = [results for results in runs if results]
+    return _means_of(tuple(kept), metric) if kept and len(kept) == len(runs) else None
+
+
+@lru_cache(maxsize=4096)
+def _means_of(
+    runs: tuple[tuple[RowResult, ...], ...], metric: str
+) -> tuple[list[Any], list[float], list[float]] | None:
+    questions = [(r.reference, r.answer_tokens) for r in runs[0]]
+    if any([(r.reference, r.answer_tokens) for r in results] != questions for results in runs[1:]):
         return None
-    values = [sum(parts) / len(found) for parts in zip(*(scored for _, scored in found), strict=True)]
-    weights = [float(tokens) if metric == "eval_loss" else 1.0 for _, tokens in found[0][0]]
-    return found[0][0], values, weights
+    scored = [[value for r in results if (value := _score(r, metric)) is not None] for results in runs]
+    if any(len(values) != len(questions) for values in scored):
+        return None
+    values = [sum(parts) / len(runs) for parts in zip(*scored, strict=True)]
+    weights = [float(tokens) if metric == "eval_loss" else 1.0 for _, tokens in questions]
+    return questions, values, weights
 
 
 def _score(result: RowResult, metric: str) -> float | None:
@@ -131,11 +197,15 @@ def _bootstrap(values: Sequence[float], weights: Sequence[float]) -> Interval | 
     if len({value / weight if weight else value for value, weight in zip(values, weights, strict=True)}) == 1:
         mean = sum(values) / sum(weights)
         return Interval(mean, mean)
-    return _cached_bootstrap(tuple(values), tuple(weights))
+    if len(values) > _SHARED_DRAWS:
+        return _scipy_bootstrap(values, weights)
+    import numpy as np
+
+    drawn = _draws(len(values))
+    return _middle((drawn @ np.array(values)) / (drawn @ np.array(weights)))
 
 
-@lru_cache(maxsize=4096)
-def _cached_bootstrap(values: tuple[float, ...], weights: tuple[float, ...]) -> Interval:
+def _scipy_bootstrap(values: Sequence[float], weights: Sequence[float]) -> Interval:
     from scipy.stats import bootstrap
 
     found = bootstrap(
@@ -151,22 +221,27 @@ def _cached_bootstrap(values: tuple[float, ...], weights: tuple[float, ...]) -> 
     return Interval(float(found.low), float(found.high))
 
 
-@lru_cache(maxsize=4096)
-def _difference_of_means(x: tuple[float, ...], y: tuple[float, ...]) -> Interval:
-    from scipy.stats import bootstrap
+@lru_cache(maxsize=4)
+def _draws(n: int) -> numpy.ndarray:
+    """How often each of n values is drawn, resample by resample: those of `scipy.stats.bootstrap` with `rng=0`.
 
-    if len({*x}) == len({*y}) == 1:
-        return Interval(x[0] - y[0], x[0] - y[0])
-    found = bootstrap(
-        (x, y),
-        lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=0,
-    ).confidence_interval
-    return Interval(float(found.low), float(found.high))
+    A table of cells is thousands of pairs over the same rows; drawing anew for each took longer than all else.
+    """
+    import numpy as np
+
+    drawn = np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
+    counts = np.zeros((_RESAMPLES, n))
+    np.add.at(counts, (np.arange(_RESAMPLES)[:, None], drawn), 1.0)
+    return counts
+
+
+def _middle(drawn: Any) -> Interval:
+    """The 95 % in the middle of a bootstrap distribution."""
+    import numpy as np
+
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(drawn, [tail, 100 - tail])
+    return Interval(float(low), float(high))
 
 
 def speed_ratio(a: Row, b: Row) -> tuple[float, Interval] | None:
@@ -211,13 +286,9 @@ def ratio_of_sums(
         return tokens.sum(axis=axis) / seconds.sum(axis=axis)
 
     value = float(rate(ta, sa) / rate(tb, sb))
+    if len(ta) == len(tb) <= _SHARED_DRAWS and bool((ta == tb).all()):
+        counts = _draws(len(ta))  # the tokens cancel out
+        return value, _middle((counts @ sb) / (counts @ sa))
     options: dict[str, Any] = {"paired": True, "vectorized": True, "n_resamples": _RESAMPLES, "method": "percentile"}
-    if len(ta) == len(tb) and bool((ta == tb).all()):
-        found = bootstrap((ta, sa, sb), lambda t, a, b, axis: rate(t, a, axis) / rate(t, b, axis), rng=0, **options)
-        drawn = found.bootstrap_distribution
-    else:
-        sides = [bootstrap(side, rate, rng=i, **options) for i, side in enumerate(((ta, sa), (tb, sb)))]
-        drawn = sides[0].bootstrap_distribution / sides[1].bootstrap_distribution
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(drawn, [tail, 100 - tail])
-    return value, Interval(float(low), float(high))
+    sides = [bootstrap(side, rate, rng=i, **options) for i, side in enumerate(((ta, sa), (tb, sb)))]
+    return value, _middle(sides[0].bootstrap_distribution / sides[1].bootstrap_distribution)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from left_bench.report.cells import Axis, Row
 from left_bench.report.load import Problem, Sweep
-from left_bench.report.markdown import escape, table
+from left_bench.report.markdown import details, escape, table
 from left_bench.report.ranking import (
     MEMORY_AND_SIZE,
     QUALITY,
@@ -23,10 +23,12 @@ from left_bench.report.ranking import (
     ties_with_best,
     touching,
 )
-from left_bench.report.statistics import mean_interval, seed_values
+from left_bench.report.statistics import mean_interval, seed_values, tied
 from left_bench.report.values import (
     ABSENT,
+    COUNTED,
     format_against,
+    format_against_both,
     format_error,
     format_setting,
     format_share,
@@ -164,14 +166,19 @@ def how_to_read(report: Report) -> Iterator[str]:
     parts = []
     if report.baseline is not None:
         name = escape(report.names[id(report.baseline)])
-        parts.append(f"In brackets: against the baseline **{name}**.")
-    parts.append("**Bold**: the best of a column; <u>underlined</u>: the second.")
+        parts.append(
+            f"In brackets: against the baseline **{name}**; `tie` where the noise covers the difference, `same` where "
+            "there is none."
+        )
+    parts.append("**Bold**: the best value of a column, <u>underlined</u>: the second, whether or not others tie.")
     repeated = sorted({len(seeds) for row in report.rows if len(seeds := {run.seed for run in row.runs if run.ok}) > 1})
     if repeated:
         of = " or ".join(map(str, repeated))
         parts.append(f"± is one standard error of the mean over {of} seeds, else of the score over the held-out rows.")
     elif any(row.stderr(metric) is not None for row in report.rows for metric in present(report.rows, QUALITY)):
         parts.append("± is one standard error of the score over the held-out rows.")
+    if not repeated and any(row.value("peak_memory_bytes") is not None for row in report.rows):
+        parts.append("Each cell was run once: nothing tells how far another run's memory would lie from these.")
     yield " ".join(parts)
 
 
@@ -185,7 +192,7 @@ def seeds_table(report: Report) -> Iterator[str]:
     yield "## Seeds"
     yield (
         "Mean over the seeds, the 95 % bootstrap interval of that mean in brackets, and the seeds one by one. "
-        "Of three seeds the interval spans little less than all of them."
+        "Of three seeds the interval spans no more than all of them; ties are judged by the wider one of Student's t."
     )
     lines = []
     for row in rows[:ROWS_SHOWN]:
@@ -222,7 +229,7 @@ def phases_table(report: Report) -> Iterator[str]:
     ]
     header = [*label_headings(report), *map(escape, order), "outside phases"]
     yield "## Phases"
-    yield table(header, lines, labels=len(report.axes))
+    yield details("Seconds of every phase", table(header, lines, labels=len(report.axes)))
     yield from cut_line(len(rows))
 
 
@@ -298,10 +305,11 @@ def _metrics_table(report: Report, metrics: Sequence[str]) -> Iterator[str]:
 
 
 def constant(rows: Sequence[Row], metric: str) -> str | None:
-    """A metric's text where it is the same in all of several rows; None where it is not."""
-    if len(rows) < 2 or any(row.base_value(metric) is not None for row in rows):
+    """A metric's text where it is the same in all of several rows that are ok; None where it is not."""
+    done = [row for row in rows if row.ok]
+    if len(done) < 2 or any(row.base_value(metric) is not None for row in done):
         return None
-    texts = {format_value(metric, row.value(metric)) for row in rows}
+    texts = {format_value(metric, row.value(metric)) for row in done}
     return texts.pop() if len(texts) == 1 else None
 
 
@@ -339,10 +347,23 @@ def _number(report: Report, row: Row, metric: str, *, marks: tuple[Sequence[Row]
     base = row.base_value(metric)
     if base is not None:
         text = f"{format_value(metric, base)} → {text}"
-    if row is not report.baseline and row.ok and comparable(row, report.baseline, metric) and report.baseline:
-        against = format_against(metric, value, report.baseline.value(metric))
-        text += f" ({against})" if against else ""
-    return text
+    against = told_against(row, report.baseline, metric)
+    return f"{text} ({against})" if against else text
+
+
+def told_against(row: Row, reference: Row | None, metric: str, *, both: bool = False) -> str:
+    """How a row stands to a reference: `tie`, `same`, or the difference or ratio, `both` or the one that fits best."""
+    value = row.value(metric)
+    if reference is None or row is reference or not row.ok or not comparable(row, reference, metric):
+        return ""
+    other = reference.value(metric)
+    if value is None or other is None:
+        return ""
+    if metric not in COUNTED and tied(row, reference, metric):
+        return "tie"
+    if format_value(metric, value) == format_value(metric, other):
+        return "same"
+    return (format_against_both if both else format_against)(metric, value, other)
 
 
 def status_word(row: Row) -> str:

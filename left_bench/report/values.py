@@ -9,6 +9,10 @@ from typing import Any
 from left_bench.record import METRICS, Metric
 
 ABSENT = "\u2013"  # an en dash
+COUNTED = frozenset(
+    name for name, metric in METRICS.items() if metric.kind == "size" or metric.unit in ("params", "bits", "count")
+) | {"weights_bytes", "reload_ok"}
+"""Metrics that are counted and not measured: any difference is one."""
 _TIMES, _MINUS = "\u00d7", "\u2212"
 _BYTES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 _PARAMS = (("B", 10**9), ("M", 10**6), ("k", 10**3), ("", 1))

@@ -9,8 +9,8 @@ from left_bench.report.cells import Row, option
 from left_bench.report.claims import CLAIMS, DEFAULT, NOT_MEASURED, Claim, Evidence, Missing, Verdict
 from left_bench.report.load import flatten
 from left_bench.report.markdown import code, escape, table
-from left_bench.report.tables import heading
-from left_bench.report.values import ABSENT, format_against_both, format_error, format_value
+from left_bench.report.tables import heading, told_against
+from left_bench.report.values import ABSENT, format_error, format_value
 
 _GROUPS = ("quantization", "peft", "precision", "training")
 # Sections in which the cells of a claim differ, or may; all the rest has to be the same.
@@ -82,7 +82,7 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         "Sentences that are often read, beside what was measured here: this model, this data, this machine and so few "
         "steps. A verdict follows from its rule by the numbers; ties are ties, and a sentence that does not hold here "
-        "may hold elsewhere."
+        "may hold elsewhere. Square brackets hold 95 % intervals."
     )
     lines = [
         [
@@ -128,8 +128,8 @@ def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
             value, stderr = row.value(metric), row.stderr(metric)
             text = format_value(metric, value)
             text += f" ± {format_error(metric, value, stderr)}" if value is not None and stderr else ""
-            against = format_against_both(metric, value, reference.value(metric)) if reference else ""
-            numbers.append(f"{text} ({against})" if against and row is not reference else text)
+            against = told_against(row, reference, metric, both=True)
+            numbers.append(f"{text} ({against})" if against else text)
         seeds = sum(run.ok for run in row.runs)
         lines.append([escape(name), *numbers, str(seeds)])
     return table(["cell", *(heading(metric) for metric in claim.metrics), "seeds"], lines)

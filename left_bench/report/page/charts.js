@@ -17,7 +17,7 @@ function drawMemorySection(section) {
     el("div", { class: "chart" }, el("div", { class: "bars", id: "bars", role: "list" })),
     el("p", { class: "hint", id: "bars-note" }),
   );
-  redraws.push(drawMemory);
+  plotRedraws.push(drawMemory);
 }
 
 function drawMemory() {
@@ -52,7 +52,7 @@ function drawLossSection(section) {
     el("ul", { class: "legend", id: "loss-legend", "aria-label": "Curves; one that is pointed at or focused stands out" }),
     el("p", { class: "hint", id: "loss-note" }),
   );
-  redraws.push(drawLoss);
+  plotRedraws.push(drawLoss);
   whenResized(byId("loss"), drawLoss);
 }
 

@@ -45,10 +45,17 @@ const state = {
 let view = []; // the rows that pass the filters, in the order of the table
 
 const redraws = [];
-/** Draw again; with `filtered`, choose and sort the rows anew. */
+const plotRedraws = [];
+const AT_ONCE = 1000; // cells up to which the plots keep up with typing
+let plotsDue = null;
+/** Draw again; with `filtered`, choose and sort the rows anew. The plots of very many cells follow when typing pauses. */
 function changed({ filtered = true } = {}) {
   if (filtered) view = sorted(passing());
   for (const redraw of redraws) redraw();
+  clearTimeout(plotsDue);
+  const drawPlots = () => { for (const redraw of plotRedraws) redraw(); };
+  if (data.cells <= AT_ONCE) drawPlots();
+  else plotsDue = setTimeout(drawPlots, 150);
 }
 
 // filters: every axis, and the status

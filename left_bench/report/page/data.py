@@ -20,7 +20,7 @@ from left_bench.report.ranking import (
     ties_with_best,
     yardstick,
 )
-from left_bench.report.tables import heading
+from left_bench.report.tables import heading, told_against
 from left_bench.report.values import (
     clean,
     format_against,
@@ -34,7 +34,8 @@ from left_bench.report.values import (
 )
 
 DETAILED_CELLS = 1000
-"""Cells whose answers and logs are in the page; a file of any more would be slow to open."""
+"""Cells whose answers and logs are in the page, and that are judged beside the baseline; more would be slow."""
+COLUMNS = (*QUALITY, *MEMORY_AND_SIZE, *SPEED)
 CURVES = 200
 CURVE_POINTS = 100
 _SAMPLES, _TEXT_LIMIT, _LOG_LIMIT = 4, 600, 4000
@@ -68,7 +69,7 @@ def page_data(
 
     same, told = _settings(rows)
     metrics = [_metric(rows, name, baseline, put) for name in _metric_names(rows)]
-    shown = present(rows, (*QUALITY, *MEMORY_AND_SIZE, *SPEED))
+    shown = present(rows, COLUMNS)
     parts = _parts(rows)
     main = [name for name in (headline_quality(rows), "peak_memory_bytes", "train_tokens_per_second") if name]
     return {
@@ -159,11 +160,12 @@ def _metric(rows: Sequence[Row], name: str, baseline: Row | None, put: Callable[
             None if error is None or value is None else put(format_error(name, value, error))
             for value, error in zip(values, errors, strict=True)
         ]
-    if meaning.kind == "quality" and not name.startswith("base_") and (found := ties_with_best(rows, name)):
+    if meaning.better != "none" and not name.startswith("base_") and (found := ties_with_best(rows, name)):
         tied = {id(row) for row in found[1]} - best
         column["ties"] = [i for i, row in enumerate(rows) if id(row) in tied]
     if baseline is not None and len(rows) > 1 and not name.startswith("base_"):
-        column["against"] = [_against(row, baseline, name, put) for row in rows]
+        judged = len(rows) <= DETAILED_CELLS and (name in COLUMNS or meaning.kind == "quality")
+        column["against"] = [_against(row, baseline, name, put, judged=judged) for row in rows]
     if not rankable(rows, name):
         # rows of two groups are not to be ranked with each other
         groups: dict[Any, int] = {}
@@ -183,10 +185,13 @@ def _text(name: str, value: float, row: Row) -> str:
     return f"{text}, {share}" if share else text
 
 
-def _against(row: Row, baseline: Row, name: str, put: Callable[[object], int]) -> int | None:
-    if row is baseline or not row.ok or not comparable(row, baseline, name):
-        return None
-    text = format_against(name, row.value(name), baseline.value(name))
+def _against(row: Row, baseline: Row, name: str, put: Callable[[object], int], *, judged: bool) -> int | None:
+    if judged:  # a bootstrap for each: only where a reader looks
+        text = told_against(row, baseline, name)
+    elif row is baseline or not row.ok or not comparable(row, baseline, name):
+        text = ""
+    else:
+        text = format_against(name, row.value(name), baseline.value(name))
     return put(text) if text else None
 
 

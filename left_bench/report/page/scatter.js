@@ -111,7 +111,7 @@ function drawScatterControls(section) {
   );
   swap("x", "logX")(scatter.x);
   swap("y", "logY")(scatter.y);
-  redraws.push(drawScatter);
+  plotRedraws.push(drawScatter);
   whenResized(byId("scatter"), drawScatter);
   return true;
 }
