@@ -28,6 +28,7 @@ from left_bench.in_force import stored_integers_are_not_read
 from left_bench.instantiate import instantiate
 from left_bench.methods import Method, load_attached, method_in
 from left_bench.model import DTYPES, quantized_weights
+from left_bench.task import TASKS
 
 _EVA_ROWS = 256
 _KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
@@ -53,7 +54,7 @@ def attach_adapter(
         return model
     arguments = dict(cell.peft.config)
     if cell.peft.target.startswith("peft."):
-        arguments.setdefault("task_type", "CAUSAL_LM")
+        arguments.setdefault("task_type", TASKS[cell.model.task].peft_type)
     if arguments.get("adapter_layers", 0) is None:
         arguments["adapter_layers"] = model.config.num_hidden_layers
     config = instantiate(cell.peft.target, arguments, key="peft")
@@ -110,10 +111,7 @@ def _first_batches(
             f"peft.config.r={cell.peft.config['r']}: EVA looks for {answer_tokens} directions in the inputs of answer "
             "tokens, and the training rows have fewer; lower the rank or give more rows"
         )
-    return [
-        {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-        for batch in batches
-    ]
+    return [batch.inputs() | {"labels": batch.labels} for batch in batches]
 
 
 def _prepare_quantized(model: PreTrainedModel) -> None:
@@ -127,8 +125,11 @@ def _prepare_quantized(model: PreTrainedModel) -> None:
 
 
 def virtual_positions(model: torch.nn.Module) -> int:
-    """Positions that the method puts before the input and that appear in the logits (0 for key-value prefixes)."""
-    if not isinstance(model, PeftModel):
+    """Positions that the method puts before the input and that appear in the logits.
+
+    0 for key-value prefixes, and where virtual tokens are an encoder's.
+    """
+    if not isinstance(model, PeftModel) or model.config.is_encoder_decoder:
         return 0
     config = model.active_peft_config
     if not isinstance(config, PromptLearningConfig) or config.peft_type in _KEY_VALUE_PREFIX:

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from left_bench.cell import Cell
+from left_bench.data import Splits, load_data
+from left_bench.errors import UserError
 from left_bench.instantiate import instantiate
 from left_bench.measure import constants, logical_numel, plain_parts, stored_bytes
 from left_bench.pretrained import check_vocabulary, load_tokenizer, model_folder, resolved_revision, source, unloadable
+from left_bench.task import TASKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,11 +52,19 @@ def load_model(
     if source(cell.model) == "hub" and quantized is None:
         arguments["revision"] = cell.model.revision
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        auto_class = getattr(transformers, TASKS[cell.model.task].auto_class)
+        model: PreTrainedModel = auto_class.from_pretrained(
             quantized or folder, trust_remote_code=cell.model.trust_remote_code, use_safetensors=True, **arguments
         )
     except OSError as error:
         raise unloadable(cell.model, error) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise UserError(
+            f"model.task={cell.model.task}: {cell.model.name_or_path} is no such model; "
+            f"set model.task to one of {', '.join(sorted(TASKS.keys() - {cell.model.task}))}"
+        ) from error
     # unset generation fields are filled from the checkpoint's own config: sampling there would pass for greedy
     model.generation_config.do_sample = False
     for name in ("temperature", "top_p", "top_k"):
@@ -223,6 +235,26 @@ def open_pretrained(cell: Cell) -> tuple[str, PreTrainedTokenizerBase]:
     """Make sure the base model's files are there, and load the tokenizer; nothing of it is a measured phase."""
     folder = model_folder(cell.model, dtype=cell.precision.weights_dtype)
     return folder, load_tokenizer(folder, cell.model)
+
+
+def load_rows_of(cell: Cell, tokenizer: PreTrainedTokenizerBase, *, folder: str) -> Splits:
+    """The cell's rows as its model reads them (see `data.load_data`)."""
+    start = None
+    if cell.model.task == "seq2seq_lm":
+        revision = cell.model.revision if source(cell.model) == "hub" else None
+        code = cell.model.trust_remote_code
+        start = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=code).decoder_start_token_id
+        if start is None:
+            raise UserError(
+                f"model.task=seq2seq_lm: {cell.model.name_or_path} names no decoder_start_token_id in its config.json; "
+                "set it there, or model.task=causal_lm for a model without an encoder"
+            )
+    return load_data(
+        cell.data,
+        tokenizer,
+        max_length=cell.training.max_length,
+        decoder_start=start,
+    )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

@@ -68,12 +68,12 @@ def work(
     from left_bench import merge as merging
     from left_bench import model as models
     from left_bench import train as training
-    from left_bench.data import load_data
     from left_bench.device import describe_machine, open_device
     from left_bench.flops import step_flops
     from left_bench.loss import AnswerLoss
     from left_bench.measure import Meter, logical_numel, stored_bytes
     from left_bench.neighbours import Neighbours
+    from left_bench.objective import make_objective, with_reference
     from left_bench.pretrained import local_files
     from left_bench.quantization import quantization_error
     from left_bench.sharding import put_whole_weights, whole_weights
@@ -88,7 +88,7 @@ def work(
     effective["concurrent_cells"] = concurrent_cells(os.environ)
 
     folder, tokenizer = models.open_pretrained(cell)
-    splits = load_data(cell.data, tokenizer, max_length=cell.training.max_length)
+    splits = models.load_rows_of(cell, tokenizer, folder=folder)
     test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
 
     models.make_ready(cell, device=device.kind)
@@ -155,24 +155,42 @@ def work(
         flops = step_flops(model)
     with packing.laid_out(model, loss, splits.train, cell, pad_id=pad_id, device=device.kind) as layout:
         effective |= {"output_head": loss.output_head, **layout.effective}
-        common: dict[str, Any] = {"loss": loss, "pad_id": pad_id, "packed": layout.packed}
+        common: dict[str, Any] = {"pad_id": pad_id, "packed": layout.packed}
+        rows, compiling = splits.train, None
+        if cell.training.sft_steps:
+            first = cell.sft_before()
+            with meter.phase("sft") as counts, meter.apart("sft_step"):
+                objective = make_objective(first, loss, **common)
+                training.train(model, rows, first, objective=objective, meter=meter, counts=counts, team=team)
+        if cell.training.objective == "dpo":
+            with meter.phase("reference"):
+                rows = with_reference(rows, cell, loss=loss, device=device.kind, **common)
+        objective = make_objective(cell, loss, **common)
         if cell.training.compile:
             with meter.phase("compile"):
-                common["compiling"] = training.compile_model(model, splits.train, cell, device=device.kind, **common)
+                compiling = training.compile_model(model, rows, cell, objective=objective, device=device.kind)
         neighbours = Neighbours(beside=team.pids)
         try:
             with meter.phase("train") as counts, training.embedding_noise(model, cell.training.neftune_alpha):
-                states = training.train(model, splits.train, cell, meter=meter, counts=counts, team=team, **common)
+                states = training.train(
+                    model,
+                    rows,
+                    cell,
+                    objective=objective,
+                    meter=meter,
+                    counts=counts,
+                    compiling=compiling,
+                    team=team,
+                )
         finally:
             others = neighbours.share()
             if others is not None:
                 meter.metrics["other_cpu_share"] = others
             if meter.starts[1:]:
                 found["provenance"]["resumed_after_steps"] = meter.starts[1:]
-            meter.finish(measure_after=cell.training.measure_after, flops=flops.of, peak_flops=peak)
+            meter.finish(measure_after=cell.training.measure_after, flops=flops.of if flops else None, peak_flops=peak)
     effective["optimizer_state_dtype"] = states
-    if cell.training.compile:
-        compiling = common["compiling"]
+    if compiling is not None:
         meter.metrics |= {"compile_seconds": compiling.seconds, "compiled_graphs": compiling.graphs}
     if team.size > 1:
         effective["rank_peak_memory_bytes"] = meter.take_in_peaks(team)
@@ -336,6 +354,7 @@ def write_rows(path: Path, after: Any, before: Any, rows: Any) -> None:
                 "nll": after.nll[index],
                 "base_nll": before.nll[index] if before else None,
                 "answer_tokens": after.answer_tokens[index],
+                **({} if after.rejected_nll is None else {"rejected_nll": after.rejected_nll[index]}),
                 "reference": row.reference,
                 "prediction": answers[index],
                 "base_prediction": base_answers[index],

@@ -37,8 +37,9 @@ def model_folder(model: Model, *, dtype: str = "bfloat16") -> str:
         return str(_local(model))
     if kind == "random":
         version = importlib.metadata.version("transformers")  # its initialisation may change
-        name = f"random-{fingerprint([model.config, dtype, version, LAYOUT])}"
-        order: dict[str, Any] = {"make": "random", "config": model.config, "dtype": dtype}
+        kind_of = [] if model.task == "causal_lm" else [model.task]
+        name = f"random-{fingerprint([model.config, dtype, version, LAYOUT, *kind_of])}"
+        order: dict[str, Any] = {"make": "random", "config": model.config, "dtype": dtype, "task": model.task}
         return str(made_once(name, lambda folder: in_fresh_process(order, folder)))
     assert model.wheel is not None
     wheel = model.wheel
