@@ -57,6 +57,9 @@ def attach_adapter(
         arguments.setdefault("task_type", TASKS[cell.model.task].peft_type)
     if arguments.get("adapter_layers", 0) is None:
         arguments["adapter_layers"] = model.config.num_hidden_layers
+    if cell.peft.target == "peft.PrefixTuningConfig" and hasattr(model.config, "d_kv"):
+        # peft takes the model's width for that of all heads together, which T5's need not be
+        arguments.setdefault("token_dim", model.config.d_kv * model.config.num_heads)
     config = instantiate(cell.peft.target, arguments, key="peft")
     if quantized_weights(model):
         _prepare_quantized(model)
@@ -71,7 +74,7 @@ def attach_adapter(
             parameter.data = parameter.data.to(DTYPES[cell.precision.adapter_dtype])
     if cell.autocast:
         let_autocast_convert(adapted)
-    if cell.peft.init_text is not None:
+    if cell.peft.init_text is not None and not model.config.is_encoder_decoder:
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
     if getattr(config, "init_lora_weights", None) == "eva":
         directions = math.ceil(config.r * config.eva_config.rho)

@@ -11,7 +11,7 @@ from left_bench.paths import is_installed
 
 # Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
 _BITSANDBYTES = "transformers.BitsAndBytesConfig"
-_FAMILIES_WITHOUT_BIAS = {"llama", "mistral"}
+_FAMILIES_WITHOUT_BIAS = {"llama", "mistral", "t5"}
 _SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
 _ADAPTION_PROMPT_FAMILIES = {"llama", "mistral", "gpt2"}
 
@@ -152,6 +152,26 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             (_int8(cell) or _four_bit(cell)) and _is(cell, "C3A", "Gralora") and model_type(cell) == "gpt_neox"
         ),
         f"peft's in-place update of this method fails over bitsandbytes layers that have a bias {_SEEN}",
+    ),
+    (
+        lambda cell: cell.model.task != "causal_lm" and (_lora_with(cell, "init_lora_weights", "eva")),
+        f"peft's EVA reads the inputs of answer tokens in one sequence, and this model has two {_SEEN}",
+    ),
+    (
+        lambda cell: cell.model.task != "causal_lm" and _is(cell, "Cartridge"),
+        "a cartridge is the key-value cache of a text, and only a decoder alone has one of its prompt",
+    ),
+    (
+        lambda cell: cell.training.objective == "dpo" and not cell.data.pairs,
+        "training.objective=dpo needs rows with a better and a worse answer: data.pairs=true, as in data=preferences",
+    ),
+    (
+        lambda cell: cell.training.sft_steps > 0 and cell.training.objective == "sft",
+        "training.sft_steps come before preference tuning; training.objective=sft has training.steps alone",
+    ),
+    (
+        lambda cell: cell.training.sft_steps > 0 and (cell.hardware.processes > 1 or _is(cell, "AdaLora")),
+        "training.sft_steps before preference tuning are written for one process, and not for AdaLoRA's one schedule",
     ),
     (
         lambda cell: cell.peft.target == "left_bench.methods.LayerFreezeConfig" and _quantized(cell),

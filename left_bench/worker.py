@@ -138,6 +138,9 @@ def work(
         "autocast": cell.precision.compute_dtype if cell.autocast else "off",
     }
 
+    if cell.peft.init_text is not None and base_model.config.is_encoder_decoder:
+        effective["init_text"] = "not used by an encoder with a decoder"  # its prompt leaves no cache to start from
+
     pad_id = evaluate.pad_of(tokenizer)
     peak = None
     if team.first:
