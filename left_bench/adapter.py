@@ -28,7 +28,7 @@ from left_bench.in_force import stored_integers_are_not_read
 from left_bench.instantiate import instantiate
 from left_bench.methods import Method, load_attached, method_in
 from left_bench.model import DTYPES, quantized_weights
-from left_bench.task import TASKS
+from left_bench.task import TASKS, classifier_of
 
 _EVA_ROWS = 256
 _KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
@@ -55,6 +55,10 @@ def attach_adapter(
     arguments = dict(cell.peft.config)
     if cell.peft.target.startswith("peft."):
         arguments.setdefault("task_type", TASKS[cell.model.task].peft_type)
+        if (head := classifier_of(model)) is not None:  # new, so every method trains it whole
+            arguments.setdefault("modules_to_save", [head])
+            if arguments.get("target_modules") == "all-linear":
+                arguments.setdefault("exclude_modules", [head])
     if arguments.get("adapter_layers", 0) is None:
         arguments["adapter_layers"] = model.config.num_hidden_layers
     if cell.peft.target == "peft.PrefixTuningConfig" and hasattr(model.config, "d_kv"):

@@ -31,8 +31,9 @@ class Model(_Section):
     """A hub id, a local folder, or `pypi:<wheel>` for the shipped default."""
     revision: str | None = None
     """Hub branch, tag or commit; the resolved commit is recorded."""
-    task: Literal["causal_lm", "seq2seq_lm"] = "causal_lm"
-    """What kind of model it is: a decoder, or an encoder that reads the prompt and a decoder that writes the answer."""
+    task: Literal["causal_lm", "seq2seq_lm", "image_classification"] = "causal_lm"
+    """What kind of model it is: a decoder; an encoder that reads the prompt with a decoder that writes the answer; or
+    one that tells a picture's class, with an output layer made new for the data's classes."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the architecture from `config`, downloads nothing, and scores no quality."""
     trust_remote_code: bool = False
@@ -150,16 +151,18 @@ AnswerMetrics = Annotated[list[str], AfterValidator(_known_metrics)]
 
 class Data(_Section):
     name: str
-    source: Literal["reasoning_gym", "hub", "jsonl"]
+    source: Literal["reasoning_gym", "hub", "jsonl", "folder", "scikit_learn"]
     task: str | None = None
     """reasoning_gym: the dataset's name."""
     config: dict[str, Any] = Field(default_factory=dict)
     """reasoning_gym: the dataset's own arguments. hub: `load_dataset` arguments (name, revision, split)."""
     path: str | None = None
-    """A local JSON-lines file; takes the place of the hub where both are given."""
+    """A local JSON-lines file, or for pictures a folder with one of them for each class; takes the hub's place."""
     content: str | None = None
     """That file's SHA-256, filled in when a cell is composed: other rows are another cell, a moved file is none."""
     hub_id: str | None = None
+    image_column: str | None = None
+    """The column of pictures, whose classes are in `answer_column`; None: the data is text."""
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     pairs: bool = False
@@ -299,6 +302,11 @@ class Cell(BaseModel):
         """Whether some matrix product's weight is not in the compute dtype."""
         adapter = self.peft.target is not None and self.precision.adapter_dtype != self.precision.compute_dtype
         return adapter or self.precision.weights_dtype != self.precision.compute_dtype
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are written, greedily: asked for, and by a model that writes."""
+        return self.eval.generate and self.model.task != "image_classification"
 
     def without_adapter(self) -> Cell:
         """The cell as it is for a model that has no adapter, before attaching or after merging: what autocast asks."""

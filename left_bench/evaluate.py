@@ -52,7 +52,9 @@ def evaluate_model(
         if cell.data.pairs:
             worse = [with_worse_answer(row) for row in rows]
             found.rejected_nll = row_losses(model, worse, cell, pad_id=pad_of(tokenizer), device=device).nll
-        if cell.eval.generate:
+        if cell.model.task == "image_classification":
+            found.predictions = classify(model, rows, cell, device=device)
+        elif cell.generates:
             found.predictions = generate(model, tokenizer, rows, cell, device=device)
         if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
             passages = general_passages(tokenizer)
@@ -97,6 +99,16 @@ def generate(
             answer = _until_end(output, tokenizer.eos_token_id)
             predictions[index] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
     return predictions
+
+
+def classify(model: torch.nn.Module, rows: Sequence[Any], cell: Cell, *, device: str) -> list[str]:
+    """The likeliest class of each picture, by name."""
+    forward: Any = model
+    names, found = forward.config.id2label, []
+    for start in range(0, len(rows), cell.eval.batch_size):
+        batch = collate(rows[start : start + cell.eval.batch_size], pad_id=0).to(device)
+        found += forward(**batch.inputs()).logits.argmax(-1).tolist()
+    return [str(names[index]) for index in found]
 
 
 def generation_speed(
@@ -235,8 +247,8 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
 
 
 def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding id; `pretrained.load_tokenizer` made sure there is one."""
-    pad = tokenizer.pad_token_id
+    """The padding id; `pretrained.load_tokenizer` made sure there is one. Pictures are not padded: 0."""
+    pad = getattr(tokenizer, "pad_token_id", 0)
     assert isinstance(pad, int)
     return pad
 

@@ -33,15 +33,16 @@ class StepFlops:
 
 
 def step_flops(model: Any) -> StepFlops | None:
-    """Count a model, with whatever is attached to it, by a pass over two tokens; None for an encoder with a decoder.
+    """Count a model, with whatever is attached to it, by a pass over two tokens; None where that tells nothing.
 
-    There a token goes through one of the two alone, and a step does not say how many went where.
+    In an encoder with a decoder a token goes through one of the two alone, and a step does not say how many went where;
+    a picture has no tokens.
 
     A matrix product costs 2 FLOPs per weight and token forward; backward as many for the gradient of its input, where
     one flows (not below the first trainable layer), and as many again for its weight's, where that is trained. That is
     why LoRA's step costs two thirds of full fine-tuning's.
     """
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or model.main_input_name == "pixel_values":
         return None
     head = model.get_output_embeddings()
     in_head = {id(part) for part in head.modules()} if head is not None else set()

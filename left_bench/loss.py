@@ -41,6 +41,7 @@ class AnswerLoss:
         self.head: Any = None
         self.suffix: Suffix | None = None
         self.output_head = "all positions"
+        # pictures have a class each: there is nothing to leave out
         get_head = getattr(model, "get_output_embeddings", lambda: None)
         if not everywhere and get_head() is not None:
             self._probe(get_head(), in_chunks=in_chunks)
@@ -108,14 +109,13 @@ class AnswerLoss:
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """Hidden states at the labelled positions [n, width]; logits there [n, vocabulary] where there is no suffix."""
-        rows, positions = batch.label_rows, batch.label_positions + virtual_positions(self.model)
-        inputs = batch.inputs()
+        after, inputs = virtual_positions(self.model), batch.inputs()
         if self.head is None:
-            return self.forward(**inputs).logits[rows, positions]
+            return batch.labelled(self.forward(**inputs).logits, after=after)
         kept: list[torch.Tensor] = []
 
         def take(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            states = arguments[0][rows, positions]
+            states = batch.labelled(arguments[0], after=after)
             kept.append(states)
             # with a known suffix the head is fed nothing here, and the states later, chunk by chunk
             return (states[None, :0] if self.suffix else states[None], *arguments[1:])

@@ -65,5 +65,5 @@ def last_logits(
     with torch.no_grad(), autocast(cell, device=device):
         for row in rows:
             batch = collate([row], pad_id=pad_id).to(device)
-            found.append(forward(**batch.inputs()).logits[0, -1].float())
+            found.append(forward(**batch.inputs()).logits.flatten(end_dim=-2)[-1].float())
     return torch.stack(found)

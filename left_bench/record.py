@@ -106,8 +106,8 @@ METRICS: dict[str, Metric] = {
 }
 
 
-ANSWER_METRICS = ("exact_match", "rouge_l", "bleu", "f1")
-"""Those of METRICS that are scored on generated answers (`left_bench.scores`)."""
+ANSWER_METRICS = ("exact_match", "accuracy", "rouge_l", "bleu", "f1")
+"""Those of METRICS that are scored on answers, generated or chosen among classes (`left_bench.scores`)."""
 
 
 class _Frozen(BaseModel):

@@ -109,9 +109,15 @@ def work(
     circumstances = {"machine": found["environment"]["machine"]["id"]}
     circumstances |= {key: effective[key] for key in ("threads", "concurrent_cells")}
     base_model, loaded = quantized_cache.load_base(
-        cell, folder=folder, device=team.place(device.kind), meter=meter, circumstances=circumstances
+        cell,
+        folder=folder,
+        device=team.place(device.kind),
+        meter=meter,
+        circumstances=circumstances,
+        classes=splits.classes,
     )
-    models.check_tokenizer(tokenizer, base_model)
+    if splits.classes is None:
+        models.check_tokenizer(tokenizer, base_model)
     effective |= loaded
     meter.metrics |= models.base_metrics(base_model)
     meter.memory_breakdown["weights"] = int(meter.metrics["weights_bytes"])
@@ -122,7 +128,7 @@ def work(
             meter.metrics["quantization_error"] = error
 
     before = None
-    if team.first and cell.model.weights != "random":
+    if team.first and cell.model.weights != "random" and splits.classes is None:  # a new output layer knows nothing yet
         before, source = base.evaluate_base(base_model, tokenizer, test, cell, meter=meter, runs_dir=run_dir.parent)
         found["provenance"]["base_scores_from"] = source
 
@@ -201,7 +207,8 @@ def work(
     if not team.first:
         return
     if not whole:  # what follows is this rank's alone, and wants a model that is no shard
-        base_model, _ = models.load_model(cell, folder=folder, device=team.place(device.kind))
+        place = team.place(device.kind)
+        base_model, _ = models.load_model(cell, folder=folder, device=place, classes=splits.classes)
         model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer, rows=splits.train)
         put_whole_weights(model, trained)
     training.uncompile(model)
@@ -211,9 +218,9 @@ def work(
         after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind)
         counts.tokens = after.tokens
         speed = partial(evaluate.generation_speed, tokenizer=tokenizer, rows=test, device=device)
-        if cell.eval.generate:
+        if cell.generates:
             meter.metrics["generate_tokens_per_second"] = speed(model, cell=cell)
-    if before is not None:  # random weights have no quality worth a number
+    if cell.model.weights != "random":  # those have no quality worth a number
         found["scores"] = evaluate.scores(after, before, test, cell)
         found["samples"] = evaluate.samples(after, before, test, cell)
         for score in found["scores"]:
@@ -232,7 +239,7 @@ def work(
     if cell.peft.target is not None:
         with meter.phase("merge"):
             merged, effective["merge"] = merging.merge(model, test[:8], cell, meter=meter, pad_id=pad_id)
-            if merged is not None and cell.eval.generate:
+            if merged is not None and cell.generates:
                 meter.metrics["merged_generate_tokens_per_second"] = speed(merged, cell=cell.without_adapter())
 
 

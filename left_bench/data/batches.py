@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from left_bench.data.pictures import Picture
 from left_bench.data.tokens import Example
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ class Batch:
     decoder_input_ids: torch.Tensor | None = None
     """For a decoder of its own: the start token and the answer but for its last token, shape (rows, longest answer)."""
 
+    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
+        """Of logits or hidden states [rows, positions, width] those that predict a label, [labels, width].
+
+        `after`: virtual positions that a method has put before the input.
+        """
+        return states[self.label_rows, self.label_positions + after]
+
     @property
     def answer_tokens(self) -> int:
         """Tokens that carry loss."""
@@ -80,6 +88,36 @@ class Batch:
             if hasattr(value := getattr(self, field.name), "to")
         }
         return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True, eq=False)
+class PictureBatch:
+    """The pictures of one pass; each has one label."""
+
+    pixels: torch.Tensor
+    """float32 (pictures, channels, height, width)."""
+    targets: torch.Tensor
+    """The right class of each."""
+    tokens: int
+    """Patches."""
+
+    @property
+    def answer_lengths(self) -> list[int]:
+        return [1] * len(self.targets)
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.targets)
+
+    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
+        """Logits [pictures, classes] as they are: a picture is one row and one label."""
+        return states
+
+    def inputs(self) -> dict[str, Any]:
+        return {"pixel_values": self.pixels}
+
+    def to(self, device: torch.device | str) -> PictureBatch:
+        return PictureBatch(pixels=self.pixels.to(device), targets=self.targets.to(device), tokens=self.tokens)
 
 
 def step_rows(n_rows: int, *, rows_per_step: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -120,6 +158,8 @@ def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -
     """
     import torch
 
+    if isinstance(examples[0], Picture):
+        return _collate_pictures(examples)
     if examples[0].decoder_start is not None:
         return _collate_for_decoder(examples, pad_id=pad_id)
     longest = max(example.length for example in examples)
@@ -154,6 +194,17 @@ def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -
         boundaries=torch.tensor(starts, dtype=torch.int32) if packed else None,
         tokens=total,
         longest=longest,
+    )
+
+
+def _collate_pictures(pictures: Any) -> Any:
+    import numpy as np
+    import torch
+
+    return PictureBatch(
+        pixels=torch.from_numpy(np.stack([one.pixels for one in pictures])),
+        targets=torch.tensor([one.label for one in pictures]),
+        tokens=sum(one.length for one in pictures),
     )
 
 

@@ -59,6 +59,11 @@ class Example:
         """Tokens that carry loss: the answer's, but for a first one that nothing precedes."""
         return len(self.answer_ids) - (not self.prompt_ids and self.decoder_start is None)
 
+    @property
+    def identity(self) -> list[Any]:
+        """What makes it another row."""
+        return [self.prompt_ids, self.answer_ids, self.reference, self.rejected_ids]
+
 
 class Examples(Sequence[Example]):
     """Examples memory-mapped from disk: the rows of a large data set do not count as the run's memory."""
@@ -93,6 +98,8 @@ class Splits:
     """Training rows cut to the maximum length."""
     fingerprint: str
     """Hash of the tokens and references themselves: equal where two cells saw the same rows, on any machine."""
+    classes: list[str] | None = None
+    """Names of the classes, where pictures are classified."""
 
 
 def load_data(

@@ -167,6 +167,23 @@ def load_tokenizer(folder: str, model: Model) -> Any:
     return tokenizer
 
 
+def load_processor(folder: str, model: Model) -> Any:
+    """The image processor of a folder or hub id from `model_folder`, working with Pillow.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses, or there is no image processor.
+    """
+    from transformers import AutoImageProcessor
+
+    revision = model.revision if source(model) == "hub" else None
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, backend="pil", revision=revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise unloadable(model, error) from error
+
+
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """Every id the tokenizer can give must have a row in the embedding, or training reads out of bounds.
 

@@ -61,6 +61,9 @@ def save_random(config: dict[str, Any], folder: Path, *, dtype: str, task: str =
     from left_bench.task import TASKS
 
     settings = architecture(config)
+    if task == "image_classification":
+        _save_random_classifier(settings, folder, dtype=dtype)
+        return
     if settings.vocab_size < BYTE_VOCABULARY:
         raise UserError(
             f"model.config.vocab_size={settings.vocab_size}: random weights go with a byte-level tokenizer of "
@@ -82,6 +85,24 @@ def save_random(config: dict[str, Any], folder: Path, *, dtype: str, task: str =
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=1, **start)
     model.save_pretrained(folder, max_shard_size="5GB")
     byte_tokenizer().save_pretrained(folder)
+
+
+def _save_random_classifier(settings: Any, folder: Path, *, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = AutoModelForImageClassification.from_config(settings, dtype=getattr(torch, dtype))
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise UserError(
+                f"model.config.model_type={settings.model_type}: no model for model.task=image_classification ({first})"
+            ) from error
+    model.save_pretrained(folder, max_shard_size="5GB")
+    size = {"height": settings.image_size, "width": settings.image_size}
+    ViTImageProcessorPil(size=size).save_pretrained(folder)
 
 
 def byte_tokenizer() -> Any:
