@@ -57,8 +57,9 @@ def attach_adapter(
         arguments.setdefault("task_type", TASKS[cell.model.task].peft_type)
         if (head := classifier_of(model)) is not None:  # new, so every method trains it whole
             arguments.setdefault("modules_to_save", [head])
-            if arguments.get("target_modules") == "all-linear":
-                arguments.setdefault("exclude_modules", [head])
+            if arguments.get("target_modules") == "all-linear":  # peft would adapt the output layer too
+                linear = [name for name, one in model.named_modules() if hasattr(one, "in_features")]
+                arguments["target_modules"] = [name for name in linear if name != head]
     if arguments.get("adapter_layers", 0) is None:
         arguments["adapter_layers"] = model.config.num_hidden_layers
     if cell.peft.target == "peft.PrefixTuningConfig" and hasattr(model.config, "d_kv"):
@@ -202,9 +203,14 @@ def load_trained(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     absent = {name for name, _ in model.named_parameters()}
     for path in sorted(folder.glob("*.safetensors")):
         weights = load_file(path)
-        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+        unexpected = set(weights) - set(model.state_dict())
+        if unexpected and (folder / "config.json").is_file():
+            # transformers saves some families under the names of their first checkpoints, and reads them back so (ViT)
+            weights = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+            unexpected = set(weights) - set(model.state_dict())
         if unexpected:
-            raise UserError(f"{path}: this base model has no '{unexpected[0]}'; load the model it was saved from")
+            raise UserError(f"{path}: this base model has no '{min(unexpected)}'; load the model it was saved from")
+        model.load_state_dict(weights, strict=False)
         absent -= weights.keys()
     if absent:
         raise UserError(f"{folder}: no weights for '{min(absent)}'; load the folder that save_trained wrote")

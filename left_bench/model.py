@@ -70,7 +70,7 @@ def load_model(
     if classes is not None:
         names = dict(enumerate(classes))
         arguments |= {"id2label": names, "label2id": {name: label for label, name in names.items()}}
-        arguments |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
+        arguments["ignore_mismatched_sizes"] = True
         torch.manual_seed(cell.seed)
     try:
         auto_class = getattr(transformers, TASKS[cell.model.task].auto_class)

@@ -164,7 +164,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: cell.model.task != "causal_lm" and (_lora_with(cell, "init_lora_weights", "eva")),
-        f"peft's EVA reads the inputs of answer tokens in one sequence, and this model has two {_SEEN}",
+        f"peft's EVA reads the inputs of answer tokens as a decoder alone has them {_SEEN}",
     ),
     (
         lambda cell: cell.model.task != "causal_lm" and _is(cell, "Cartridge"),
@@ -177,6 +177,14 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     (
         lambda cell: cell.model.task == "image_classification" and _is(cell, *_FOR_TEXT),
         "this method puts virtual tokens before a text or attends to them, and pictures have none",
+    ),
+    (
+        lambda cell: (
+            cell.model.task == "image_classification"
+            and (_is(cell, "IA3") or _is(cell, "Lora"))
+            and cell.peft.config.get("target_modules") is None
+        ),
+        f"peft knows no usual modules of this method in a model of pictures; name peft.config.target_modules {_SEEN}",
     ),
     (
         lambda cell: cell.model.task == "image_classification" and not _keeps_output_layer_whole(cell),

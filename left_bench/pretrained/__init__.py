@@ -108,7 +108,7 @@ def check_model(model: Model) -> None:
     if kind == "wheel":
         check_wheel(model)
     if kind == "folder":
-        check_folder(_local(model))
+        check_folder(_local(model), reads_text=model.task != "image_classification")
 
 
 def source(model: Model) -> Literal["random", "wheel", "folder", "hub"]:
