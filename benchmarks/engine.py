@@ -133,6 +133,7 @@ def ours(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: 
     from left_bench.events import EventWriter
     from left_bench.loss import AnswerLoss
     from left_bench.measure import Meter, PhaseCounts, Step
+    from left_bench.objective import make_objective
     from left_bench.train import train
 
     class Paused(Meter):
@@ -149,7 +150,8 @@ def ours(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: 
     ):
         assert layout.packed == (cell.training.batching == "packed")
         meter = Paused(device, EventWriter(Path(folder) / "events.jsonl"))
-        train(model, rows, cell, loss=loss, meter=meter, counts=PhaseCounts(), pad_id=pad_id, packed=layout.packed)
+        objective = make_objective(cell, loss, pad_id=pad_id, packed=layout.packed)
+        train(model, rows, cell, objective=objective, meter=meter, counts=PhaseCounts())
 
 
 def _padded(examples: Any, pad_id: int) -> dict[str, Any]:

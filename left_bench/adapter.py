@@ -29,6 +29,7 @@ from left_bench.in_force import check_variant, stored_integers_are_not_read
 from left_bench.instantiate import instantiate
 from left_bench.methods import Method, load_attached, method_in
 from left_bench.model import DTYPES, quantized_weights
+from left_bench.task import TASKS, classifier_of
 
 _KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
@@ -53,14 +54,22 @@ def attach_adapter(
         return model
     arguments = dict(cell.peft.config)
     if cell.peft.target.startswith("peft."):
-        arguments.setdefault("task_type", "CAUSAL_LM")
+        arguments.setdefault("task_type", TASKS[cell.model.task].peft_type)
+        if (head := classifier_of(model)) is not None:  # new, so every method trains it whole
+            arguments.setdefault("modules_to_save", [head])
+            if arguments.get("target_modules") == "all-linear":  # peft would adapt the output layer too
+                linear = [name for name, one in model.named_modules() if hasattr(one, "in_features")]
+                arguments["target_modules"] = [name for name in linear if name != head]
     if arguments.get("adapter_layers", 0) is None:
         arguments["adapter_layers"] = model.config.num_hidden_layers
     arguments = start.arguments_from_rows(cell.peft.target, arguments, rows)
+    if cell.peft.target == "peft.PrefixTuningConfig" and hasattr(model.config, "d_kv"):
+        # peft takes the model's width for that of all heads together, which T5's need not be
+        arguments.setdefault("token_dim", model.config.d_kv * model.config.num_heads)
     config = instantiate(cell.peft.target, arguments, key="peft")
     if quantized_weights(model):
         _prepare_quantized(model)
-    few: dict[str, Any] = {"batch_size": cell.training.batch_size, "pad_id": tokenizer.pad_token_id}
+    few: dict[str, Any] = {"batch_size": cell.training.batch_size, "pad_id": getattr(tokenizer, "pad_token_id", 0)}
     start.look_at_rows(model, config, rows, **few)
     torch.manual_seed(cell.seed)  # the adapter's initialization is the seed's, whatever was drawn before
     if isinstance(config, Method):
@@ -80,7 +89,7 @@ def attach_adapter(
             parameter.data = parameter.data.to(DTYPES[cell.precision.adapter_dtype])
     if cell.autocast:
         let_autocast_convert(adapted)
-    if cell.peft.init_text is not None:
+    if cell.peft.init_text is not None and not model.config.is_encoder_decoder:
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
     return adapted
 
@@ -119,8 +128,11 @@ def _prepare_quantized(model: PreTrainedModel) -> None:
 
 
 def virtual_positions(model: torch.nn.Module) -> int:
-    """Positions that the method puts before the input and that appear in the logits (0 for key-value prefixes)."""
-    if not isinstance(model, PeftModel):
+    """Positions that the method puts before the input and that appear in the logits.
+
+    0 for key-value prefixes, and where virtual tokens are an encoder's.
+    """
+    if not isinstance(model, PeftModel) or model.config.is_encoder_decoder:
         return 0
     config = model.active_peft_config
     if not isinstance(config, PromptLearningConfig) or config.peft_type in _KEY_VALUE_PREFIX:
@@ -197,9 +209,14 @@ def load_trained(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     absent = {name for name, _ in model.named_parameters()}
     for path in sorted(folder.glob("*.safetensors")):
         weights = load_file(path)
-        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+        unexpected = set(weights) - set(model.state_dict())
+        if unexpected and (folder / "config.json").is_file():
+            # transformers saves some families under the names of their first checkpoints, and reads them back so (ViT)
+            weights = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+            unexpected = set(weights) - set(model.state_dict())
         if unexpected:
-            raise UserError(f"{path}: this base model has no '{unexpected[0]}'; load the model it was saved from")
+            raise UserError(f"{path}: this base model has no '{min(unexpected)}'; load the model it was saved from")
+        model.load_state_dict(weights, strict=False)
         absent -= weights.keys()
     if absent:
         raise UserError(f"{folder}: no weights for '{min(absent)}'; load the folder that save_trained wrote")

@@ -34,6 +34,7 @@ def _rouge_scorer() -> Any:
 
 SCORES_OF_A_ROW: dict[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
+    "accuracy": exact_match,
     "rouge_l": rouge_l,
     "f1": token_f1,
 }

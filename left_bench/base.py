@@ -72,7 +72,7 @@ def base_key(cell: Cell, rows: Sequence[Example]) -> str:
     """Fingerprint of all that decides the base model's scores on these rows."""
     identity = cell.identity
     parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
-    parts["rows"] = [[row.prompt_ids, row.answer_ids, row.reference] for row in rows]
+    parts["rows"] = [row.identity for row in rows]
     parts["kernels"] = [cell.training.attention, cell.training.output_head]
     parts["versions"] = versions_of(_DECIDING)
     return fingerprint(parts)

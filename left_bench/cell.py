@@ -31,6 +31,9 @@ class Model(_Section):
     """A hub id, a local folder, or `pypi:<wheel>` for the shipped default."""
     revision: str | None = None
     """Hub branch, tag or commit; the resolved commit is recorded."""
+    task: Literal["causal_lm", "seq2seq_lm", "image_classification"] = "causal_lm"
+    """What kind of model it is: a decoder; an encoder that reads the prompt with a decoder that writes the answer; or
+    one that tells a picture's class, with an output layer made new for the data's classes."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the architecture from `config`, downloads nothing, and scores no quality."""
     trust_remote_code: bool = False
@@ -104,8 +107,17 @@ class Training(_Section):
     rows of a pass end to end, each attending within itself (a method that cannot falls back, recorded as effective)."""
     output_head: Literal["labelled", "all"] = "labelled"
     """Where logits are computed: at labelled positions, in chunks; or at all of them, as a plain loop does."""
+    objective: Literal["sft", "dpo"] = "sft"
+    """What the loss asks for: the right answer (supervised fine-tuning), or the right rather than a worse one (direct
+    preference optimization, Rafailov et al. 2023)."""
+    beta: float = Field(default=0.1, gt=0)
+    """DPO: how firmly the model is held to its reference, itself as preference tuning finds it."""
+    sft_steps: int = Field(default=0, ge=0)
+    """DPO: steps of supervised fine-tuning on the right answers that come first, at the method's own learning rate."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """None: the method's own (`peft.learning_rate`)."""
+    """None: the method's own (`peft.learning_rate`), times `learning_rate_scale`."""
+    learning_rate_scale: float = Field(default=1.0, gt=0)
+    """What the method's own learning rate is multiplied by: preference tuning wants a fraction of it."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
@@ -139,18 +151,24 @@ AnswerMetrics = Annotated[list[str], AfterValidator(_known_metrics)]
 
 class Data(_Section):
     name: str
-    source: Literal["reasoning_gym", "hub", "jsonl"]
+    source: Literal["reasoning_gym", "hub", "jsonl", "folder", "scikit_learn"]
     task: str | None = None
     """reasoning_gym: the dataset's name."""
     config: dict[str, Any] = Field(default_factory=dict)
     """reasoning_gym: the dataset's own arguments. hub: `load_dataset` arguments (name, revision, split)."""
     path: str | None = None
-    """A local JSON-lines file; takes the place of the hub where both are given."""
+    """A local JSON-lines file, or for pictures a folder with one of them for each class; takes the hub's place."""
     content: str | None = None
     """That file's SHA-256, filled in when a cell is composed: other rows are another cell, a moved file is none."""
     hub_id: str | None = None
+    image_column: str | None = None
+    """The column of pictures, whose classes are in `answer_column`; None: the data is text."""
     prompt_column: str = "prompt"
     answer_column: str = "answer"
+    pairs: bool = False
+    """Give every row a worse answer beside its own: for preference tuning, and to ask which of them is likelier."""
+    rejected_column: str | None = None
+    """Where worse answers are, for `pairs`; None: another row's answer stands for one."""
     template: str = "{prompt}"
     """Text of the user's turn, with the row's columns in braces."""
     instruction: str | None = None
@@ -265,6 +283,8 @@ class Cell(BaseModel):
         for group, key, owner, owner_key in _TAKEN_OVER:
             if getattr(sections[group], key) is None:
                 value = getattr(sections[owner], owner_key)
+                if isinstance(section := sections[group], Training):
+                    value *= section.learning_rate_scale
                 sections[group] = sections[group].model_copy(update={key: value})
         try:
             return cls.model_validate({"choices": dict(choices), "seed": config.get("seed"), **sections})
@@ -283,9 +303,20 @@ class Cell(BaseModel):
         adapter = self.peft.target is not None and self.precision.adapter_dtype != self.precision.compute_dtype
         return adapter or self.precision.weights_dtype != self.precision.compute_dtype
 
+    @property
+    def generates(self) -> bool:
+        """Whether answers are written, greedily: asked for, and by a model that writes."""
+        return self.eval.generate and self.model.task != "image_classification"
+
     def without_adapter(self) -> Cell:
         """The cell as it is for a model that has no adapter, before attaching or after merging: what autocast asks."""
         return self.model_copy(update={"peft": self.peft.model_copy(update={"target": None})})
+
+    def sft_before(self) -> Cell:
+        """The supervised fine-tuning that comes before preference tuning, as a cell of its own."""
+        settings: dict[str, Any] = {"objective": "sft", "steps": self.training.sft_steps, "sft_steps": 0}
+        settings |= {"learning_rate": self.peft.learning_rate, "checkpoint_every": None}
+        return self.model_copy(update={"training": self.training.model_copy(update=settings)})
 
     def sections(self) -> dict[str, Any]:
         """The resolved sections and the seed, as plain data (`Record.config`)."""

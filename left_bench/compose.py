@@ -110,7 +110,7 @@ def check_cell(cell: Cell) -> None:
     from left_bench.pretrained import check_model
 
     check_model(cell.model)
-    if cell.data.path is not None or cell.data.source == "jsonl":
+    if cell.data.image_column is None and (cell.data.path is not None or cell.data.source == "jsonl"):
         load_rows(cell.data)
     elif cell.data.source == "reasoning_gym" and not _as_shipped(cell):
         check_generated(cell.data)  # importing the library takes a second, and what ships is tested

@@ -18,6 +18,7 @@ from left_bench.data import Example, collate
 from left_bench.device import Device
 from left_bench.loss import AnswerLoss
 from left_bench.model import autocast
+from left_bench.objective import with_worse_answer
 from left_bench.record import Sample, Score
 from left_bench.scores import score_text
 
@@ -31,6 +32,8 @@ class Evaluation(BaseModel):
     nll: list[float]
     """Summed negative log-likelihood of each row's answer, nats."""
     answer_tokens: list[int]
+    rejected_nll: list[float] | None = None
+    """The same of each row's worse answer; None where rows have none."""
     predictions: list[str] | None = None
     """Greedy answers; None when nothing was generated."""
     general_loss: float | None = None
@@ -46,9 +49,14 @@ def evaluate_model(
     model.eval()
     with torch.no_grad(), autocast(cell, device=device):
         found = row_losses(model, rows, cell, pad_id=pad_of(tokenizer), device=device)
-        if cell.eval.generate:
+        if cell.data.pairs:
+            worse = [with_worse_answer(row) for row in rows]
+            found.rejected_nll = row_losses(model, worse, cell, pad_id=pad_of(tokenizer), device=device).nll
+        if cell.model.task == "image_classification":
+            found.predictions = classify(model, rows, cell, device=device)
+        elif cell.generates:
             found.predictions = generate(model, tokenizer, rows, cell, device=device)
-        if cell.eval.forgetting:
+        if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
             passages = general_passages(tokenizer)
             general = row_losses(model, passages, cell, pad_id=pad_of(tokenizer), device=device)
             found.general_loss = sum(general.nll) / sum(general.answer_tokens)
@@ -61,7 +69,7 @@ def row_losses(model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, p
     nll = [0.0] * len(rows)
     tokens = [0] * len(rows)
     seen = 0
-    for indices in batches_by_length([len(row.prompt_ids) + len(row.answer_ids) for row in rows], cell.eval.batch_size):
+    for indices in batches_by_length([row.length for row in rows], cell.eval.batch_size):
         batch = collate([rows[index] for index in indices], pad_id=pad_id).to(device)
         losses = loss.of_tokens(batch).split(batch.answer_lengths)
         for index, of_row, length in zip(indices, losses, batch.answer_lengths, strict=True):
@@ -78,20 +86,29 @@ def generate(
     decode: Any = model.generate
     predictions = [""] * len(rows)
     for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
-        inputs = _left_padded([rows[index].prompt_ids for index in indices], pad_of(tokenizer)).to(device)
+        inputs, before = _prompt_inputs([rows[index] for index in indices], pad_of(tokenizer), device=device)
         outputs = decode(
-            input_ids=inputs,
-            attention_mask=_left_mask([len(rows[index].prompt_ids) for index in indices]).to(device),
+            **inputs,
             max_new_tokens=cell.eval.max_new_tokens,
             do_sample=False,
             use_cache=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad_of(tokenizer),
         )
-        for index, output in zip(indices, outputs[:, inputs.shape[1] :].tolist(), strict=True):
+        for index, output in zip(indices, outputs[:, before:].tolist(), strict=True):
             answer = _until_end(output, tokenizer.eos_token_id)
             predictions[index] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
     return predictions
+
+
+def classify(model: torch.nn.Module, rows: Sequence[Any], cell: Cell, *, device: str) -> list[str]:
+    """The likeliest class of each picture, by name."""
+    forward: Any = model
+    names, found = forward.config.id2label, []
+    for start in range(0, len(rows), cell.eval.batch_size):
+        batch = collate(rows[start : start + cell.eval.batch_size], pad_id=0).to(device)
+        found += forward(**batch.inputs()).logits.argmax(-1).tolist()
+    return [str(names[index]) for index in found]
 
 
 def generation_speed(
@@ -103,17 +120,15 @@ def generation_speed(
     timed on fewer, costlier steps. The first, short call is not timed: it chooses kernels and fills caches.
     """
     decode: Any = model.generate
-    prompts = [row.prompt_ids for row in rows[:_SPEED_ROWS]]
-    inputs = _left_padded(prompts, pad_of(tokenizer)).to(device.kind)
-    mask = _left_mask([len(prompt) for prompt in prompts]).to(device.kind)
+    asked = rows[:_SPEED_ROWS]
+    inputs, _ = _prompt_inputs(asked, pad_of(tokenizer), device=device.kind)
     model.eval()
     with torch.no_grad(), autocast(cell, device=device.kind):
         for tokens in (2, _SPEED_TOKENS):
             device.synchronize()
             start = time.perf_counter()
             decode(
-                input_ids=inputs,
-                attention_mask=mask,
+                **inputs,
                 min_new_tokens=tokens,
                 max_new_tokens=tokens,
                 do_sample=False,
@@ -121,7 +136,7 @@ def generation_speed(
                 pad_token_id=pad_of(tokenizer),
             )
             device.synchronize()
-    return len(prompts) * _SPEED_TOKENS / (time.perf_counter() - start)
+    return len(asked) * _SPEED_TOKENS / (time.perf_counter() - start)
 
 
 def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Score]:
@@ -143,6 +158,9 @@ def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], 
                 base_value=None if base_loss is None or base_loss >= _LARGEST_LOSS else math.exp(base_loss),
             )
         )
+    if found.rejected_nll is not None:
+        pairs_before = (base.nll, base.rejected_nll) if base and base.rejected_nll else None
+        made += _preference_scores((found.nll, found.rejected_nll), pairs_before, task=task)
     references = [row.reference for row in rows]
     if found.predictions is not None:
         for name in cell.eval.metrics or []:
@@ -162,6 +180,31 @@ def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], 
         passages = len(general_texts())
         rise = found.general_loss - base.general_loss
         made.append(Score(task="general_text", metric="forgetting_nats", value=rise, n=passages))
+    return made
+
+
+def _preference_scores(
+    losses: tuple[list[float], list[float]], base: tuple[list[float], list[float]] | None, *, task: str
+) -> list[Score]:
+    """Scores of pairs from the losses of their right and of their worse answers, nats."""
+
+    def margins(right: list[float], worse: list[float]) -> np.ndarray:
+        return np.array(worse) - np.array(right)
+
+    found, before = margins(*losses), margins(*base) if base else None
+    made = []
+    for metric, of_row in (("preference_accuracy", lambda margin: margin > 0), ("preference_margin_nats", np.array)):
+        of_rows = of_row(found).astype(float)
+        made.append(
+            Score(
+                task=task,
+                metric=metric,
+                value=float(of_rows.mean()),
+                stderr=float(of_rows.std() / math.sqrt(len(of_rows))),
+                n=len(of_rows),
+                base_value=None if before is None else float(of_row(before).mean()),
+            )
+        )
     return made
 
 
@@ -204,20 +247,26 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
 
 
 def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding id; `pretrained.load_tokenizer` made sure there is one."""
-    pad = tokenizer.pad_token_id
+    """The padding id; `pretrained.load_tokenizer` made sure there is one. Pictures are not padded: 0."""
+    pad = getattr(tokenizer, "pad_token_id", 0)
     assert isinstance(pad, int)
     return pad
 
 
-def _left_padded(prompts: list[list[int]], pad_id: int) -> torch.Tensor:
-    longest = max(map(len, prompts))
-    return torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+def _prompt_inputs(rows: Sequence[Example], pad_id: int, *, device: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Arguments of `generate` for the rows' prompts, and how many tokens come before the new ones in its output.
 
-
-def _left_mask(lengths: list[int]) -> torch.Tensor:
-    longest = max(lengths)
-    return torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
+    A decoder goes on with its prompt, so padding stands at the left; an encoder's prompt is padded as in training.
+    """
+    longest = max(len(row.prompt_ids) for row in rows)
+    of_decoder = rows[0].decoder_start is None
+    ids, mask = [], []
+    for row in rows:
+        padding, ones = [pad_id] * (longest - len(row.prompt_ids)), [1] * len(row.prompt_ids)
+        ids.append(padding + row.prompt_ids if of_decoder else row.prompt_ids + padding)
+        mask.append([0] * len(padding) + ones if of_decoder else ones + [0] * len(padding))
+    inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    return inputs, longest if of_decoder else 1
 
 
 def _until_end(output: list[int], end: Any) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 
 from left_bench.measure import Step, logical_numel
 from left_bench.model import layers_of
+from left_bench.task import probe_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +32,18 @@ class StepFlops:
         )
 
 
-def step_flops(model: Any) -> StepFlops:
-    """Count a model, with whatever is attached to it, by a pass over two tokens.
+def step_flops(model: Any) -> StepFlops | None:
+    """Count a model, with whatever is attached to it, by a pass over two tokens; None where that tells nothing.
+
+    In an encoder with a decoder a token goes through one of the two alone, and a step does not say how many went where;
+    a picture has no tokens.
 
     A matrix product costs 2 FLOPs per weight and token forward; backward as many for the gradient of its input, where
     one flows (not below the first trainable layer), and as many again for its weight's, where that is trained. That is
     why LoRA's step costs two thirds of full fine-tuning's.
     """
+    if model.config.is_encoder_decoder or model.main_input_name == "pixel_values":
+        return None
     head = model.get_output_embeddings()
     in_head = {id(part) for part in head.modules()} if head is not None else set()
     cost = {"token": 0.0, "label": 0.0}
@@ -56,7 +62,7 @@ def step_flops(model: Any) -> StepFlops:
                 hooks.enter_context(module.register_forward_pre_hook(product))
         for module in layers_of(model):
             hooks.enter_context(module.register_forward_hook(layer))
-        model(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        model(**probe_inputs(model))
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # two products, half of each masked: 2 x 2 x (n^2 / 2) x width x heads; backward two for each

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from left_bench.measure import plain_parts
 from left_bench.model import NotInForce, quantized_weights
+from left_bench.task import probe_inputs
 
 # whose code may read the stored integers: they know the constants that belong to them
 _OWNERS = ("bitsandbytes", "left_bench.fivebit", "left_bench.in_force", "hqq", "optimum", "torchao", "torch")
@@ -84,13 +85,11 @@ def check_forward(model: torch.nn.Module) -> None:
     if not _stored(model):
         return
     network: Any = model
-    device = next(model.parameters()).device
-    ids = torch.ones(1, _PROBE_TOKENS, dtype=torch.long, device=device)
     training = model.training
     model.eval()
     try:
         with torch.random.fork_rng(), torch.no_grad(), stored_integers_are_not_read(model):
-            network(input_ids=ids, attention_mask=torch.ones_like(ids))
+            network(**probe_inputs(model, tokens=_PROBE_TOKENS))
     finally:
         model.train(training)
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from left_bench.adapter import virtual_positions
 from left_bench.data import Batch
+from left_bench.task import probe_inputs
 
 _CHUNK_LOGITS = 2**23  # 32 MiB of float32: large enough for the product to run at full speed, small beside a model
 Suffix = Callable[[torch.Tensor], torch.Tensor]
@@ -40,6 +41,7 @@ class AnswerLoss:
         self.head: Any = None
         self.suffix: Suffix | None = None
         self.output_head = "all positions"
+        # pictures have a class each: there is nothing to leave out
         get_head = getattr(model, "get_output_embeddings", lambda: None)
         if not everywhere and get_head() is not None:
             self._probe(get_head(), in_chunks=in_chunks)
@@ -65,8 +67,7 @@ class AnswerLoss:
         hidden = self._states(batch)
         if self.suffix is None:
             return _token_losses(hidden, batch.targets)
-        chunks = zip(*(part.split(self._chunk) for part in (hidden, batch.targets)), strict=True)
-        return torch.cat([_token_losses(self.suffix(self.head(states)), targets) for states, targets in chunks])
+        return self._token_losses_in_chunks(hidden, batch.targets)
 
     def summed(self, batch: Batch, *, gain: float = 1.0) -> torch.Tensor:
         """`gain` times the summed loss of the labelled tokens; differentiable.
@@ -77,9 +78,35 @@ class AnswerLoss:
         states = self._states(batch)
         if self.suffix is None:
             return gain * _token_losses(states, batch.targets).sum()
+        return self._weighted(states, batch.targets, torch.full_like(batch.targets, gain, dtype=torch.float32))
+
+    def of_rows(self, batch: Batch, combine: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`combine` of the rows' summed losses, float32 [rows] -> scalar; differentiable.
+
+        Its slopes are worked out first, from losses without a gradient; they are the weights with which the chunks'
+        gradients are then taken. The head runs twice, and no chunk's logits outlive it here either.
+        """
+        states = self._states(batch)
+        if self.suffix is None:
+            return combine(_row_sums(_token_losses(states, batch.targets), batch))
+        with torch.no_grad():
+            sums = _row_sums(self._token_losses_in_chunks(states, batch.targets), batch)
+        with torch.enable_grad():
+            found = combine(sums.requires_grad_())
+            (slopes,) = torch.autograd.grad(found, sums)
+        lengths = torch.tensor(batch.answer_lengths, device=slopes.device)
+        weighted = self._weighted(states, batch.targets, slopes.repeat_interleave(lengths))
+        return found.detach() + (weighted - weighted.detach())
+
+    def _weighted(self, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         parameters = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
-        total: torch.Tensor = _Chunked.apply(states, batch.targets, self, gain, *parameters)
+        total: torch.Tensor = _Chunked.apply(states, targets, self, weights, *parameters)
         return total
+
+    def _token_losses_in_chunks(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert self.suffix is not None
+        chunks = zip(*(part.split(self._chunk) for part in (states, targets)), strict=True)
+        return torch.cat([_token_losses(self.logits(part), wanted) for part, wanted in chunks])
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The model's logits for hidden states of shape [n, width]."""
@@ -92,14 +119,13 @@ class AnswerLoss:
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """Hidden states at the labelled positions [n, width]; logits there [n, vocabulary] where there is no suffix."""
-        rows, positions = batch.label_rows, batch.label_positions + virtual_positions(self.model)
-        inputs = batch.inputs()
+        after, inputs = virtual_positions(self.model), batch.inputs()
         if self.head is None:
-            return self.forward(**inputs).logits[rows, positions]
+            return batch.labelled(self.forward(**inputs).logits, after=after)
         kept: list[torch.Tensor] = []
 
         def take(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            states = arguments[0][rows, positions]
+            states = batch.labelled(arguments[0], after=after)
             kept.append(states)
             # with a known suffix the head is fed nothing here, and the states later, chunk by chunk
             return (states[None, :0] if self.suffix else states[None], *arguments[1:])
@@ -110,12 +136,11 @@ class AnswerLoss:
 
     def _probe(self, head: Any, *, in_chunks: bool) -> None:
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        device = next(self.model.parameters()).device
         with (
             torch.no_grad(),
             head.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output))),
         ):
-            logits = self.model(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False).logits
+            logits = self.model(**probe_inputs(self.model)).logits
         if len(seen) != 1 or seen[0][0].shape[:-1] != logits.shape[:-1]:
             return  # the head is not run as a module, or not once over all positions
         self.head = head
@@ -139,17 +164,26 @@ def _suffixes(config: Any) -> list[Suffix]:
     return found
 
 
+def _row_sums(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return torch.stack([of_row.sum() for of_row in losses.split(batch.answer_lengths)])
+
+
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.float(), targets, reduction="none")
 
 
 class _Chunked(torch.autograd.Function):
-    """Summed cross-entropy whose gradient is taken in the forward pass, chunk by chunk (as Liger-Kernel's
+    """Weighted sum of cross-entropies whose gradient is taken in the forward pass, chunk by chunk (as Liger-Kernel's
     FusedLinearCrossEntropy does, Hsu et al. 2024, arXiv 2410.10989)."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, loss: AnswerLoss, gain: float, *parameters: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        loss: AnswerLoss,
+        weights: torch.Tensor,
+        *parameters: torch.Tensor,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_states = ctx.needs_input_grad[0]
@@ -157,17 +191,18 @@ class _Chunked(torch.autograd.Function):
         # summed over chunks in float32: adding bfloat16 parts would round at every chunk
         sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         start = 0
-        for part, wanted in zip(hidden.split(loss._chunk), targets.split(loss._chunk), strict=True):
+        chunks = zip(*(whole.split(loss._chunk) for whole in (hidden, targets, weights)), strict=True)
+        for part, wanted, weight in chunks:
             with torch.enable_grad():
                 states = part.detach().requires_grad_(wants_states)
                 logits = loss.logits(states)
             log_probability = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            total -= log_probability.gather(1, wanted[:, None]).sum()
+            total -= weight @ log_probability.gather(1, wanted[:, None])[:, 0]
             if not wants_states and not parameters:
                 continue
             # d loss / d logits = probabilities - one at the target
             slope = log_probability.exp_()
-            slope.scatter_add_(1, wanted[:, None], -torch.ones_like(slope[:, :1])).mul_(gain)
+            slope.scatter_add_(1, wanted[:, None], -torch.ones_like(slope[:, :1])).mul_(weight[:, None])
             found = torch.autograd.grad(
                 logits, [*([states] if wants_states else []), *parameters], slope.to(logits.dtype)
             )
@@ -177,7 +212,7 @@ class _Chunked(torch.autograd.Function):
                 one += more
             start += len(part)
         ctx.gradients = (gradient, *(one.to(parameter.dtype) for one, parameter in zip(sums, parameters, strict=True)))
-        return total * gain
+        return total
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:

@@ -67,6 +67,7 @@ class Meter:
     """The highest memory of the steps taken over from earlier attempts."""
 
     _close: Callable[[], None] | None = None
+    _told_as: str = "step"
 
     def __post_init__(self) -> None:
         self.metrics["baseline_memory_bytes"] = self.device.set_baseline()
@@ -105,12 +106,21 @@ class Meter:
         if close is not None:
             close()
 
+    @contextmanager
+    def apart(self, name: str) -> Iterator[None]:
+        """Inside, steps are told to the outside as `name`, and count for no metric."""
+        steps, self.steps, self._told_as = self.steps, [], name
+        try:
+            yield
+        finally:
+            self.steps, self._told_as = steps, "step"
+
     def step(self, step: Step, **extra: float) -> None:
         """Take in one optimizer step and tell the outside."""
         self.steps.append(step)
         peak = self.device.peak_bytes()
         self.events.write(
-            "step",
+            self._told_as,
             step=len(self.steps),
             **asdict(step),
             tokens_per_second=step.tokens / step.seconds,

@@ -60,13 +60,12 @@ def why_not(model: torch.nn.Module) -> str | None:
 def last_logits(
     model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str
 ) -> torch.Tensor:
-    """Float32 logits at the last token of each of the rows, shape (rows, vocabulary)."""
+    """Float32 logits at the last position of each of the rows, shape (rows, vocabulary)."""
     forward: Any = model
     found = []
     model.eval()
     with torch.no_grad(), autocast(cell, device=device):
         for row in rows:
             batch = collate([row], pad_id=pad_id).to(device)
-            outputs = forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            found.append(outputs.logits[0, -1].float())
+            found.append(forward(**batch.inputs()).logits.flatten(end_dim=-2)[-1].float())
     return torch.stack(found)

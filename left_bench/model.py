@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from left_bench.cell import Cell
+from left_bench.data import Splits, load_data, load_pictures
+from left_bench.errors import UserError
 from left_bench.instantiate import instantiate
 from left_bench.measure import constants, logical_numel, plain_parts, stored_bytes
-from left_bench.pretrained import check_vocabulary, load_tokenizer, model_folder, resolved_revision, source, unloadable
+from left_bench.pretrained import (
+    check_vocabulary,
+    load_processor,
+    load_tokenizer,
+    model_folder,
+    resolved_revision,
+    source,
+    unloadable,
+)
+from left_bench.task import TASKS
 
+# what quantizations call the modules they leave alone
+_LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert")
+_CLASSIFIERS = ["classifier", "cls_classifier", "distillation_classifier", "head"]  # the names of output layers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -23,12 +39,13 @@ class NotInForce(RuntimeError):
 
 
 def load_model(
-    cell: Cell, *, folder: str, device: str, quantized: Path | None = None
+    cell: Cell, *, folder: str, device: str, quantized: Path | None = None, classes: Sequence[str] | None = None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the base model from `folder` (see `pretrained.model_folder`) onto `device`.
 
     Args:
         quantized: a folder with the same model's weights as quantizing left them (see `quantized_cache`).
+        classes: of pictures; the output layer is made new for them, by the cell's seed.
 
     Returns:
         The model, and what was found after loading: dtypes, attention kernel, quantized modules.
@@ -41,22 +58,39 @@ def load_model(
         config = instantiate(cell.quantization.target, cell.quantization.config, key="quantization")
         if quantized is None:  # else it is in the folder's own configuration
             arguments["quantization_config"] = config
+            if classes is not None:  # what is trained whole is left whole
+                for key in set(_LEFT_ALONE) & vars(config).keys():
+                    setattr(config, key, list(_CLASSIFIERS))
     if cell.training.attention is not None:
         arguments["attn_implementation"] = cell.training.attention
     if device != "cpu":
         arguments["device_map"] = {"": device}  # weights go straight to the device, no copy on the host
     if source(cell.model) == "hub" and quantized is None:
         arguments["revision"] = cell.model.revision
+    if classes is not None:
+        names = dict(enumerate(classes))
+        arguments |= {"id2label": names, "label2id": {name: label for label, name in names.items()}}
+        arguments["ignore_mismatched_sizes"] = True
+        torch.manual_seed(cell.seed)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        auto_class = getattr(transformers, TASKS[cell.model.task].auto_class)
+        model: PreTrainedModel = auto_class.from_pretrained(
             quantized or folder, trust_remote_code=cell.model.trust_remote_code, use_safetensors=True, **arguments
         )
     except OSError as error:
         raise unloadable(cell.model, error) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise UserError(
+            f"model.task={cell.model.task}: {cell.model.name_or_path} is no such model; "
+            f"set model.task to one of {', '.join(sorted(TASKS.keys() - {cell.model.task}))}"
+        ) from error
     # unset generation fields are filled from the checkpoint's own config: sampling there would pass for greedy
-    model.generation_config.do_sample = False
-    for name in ("temperature", "top_p", "top_k"):
-        setattr(model.generation_config, name, None)
+    if model.can_generate():
+        model.generation_config.do_sample = False
+        for name in ("temperature", "top_p", "top_k"):
+            setattr(model.generation_config, name, None)
     _feed_head_contiguous(model)
     _keep_trainable(model)
     if device == "cpu" and quantized_weights(model):
@@ -219,10 +253,44 @@ def _decoders(model: torch.nn.Module) -> set[str]:
     return {name for name in found if isinstance(name, str)}
 
 
-def open_pretrained(cell: Cell) -> tuple[str, PreTrainedTokenizerBase]:
-    """Make sure the base model's files are there, and load the tokenizer; nothing of it is a measured phase."""
+def open_pretrained(cell: Cell) -> tuple[str, Any]:
+    """Make sure the base model's files are there, and load the tokenizer, or for pictures the image processor.
+
+    Nothing of it is a measured phase.
+    """
     folder = model_folder(cell.model, dtype=cell.precision.weights_dtype)
+    if cell.model.task == "image_classification":
+        return folder, load_processor(folder, cell.model)
     return folder, load_tokenizer(folder, cell.model)
+
+
+def load_rows_of(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
+    """The cell's rows as its model reads them (see `data.load_data` and `data.load_pictures`)."""
+    start = None
+    if cell.model.task != "causal_lm":
+        revision = cell.model.revision if source(cell.model) == "hub" else None
+        code = cell.model.trust_remote_code
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=code)
+        if cell.model.task == "image_classification":
+            return load_pictures(cell.data, tokenizer, patches=_patches(config))
+        start = config.decoder_start_token_id
+        if start is None:
+            raise UserError(
+                f"model.task=seq2seq_lm: {cell.model.name_or_path} names no decoder_start_token_id in its config.json; "
+                "set it there, or model.task=causal_lm for a model without an encoder"
+            )
+    return load_data(
+        cell.data,
+        tokenizer,
+        max_length=cell.training.max_length,
+        decoder_start=start,
+    )
+
+
+def _patches(config: Any) -> int:
+    """The squares a vision transformer cuts a picture into; 1 where the model cuts nothing."""
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 1
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

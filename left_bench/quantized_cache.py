@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,13 @@ _DECIDING = ("torch", "transformers", "bitsandbytes", "safetensors")
 
 
 def load_base(
-    cell: Cell, *, folder: str, device: str, meter: Meter, circumstances: Mapping[str, Any]
+    cell: Cell,
+    *,
+    folder: str,
+    device: str,
+    meter: Meter,
+    circumstances: Mapping[str, Any],
+    classes: Sequence[str] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`load_model` as a measured phase: `load` from the checkpoint, `load_cached` from quantized weights kept earlier.
 
@@ -64,7 +70,7 @@ def load_base(
                 write_atomically(path / _FACTS, json.dumps(facts) + "\n")
         return model, found
     with meter.phase("load"):
-        model, found = load_model(cell, folder=folder, device=device)
+        model, found = load_model(cell, folder=folder, device=device, classes=classes)
     load = meter.phases[-1]
     path = _place(cell, folder=folder, device=kind)
     if path is not None and not path.exists() and load.seconds >= _WORTH_KEEPING:
@@ -130,6 +136,8 @@ def _place(cell: Cell, *, folder: str, device: str) -> Path | None:
     """Where this cell's quantized weights belong; None where they are not to be kept."""
     quantization, model = cell.quantization, cell.model
     if not quantization.cache or quantization.target not in FORMATS or model.trust_remote_code:
+        return None
+    if model.task == "image_classification":  # its output layer is not the checkpoint's
         return None
     if cell.hardware.processes > 1:  # each rank would keep, and measure, its own
         return None

@@ -35,6 +35,15 @@ METRICS: dict[str, Metric] = {
     "bleu": Metric("fraction", "higher", "quality", "corpus BLEU-4 of greedy answers"),
     "accuracy": Metric("fraction", "higher", "quality", "share of rows with the right class"),
     "f1": Metric("fraction", "higher", "quality", "token-overlap F1 of greedy answers, mean over rows"),
+    "preference_accuracy": Metric(
+        "fraction", "higher", "quality", "share of held-out pairs whose right answer is the likelier one"
+    ),
+    "preference_margin_nats": Metric(
+        "nats",
+        "higher",
+        "quality",
+        "log-probability of the right answer less the worse one's, mean over rows",
+    ),
     "forgetting_nats": Metric(
         "nats", "lower", "quality", "rise in mean token loss on general text the training never saw"
     ),
@@ -97,8 +106,8 @@ METRICS: dict[str, Metric] = {
 }
 
 
-ANSWER_METRICS = ("exact_match", "rouge_l", "bleu", "f1")
-"""Those of METRICS that are scored on generated answers (`left_bench.scores`)."""
+ANSWER_METRICS = ("exact_match", "accuracy", "rouge_l", "bleu", "f1")
+"""Those of METRICS that are scored on answers, generated or chosen among classes (`left_bench.scores`)."""
 
 
 class _Frozen(BaseModel):

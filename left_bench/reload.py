@@ -79,7 +79,6 @@ def compare_losses(run_dir: Path) -> str:
 
     from left_bench import adapter, evaluate, quantized_cache
     from left_bench import model as models
-    from left_bench.data import load_data
     from left_bench.ranks import Team
     from left_bench.worker import set_threads
 
@@ -88,10 +87,11 @@ def compare_losses(run_dir: Path) -> str:
     set_threads(cell, Team(size=cell.hardware.processes))  # as many as the process had that evaluated
     models.apply_precision(cell, device=device)
     folder, tokenizer = models.open_pretrained(cell)
-    test = load_data(cell.data, tokenizer, max_length=cell.training.max_length).test
+    splits = models.load_rows_of(cell, tokenizer, folder=folder)
+    test = splits.test
     test = test if cell.eval.rows is None else test[: cell.eval.rows]
     quantized = quantized_cache.kept(cell, folder=folder, device=device)
-    base, _ = models.load_model(cell, folder=folder, device=device, quantized=quantized)
+    base, _ = models.load_model(cell, folder=folder, device=device, quantized=quantized, classes=splits.classes)
     model = adapter.load_trained(base, run_dir / ADAPTER_NAME)
     if cell.autocast:
         adapter.let_autocast_convert(model)

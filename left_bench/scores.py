@@ -45,6 +45,13 @@ class ExactMatch(_TextMetric):
     of_row = staticmethod(exact_match)
 
 
+class Accuracy(_TextMetric):
+    """Share of pictures whose likeliest class is the right one."""
+
+    description = "share of rows with the right class, by name"
+    of_row = staticmethod(exact_match)
+
+
 class RougeL(_TextMetric):
     """ROUGE-L (Lin 2004)."""
 
@@ -72,6 +79,7 @@ class TokenF1(_TextMetric):
 
 TEXT_METRICS: dict[str, type[_TextMetric]] = {
     "exact_match": ExactMatch,
+    "accuracy": Accuracy,
     "rouge_l": RougeL,
     "bleu": Bleu,
     "f1": TokenF1,

@@ -33,7 +33,9 @@ def check_arguments(cell: Cell) -> None:
     for group in ("quantization", "peft", "optimizer"):
         section: Any = getattr(cell, group)
         known = arguments_of(section.target) if section.target and section.config else None
-        for name in section.config if known is not None else ():
+        if known is None:
+            continue
+        for name in section.config:
             if name not in known:
                 hint = nearest(name, known) or f"; it takes {', '.join(known)}"
                 raise UserError(f"{group}.config.{name}: {section.target} has no such argument{hint}")

@@ -16,13 +16,13 @@ from left_bench.adapter import after_optimizer_step, regularization, trainable_p
 from left_bench.cell import Cell
 from left_bench.checkpoint import Checkpoint
 from left_bench.compiling import Compiling
-from left_bench.data import Example, collate, split_passes, step_rows
+from left_bench.data import Example, split_passes, step_rows
 from left_bench.errors import UserError
 from left_bench.in_force import check_gradient
 from left_bench.instantiate import instantiate
-from left_bench.loss import AnswerLoss
 from left_bench.measure import Meter, PhaseCounts, Step, stored_bytes
 from left_bench.model import NotInForce, autocast, layers_of
+from left_bench.objective import Objective
 from left_bench.ranks import ALONE, Team
 from left_bench.sharding import clip_gradient, fingerprint_of, make_accelerator, wrap
 
@@ -39,22 +39,19 @@ def train(
     rows: Sequence[Example],
     cell: Cell,
     *,
-    loss: AnswerLoss,
+    objective: Objective,
     meter: Meter,
     counts: PhaseCounts,
-    pad_id: int,
-    packed: bool = False,
     compiling: Compiling | None = None,
     team: Team = ALONE,
 ) -> str:
     """Take `training.steps` optimizer steps; measurements go into `meter`.
 
-    Every answer token of a step weighs the same, in whichever pass it comes: the passes' summed losses are divided by
-    the step's answer tokens, those of all ranks.
+    Every answer token of a step (every pair, in preference tuning) weighs the same, in whichever pass it comes: the
+    passes' summed losses are divided by the count of the whole step, that of all ranks.
 
     Args:
-        loss: of `model`.
-        packed: put the rows of a pass end to end (see `packing`).
+        objective: of `model`.
         compiling: of `compile_model`; what is compiled again in a step, for a shape not met before, is not the step's.
         team: the processes that train together; what is measured is the same on each of them, but for memory.
 
@@ -76,10 +73,10 @@ def train(
         model,
         cell,
         team=team,
-        unused=lambda: some_get_no_gradient(model, rows, cell, loss=loss, device=device, pad_id=pad_id, packed=packed),
+        unused=lambda: some_get_no_gradient(model, rows, cell, objective=objective, device=device),
     )
     network, optimizer = wrap(accelerator, model, optimizer)
-    loss = loss.through(network)
+    objective = objective.through(network)
     parameters = trainable_parameters(model)  # sharding has put others in their place
     if cell.hardware.sharding is not None:
         meter.memory_breakdown |= held_weights(model, attached=cell.peft.target is not None)
@@ -101,13 +98,11 @@ def train(
         passes = split_passes(
             [rows[index] for index in indices], batch_size=settings.batch_size, batching=settings.batching
         )
-        batches = [
-            collate(team.share(examples), pad_id=pad_id, packed=packed).to(accelerator.device) for examples in passes
-        ]
+        batches = [objective.batch(team.share(examples)).to(accelerator.device) for examples in passes]
         taken = [example for examples in passes for example in examples]  # by all ranks
-        answer_tokens = sum(example.labels for example in taken)
+        read = objective.sequences(taken)
         scale = float(scaler.scale(torch.ones((), device=accelerator.device)))  # 1 where it is off
-        gain = scale * team.size / answer_tokens  # gradients are averaged over the ranks
+        gain = scale * team.size / objective.count(taken)  # gradients are averaged over the ranks
 
         total = torch.zeros((), device=accelerator.device)
         with team.own_draws(device, seed=cell.seed, step=step):
@@ -116,7 +111,7 @@ def train(
                 last = batch is batches[-1]
                 with contextlib.nullcontext() if last else accelerator.no_sync(network):
                     with autocast(cell, device=device):
-                        part = loss.summed(batch, gain=gain)
+                        part = objective.summed(batch, gain=gain)
                     total += part.detach() / (scale * team.size)
                     penalty = regularization(model)
                     accelerator.backward(part if penalty is None else part + scale * penalty / len(batches))
@@ -137,11 +132,11 @@ def train(
         meter.device.synchronize()
         measured = Step(
             seconds=time.perf_counter() - start - compiling.take(),
-            tokens=sum(example.length for example in taken),
-            answer_tokens=answer_tokens,
+            tokens=sum(example.length for example in read),
+            answer_tokens=sum(example.labels for example in read),
             rows=len(indices),
             loss=sum(part for part, _ in parts),
-            pairs=sum(example.length**2 for example in taken),
+            pairs=sum(example.length**2 for example in read),
         )
         team.check_alike(f"the gradient's norm at step {step}", [norm for _, norm in parts])
         counts.steps += 1
@@ -164,15 +159,13 @@ def some_get_no_gradient(
     rows: Sequence[Example],
     cell: Cell,
     *,
-    loss: AnswerLoss,
+    objective: Objective,
     device: str,
-    pad_id: int,
-    packed: bool,
 ) -> bool:
     """Whether a pass over one row leaves a trainable parameter without a gradient: DDP then has to look for such."""
     model.train()
     with autocast(cell, device=device):
-        loss.summed(collate(rows[:1], pad_id=pad_id, packed=packed).to(device)).backward()
+        objective.summed(objective.batch(rows[:1]).to(device), gain=1.0).backward()
     found = any(parameter.grad is None for parameter in trainable_parameters(model))
     model.zero_grad(set_to_none=True)
     return found
@@ -191,10 +184,8 @@ def compile_model(
     rows: Sequence[Example],
     cell: Cell,
     *,
-    loss: AnswerLoss,
+    objective: Objective,
     device: str,
-    pad_id: int,
-    packed: bool = False,
 ) -> Compiling:
     """Compile the model's layers in place with dynamic shapes; run them both ways so that training compiles nothing.
 
@@ -208,11 +199,9 @@ def compile_model(
     count = cell.training.batch_size // cell.hardware.processes
     with torch.random.fork_rng():  # the noise of training is what it would be without
         for start in (0, count):  # another length shows what is still taken for a constant
-            batch = collate(
-                [rows[index % len(rows)] for index in range(start, start + count)], pad_id=pad_id, packed=packed
-            )
+            batch = objective.batch([rows[index % len(rows)] for index in range(start, start + count)])
             with autocast(cell, device=device):
-                loss.summed(batch.to(device)).backward()
+                objective.summed(batch.to(device), gain=1.0).backward()
     model.zero_grad(set_to_none=True)
     compiling.take()
     return compiling

@@ -68,12 +68,12 @@ def work(
     from left_bench import merge as merging
     from left_bench import model as models
     from left_bench import train as training
-    from left_bench.data import load_data
     from left_bench.device import describe_machine, open_device
     from left_bench.flops import step_flops
     from left_bench.loss import AnswerLoss
     from left_bench.measure import Meter, logical_numel, stored_bytes
     from left_bench.neighbours import Neighbours
+    from left_bench.objective import make_objective, with_reference
     from left_bench.pretrained import local_files
     from left_bench.quantization import quantization_error
     from left_bench.sharding import put_whole_weights, whole_weights
@@ -88,7 +88,7 @@ def work(
     effective["concurrent_cells"] = concurrent_cells(os.environ)
 
     folder, tokenizer = models.open_pretrained(cell)
-    splits = load_data(cell.data, tokenizer, max_length=cell.training.max_length)
+    splits = models.load_rows_of(cell, tokenizer, folder=folder)
     test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
 
     models.make_ready(cell, device=device.kind)
@@ -109,9 +109,15 @@ def work(
     circumstances = {"machine": found["environment"]["machine"]["id"]}
     circumstances |= {key: effective[key] for key in ("threads", "concurrent_cells")}
     base_model, loaded = quantized_cache.load_base(
-        cell, folder=folder, device=team.place(device.kind), meter=meter, circumstances=circumstances
+        cell,
+        folder=folder,
+        device=team.place(device.kind),
+        meter=meter,
+        circumstances=circumstances,
+        classes=splits.classes,
     )
-    models.check_tokenizer(tokenizer, base_model)
+    if splits.classes is None:
+        models.check_tokenizer(tokenizer, base_model)
     effective |= loaded
     meter.metrics |= models.base_metrics(base_model)
     meter.memory_breakdown["weights"] = int(meter.metrics["weights_bytes"])
@@ -122,7 +128,7 @@ def work(
             meter.metrics["quantization_error"] = error
 
     before = None
-    if team.first and cell.model.weights != "random":
+    if team.first and cell.model.weights != "random" and splits.classes is None:  # a new output layer knows nothing yet
         before, source = base.evaluate_base(base_model, tokenizer, test, cell, meter=meter, runs_dir=run_dir.parent)
         found["provenance"]["base_scores_from"] = source
 
@@ -137,6 +143,9 @@ def work(
         "trainable_dtype": "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable})),
         "autocast": cell.precision.compute_dtype if cell.autocast else "off",
     }
+
+    if cell.peft.init_text is not None and base_model.config.is_encoder_decoder:
+        effective["init_text"] = "not used by an encoder with a decoder"  # its prompt leaves no cache to start from
 
     pad_id = evaluate.pad_of(tokenizer)
     peak = None
@@ -155,24 +164,42 @@ def work(
         flops = step_flops(model)
     with packing.laid_out(model, loss, splits.train, cell, pad_id=pad_id, device=device.kind) as layout:
         effective |= {"output_head": loss.output_head, **layout.effective}
-        common: dict[str, Any] = {"loss": loss, "pad_id": pad_id, "packed": layout.packed}
+        common: dict[str, Any] = {"pad_id": pad_id, "packed": layout.packed}
+        rows, compiling = splits.train, None
+        if cell.training.sft_steps:
+            first = cell.sft_before()
+            with meter.phase("sft") as counts, meter.apart("sft_step"):
+                objective = make_objective(first, loss, **common)
+                training.train(model, rows, first, objective=objective, meter=meter, counts=counts, team=team)
+        if cell.training.objective == "dpo":
+            with meter.phase("reference"):
+                rows = with_reference(rows, cell, loss=loss, device=device.kind, **common)
+        objective = make_objective(cell, loss, **common)
         if cell.training.compile:
             with meter.phase("compile"):
-                common["compiling"] = training.compile_model(model, splits.train, cell, device=device.kind, **common)
+                compiling = training.compile_model(model, rows, cell, objective=objective, device=device.kind)
         neighbours = Neighbours(beside=team.pids)
         try:
             with meter.phase("train") as counts, training.embedding_noise(model, cell.training.neftune_alpha):
-                states = training.train(model, splits.train, cell, meter=meter, counts=counts, team=team, **common)
+                states = training.train(
+                    model,
+                    rows,
+                    cell,
+                    objective=objective,
+                    meter=meter,
+                    counts=counts,
+                    compiling=compiling,
+                    team=team,
+                )
         finally:
             others = neighbours.share()
             if others is not None:
                 meter.metrics["other_cpu_share"] = others
             if meter.starts[1:]:
                 found["provenance"]["resumed_after_steps"] = meter.starts[1:]
-            meter.finish(measure_after=cell.training.measure_after, flops=flops.of, peak_flops=peak)
+            meter.finish(measure_after=cell.training.measure_after, flops=flops.of if flops else None, peak_flops=peak)
     effective["optimizer_state_dtype"] = states
-    if cell.training.compile:
-        compiling = common["compiling"]
+    if compiling is not None:
         meter.metrics |= {"compile_seconds": compiling.seconds, "compiled_graphs": compiling.graphs}
     if team.size > 1:
         effective["rank_peak_memory_bytes"] = meter.take_in_peaks(team)
@@ -180,7 +207,8 @@ def work(
     if not team.first:
         return
     if not whole:  # what follows is this rank's alone, and wants a model that is no shard
-        base_model, _ = models.load_model(cell, folder=folder, device=team.place(device.kind))
+        place = team.place(device.kind)
+        base_model, _ = models.load_model(cell, folder=folder, device=place, classes=splits.classes)
         model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer, rows=splits.train)
         put_whole_weights(model, trained)
     training.uncompile(model)
@@ -190,9 +218,9 @@ def work(
         after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind)
         counts.tokens = after.tokens
         speed = partial(evaluate.generation_speed, tokenizer=tokenizer, rows=test, device=device)
-        if cell.eval.generate:
+        if cell.generates:
             meter.metrics["generate_tokens_per_second"] = speed(model, cell=cell)
-    if before is not None:  # random weights have no quality worth a number
+    if cell.model.weights != "random":  # those have no quality worth a number
         found["scores"] = evaluate.scores(after, before, test, cell)
         found["samples"] = evaluate.samples(after, before, test, cell)
         for score in found["scores"]:
@@ -211,7 +239,7 @@ def work(
     if cell.peft.target is not None:
         with meter.phase("merge"):
             merged, effective["merge"] = merging.merge(model, test[:8], cell, meter=meter, pad_id=pad_id)
-            if merged is not None and cell.eval.generate:
+            if merged is not None and cell.generates:
                 meter.metrics["merged_generate_tokens_per_second"] = speed(merged, cell=cell.without_adapter())
 
 
@@ -336,6 +364,7 @@ def write_rows(path: Path, after: Any, before: Any, rows: Any) -> None:
                 "nll": after.nll[index],
                 "base_nll": before.nll[index] if before else None,
                 "answer_tokens": after.answer_tokens[index],
+                **({} if after.rejected_nll is None else {"rejected_nll": after.rejected_nll[index]}),
                 "reference": row.reference,
                 "prediction": answers[index],
                 "base_prediction": base_answers[index],

@@ -53,7 +53,7 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     def in_this_process(order: dict[str, Any], folder: Path) -> None:
         from left_bench.pretrained.make import save_random
 
-        save_random(order["config"], folder, dtype=order["dtype"])
+        save_random(order["config"], folder, dtype=order["dtype"], task=order["task"])
 
     folder = tmp_path_factory.mktemp("cache")
     before = os.environ.get("LEFT_BENCH_CACHE")

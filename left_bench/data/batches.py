@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from left_bench.data.pictures import Picture
 from left_bench.data.tokens import Example
 
 if TYPE_CHECKING:
@@ -23,15 +24,16 @@ class Batch:
     """The rows of one pass: padded at the right to the longest, or packed end to end into one row.
 
     Token tensors have the shape (rows, longest) or (1, tokens); what is said of labels has one entry per answer token.
+    Where an encoder reads the prompt, `input_ids` are prompts, and labels are of `decoder_input_ids`.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     """The answer's tokens in their own places (not shifted); -100 on prompt and padding."""
     label_rows: torch.Tensor
-    """Row of `input_ids` whose logits predict the answer token."""
+    """Row of the logits that predict the answer token."""
     label_positions: torch.Tensor
-    """Position in that row whose logits predict it: the one before its own."""
+    """Position in that row whose logits predict it: the one before its own (a decoder's input is shifted: its own)."""
     targets: torch.Tensor
     """The answer token."""
     answer_lengths: list[int]
@@ -46,6 +48,15 @@ class Batch:
     """Non-padding tokens."""
     longest: int
     """Tokens of the longest example."""
+    decoder_input_ids: torch.Tensor | None = None
+    """For a decoder of its own: the start token and the answer but for its last token, shape (rows, longest answer)."""
+
+    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
+        """Of logits or hidden states [rows, positions, width] those that predict a label, [labels, width].
+
+        `after`: virtual positions that a method has put before the input.
+        """
+        return states[self.label_rows, self.label_positions + after]
 
     @property
     def answer_tokens(self) -> int:
@@ -55,7 +66,9 @@ class Batch:
     def inputs(self) -> dict[str, Any]:
         """The arguments of a model's forward pass, by the names that transformers gives them."""
         if self.boundaries is None:
-            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+            inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+            decoder = self.decoder_input_ids
+            return inputs if decoder is None else inputs | {"decoder_input_ids": decoder}
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -75,6 +88,36 @@ class Batch:
             if hasattr(value := getattr(self, field.name), "to")
         }
         return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True, eq=False)
+class PictureBatch:
+    """The pictures of one pass; each has one label."""
+
+    pixels: torch.Tensor
+    """float32 (pictures, channels, height, width)."""
+    targets: torch.Tensor
+    """The right class of each."""
+    tokens: int
+    """Patches."""
+
+    @property
+    def answer_lengths(self) -> list[int]:
+        return [1] * len(self.targets)
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.targets)
+
+    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
+        """Logits [pictures, classes] as they are: a picture is one row and one label."""
+        return states
+
+    def inputs(self) -> dict[str, Any]:
+        return {"pixel_values": self.pixels}
+
+    def to(self, device: torch.device | str) -> PictureBatch:
+        return PictureBatch(pixels=self.pixels.to(device), targets=self.targets.to(device), tokens=self.tokens)
 
 
 def step_rows(n_rows: int, *, rows_per_step: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -111,9 +154,14 @@ def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -
     """Prompt and answer of each row in one tensor: padded at the right with `pad_id`, or packed end to end.
 
     A token that opens a row is predicted by nothing, so an answer without a prompt loses its first token as a label.
+    Rows for an encoder and a decoder are padded each on its own.
     """
     import torch
 
+    if isinstance(examples[0], Picture):
+        return _collate_pictures(examples)
+    if examples[0].decoder_start is not None:
+        return _collate_for_decoder(examples, pad_id=pad_id)
     longest = max(example.length for example in examples)
     total = sum(example.length for example in examples)
     starts = list(itertools.accumulate((example.length for example in examples), initial=0))
@@ -146,4 +194,43 @@ def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -
         boundaries=torch.tensor(starts, dtype=torch.int32) if packed else None,
         tokens=total,
         longest=longest,
+    )
+
+
+def _collate_pictures(pictures: Any) -> Any:
+    import numpy as np
+    import torch
+
+    return PictureBatch(
+        pixels=torch.from_numpy(np.stack([one.pixels for one in pictures])),
+        targets=torch.tensor([one.label for one in pictures]),
+        tokens=sum(one.length for one in pictures),
+    )
+
+
+def _collate_for_decoder(examples: Sequence[Example], *, pad_id: int) -> Batch:
+    import torch
+
+    def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+    start = examples[0].decoder_start
+    assert start is not None
+    prompts, answers = [one.prompt_ids for one in examples], [one.answer_ids for one in examples]
+    input_ids, answer_lengths = padded(prompts, pad_id), [len(answer) for answer in answers]
+    return Batch(
+        input_ids=input_ids,
+        labels=padded(answers, IGNORED),
+        label_rows=torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(answer_lengths)),
+        label_positions=torch.cat([torch.arange(length) for length in answer_lengths]),
+        targets=torch.tensor(list(itertools.chain(*answers))),
+        answer_lengths=answer_lengths,
+        attention_mask=padded([[1] * len(prompt) for prompt in prompts], 0),
+        position_ids=None,
+        boundaries=None,
+        tokens=sum(one.length for one in examples),
+        longest=max(one.length for one in examples),
+        # padding in a causal decoder stands behind all that is labelled, where nothing attends to it
+        decoder_input_ids=padded([[start, *answer[:-1]] for answer in answers], pad_id),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import random
@@ -29,10 +30,14 @@ class Row:
     prompt: str
     """The user's turn, after `data.template`."""
     answer: str
+    rejected: str | None = None
+    """A worse answer to the same question, for preference tuning."""
 
 
 def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
     """Training rows and test rows, drawn from one distribution, with no question in both.
+
+    With `data.pairs` every row has a worse answer: that of `data.rejected_column`, else another row's of its split.
 
     A file (`data.path`, whatever the source) is read with the standard library alone. Rows with a blank prompt or
     answer are left out; a question that repeats stays on its side of the split. The test rows do not depend on
@@ -51,7 +56,10 @@ def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
     else:
         source = f"data.task={section.task}"
         rows = _generated_rows(section, source)
-    return _hold_out(section, rows, source)
+    train, test = _hold_out(section, rows, source)
+    if section.pairs and section.rejected_column is None:
+        train, test = _mismatched(train, source), _mismatched(test, source)
+    return train, test
 
 
 def with_content(section: Data) -> Data:
@@ -191,8 +199,6 @@ def check_generated(section: Data) -> None:
 
 
 def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
-    import dataclasses
-
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -235,9 +241,10 @@ def _rows(section: Data, records: Records, source: str) -> Iterator[Row]:
             literal + (texts[_column_of(section, field)] if field is not None else "") for literal, field in parts
         ).strip()
         answer = texts[section.answer_column].strip()
-        if prompt and answer:
+        rejected = texts[section.rejected_column].strip() if section.pairs and section.rejected_column else None
+        if prompt and answer and rejected not in ("", answer):
             kept += 1
-            yield Row(prompt=prompt, answer=answer)
+            yield Row(prompt=prompt, answer=answer, rejected=rejected)
     if not seen:
         raise UserError(f"{source}: is empty; it needs rows with a question and an answer")
     if not kept:
@@ -269,6 +276,8 @@ def _column_of(section: Data, field: str) -> str:
 def _columns(section: Data) -> list[tuple[str, str]]:
     """The key that asks for a column, and the column, for all that a row needs."""
     asked = [("data.answer_column", section.answer_column)]
+    if section.pairs and section.rejected_column is not None:
+        asked.append(("data.rejected_column", section.rejected_column))
     for _, field in _template_parts(section.template):
         if field is not None:
             key = "data.prompt_column" if field == "prompt" else "data.template"
@@ -301,6 +310,24 @@ def _text(value: Any, where: str) -> str:
 def _kind(value: Any) -> str:
     kinds = {list: "a list", dict: "an object", str: "a text", int: "a number", float: "a number", bool: "a boolean"}
     return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+
+
+# --- worse answers ---
+
+
+def _mismatched(rows: list[Row], source: str) -> list[Row]:
+    """Every row with the answer of the next row that has another."""
+    found = []
+    for i, row in enumerate(rows):
+        others = (rows[(i + ahead) % len(rows)].answer for ahead in range(1, len(rows)))
+        other = next((answer for answer in others if answer != row.answer), None)
+        if other is None:
+            raise UserError(
+                f"data.rejected_column=null: {source} has one and the same answer to all questions of a split, so none"
+                " can stand for a worse one; name the column with worse answers"
+            )
+        found.append(dataclasses.replace(row, rejected=other))
+    return found
 
 
 # --- the split ---

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from left_bench.cell import Data, fingerprint
 from left_bench.data.rows import Row, data_file, load_rows
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-_LAYOUT = 1  # raise it when the same rows would give other tokens or files: older folders are then not found
+_LAYOUT = 2  # raise it when the same rows would give other tokens or files: older folders are then not found
 _FACTS_NAME = "splits.json"
 # What a chat template may ask for. Reasoning models would spend the answer's tokens on thoughts, and the date (this
 # one is the Llama templates' own fallback) would make other tokens of the same row tomorrow.
@@ -40,6 +40,14 @@ class Example:
     """The user's text, uncut."""
     reference: str
     """The right answer, uncut."""
+    rejected_ids: list[int] | None = None
+    """A worse answer and the end token, for preference tuning."""
+    rejected: str | None = None
+    """The worse answer, uncut."""
+    reference_margin: float | None = None
+    """Log-probability of the right answer less that of the worse one under the reference model of DPO, nats."""
+    decoder_start: int | None = None
+    """The token a decoder begins its answer with, where an encoder reads the prompt; None: one model reads both."""
 
     @property
     def length(self) -> int:
@@ -49,14 +57,20 @@ class Example:
     @property
     def labels(self) -> int:
         """Tokens that carry loss: the answer's, but for a first one that nothing precedes."""
-        return len(self.answer_ids) - (not self.prompt_ids)
+        return len(self.answer_ids) - (not self.prompt_ids and self.decoder_start is None)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What makes it another row."""
+        return [self.prompt_ids, self.answer_ids, self.reference, self.rejected_ids]
 
 
 class Examples(Sequence[Example]):
     """Examples memory-mapped from disk: the rows of a large data set do not count as the run's memory."""
 
-    def __init__(self, dataset: datasets.Dataset) -> None:
+    def __init__(self, dataset: datasets.Dataset, *, decoder_start: int | None = None) -> None:
         self._dataset = dataset
+        self._decoder_start = decoder_start
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -68,31 +82,40 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return Example(**self._dataset[index])
+        return Example(**self._dataset[index], decoder_start=self._decoder_start)
 
     def __iter__(self) -> Iterator[Example]:
-        return (Example(**row) for row in self._dataset)
+        return (Example(**row, decoder_start=self._decoder_start) for row in self._dataset)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Tokenized training and test rows."""
+    """Training and test rows as a model reads them."""
 
-    train: Sequence[Example]
-    test: Sequence[Example]
+    train: Sequence[Any]
+    """Of `Example`, or of `Picture`."""
+    test: Sequence[Any]
     truncated_rows: int
     """Training rows cut to the maximum length."""
     fingerprint: str
     """Hash of the tokens and references themselves: equal where two cells saw the same rows, on any machine."""
+    classes: list[str] | None = None
+    """Names of the classes, where pictures are classified."""
 
 
-def load_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Splits:
+def load_data(
+    section: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    decoder_start: int | None = None,
+) -> Splits:
     """Tokenized rows, from the cache where an earlier cell has left them.
 
     The prompt is the tokenizer's chat template with `data.instruction` as system message (in front of the user's text
     where the template takes no system message), else plain lines with the start token the tokenizer itself would add.
-    A row longer than `max_length` tokens is cut by `fit`.
-
+    An encoder's prompt (`decoder_start` is given) is plain lines with all special tokens the tokenizer adds. A row
+    longer than `max_length` tokens is cut by `fit`.
     Raises:
         UserError: as `load_rows`; or a tokenizer without an end token; or a cache that cannot be written.
     """
@@ -101,12 +124,13 @@ def load_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, max_length: 
             f"model.name_or_path={tokenizer.name_or_path!r}: its tokenizer has no end token (eos_token), so no answer"
             " would ever end; choose a model whose tokenizer_config.json names one"
         )
-    folder = cache_dir() / "data" / _cache_key(section, tokenizer, max_length=max_length)
+    shape = _Shape(max_length=max_length, encoder=decoder_start is not None)
+    folder = cache_dir() / "data" / _cache_key(section, tokenizer, shape)
     for _ in range(3):  # another process may sweep a damaged folder away between our writing and our reading
-        splits = _read(folder)
+        splits = _read(folder, decoder_start=decoder_start)
         if splits is not None:
             return splits
-        _write(folder, *load_rows(section), section=section, tokenizer=tokenizer, max_length=max_length)
+        _write(folder, *load_rows(section), section=section, tokenizer=tokenizer, shape=shape)
     raise RuntimeError(f"tokenized rows in {folder} vanish as soon as they are written")
 
 
@@ -131,22 +155,50 @@ def fit(
 # --- rows to tokens ---
 
 
+class _Shape(NamedTuple):
+    """What else decides the tokens of a row."""
+
+    max_length: int
+    encoder: bool
+
+
 def _examples(
-    rows: list[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: list[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, shape: _Shape
 ) -> tuple[list[Example], int]:
     """Examples, and how many of them were cut."""
-    prompts = _prompt_ids([row.prompt for row in rows], instruction=instruction, tokenizer=tokenizer)
-    answers = tokenizer([row.answer for row in rows], add_special_tokens=False)["input_ids"]
+    prompts = _prompt_ids(
+        [row.prompt for row in rows], instruction=instruction, tokenizer=tokenizer, encoder=shape.encoder
+    )
+    answers = _answer_ids([row.answer for row in rows], tokenizer)
+    worse = _answer_ids([row.rejected or "" for row in rows], tokenizer)
     examples, cut = [], 0
-    for row, prompt_ids, answer_ids in zip(rows, prompts, answers, strict=True):
-        whole = [*answer_ids, tokenizer.eos_token_id]
-        cut += len(prompt_ids) + len(whole) > max_length
-        prompt_ids, whole = fit(prompt_ids, whole, max_length=max_length, bos_id=tokenizer.bos_token_id)
-        examples.append(Example(prompt_ids=prompt_ids, answer_ids=whole, prompt=row.prompt, reference=row.answer))
+    for row, prompt_ids, answer_ids, rejected_ids in zip(rows, prompts, answers, worse, strict=True):
+        longer = max(answer_ids, rejected_ids, key=len)  # both answers follow one and the same prompt
+        cut += len(prompt_ids) + len(longer) > shape.max_length
+        prompt_ids, longer = fit(prompt_ids, longer, max_length=shape.max_length, bos_id=tokenizer.bos_token_id)
+        examples.append(
+            Example(
+                prompt_ids=prompt_ids,
+                answer_ids=answer_ids[: len(longer)],
+                prompt=row.prompt,
+                reference=row.answer,
+                rejected_ids=None if row.rejected is None else rejected_ids[: len(longer)],
+                rejected=row.rejected,
+            )
+        )
     return examples, cut
 
 
-def _prompt_ids(prompts: list[str], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _answer_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
+
+
+def _prompt_ids(
+    prompts: list[str], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, encoder: bool
+) -> list[list[int]]:
+    if encoder:
+        head = f"{instruction}\n" if instruction else ""
+        return [list(ids) for ids in tokenizer([f"{head}{prompt}" for prompt in prompts])["input_ids"]]
     if getattr(tokenizer, "chat_template", None):
         texts = _chat_texts(prompts, instruction=instruction, tokenizer=tokenizer)
         start: list[int] = []  # the template writes its own start token
@@ -189,7 +241,7 @@ def _chat_texts(prompts: list[str], *, instruction: str | None, tokenizer: PreTr
 # --- the cache ---
 
 
-def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> str:
+def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape) -> str:
     """Everything that changes the tokens, and nothing that costs an import to know."""
     plain = section.model_dump(mode="json", exclude={"name", "metrics", "max_new_tokens", "content"})
     content: dict[str, str] = {}
@@ -208,7 +260,7 @@ def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, *, max_length:
             "data": plain,
             "content": content,
             "tokenizer": _tokenizer_identity(tokenizer),
-            "max_length": max_length,
+            "shape": shape._asdict(),
             "transformers": metadata.version("transformers"),
         }
     )
@@ -227,7 +279,7 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint([model, getattr(tokenizer, "chat_template", None), special, tokenizer.special_tokens_map])
 
 
-def _read(folder: Path) -> Splits | None:
+def _read(folder: Path, *, decoder_start: int | None) -> Splits | None:
     """The cached splits; None where there are none, or a damaged folder (which is removed)."""
     if not folder.is_dir():
         return None
@@ -236,8 +288,8 @@ def _read(folder: Path) -> Splits | None:
     try:
         facts = json.loads((folder / _FACTS_NAME).read_text(encoding="utf-8"))
         return Splits(
-            train=Examples(datasets.Dataset.load_from_disk(str(folder / "train"))),
-            test=Examples(datasets.Dataset.load_from_disk(str(folder / "test"))),
+            train=Examples(datasets.Dataset.load_from_disk(str(folder / "train")), decoder_start=decoder_start),
+            test=Examples(datasets.Dataset.load_from_disk(str(folder / "test")), decoder_start=decoder_start),
             truncated_rows=facts["truncated_rows"],
             fingerprint=facts["fingerprint"],
         )
@@ -253,14 +305,12 @@ def _write(
     *,
     section: Data,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    shape: _Shape,
 ) -> None:
     """Write the folder whole or not at all; where another process was first, its folder stays."""
     splits, cut = {}, {}
     for name, rows in (("train", train), ("test", test)):
-        splits[name], cut[name] = _examples(
-            rows, instruction=section.instruction, tokenizer=tokenizer, max_length=max_length
-        )
+        splits[name], cut[name] = _examples(rows, instruction=section.instruction, tokenizer=tokenizer, shape=shape)
     facts = {"truncated_rows": cut["train"], "fingerprint": _content_fingerprint(splits)}
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
@@ -286,8 +336,18 @@ def _dataset(examples: list[Example]) -> datasets.Dataset:
     from datasets import Dataset, Features, List, Value
 
     token_ids, text = List(Value("int32")), Value("string")
-    features = Features(prompt_ids=token_ids, answer_ids=token_ids, prompt=text, reference=text)
-    return Dataset.from_list([asdict(example) for example in examples], features=features)
+    features = Features(
+        prompt_ids=token_ids,
+        answer_ids=token_ids,
+        prompt=text,
+        reference=text,
+        rejected_ids=token_ids,
+        rejected=text,
+    )
+    stored = [asdict(example) for example in examples]
+    for row in stored:
+        del row["decoder_start"], row["reference_margin"]  # a model's, not the row's
+    return Dataset.from_list(stored, features=features)
 
 
 def _content_fingerprint(splits: dict[str, list[Example]]) -> str:
@@ -295,5 +355,8 @@ def _content_fingerprint(splits: dict[str, list[Example]]) -> str:
     for name, examples in splits.items():
         digest.update(name.encode())
         for example in examples:
-            digest.update(json.dumps([example.prompt_ids, example.answer_ids, example.reference]).encode())
+            parts = [example.prompt_ids, example.answer_ids, example.reference]
+            if example.rejected_ids is not None:
+                parts.append(example.rejected_ids)
+            digest.update(json.dumps(parts).encode())
     return digest.hexdigest()[:10]

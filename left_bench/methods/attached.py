@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from left_bench.errors import UserError
+from left_bench.task import classifier_of
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 
@@ -42,6 +43,8 @@ class Method:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.prepare(model, adapter_dtype=adapter_dtype)
+        if (head := classifier_of(model)) is not None:  # new, so every method trains it whole
+            model.get_submodule(head).requires_grad_(True)
         return Attached(model, self)
 
 

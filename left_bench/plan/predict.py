@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensorMode,
@@ -25,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from left_bench.adapter import attach_adapter, regularization, trainable_parameters
 from left_bench.cell import Cell
@@ -37,6 +38,7 @@ from left_bench.model import DTYPES, autocast
 from left_bench.plan.formats import stored_bytes_of
 from left_bench.pretrained import fetched, load_tokenizer, source, unloadable
 from left_bench.pretrained.make import byte_tokenizer
+from left_bench.task import TASKS
 from left_bench.train import make_optimizer, state_tensors
 
 _SHOWN_STEPS = 1000
@@ -81,7 +83,7 @@ def predict(cell: Cell) -> Plan:
     """
     plan = Plan(largest_pass(cell))
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
+        model: Any = getattr(transformers, TASKS[cell.model.task].auto_class).from_config(
             architecture(cell),
             dtype=DTYPES[cell.precision.weights_dtype],
             attn_implementation=cell.training.attention,
@@ -112,6 +114,9 @@ def predict(cell: Cell) -> Plan:
     plan.trainable_params = sum(parameter.numel() for parameter in trained)
     if cell.peft.target is not None:
         plan.parts["adapter"] = bytes_of(trained)
+    if cell.model.task != "causal_lm" or cell.training.objective != "sft":
+        plan.unknown.append("the step: only a decoder's supervised fine-tuning is followed")
+        return plan
     if cell.hardware.sharding is not None:
         plan.unknown.append(f"the step: hardware.sharding={cell.hardware.sharding} is not followed")
         return plan
@@ -285,7 +290,9 @@ def _batch(largest: Pass) -> Any:
         "attention_mask": torch.ones(shape, dtype=torch.long),
         "use_cache": False,
     }
-    return SimpleNamespace(inputs=lambda: inputs, label_rows=places, label_positions=places, targets=places)
+    return SimpleNamespace(
+        inputs=lambda: inputs, labelled=lambda states, after: states[places, places + after], targets=places
+    )
 
 
 def _hollow(model: torch.nn.Module) -> None:

@@ -37,7 +37,7 @@ def model_folder(model: Model, *, dtype: str = "bfloat16") -> str:
     if kind == "folder":
         return str(_local(model))
     if kind == "random":
-        order: dict[str, Any] = {"make": "random", "config": model.config, "dtype": dtype}
+        order: dict[str, Any] = {"make": "random", "config": model.config, "dtype": dtype, "task": model.task}
         return str(made_once(_made_name(model, dtype=dtype), lambda folder: in_fresh_process(order, folder)))
     assert model.wheel is not None
     wheel = model.wheel
@@ -48,7 +48,8 @@ def _made_name(model: Model, *, dtype: str) -> str:
     """The cache folder's name of a model that is made here."""
     if source(model) == "random":
         version = importlib.metadata.version("transformers")  # its initialisation may change
-        return f"random-{fingerprint([model.config, dtype, version, LAYOUT])}"
+        kind = [] if model.task == "causal_lm" else [model.task]
+        return f"random-{fingerprint([model.config, dtype, version, LAYOUT, *kind])}"
     wheel = model.wheel
     assert wheel is not None
     return f"{slugify(PurePosixPath(wheel['member']).stem)}-{fingerprint([wheel['sha256'], wheel['member'], LAYOUT])}"
@@ -130,7 +131,7 @@ def check_model(model: Model) -> None:
     if kind == "wheel":
         check_wheel(model)
     if kind == "folder":
-        check_folder(_local(model))
+        check_folder(_local(model), reads_text=model.task != "image_classification")
 
 
 def source(model: Model) -> Literal["random", "wheel", "folder", "hub"]:
@@ -187,6 +188,23 @@ def load_tokenizer(folder: str, model: Model) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_processor(folder: str, model: Model) -> Any:
+    """The image processor of a folder or hub id from `model_folder`, working with Pillow.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses, or there is no image processor.
+    """
+    from transformers import AutoImageProcessor
+
+    revision = model.revision if source(model) == "hub" else None
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, backend="pil", revision=revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise unloadable(model, error) from error
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:

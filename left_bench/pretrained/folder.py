@@ -13,8 +13,10 @@ _WITHOUT_DEFAULTS = ("TokenizersBackend", "PreTrainedTokenizerFast", "")
 """Tokenizer classes that bring no special tokens of their own: what the folder does not name is not there."""
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *, reads_text: bool = True) -> None:
     """Whether the folder holds what loading needs: configuration, safetensors, a tokenizer that goes with them.
+
+    A model that does not read text needs an image processor's settings instead.
 
     Raises:
         UserError: naming what is missing, and the mend.
@@ -42,6 +44,10 @@ def check_folder(folder: Path) -> None:
             missing = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - names
             if missing:
                 raise UserError(f"{key} lacks {min(missing)}, which its index names; finish the download")
+    if not reads_text:
+        if "preprocessor_config.json" not in names:
+            raise UserError(f"{key} has no image processor; save it there with image_processor.save_pretrained")
+        return
     if not any(name.startswith(("tokenizer", "vocab", "tekken")) or name.endswith(".model") for name in names):
         raise UserError(f"{key} has no tokenizer; save it there with tokenizer.save_pretrained")
     _check_tokenizer(folder, key)

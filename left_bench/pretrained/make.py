@@ -18,7 +18,7 @@ def _main() -> int:
     folder = Path(order["folder"])
     try:
         if order["make"] == "random":
-            save_random(order["config"], folder, dtype=order["dtype"])
+            save_random(order["config"], folder, dtype=order["dtype"], task=order["task"])
         else:
             save_dense(Path(order["gguf"]), folder)
     except UserError as error:
@@ -50,33 +50,59 @@ def architecture(config: dict[str, Any]) -> Any:
         raise UserError(f"model.config cannot be used ({' '.join(str(error).split())[:300]})") from error
 
 
-def save_random(config: dict[str, Any], folder: Path, *, dtype: str) -> None:
+def save_random(config: dict[str, Any], folder: Path, *, dtype: str, task: str = "causal_lm") -> None:
     """Save a model of this architecture with transformers' own initialisation from seed 0, and a byte-level tokenizer.
 
     Weights are born in `dtype`: seven billion parameters in bfloat16 never need more than their 14 GB.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    import transformers
+
+    from left_bench.task import TASKS
 
     settings = architecture(config)
+    if task == "image_classification":
+        _save_random_classifier(settings, folder, dtype=dtype)
+        return
     if settings.vocab_size < BYTE_VOCABULARY:
         raise UserError(
             f"model.config.vocab_size={settings.vocab_size}: random weights go with a byte-level tokenizer of "
             f"{BYTE_VOCABULARY} ids; make it at least that"
         )
     settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = 0, 1, None
+    start = {"decoder_start_token_id": 0} if task == "seq2seq_lm" else {}
+    settings.update(start)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
+            auto_class = getattr(transformers, TASKS[task].auto_class)
+            model = auto_class.from_config(settings, dtype=getattr(torch, dtype))
         except ValueError as error:
             first = str(error).splitlines()[0]
             raise UserError(
-                f"model.config.model_type={settings.model_type}: no causal language model ({first})"
+                f"model.config.model_type={settings.model_type}: no model for model.task={task} ({first})"
             ) from error
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=1)
+    model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=1, **start)
     model.save_pretrained(folder, max_shard_size="5GB")
     byte_tokenizer().save_pretrained(folder)
+
+
+def _save_random_classifier(settings: Any, folder: Path, *, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = AutoModelForImageClassification.from_config(settings, dtype=getattr(torch, dtype))
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise UserError(
+                f"model.config.model_type={settings.model_type}: no model for model.task=image_classification ({first})"
+            ) from error
+    model.save_pretrained(folder, max_shard_size="5GB")
+    size = {"height": settings.image_size, "width": settings.image_size}
+    ViTImageProcessorPil(size=size).save_pretrained(folder)
 
 
 def byte_tokenizer() -> Any:

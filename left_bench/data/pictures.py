@@ -1,0 +1,187 @@
+"""Pictures and their classes: read, split, and made into pixels as the model's own processor makes them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from left_bench.cell import Data
+from left_bench.data.tokens import Splits
+from left_bench.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as the model sees it."""
+
+    pixels: np.ndarray
+    """float32 (channels, height, width)."""
+    label: int
+    prompt: str
+    """Which picture it is."""
+    reference: str
+    """The right class, by name."""
+    patches: int
+    """What stands for tokens: the squares that the model cuts the picture into."""
+
+    @property
+    def length(self) -> int:
+        return self.patches
+
+    @property
+    def labels(self) -> int:
+        """One class carries loss."""
+        return 1
+
+    @property
+    def identity(self) -> list[Any]:
+        """What makes it another picture: its pixels and its class."""
+        return [hashlib.sha256(self.pixels.tobytes()).hexdigest(), self.reference]
+
+
+class Pictures(Sequence[Picture]):
+    """Pictures whose pixels are worked out when they are asked for: a large data set is never in memory whole."""
+
+    def __init__(self, source: Any, indices: Sequence[int], *, read: Callable[[Any, int], Picture]) -> None:
+        self._source, self._indices, self._read = source, indices, read
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Picture: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Picture]: ...
+    def __getitem__(self, index: int | slice) -> Picture | list[Picture]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._read(self._source[self._indices[index]], self._indices[index])
+
+    def __iter__(self) -> Iterator[Picture]:
+        return (self[i] for i in range(len(self)))
+
+
+def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
+    """Training and test pictures, shuffled by `data.seed`; the test pictures do not depend on `data.train_rows`.
+
+    Args:
+        processor: the model's image processor of `transformers`.
+        patches: of one picture.
+
+    Raises:
+        UserError: a source, column or count that cannot be used; the message names the key and the mend.
+    """
+    source, names = _source(section)
+    order = list(range(len(source)))
+    random.Random(section.seed).shuffle(order)
+    where = _name_of(section)
+    if len(order) < section.test_rows + 1:
+        raise UserError(
+            f"data.test_rows={section.test_rows}: {where} has {len(order)} pictures, and one must be left to train on; "
+            f"set data.test_rows={max(1, len(order) - 1)} or lower"
+        )
+    test, train = order[: section.test_rows], order[section.test_rows :]
+    if section.train_rows is not None and section.train_rows > len(train):
+        raise UserError(
+            f"data.train_rows={section.train_rows}: {where} leaves only {len(train)} training pictures beside "
+            f"{section.test_rows} test pictures; set data.train_rows={len(train)} or lower, or null for all"
+        )
+    train = train[: section.train_rows]
+    column, label_column = str(section.image_column), section.answer_column
+
+    def read(row: Any, index: int) -> Picture:
+        image: Image = row[column]
+        pixels = processor([image.convert("RGB")], return_tensors="np")["pixel_values"][0]
+        label = int(row[label_column])
+        return Picture(pixels=pixels, label=label, prompt=f"picture {index}", reference=names[label], patches=patches)
+
+    return Splits(
+        train=Pictures(source, train, read=read),
+        test=Pictures(source, test, read=read),
+        truncated_rows=0,
+        fingerprint=_fingerprint(source, [*train, *test], label_column, section),
+        classes=names,
+    )
+
+
+def _source(section: Data) -> tuple[Any, list[str]]:
+    """Rows with a picture and a class's number, and the classes' names."""
+    if section.source == "scikit_learn":
+        return _digits(section)
+    import datasets
+
+    where = _name_of(section)
+    if section.path is not None:
+        folder = Path(section.path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"data.path={section.path}: no such folder; give one with a folder of pictures for a class")
+        asked: dict[str, Any] = {"path": "imagefolder", "data_dir": str(folder)}
+        columns = {"image": section.image_column, "label": section.answer_column}
+    else:
+        asked, columns = {"path": section.hub_id}, {}
+    try:
+        found = datasets.load_dataset(**asked, **{"split": "train", **section.config})
+    except Exception as error:  # the hub's errors and the folder's share no base class
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"{where}: not loaded ({reason}); check it, or point data.path= at a folder of pictures"
+        ) from error
+    others = {old: new for old, new in columns.items() if old != new and old in found.column_names}
+    found = found.rename_columns(others)
+    for key, column in (("data.image_column", section.image_column), ("data.answer_column", section.answer_column)):
+        if column not in found.column_names:
+            hint = nearest(str(column), found.column_names)
+            raise UserError(
+                f"{key}={column!r}: {where} has no such column{hint}; it has {', '.join(found.column_names)}"
+            )
+    feature = found.features[section.answer_column]
+    if not isinstance(feature, datasets.ClassLabel):
+        raise UserError(
+            f"data.answer_column={section.answer_column!r}: {where} holds no classes there; name the column that does"
+        )
+    return found, list(feature.names)
+
+
+@functools.cache
+def _digit_images() -> Any:
+    from sklearn.datasets import load_digits
+
+    return load_digits()
+
+
+def _digits(section: Data) -> tuple[Any, list[str]]:
+    if section.task != "digits":
+        raise UserError(
+            f"data.task={section.task!r}: scikit-learn ships pictures of digits alone; set data.task=digits"
+        )
+    from PIL import Image
+
+    found = _digit_images()
+    pictures = [Image.fromarray((image * (255 / 16)).astype("uint8")) for image in found.images]
+    rows = [
+        {str(section.image_column): picture, section.answer_column: int(label)}
+        for picture, label in zip(pictures, found.target, strict=True)
+    ]
+    return rows, [str(name) for name in found.target_names]
+
+
+def _name_of(section: Data) -> str:
+    if section.source == "scikit_learn":
+        return f"data.task={section.task}"
+    return f"data.hub_id={section.hub_id}" if section.path is None else f"data.path={section.path}"
+
+
+def _fingerprint(source: Any, indices: Sequence[int], label_column: str, section: Data) -> str:
+    """Which pictures in which order, by their classes and their source's own fingerprint; no picture is decoded."""
+    labels = source[label_column] if hasattr(source, "features") else [row[label_column] for row in source]
+    parts = [getattr(source, "_fingerprint", section.task), [(index, int(labels[index])) for index in indices]]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]

@@ -1,0 +1,156 @@
+"""Preference tuning: the loss of DPO and its gradient, the reference, and what a cell of it measures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+import left_bench.loss
+from left_bench.data import collate, load_rows
+from left_bench.errors import UserError
+from left_bench.evaluate import Evaluation, scores
+from left_bench.loss import AnswerLoss
+from left_bench.objective import Preferences, with_reference, with_worse_answer
+from left_bench.rules import why_unsupported
+
+DPO = ("training=dpo", "data=chain_sum_pairs")
+
+
+@pytest.fixture(scope="module")
+def pairs(addition_rows):
+    """Every row with the next one's answer as the worse one, and some margin of a reference."""
+    following = [*addition_rows[1:], addition_rows[0]]
+    return [
+        dataclasses.replace(row, rejected_ids=other.answer_ids, rejected=other.reference, reference_margin=0.1 * i)
+        for i, (row, other) in enumerate(zip(addition_rows, following, strict=True))
+    ]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(left_bench.loss, "_CHUNK_LOGITS", 5 * 512)
+
+
+def plain_dpo(model, rows, *, beta):
+    """The paper's equation 7 from whole logits, summed over pairs."""
+
+    def log_probability(row):
+        batch = collate([row], pad_id=0)
+        logits = model(**batch.inputs()).logits[0, :-1].log_softmax(-1)
+        labels = batch.labels[0, 1:]
+        return sum(logits[i, label] for i, label in enumerate(labels.tolist()) if label != -100)
+
+    return sum(
+        -logsigmoid(beta * (log_probability(row) - log_probability(with_worse_answer(row)) - row.reference_margin))
+        for row in rows
+    )
+
+
+@pytest.mark.parametrize("head", ["labelled", "all"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_loss_and_gradients_are_the_papers(head, packed, tiny_cell, load_tiny, pairs, small_chunks):
+    from left_bench.packing import attending_in_segments
+
+    model, _ = load_tiny(tiny_cell())
+    model.eval()
+    theirs = plain_dpo(model, pairs, beta=0.3)
+    (0.5 * theirs).backward()
+    gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    objective = Preferences(loss=AnswerLoss(model, everywhere=head == "all"), beta=0.3, pad_id=0, packed=packed)
+    if packed:
+        with attending_in_segments(model, kernel=None):
+            ours = objective.summed(objective.batch(pairs), gain=0.5)
+            ours.backward()
+    else:
+        ours = objective.summed(objective.batch(pairs), gain=0.5)
+        ours.backward()
+    assert ours.item() == pytest.approx(0.5 * theirs.item(), rel=1e-5)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_that_is_its_own_reference_loses_ln_2(tiny_cell, load_tiny, pairs):
+    cell = tiny_cell(*DPO, "training.batch_size=3", "training.steps=2")
+    model, _ = load_tiny(cell)
+    loss = AnswerLoss(model)
+    rows = with_reference(pairs, cell, loss=loss, pad_id=0, packed=False, device="cpu")
+    objective = Preferences(loss=loss, beta=0.1, pad_id=0)
+    seen = [row for row in rows if row.reference_margin]
+    assert len(seen) == 6  # those of two steps of three
+    assert objective.summed(objective.batch(seen), gain=1 / 6).item() == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_preferring_the_right_answer_makes_it_likelier(tiny_cell, work_in_process, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(f'{{"prompt": "q{i}", "chosen": "yes", "rejected": "no"}}' for i in range(12)))
+    cell = tiny_cell(
+        *("training=dpo", "data=preferences", f"data.path={path}", "peft=full"),
+        *("training.steps=20", "training.sft_steps=3", "training.learning_rate=1e-2"),
+    )
+    found = work_in_process(cell)
+    metrics = found["metrics"]
+    assert metrics["first_train_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["train_loss"] < 0.3
+    assert metrics["train_steps"] == 20
+    assert [phase.name for phase in found["phases"]].count("sft") == 1
+    [sft] = [phase for phase in found["phases"] if phase.name == "sft"]
+    assert sft.steps == 3
+    # both answers of every pair are read
+    assert metrics["train_answer_tokens"] > 2 * 20 * cell.training.batch_size
+
+
+def test_the_steps_before_take_the_methods_own_rate(tiny_cell):
+    cell = tiny_cell(*DPO, "training.sft_steps=7")
+    first = cell.sft_before()
+    assert first.learning_rate == cell.peft.learning_rate
+    assert cell.learning_rate == pytest.approx(cell.peft.learning_rate * cell.training.learning_rate_scale)
+    assert (first.training.objective, first.training.steps) == ("sft", 7)
+
+
+def test_pairs_are_scored_by_which_answer_is_likelier(tiny_cell, pairs):
+    cell = tiny_cell(*DPO)
+    after = Evaluation(nll=[1.0, 2.0, 3.0, 1.0], rejected_nll=[2.0, 1.0, 5.0, 4.0], answer_tokens=[2, 2, 2, 2])
+    before = Evaluation(nll=[1.0] * 4, rejected_nll=[0.5] * 4, answer_tokens=[2] * 4)
+    found = {score.metric: score for score in scores(after, before, pairs[:4], cell)}
+    assert found["preference_accuracy"].value == 0.75
+    assert found["preference_accuracy"].base_value == 0
+    assert found["preference_margin_nats"].value == pytest.approx((1 - 1 + 2 + 3) / 4)
+    assert found["preference_margin_nats"].base_value == -0.5
+
+
+def test_another_rows_answer_stands_for_a_worse_one(tiny_cell):
+    data = tiny_cell("data=chain_sum_pairs", "data.train_rows=30").data
+    for split in load_rows(data):
+        assert all(row.rejected not in (None, row.answer) for row in split)
+        assert {row.rejected for row in split} <= {row.answer for row in split}
+
+
+def test_worse_answers_from_a_column(tiny_cell, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    lines = [f'{{"prompt": "q{i}", "chosen": "yes {i}", "rejected": "{"no" if i else "yes 0"}"}}' for i in range(6)]
+    path.write_text("\n".join(lines))
+    data = tiny_cell("data=preferences", f"data.path={path}", "data.train_rows=null", "data.test_rows=2").data
+    train, test = load_rows(data)
+    rows = [*train, *test]
+    assert len(rows) == 5  # a pair of equal answers is none
+    assert {row.rejected for row in rows} == {"no"}
+    with pytest.raises(UserError, match="rejected_column"):
+        load_rows(data.model_copy(update={"rejected_column": "worse"}))
+
+
+def test_one_answer_to_everything_has_no_worse_one(tiny_cell, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(f'{{"prompt": "q{i}", "answer": "yes"}}' for i in range(6)))
+    data = tiny_cell("data=jsonl", f"data.path={path}", "data.pairs=true", "data.train_rows=4", "data.test_rows=2").data
+    with pytest.raises(UserError, match="rejected_column=null"):
+        load_rows(data)
+
+
+def test_preferences_want_pairs(tiny_cell):
+    assert "data.pairs" in (why_unsupported(tiny_cell("training=dpo")) or "")
+    assert why_unsupported(tiny_cell(*DPO)) is None
