@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from left_bench.device import parse_bytes
 from left_bench.errors import UserError, nearest
@@ -137,6 +137,14 @@ class Training(_Section):
     """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints from which a killed cell goes on when it is run again; None: it starts anew."""
+
+    @model_validator(mode="after")
+    def _stages(self) -> Training:
+        if self.sft_steps and self.objective == "sft":
+            raise ValueError(
+                f"sft_steps={self.sft_steps} come before preference tuning; set objective=dpo, or leave them out"
+            )
+        return self
 
 
 def _known_metrics(names: list[str]) -> list[str]:

@@ -59,7 +59,10 @@ def load_model(
         if quantized is None:  # else it is in the folder's own configuration
             arguments["quantization_config"] = config
             if classes is not None:  # what is trained whole is left whole
-                for key in set(_LEFT_ALONE) & vars(config).keys():
+                named = set(_LEFT_ALONE) & vars(config).keys()
+                if not named:
+                    raise NotInForce(f"quantization={cell.quantization.name} would quantize the new output layer too")
+                for key in named:
                     setattr(config, key, list(_CLASSIFIERS))
     if cell.training.attention is not None:
         arguments["attn_implementation"] = cell.training.attention

@@ -12,6 +12,7 @@ from left_bench.paths import is_installed
 # Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
 _BITSANDBYTES = "transformers.BitsAndBytesConfig"
 _FOR_TEXT = ("PromptTuning", "PrefixTuning", "PromptEncoder", "Cartridge", "AdaptionPrompt", "TrainableTokens")
+BOTTLENECK_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "bert"}
 _FAMILIES_WITHOUT_BIAS = {"llama", "mistral", "t5"}
 _SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
 _ADAPTION_PROMPT_FAMILIES = {"llama", "mistral", "gpt2"}
@@ -32,7 +33,6 @@ EXTRAS = (
     ("transformers.TorchAoConfig", "torchao", "torchao"),
     ("left_bench.hqq.", "hqq", "hqq"),
     ("transformers.QuantoConfig", "optimum.quanto", "quanto"),
-    ("peft.AdamssConfig", "sklearn", "adamss"),
     ("galore_torch.", "galore_torch", "galore"),
     ("apollo_torch.", "apollo_torch", "apollo"),
 )
@@ -64,8 +64,8 @@ def _lora_with(cell: Cell, key: str, *values: object) -> bool:
     return _is(cell, "Lora") and (value in values if values else bool(value))
 
 
-def _keeps_output_layer_whole(cell: Cell) -> bool:
-    return cell.quantization.target in (None, _BITSANDBYTES, "left_bench.fivebit.FiveBitConfig")
+def _starts_from_text(cell: Cell) -> bool:
+    return _lora_with(cell, "init_lora_weights", "lora_ga", "corda") or "alora_invocation_tokens" in cell.peft.config
 
 
 def _sharded(cell: Cell) -> bool:
@@ -79,10 +79,6 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             f"needs the package {module.split('.')[0]}, which is not installed: pip install 'left-bench[{extra}]'",
         )
         for target, module, extra in EXTRAS
-    ),
-    (
-        lambda cell: cell.data.source == "scikit_learn" and not is_installed("sklearn"),
-        "needs the package scikit-learn, which is not installed: pip install 'left-bench[pictures]'",
     ),
     (
         lambda cell: cell.quantization.checkpoint_method is not None and cell.hardware.device != "cuda",
@@ -168,18 +164,10 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: (
-            cell.model.task != "causal_lm"
-            and (
-                _lora_with(cell, "init_lora_weights", "eva", "lora_ga", "corda")
-                or _is(cell, "CPT")
-                or "alora_invocation_tokens" in cell.peft.config
-            )
+            (cell.model.task != "causal_lm" and (_lora_with(cell, "init_lora_weights", "eva") or _is(cell, "CPT")))
+            or (cell.model.task == "image_classification" and _starts_from_text(cell))
         ),
         f"this method starts from training rows as a decoder alone reads them {_SEEN}",
-    ),
-    (
-        lambda cell: cell.model.task != "causal_lm" and _is(cell, "Cartridge"),
-        "a cartridge is the key-value cache of a text, and only a decoder alone has one of its prompt",
     ),
     (
         lambda cell: (cell.model.task == "image_classification") != (cell.data.image_column is not None),
@@ -198,20 +186,21 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         f"peft knows no usual modules of this method in a model of pictures; name peft.config.target_modules {_SEEN}",
     ),
     (
-        lambda cell: cell.model.task == "image_classification" and not _keeps_output_layer_whole(cell),
-        "this quantization cannot be told to leave the new output layer alone; bitsandbytes' and the 5-bit ones can",
+        lambda cell: (
+            cell.model.task == "image_classification" and cell.quantization.target == "left_bench.hqq.HqqConfig"
+        ),
+        "HQQ cannot be told to leave the new output layer alone; bitsandbytes' and the 5-bit quantizations can",
     ),
     (
         lambda cell: cell.training.objective == "dpo" and not cell.data.pairs,
         "training.objective=dpo needs rows with a better and a worse answer: data.pairs=true, as in data=preferences",
     ),
     (
-        lambda cell: cell.training.sft_steps > 0 and cell.training.objective == "sft",
-        "training.sft_steps come before preference tuning; training.objective=sft has training.steps alone",
-    ),
-    (
-        lambda cell: cell.training.sft_steps > 0 and (cell.hardware.processes > 1 or _is(cell, "AdaLora")),
-        "training.sft_steps before preference tuning are written for one process, and not for AdaLoRA's one schedule",
+        lambda cell: (
+            cell.peft.target == "left_bench.methods.BottleneckConfig"
+            and model_type(cell) not in BOTTLENECK_FAMILIES | {None}
+        ),
+        "bottleneck adapters know the sublayers of Llama, Mistral, Qwen, GPT-NeoX, OPT and BERT, and of no others",
     ),
     (
         lambda cell: cell.peft.target == "left_bench.methods.LayerFreezeConfig" and _quantized(cell),

@@ -40,7 +40,11 @@ def check_arguments(cell: Cell) -> None:
                 hint = nearest(name, known) or f"; it takes {', '.join(known)}"
                 raise UserError(f"{group}.config.{name}: {section.target} has no such argument{hint}")
             value, kind = section.config[name], _KINDS.get(known[name])
-            if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind)):
+            if (
+                kind is not None
+                and value is not None
+                and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind))
+            ):
                 raise UserError(f"{group}.config.{name}={value!r}: {section.target} takes {known[name]} here")
     rank = cell.peft.config.get("r", 1)
     if cell.peft.target in ("peft.LoraConfig", "peft.AdaLoraConfig") and isinstance(rank, int) and rank < 1:

@@ -44,6 +44,7 @@ def train(
     counts: PhaseCounts,
     compiling: Compiling | None = None,
     team: Team = ALONE,
+    earlier: bool = False,
 ) -> str:
     """Take `training.steps` optimizer steps; measurements go into `meter`.
 
@@ -53,6 +54,7 @@ def train(
     Args:
         objective: of `model`.
         compiling: of `compile_model`; what is compiled again in a step, for a shape not met before, is not the step's.
+        earlier: another training of the same model follows.
         team: the processes that train together; what is measured is the same on each of them, but for memory.
 
     Returns:
@@ -125,7 +127,8 @@ def train(
         scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
         scaler.update() if scaler.is_enabled() else None
         schedule.step()
-        after_optimizer_step(model, step - 1)
+        # AdaLoRA's rank budget is of the last training alone: step 0 leaves it as it is
+        after_optimizer_step(model, 0 if earlier else step - 1)
         optimizer.zero_grad(set_to_none=True)
 
         parts = team.gather(total.item(), norm.item())

@@ -170,7 +170,9 @@ def work(
             first = cell.sft_before()
             with meter.phase("sft") as counts, meter.apart("sft_step"):
                 objective = make_objective(first, loss, **common)
-                training.train(model, rows, first, objective=objective, meter=meter, counts=counts, team=team)
+                training.train(
+                    model, rows, first, objective=objective, meter=meter, counts=counts, team=team, earlier=True
+                )
         if cell.training.objective == "dpo":
             with meter.phase("reference"):
                 rows = with_reference(rows, cell, loss=loss, device=device.kind, **common)

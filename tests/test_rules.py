@@ -25,7 +25,8 @@ NEEDED = {
     "optimizer=apollo": "apollo_torch",
 }
 CHEAP = ["training.steps=2", "eval.generate=false", "eval.check_reload=false"]
-NEOX = ["model=tiny_neox"]
+NEOX, T5, VIT = ["model=tiny_neox"], ["model=tiny_t5"], ["model=tiny_vit"]
+SUM_PAIRS = ["data=chain_sum_pairs"]
 TWO = ["hardware.processes=2"]
 FSDP2 = [*TWO, "hardware.sharding=fsdp2"]
 
@@ -86,6 +87,18 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
         ["peft=layer_freeze", "peft.config.last_layers=1"],
     ),
     (["peft=bitfit"], "BitFit", ["peft=bitfit", *NEOX]),
+    (["peft=bitfit", *T5], "BitFit", ["peft=layer_freeze", "peft.config.last_layers=1", *T5]),
+    (["peft=pfeiffer", *T5], "bottleneck", ["peft=pfeiffer"]),
+    (["peft=eva", *T5], "training rows", ["peft=lora", *T5]),
+    (["peft=cpt", *T5], "training rows", ["peft=prompt_tuning", *T5]),
+    ([*VIT, "data=digits", "peft=corda"], "training rows", [*VIT, "data=digits", "peft=pissa"]),
+    (VIT, "pictures go with", [*VIT, "data=digits"]),
+    (["data=digits"], "pictures go with", []),
+    ([*VIT, "data=digits", "peft=prompt_tuning"], "virtual tokens", [*VIT, "data=digits", "peft=ln_tuning"]),
+    ([*VIT, "data=digits", "peft=prefix_tuning"], "virtual tokens", []),
+    ([*VIT, "data=digits", "peft=ia3"], "target_modules", [*VIT, "data=digits", "peft=bitfit"]),
+    ([*VIT, "data=digits", *HQQ], "output layer", [*VIT, "data=digits", *NF4]),
+    (["training=dpo", "training.sft_steps=1"], "data.pairs", ["training=dpo", "training.sft_steps=1", *SUM_PAIRS]),
     # forced in this process, which is one: neighbours that are several are in test_ranks.py
     (["hardware.processes=3"], "training.batch_size", ["training.batch_size=3"]),
     ([*TWO, "hardware=cuda", "hardware.device=mps"], "MPS is one", []),
@@ -110,7 +123,6 @@ WANTING = {
     "torchao": ["quantization=torchao_int8"],
     "hqq": HQQ,
     "optimum.quanto": ["quantization=quanto_int8"],
-    "sklearn": ["peft=adamss"],
     "galore_torch": ["peft=full", "optimizer=galore", "optimizer.matrices.rank=8"],
     "apollo_torch": ["peft=full", "optimizer=apollo", "optimizer.matrices.rank=8"],
 }

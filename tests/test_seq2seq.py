@@ -135,6 +135,6 @@ def test_a_decoder_is_no_encoder(tiny_cell):
             load_model(wrong, folder=folder, device="cpu")
 
 
-@pytest.mark.parametrize("method", ["eva", "llama_adapter", "bitfit", "cartridge"])
+@pytest.mark.parametrize("method", ["eva", "llama_adapter", "bitfit", "cpt", "pfeiffer"])
 def test_what_cannot_be_has_a_rule(method, tiny_cell):
     assert why_unsupported(tiny_cell("model=tiny_t5", f"peft={method}"))

@@ -16,8 +16,10 @@ QUALITY = (
     "f1",
     "rouge_l",
     "bleu",
+    "preference_accuracy",
     "eval_loss",
     "eval_perplexity",
+    "preference_margin_nats",
     "forgetting_nats",
     "quantization_error",
 )
@@ -36,7 +38,7 @@ SPEED = (
     "wall_seconds",
 )
 # Quality metrics that one score alone stands for, the most telling first.
-_HEADLINE = QUALITY[:6]
+_HEADLINE = QUALITY[: QUALITY.index("eval_loss") + 1]
 # Keys that change what a step costs, or what it learns from: they are named wherever the rows differ in them.
 _LAYOUT = (
     "training.batching",

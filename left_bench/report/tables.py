@@ -57,6 +57,8 @@ _HEADINGS = {
     "rouge_l": "ROUGE-L",
     "bleu": "BLEU",
     "f1": "F1",
+    "preference_accuracy": "prefers the right answer",
+    "preference_margin_nats": "preference margin (nats)",
     "forgetting_nats": "forgetting (nats)",
     "quantization_error": "quantization error",
     "peak_memory_bytes": "peak memory",
