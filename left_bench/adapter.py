@@ -212,8 +212,11 @@ def load_trained(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
         unexpected = set(weights) - set(model.state_dict())
         if unexpected and (folder / "config.json").is_file():
             # transformers saves some families under the names of their first checkpoints, and reads them back so (ViT)
-            weights = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
-            unexpected = set(weights) - set(model.state_dict())
+            load: Any = type(model).from_pretrained
+            saved, found = load(folder, dtype=model.dtype, output_loading_info=True)
+            if not any(found.values()):  # nothing missing, left over or of another shape
+                weights = saved.state_dict()
+                unexpected = set(weights) - set(model.state_dict())
         if unexpected:
             raise UserError(f"{path}: this base model has no '{min(unexpected)}'; load the model it was saved from")
         model.load_state_dict(weights, strict=False)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from left_bench.device import parse_bytes
 from left_bench.errors import UserError, nearest
@@ -113,7 +113,9 @@ class Training(_Section):
     beta: float = Field(default=0.1, gt=0)
     """DPO: how firmly the model is held to its reference, itself as preference tuning finds it."""
     sft_steps: int = Field(default=0, ge=0)
-    """DPO: steps of supervised fine-tuning on the right answers that come first, at the method's own learning rate."""
+    """DPO: steps of supervised fine-tuning on the right answers that come first."""
+    sft_learning_rate: float | None = Field(default=None, gt=0)
+    """Of these steps; None: the method's own (`peft.learning_rate`)."""
     learning_rate: float | None = Field(default=None, gt=0)
     """None: the method's own (`peft.learning_rate`), times `learning_rate_scale`."""
     learning_rate_scale: float = Field(default=1.0, gt=0)
@@ -137,14 +139,6 @@ class Training(_Section):
     """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints from which a killed cell goes on when it is run again; None: it starts anew."""
-
-    @model_validator(mode="after")
-    def _stages(self) -> Training:
-        if self.sft_steps and self.objective == "sft":
-            raise ValueError(
-                f"sft_steps={self.sft_steps} come before preference tuning; set objective=dpo, or leave them out"
-            )
-        return self
 
 
 def _known_metrics(names: list[str]) -> list[str]:
@@ -256,7 +250,7 @@ _TAKEN_OVER = (
 _NOT_IDENTITY = {
     "quantization": {"cache"},
     "peft": {"learning_rate"},
-    "training": {"checkpoint_every"},
+    "training": {"checkpoint_every", "learning_rate_scale"},
     "data": {"metrics", "max_new_tokens"},
     "hardware": {"timeout", "phase_timeout"},
 }
@@ -294,6 +288,10 @@ class Cell(BaseModel):
                 if isinstance(section := sections[group], Training):
                     value *= section.learning_rate_scale
                 sections[group] = sections[group].model_copy(update={key: value})
+        training, peft = sections["training"], sections["peft"]
+        assert isinstance(training, Training) and isinstance(peft, Peft)
+        if training.sft_steps and training.sft_learning_rate is None:
+            sections["training"] = training.model_copy(update={"sft_learning_rate": peft.learning_rate})
         try:
             return cls.model_validate({"choices": dict(choices), "seed": config.get("seed"), **sections})
         except ValidationError as error:
@@ -323,7 +321,7 @@ class Cell(BaseModel):
     def sft_before(self) -> Cell:
         """The supervised fine-tuning that comes before preference tuning, as a cell of its own."""
         settings: dict[str, Any] = {"objective": "sft", "steps": self.training.sft_steps, "sft_steps": 0}
-        settings |= {"learning_rate": self.peft.learning_rate, "checkpoint_every": None}
+        settings |= {"learning_rate": self.training.sft_learning_rate, "checkpoint_every": None}
         return self.model_copy(update={"training": self.training.model_copy(update=settings)})
 
     def sections(self) -> dict[str, Any]:

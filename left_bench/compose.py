@@ -110,6 +110,11 @@ def check_cell(cell: Cell) -> None:
     from left_bench.pretrained import check_model
 
     check_model(cell.model)
+    if cell.training.sft_steps and cell.training.objective == "sft":
+        raise UserError(
+            f"training.sft_steps={cell.training.sft_steps} come before preference tuning; set training.objective=dpo "
+            "(training=dpo), or leave them out"
+        )
     if cell.data.image_column is None and (cell.data.path is not None or cell.data.source == "jsonl"):
         load_rows(cell.data)
     elif cell.data.source == "reasoning_gym" and not _as_shipped(cell):

@@ -197,7 +197,8 @@ class _Chunked(torch.autograd.Function):
                 states = part.detach().requires_grad_(wants_states)
                 logits = loss.logits(states)
             log_probability = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            total -= weight @ log_probability.gather(1, wanted[:, None])[:, 0]
+            # no product of vectors: autocast would round it
+            total -= (weight * log_probability.gather(1, wanted[:, None])[:, 0]).sum()
             if not wants_states and not parameters:
                 continue
             # d loss / d logits = probabilities - one at the target

@@ -28,6 +28,7 @@ PLAIN: dict[str, Any] = {
 OTHER: dict[str, dict[str, Any]] = {
     "model": {
         "name_or_path": "other",
+        "task": "seq2seq_lm",
         "revision": "main",
         "weights": "pretrained",
         "trust_remote_code": True,
@@ -70,6 +71,10 @@ OTHER: dict[str, dict[str, Any]] = {
         "neftune_alpha": 4.0,
         "measure_after": 4,
         "output_head": "all",
+        "objective": "dpo",
+        "beta": 0.3,
+        "sft_steps": 5,
+        "sft_learning_rate": 3e-4,
     },
     "data": {
         "source": "hub",
@@ -78,6 +83,9 @@ OTHER: dict[str, dict[str, Any]] = {
         "path": "rows.jsonl",
         "content": "0" * 64,
         "hub_id": "a/b",
+        "image_column": "image",
+        "pairs": True,
+        "rejected_column": "worse",
         "prompt_column": "question",
         "answer_column": "label",
         "template": "Q: {prompt}",
@@ -108,7 +116,7 @@ OTHER: dict[str, dict[str, Any]] = {
 NO_RESULT = {
     "quantization": {"cache"},
     "peft": {"learning_rate"},
-    "training": {"checkpoint_every"},
+    "training": {"checkpoint_every", "learning_rate_scale"},
     "data": {"metrics", "max_new_tokens"},
     "hardware": {"timeout", "phase_timeout"},
 }
@@ -186,6 +194,10 @@ def test_null_means_the_methods_and_the_datas_own():
     assert build(data__metrics=["f1"]).id == build(eval__metrics=["f1"]).id != build().id
     assert build(data__max_new_tokens=9).id == build(eval__max_new_tokens=9).id != build().id
     assert build(peft__learning_rate=5e-3).learning_rate == 5e-3
+    assert build(training__learning_rate_scale=0.1).id == build(training__learning_rate=build().learning_rate * 0.1).id
+    # the steps before preference tuning have a rate too
+    first = {"training__sft_steps": 5, "training__learning_rate": 1e-3}
+    assert build(**first, peft__learning_rate=5e-3).id != build(**first).id
 
 
 def test_a_default_written_out_is_the_same_cell():

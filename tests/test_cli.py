@@ -216,7 +216,7 @@ def test_launch_name():
     ["peft=lora", "peft='lora'", "peft=lora,ia3", "peft=choice(lora,ia3)", "peft=glob(*)", "~tracker", "--x=y"],
 )
 def test_choices_that_pass(argument):
-    check_choices([argument])
+    check_choices(["-m", argument])
 
 
 def test_choices_name_a_folders_own_options(tmp_path):

@@ -82,7 +82,10 @@ def byte_tokenizer(*, chat_template: str | None = None, adds_bos: bool = True, e
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_every_option_is_a_valid_section(path: Path) -> None:
     text = path.read_text()
-    data = Data.model_validate(yaml.safe_load(text))
+    plain = yaml.safe_load(text)
+    for base in plain.pop("defaults", []):
+        plain = yaml.safe_load((path.parent / f"{base}.yaml").read_text()) | plain
+    data = Data.model_validate(plain)
     assert data.name == path.stem
     assert set(data.metrics) <= METRICS.keys()
     assert text.startswith("# ") and not text.splitlines()[1].startswith("#")

@@ -43,6 +43,11 @@ PARAMETERS = {
     "llama3_2_3b": 3_212_749_824,
     "llama2_7b": 6_738_415_616,
     "mistral_7b": 7_248_023_552,
+    "flan_t5_small": 76_961_152,
+    "flan_t5_base": 247_577_856,
+    "vit_base": 85_798_656,
+    "tiny_t5": 230_400,
+    "tiny_vit": 71_360,
     "tiny_llama": 139_584,
     "tiny_neox": 165_632,
     "tiny_opt": 165_760,
@@ -74,17 +79,24 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
 def test_option_is_a_model_of_the_published_size(path):
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from left_bench.pretrained.make import architecture
+    from left_bench.task import TASKS
 
     text = path.read_text()
     model = option(path.stem)
     check_model(model)
     assert model.name == path.stem
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(architecture(model.config), dtype=torch.bfloat16)
-    assert built.num_parameters() == PARAMETERS[path.stem]
+        auto_class = getattr(transformers, TASKS[model.task].auto_class)
+        built = auto_class.from_config(architecture(model.config), dtype=torch.bfloat16)
+    published = built.num_parameters()
+    if path.stem.startswith("flan_"):  # its checkpoint has a head of its own
+        published += built.lm_head.weight.numel()
+    if model.task == "image_classification":  # the output layer is the data's
+        published -= sum(parameter.numel() for parameter in built.classifier.parameters())
+    assert published == PARAMETERS[path.stem]
     first = text.splitlines()[0]
     assert first.startswith("# ") and f"{PARAMETERS[path.stem]:,} parameters" in first
 

@@ -174,11 +174,12 @@ def test_nobody_waits_for_a_parameter_without_a_gradient(unlike, tiny_cell, work
 def test_some_get_no_gradient(tiny_cell, load_tiny, addition_rows):
     from left_bench.adapter import attach_adapter, trainable_parameters
     from left_bench.loss import AnswerLoss
+    from left_bench.objective import RightAnswers
 
     cell = tiny_cell("peft=lora")
     model, tokenizer = load_tiny(cell)
     model = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
-    arguments = {"loss": AnswerLoss(model), "device": "cpu", "pad_id": 0, "packed": False}
+    arguments = {"objective": RightAnswers(loss=AnswerLoss(model), pad_id=0), "device": "cpu"}
     assert not some_get_no_gradient(model, addition_rows, cell, **arguments)
     model.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
     assert some_get_no_gradient(model, addition_rows, cell, **arguments)

@@ -129,6 +129,8 @@ def test_no_shipped_model_trusts_remote_code():
 
 def test_a_hub_models_pickle_is_not_loaded(tiny_cell, monkeypatch):
     """A hub repository without safetensors is refused by transformers itself, which is told to take nothing else."""
+    import transformers
+
     from left_bench import model as models
 
     told = {}
@@ -137,7 +139,7 @@ def test_a_hub_models_pickle_is_not_loaded(tiny_cell, monkeypatch):
         told.update(arguments)
         raise OSError("no file named model.safetensors")
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(UserError, match=r"no file named model\.safetensors"):
         models.load_model(tiny_cell(), folder="some/body", device="cpu")
     assert (told["use_safetensors"], told["trust_remote_code"]) == (True, False)

@@ -19,6 +19,7 @@ from left_bench.events import EventReader, EventWriter
 from left_bench.loss import AnswerLoss
 from left_bench.measure import Meter, PhaseCounts
 from left_bench.model import autocast
+from left_bench.objective import RightAnswers
 from left_bench.paths import config_root
 from left_bench.rules import why_unsupported
 from left_bench.train import (
@@ -55,7 +56,8 @@ def run(load_tiny, addition_rows, tmp_path):
         counts = PhaseCounts()
         with autocast(cell, device="cpu"):
             loss = AnswerLoss(adapted)
-        train(adapted, rows or addition_rows, cell, loss=loss, meter=meter, counts=counts, pad_id=0)
+        objective = RightAnswers(loss=loss, pad_id=0)
+        train(adapted, rows or addition_rows, cell, objective=objective, meter=meter, counts=counts)
         assert counts.steps == cell.training.steps == len(meter.steps)
         assert counts.tokens == sum(step.tokens for step in meter.steps)
         return (
@@ -86,7 +88,8 @@ def gradients(cell: Any, load_tiny: Any, addition_rows: Any, monkeypatch: Any, t
 
     monkeypatch.setattr("left_bench.train.make_optimizer", lambda *a, **k: Keep(trainable_parameters(model), lr=0.1))
     meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
-    train(model, addition_rows, cell, loss=AnswerLoss(model), meter=meter, counts=PhaseCounts(), pad_id=0)
+    objective = RightAnswers(loss=AnswerLoss(model), pad_id=0)
+    train(model, addition_rows, cell, objective=objective, meter=meter, counts=PhaseCounts())
     return kept
 
 
@@ -137,7 +140,7 @@ def test_eva_has_answer_tokens_enough_in_every_batch_or_says_so(tiny_cell, load_
     model, tokenizer = load_tiny(cell)
     attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
     hungry = tiny_cell("peft=eva", "training.batch_size=1", "peft.config.r=32")
-    with pytest.raises(UserError, match=r"peft\.config\.r=32: .* lower the rank"):
+    with pytest.raises(UserError, match=r"peft\.config\.r: .* 32 directions .* lower the rank"):
         attach_adapter(load_tiny(hungry)[0], hungry, tokenizer=tokenizer, rows=addition_rows)
 
 

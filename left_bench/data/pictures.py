@@ -120,6 +120,8 @@ def _source(section: Data) -> tuple[Any, list[str]]:
     import datasets
 
     where = _name_of(section)
+    if section.path is None and section.source == "folder":
+        raise UserError("data.path is missing; set data.path=DIR to a folder with a folder of pictures for every class")
     if section.path is not None:
         folder = Path(section.path).expanduser()
         if not folder.is_dir():
