@@ -17,8 +17,8 @@ from left_bench.cell import Cell
 from left_bench.errors import UserError, nearest
 
 _CLASS = re.compile(r"^class (\w+)\b", re.MULTILINE)
-_TOO_LARGE = ("transformers", "torchao")
-"""Packages of thousands of files, whose configurations take any keyword besides."""
+_TOO_LARGE = ("torchao",)
+"""Packages of many files, whose configurations take any keyword besides."""
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 """Annotations plain enough to hold a value against."""
 _WITHOUT_FIELDS = ("object", "PushToHubMixin", "ABC", "Generic", "Protocol")
@@ -55,12 +55,30 @@ def check_arguments(cell: Cell) -> None:
 def arguments_of(target: str) -> dict[str, str] | None:
     """The arguments of the class that a dotted name means, with their annotations; None where the source is silent."""
     parts = target.split(".")
+    if (
+        parts[0] == "transformers"
+    ):  # its quantizations take any keyword, and leave out without a word what they know not
+        return _named_in(_folder_of("transformers"), parts[-1])
     if parts[0] in _TOO_LARGE:
         return None
     folder = _folder_of(parts[0])
     while folder is not None and len(parts) > 2 and (folder / parts[1]).is_dir():
         folder, parts = folder / parts[1], parts[1:]
     return None if folder is None else _arguments(folder, parts[-1])
+
+
+def _named_in(transformers: Path | None, name: str) -> dict[str, str] | None:
+    path = transformers and transformers / "utils" / "quantization_config.py"
+    if path is None or not path.is_file():
+        return None
+    for one in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(one, ast.ClassDef) and one.name == name:
+            for made in one.body:
+                if isinstance(made, ast.FunctionDef) and made.name == "__init__":
+                    arguments = made.args
+                    named = [kind for kind in [*arguments.args, *arguments.kwonlyargs] if kind.arg != "self"]
+                    return {kind.arg: ast.unparse(kind.annotation) if kind.annotation else "" for kind in named}
+    return None
 
 
 def _arguments(folder: Path, name: str) -> dict[str, str] | None:

@@ -68,6 +68,11 @@ def refused(left_bench, tmp_path, monkeypatch):
         ([f"data.path={LONG}", "data=jsonl"], ["data.path='xxx", "File name too long", "check the path"]),
         ([f"runs_dir={LONG}"], ["runs_dir='xxx", "File name too long", "give another"]),
         (["peft._target_=os.system"], ["peft._target_='os.system'", "only classes of left_bench"]),
+        (
+            ["quantization=nf4", "quantization.config.bnb_4bit_quant=nf4"],
+            ["quantization.config.bnb_4bit_quant", "did you mean 'bnb_4bit_quant_type'?"],
+        ),
+        (["training.sft_steps=3"], ["training.sft_steps=3", "training.objective=dpo"]),
         (["peft="], ["unknown peft ''", "there are "]),
         (["model=../../etc/passwd"], ["unknown model '../../etc/passwd'"]),
         (["~peft"], ["~peft: a cell needs every group", "peft=NAME"]),

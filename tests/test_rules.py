@@ -116,7 +116,7 @@ SHARDED: list[tuple[list[str], str, str]] = [
     (["peft=full", "optimizer=apollo", "optimizer.matrices.rank=8"], "whole gradients", "seed"),
     (["optimizer=adamw_8bit"], "sharded weights", "sharding strategy"),
     # hangs; and under loss scaling a rank would skip the steps that overflow in its own shard alone
-    (["training.compile=true", "hardware.timeout=20"], "loss scaling and compiled", "in phase compile"),
+    (["training.compile=true", "hardware.timeout=12"], "loss scaling and compiled", "in phase compile"),
 ]
 # an option that a package must be installed for, by the package's module
 WANTING = {
