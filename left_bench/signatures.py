@@ -19,8 +19,8 @@ from left_bench.errors import UserError, nearest
 _CLASS = re.compile(r"^class (\w+)\b", re.MULTILINE)
 _TOO_LARGE = ("torchao",)
 """Packages of many files, whose configurations take any keyword besides."""
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-"""Annotations plain enough to hold a value against."""
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int, float), "float": (int, float), "bool": (bool,), "str": (str,)}
+"""Annotations plain enough to hold a value against; some that say `int` mean any number (DeLoRA's lambda)."""
 _WITHOUT_FIELDS = ("object", "PushToHubMixin", "ABC", "Generic", "Protocol")
 
 

@@ -232,7 +232,8 @@ def work(
 
     write_rows(run_dir / ROWS_NAME, after, before, test)
 
-    with meter.phase("save"):
+    # p-tuning saves what its encoder makes of the virtual tokens: by the same arithmetic as evaluated, or it is another
+    with meter.phase("save"), models.autocast(cell, device=device.kind):
         meter.metrics["adapter_file_bytes"] = adapter.save_trained(model, run_dir / ADAPTER_NAME)
     if reloads is not None:
         with meter.phase("reload"):

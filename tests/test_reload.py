@@ -11,7 +11,7 @@ from left_bench import reload
 from left_bench.worker import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 
 
-@pytest.fixture(scope="module", params=["lora", "dora"])
+@pytest.fixture(scope="module", params=["lora", "dora", "p_tuning"])
 def done(request, tiny_cell, work_in_process):
     """The folder of a run whose adapter does something, in bfloat16 with the adapter's own weights in float32."""
     cell = tiny_cell(f"peft={request.param}", "training.steps=5", "eval.generate=false", "precision=bf16")
