@@ -138,7 +138,9 @@ def test_arguments_read_from_source_are_the_classes_own(path):
         found = locate(target, key="x")
     except UserError:
         pytest.skip("not installed")
-    assert set(read) == set(inspect.signature(found).parameters)
+    parameters = inspect.signature(found).parameters.values()
+    # what transformers' quantizations take as `**kwargs` they leave out without a word
+    assert set(read) == {one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
 
 
 def test_most_classes_are_read():
@@ -148,7 +150,8 @@ def test_most_classes_are_read():
     assert len(arguments_of("peft.LoraConfig") or ()) > 20
     assert "betas" in (arguments_of("torch.optim.AdamW") or ())
     assert "reduction_factor" in (arguments_of("left_bench.methods.BottleneckConfig") or ())
-    assert arguments_of("transformers.BitsAndBytesConfig") is None
+    assert "load_in_4bit" in (arguments_of("transformers.BitsAndBytesConfig") or ())
+    assert arguments_of("transformers.Adafactor") is None
     assert arguments_of("no_such_package.Config") is None
 
 
