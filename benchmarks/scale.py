@@ -42,7 +42,8 @@ def overrides(cells: int, folder: Path) -> list[str]:
 
 def run(cells: int, folder: Path) -> dict[str, Any]:
     """One size, in this process."""
-    import left_bench.launch as launch
+    from left_bench import launch
+    from left_bench import run as one_cell
     from left_bench.cli import main
     from left_bench.record import Record
     from left_bench.report import main as report
@@ -88,9 +89,9 @@ def run(cells: int, folder: Path) -> dict[str, Any]:
             marks["launched"] = done("launch", marks["composed"])
             super().on_multirun_end(config, **named)
 
-    launch.run_isolated = stand_in
+    one_cell.run_isolated = stand_in
     launch.Launch = Watched  # type: ignore[misc]
-    launch._fetch_model = lambda cell: None
+    one_cell._fetch_model = lambda cell: None
     arguments = overrides(cells, folder)
     with _quiet(folder / "out.log"):
         marks |= {"start": time.perf_counter(), "cpu": time.process_time()}

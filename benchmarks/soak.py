@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from left_bench import interrupt, launch
+from left_bench import interrupt, launch, run
 from left_bench import record as records
 from left_bench.cell import GROUPS, Cell
 from left_bench.isolate import run_isolated
@@ -191,8 +191,8 @@ def start_launch(cells: list[Cell], runs: Path, *, broken: str | None = None) ->
             break_promise(broken)
         # with claims broken, long enough to meet another launch's run of the same cell
         command = [sys.executable, "-I", "-S", "-c", WORKER, str(STEP_SECONDS * (5 if broken == "claims" else 1))]
-        launch.run_isolated = partial(run_isolated, command=command)
-        launch._fetch_model = lambda cell: None
+        run.run_isolated = partial(run_isolated, command=command)
+        run._fetch_model = lambda cell: None
         settings = launch.Settings(
             runs_dir=runs,
             reports_dir=runs,
@@ -203,9 +203,9 @@ def start_launch(cells: list[Cell], runs: Path, *, broken: str | None = None) ->
         with interrupt.noted():
             launch.begin([cell.id for cell in cells], settings, later=[])
             later = [
-                partial(launch.run_cell, cell, settings, overrides=[])
+                partial(run.run_cell, cell, settings, overrides=[])
                 for cell in cells
-                if launch.run_cell(cell, settings, overrides=[]) is None
+                if run.run_cell(cell, settings, overrides=[]) is None
             ]
             launch.until_done(later)
         code = 0
@@ -234,7 +234,7 @@ def break_promise(which: str) -> None:
 
     records_write = records.write_atomically
     if which == "claims":
-        launch.claim = claimed_by_all
+        run.claim = claimed_by_all
     else:
         records.write_atomically = write_piecemeal if which == "writes" else write_some
 

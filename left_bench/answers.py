@@ -39,3 +39,9 @@ SCORES_OF_A_ROW: dict[str, Callable[[str, str], float]] = {
     "f1": token_f1,
 }
 """Metric -> score of (prediction, reference), the metric being the mean over rows. BLEU counts over a whole corpus."""
+
+SCORES_OF_A_PAIR: dict[str, Callable[[float], float]] = {
+    "preference_accuracy": lambda margin: float(margin > 0),
+    "preference_margin_nats": float,
+}
+"""Metric -> score of the worse answer's loss less the right one's, nats, the metric being the mean over rows."""

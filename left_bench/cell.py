@@ -19,6 +19,11 @@ GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training",
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+_MOST = 10**9
+"""Of anything that is counted: a slip of the finger beyond it would run, or fill the memory, for ever."""
+_MOST_PROCESSES = 4096
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
@@ -96,11 +101,11 @@ class Optimizer(_Section):
 
 class Training(_Section):
     name: str
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=_MOST)
     """Optimizer steps."""
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=_MOST)
     """Rows of one forward and backward pass, over all processes."""
-    gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1, le=_MOST)
     """Passes summed into one optimizer step; rows per step = batch_size x gradient_accumulation."""
     batching: Literal["padded", "grouped", "packed"] = "padded"
     """Batch layout. `grouped` sorts the rows of a step by length before they are cut into passes; `packed` puts the
@@ -112,7 +117,7 @@ class Training(_Section):
     preference optimization, Rafailov et al. 2023)."""
     beta: float = Field(default=0.1, gt=0)
     """DPO: how firmly the model is held to its reference, itself as preference tuning finds it."""
-    sft_steps: int = Field(default=0, ge=0)
+    sft_steps: int = Field(default=0, ge=0, le=_MOST)
     """DPO: steps of supervised fine-tuning on the right answers that come first."""
     sft_learning_rate: float | None = Field(default=None, gt=0)
     """Of these steps; None: the method's own (`peft.learning_rate`)."""
@@ -125,7 +130,7 @@ class Training(_Section):
     """Share of the steps over which the learning rate rises from zero."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the gradient's global 2-norm to this; None: no clipping."""
-    max_length: int = Field(default=512, ge=8)
+    max_length: int = Field(default=512, ge=8, le=_MOST)
     """Tokens of prompt and answer together; longer rows are cut and counted."""
     activation_checkpointing: bool = False
     """Keep a layer's input alone and compute its activations again in the backward pass."""
@@ -135,9 +140,9 @@ class Training(_Section):
     """torch.compile with dynamic shapes; the compiling is a phase of its own, outside the throughput."""
     neftune_alpha: float | None = Field(default=None, gt=0)
     """NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings while training (Jain et al. 2023)."""
-    measure_after: int = Field(default=3, ge=0)
+    measure_after: int = Field(default=3, ge=0, le=_MOST)
     """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
-    checkpoint_every: int | None = Field(default=None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1, le=_MOST)
     """Steps between checkpoints from which a killed cell goes on when it is run again; None: it starts anew."""
 
 
@@ -175,14 +180,14 @@ class Data(_Section):
     """Text of the user's turn, with the row's columns in braces."""
     instruction: str | None = None
     """System message, the same for every row."""
-    train_rows: int | None = Field(default=None, ge=1)
+    train_rows: int | None = Field(default=None, ge=1, le=_MOST)
     """None: all that is left after the test rows."""
-    test_rows: int = Field(default=128, ge=1)
+    test_rows: int = Field(default=128, ge=1, le=_MOST)
     metrics: AnswerMetrics = Field(default_factory=lambda: ["exact_match"])
     """What fits this data's answers, where `eval.metrics` is null."""
-    max_new_tokens: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1, le=_MOST)
     """Tokens an answer may need, where `eval.max_new_tokens` is null."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Which rows are drawn and which are held out; the cell's seed changes only their order."""
 
 
@@ -192,12 +197,12 @@ class Eval(_Section):
     """Names of METRICS scored on generated answers: exact_match, rouge_l, bleu, f1. None: the data's own."""
     generate: bool = True
     """False: held-out loss alone, nothing is generated."""
-    rows: int | None = Field(default=None, ge=1)
+    rows: int | None = Field(default=None, ge=1, le=_MOST)
     """Score the first rows of the test set; None: all."""
-    batch_size: int = Field(default=32, ge=1)
-    max_new_tokens: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=_MOST)
+    max_new_tokens: int | None = Field(default=None, ge=1, le=_MOST)
     """Longest generated answer; None: the data's own."""
-    samples: int = Field(default=4, ge=0)
+    samples: int = Field(default=4, ge=0, le=_MOST)
     """Generated answers kept in the record."""
     forgetting: bool = True
     """Measure the rise in loss on general text."""
@@ -208,9 +213,9 @@ class Eval(_Section):
 class Hardware(_Section):
     name: str
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
     """CPU threads of the worker; None: all cores it may use. Several processes divide them."""
-    processes: int = Field(default=1, ge=1)
+    processes: int = Field(default=1, ge=1, le=_MOST_PROCESSES)
     """Processes that train the cell together, each with its part of every pass's rows (DDP unless `sharding`)."""
     sharding: Literal["fsdp2", "deepspeed"] | None = None
     """How weights, gradients and optimizer are sharded over the processes; None: each holds them whole."""

@@ -55,14 +55,37 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in commands:
             hint = nearest(argv[0], commands) or f"; commands are {', '.join(commands)}"
             raise UserError(f"unknown command '{argv[0]}'{hint} (overrides are written key=value)")
-        return commands[argv[0]](argv[1:])
+        with _files_named(argv[0]):
+            return commands[argv[0]](argv[1:])
     except UserError as error:
         print(f"left-bench: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `left-bench list | head`: whoever read is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter says so at its end
+        return 128 + 13  # as by SIGPIPE
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT  # a Ctrl-C comes without
         print("\nleft-bench: interrupted; finished cells are kept, the same command goes on", file=sys.stderr)
         return 128 + int(number)
+
+
+@contextlib.contextmanager
+def _files_named(command: str) -> Iterator[None]:
+    """A file that cannot be read or written becomes one sentence.
+
+    Raises:
+        UserError: naming it.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(
+            f"{command}: {error.filename}: {error.strerror}; give another path, or mend this one"
+        ) from error
 
 
 def help_text() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -13,16 +14,19 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
+from left_bench.answers import SCORES_OF_A_PAIR
 from left_bench.cell import Cell
 from left_bench.data import Example, collate
 from left_bench.device import Device
 from left_bench.loss import AnswerLoss
-from left_bench.model import autocast
+from left_bench.model import NotInForce, autocast
 from left_bench.objective import with_worse_answer
 from left_bench.record import Sample, Score
 from left_bench.scores import score_text
 
 _SPEED_ROWS, _SPEED_TOKENS = 16, 16
+_CHECKED_ROWS = 4
+_LARGEST_SHORTFALL = 0.25  # nats, the mean over an answer's tokens; rounding alone leaves hundredths
 _LARGEST_LOSS = 600.0  # nats; a perplexity beyond it, or its error, overflows a float
 
 
@@ -55,7 +59,9 @@ def evaluate_model(
         if cell.model.task == "image_classification":
             found.predictions = classify(model, rows, cell, device=device)
         elif cell.generates:
-            found.predictions = generate(model, tokenizer, rows, cell, device=device)
+            answers = greedy_answers(model, tokenizer, rows, cell, device=device)
+            check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
+            found.predictions = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
         if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
             passages = general_passages(tokenizer)
             general = row_losses(model, passages, cell, pad_id=pad_of(tokenizer), device=device)
@@ -79,12 +85,15 @@ def row_losses(model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, p
     return Evaluation(nll=nll, answer_tokens=tokens, tokens=seen)
 
 
-def generate(
+def greedy_answers(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], cell: Cell, *, device: str
-) -> list[str]:
-    """Greedy answers, batched by prompt length with a key-value cache; a batch ends when all its rows have."""
+) -> list[list[int]]:
+    """Each row's greedy answer, its end token included; batched by prompt length with a key-value cache.
+
+    A batch ends when all its rows have.
+    """
     decode: Any = model.generate
-    predictions = [""] * len(rows)
+    answers: list[list[int]] = [[]] * len(rows)
     for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
         inputs, before = _prompt_inputs([rows[index] for index in indices], pad_of(tokenizer), device=device)
         outputs = decode(
@@ -96,9 +105,36 @@ def generate(
             pad_token_id=pad_of(tokenizer),
         )
         for index, output in zip(indices, outputs[:, before:].tolist(), strict=True):
-            answer = _until_end(output, tokenizer.eos_token_id)
-            predictions[index] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-    return predictions
+            answers[index] = _until_end(output, tokenizer.eos_token_id)
+    return answers
+
+
+def check_answers(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    answers: Sequence[list[int]],
+    cell: Cell,
+    *,
+    pad_id: int,
+    device: str,
+) -> None:
+    """Is it this model that answered the rows? A pass over prompt and answer at once must choose the same tokens.
+
+    Generating goes through other code than training does, and that code may pass the adapter by without a word: since
+    transformers 5.24 calls the cache by another name, prefix, prompt and p-tuning of peft 0.21 answer as the base model
+    does. Rounding may decide between two tokens that are as good as equal; it does not make an answer unlikely.
+
+    Raises:
+        NotInForce: the tokens' logits are too far below the greatest.
+    """
+    loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+    answered = [replace(row, answer_ids=ids) for row, ids in zip(rows, answers, strict=False)]
+    short = loss.shortfalls(collate(answered, pad_id=pad_id).to(device)).mean().item()
+    if short > _LARGEST_SHORTFALL:
+        raise NotInForce(
+            f"the generated answers are not this model's: its own pass over them puts their tokens {short:.1f} nats "
+            f"below the likeliest; the installed transformers and peft do not generate with peft={cell.peft.name}"
+        )
 
 
 def classify(model: torch.nn.Module, rows: Sequence[Any], cell: Cell, *, device: str) -> list[str]:
@@ -188,13 +224,13 @@ def _preference_scores(
 ) -> list[Score]:
     """Scores of pairs from the losses of their right and of their worse answers, nats."""
 
-    def margins(right: list[float], worse: list[float]) -> np.ndarray:
-        return np.array(worse) - np.array(right)
+    def margins(right: list[float], worse: list[float]) -> list[float]:
+        return [q - p for p, q in zip(right, worse, strict=True)]
 
     found, before = margins(*losses), margins(*base) if base else None
     made = []
-    for metric, of_row in (("preference_accuracy", lambda margin: margin > 0), ("preference_margin_nats", np.array)):
-        of_rows = of_row(found).astype(float)
+    for metric, of_pair in SCORES_OF_A_PAIR.items():
+        of_rows = np.array([of_pair(margin) for margin in found])
         made.append(
             Score(
                 task=task,
@@ -202,7 +238,7 @@ def _preference_scores(
                 value=float(of_rows.mean()),
                 stderr=float(of_rows.std() / math.sqrt(len(of_rows))),
                 n=len(of_rows),
-                base_value=None if before is None else float(of_row(before).mean()),
+                base_value=None if before is None else float(np.mean([of_pair(margin) for margin in before])),
             )
         )
     return made

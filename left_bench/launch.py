@@ -1,19 +1,17 @@
 """From a composed configuration to records: one cell, or the cells of a sweep.
 
 Hydra composes and carries the jobs; this module is what it calls. `Launch` looks at all cells of a sweep before the
-first one runs and sums up after the last; `run_job` takes one of them through compatibility, isolation and tracking.
+first one runs and sums up after the last; `run_job` takes one of them to its record.
 A launcher may run `run_job` in another process or on another machine: all it knows is its configuration and files.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 from left_bench import interrupt
 from left_bench.carried import Ended, forget_jobs, note_job, noted_jobs, store_received
 from left_bench.cell import Cell, fingerprint
-from left_bench.checkpoint import forget_checkpoints
-from left_bench.claim import claim, next_attempt, until_done
+from left_bench.claim import until_done
 from left_bench.compose import Settings, check_cell, check_folder, compose
 from left_bench.errors import UserError, user_errors
-from left_bench.isolate import LOG_NAME, run_isolated
+from left_bench.grid import use_grid_sweeper
 from left_bench.loader import use_sweep_loader
-from left_bench.progress import say_end, watch
-from left_bench.record import RECORD_NAME, KnownParts, NewerSchema, Record, Status, read_record
-from left_bench.redact import redact_file, redacted_record
+from left_bench.record import RECORD_NAME, KnownParts, Record
+from left_bench.rehearse import is_of_ones_own, rehearse, what_is_tried
 from left_bench.rules import why_unsupported
+from left_bench.run import note_records, previous_record, run_cell
 from left_bench.seats import SCHEDULERS, available_cores, cells_at_once, seated
 from left_bench.sweep import (
     SWEEPS_FOLDER,
@@ -49,18 +46,11 @@ from left_bench.sweep import (
     searches,
     sweep_name,
 )
-from left_bench.tracker import Attempt, Feed, check_trackers, launch_id, open_tracker
+from left_bench.tracker import check_trackers, launch_id
 from left_bench.worker import utc_now
-
-_UNWRITABLE = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EIO, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
-)
 
 # Cells that another launch had in hand, taken up again at the end; None: no end to come back at (a launcher's process).
 _later: list[Callable[[], Record | None]] | None = None
-# Cell id -> the attempt that was on record when this launch began (0: none); a later one was made by another launch.
-_found_at_start: dict[str, int] = {}
 
 
 def run_job(config: DictConfig) -> Ended:
@@ -78,8 +68,8 @@ def run_job(config: DictConfig) -> Ended:
     launcher = launcher_of(hydra)
     number, total, sweep, folder, started_at = 1, 1, None, None, utc_now()
     if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
-        sweep, folder, number = sweep_name(hydra), settings.runs_dir / SWEEPS_FOLDER, int(hydra.job.num) + 1
-        total, started_at = scope_of(folder / f"{sweep}.json", hydra, cell)
+        sweep, folder = sweep_name(hydra), settings.runs_dir / SWEEPS_FOLDER
+        number, total, started_at = scope_of(folder / f"{sweep}.json", hydra, cell)
     at_once = settings.at_once or cells_at_once(hydra.launcher, launcher, cores=len(available_cores()))
 
     def attempt() -> Record | None:
@@ -117,120 +107,6 @@ def run_job(config: DictConfig) -> Ended:
     return Ended.of(record, objective=settings.objective, sent_back=not shared)
 
 
-def run_cell(
-    cell: Cell,
-    settings: Settings,
-    *,
-    overrides: list[str],
-    number: int = 1,
-    total: int = 1,
-    sweep: str | None = None,
-    launch: str | None = None,
-    take_seat: Callable[[str], AbstractContextManager[Any]] = nullcontext,
-    bars: bool = True,
-) -> Record | None:
-    """Take one cell to its record; None when another launch is running it just now.
-
-    An `ok` record that is there already is kept, and so is any record that another launch has made since this one
-    began.
-
-    Args:
-        take_seat: waits for cores and accelerators, given the device kind.
-        bars: bars on a terminal; cells that run beside each other would draw over each other's.
-
-    Raises:
-        UserError: the cell's folder cannot be written, or holds a record of a newer left_bench.
-    """
-    run_dir = settings.runs_dir / cell.id
-    try:
-        with claim(run_dir) as mine:
-            if not mine:
-                return None
-            for unfinished in run_dir.glob(".*.*"):  # what a killed process was still writing
-                unfinished.unlink()
-            previous = _previous(run_dir / RECORD_NAME)
-            recorded = previous.attempt if previous is not None else 0
-            made_elsewhere = recorded > _found_at_start.get(cell.id, recorded)
-            if previous is not None and (made_elsewhere or (previous.status == "ok" and not settings.force)):
-                say_end(previous, number=number, total=total, skipped=True)
-                return previous
-            attempt = next_attempt(run_dir, recorded=recorded)
-            if previous is not None:  # from here on the cell counts as not done
-                Path(run_dir / RECORD_NAME).replace(run_dir / f"record.{recorded}.json")
-            if settings.force:
-                forget_checkpoints(run_dir)
-            told_of = Attempt(
-                cell_id=cell.id,
-                number=attempt,
-                choices=cell.choices,
-                config=cell.sections(),
-                sweep=sweep,
-                launch=launch,
-                run_dir=run_dir,
-            )
-            record = _run_claimed(
-                cell,
-                settings,
-                attempt=told_of,
-                overrides=overrides,
-                number=number,
-                total=total,
-                take_seat=take_seat,
-                bars=bars,
-            )
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:  # a closed pipe, no process to be had: not the folder's fault
-            raise
-        raise UserError(
-            f"runs_dir={settings.runs_dir}: {error.filename or run_dir} cannot be written ({error.strerror or error}); "
-            "mend that and give the same command again, finished cells are kept"
-        ) from error
-    say_end(record, number=number, total=total)
-    return record
-
-
-def _run_claimed(
-    cell: Cell,
-    settings: Settings,
-    *,
-    attempt: Attempt,
-    overrides: list[str],
-    number: int,
-    total: int,
-    take_seat: Callable[[str], AbstractContextManager[Any]],
-    bars: bool,
-) -> Record:
-    run_dir = attempt.run_dir
-    tracker = open_tracker(settings.tracker, store=settings.runs_dir)
-    tracker.start(attempt)
-    feed = Feed(tracker)
-    refusal = None if settings.force_unsupported else why_unsupported(cell)
-    if refusal is not None:
-        record = _ended(cell, "unsupported", refusal)
-    elif (wanting := _fetch_model(cell)) is not None:
-        record = _ended(cell, "failed", wanting)
-    else:
-        try:
-            with take_seat(cell.hardware.device), watch(cell, number=number, total=total, bars=bars) as view:
-
-                def on_event(event: dict[str, Any]) -> None:
-                    view.event(event)
-                    feed.event(event)
-
-                record = run_isolated(cell, run_dir, on_event=on_event)
-        except UserError as error:  # this machine has no such seat
-            record = _ended(cell, "failed", str(error))
-    if record.status != "ok":  # a terminal's Ctrl-C goes to the children as well, and what they say of it is no result
-        interrupt.check()
-    told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command_of(overrides)}
-    provenance = record.provenance | told
-    record = redacted_record(record.model_copy(update={"attempt": attempt.number, "provenance": provenance}))
-    redact_file(run_dir / LOG_NAME)
-    record.write(run_dir)
-    tracker.finish(record)
-    return record
-
-
 def _left_off(cell: Cell, runs_dir: Path, sweep: str | None) -> str:
     """What an interrupted launch leaves, and what goes on from there."""
     told = f"{cell.id} has no record of this attempt and is run again"
@@ -241,31 +117,6 @@ def _left_off(cell: Cell, runs_dir: Path, sweep: str | None) -> str:
     return f"{done} of {len(cells)} cells have their record; {told}"
 
 
-def _fetch_model(cell: Cell) -> str | None:
-    """Make the base model's files before the cell's clock starts; what is wrong when they cannot be had."""
-    from left_bench.pretrained import fetch
-
-    try:
-        fetch(cell.model, dtype=cell.precision.weights_dtype)
-    except (UserError, MemoryError, RuntimeError, OSError) as error:
-        return str(error).splitlines()[0]
-    return None
-
-
-def _ended(cell: Cell, status: Status, reason: str) -> Record:
-    """The record of a cell whose worker was never started."""
-    now = utc_now()
-    return Record(
-        cell_id=cell.id,
-        status=status,
-        reason=reason,
-        started_at=now,
-        finished_at=now,
-        choices=cell.choices,
-        config=cell.sections(),
-    )
-
-
 class Launch(Callback):
     """Hydra's hooks around a run: all cells are checked before the first starts; the end is summed up."""
 
@@ -273,8 +124,12 @@ class Launch(Callback):
         with user_errors(callback=True):
             cell, settings = compose(config, config.hydra)
             check_cell(cell)
-            begin([cell.id], settings, later=None)
             check_trackers(settings.tracker)
+            begin([cell.id], settings, later=None)
+            record = previous_record(settings.runs_dir / cell.id / RECORD_NAME)
+            kept = record is not None and record.status == "ok" and not settings.force
+            if is_of_ones_own(config.hydra) and not kept:
+                rehearse(_not_refused([cell], settings))
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
         cell, settings = compose(config, config.hydra)
@@ -286,9 +141,15 @@ class Launch(Callback):
             check_launcher(config)
             ids: dict[str, None] = {}
             unlike: dict[str, Cell] = {}
-            for job in jobs_of(config):  # one at a time: thousands of configurations would fill the memory
+            may_stay: dict[tuple[str, ...], str] = {}
+            own: dict[str, Cell] = {}
+            for overrides, job in jobs_of(config):  # one at a time: thousands of configurations would fill the memory
                 cell, settings = compose(job, job.hydra)
                 ids[cell.id] = None
+                if not settings.force:
+                    may_stay[tuple(overrides)] = cell.id
+                if is_of_ones_own(job.hydra):
+                    own.setdefault(what_is_tried(cell), cell)
                 interrupt.check()
                 unlike.setdefault(fingerprint([cell.identity["model"], cell.identity["data"]]), cell)
             if not ids:
@@ -298,14 +159,16 @@ class Launch(Callback):
                 check_cell(cell)
                 if searches(config.hydra):
                     check_objective(cell, settings.objective)
-            begin(list(ids), settings, later=[])
             check_trackers(settings.tracker)
-            overrides = list(config.hydra.overrides.task)
+            done = begin(list(ids), settings, later=[], keep={} if searches(config.hydra) else may_stay.values())
+            rehearse(_not_refused((cell for cell in own.values() if cell.id not in done), settings))
+            use_grid_sweeper(done=[job for job, cell_id in may_stay.items() if cell_id in done])
+            given = list(config.hydra.overrides.task)
             name = sweep_name(config.hydra)
             manifest = Manifest(
                 name=name,
-                command=command_of(overrides, multirun="sweep" not in config.hydra.runtime.choices),
-                overrides=overrides,
+                command=command_of(given, multirun="sweep" not in config.hydra.runtime.choices),
+                overrides=given,
                 started_at=utc_now(),
                 cells=[] if searches(config.hydra) else list(ids),
             )
@@ -345,14 +208,28 @@ class Launch(Callback):
         )
 
 
+def _not_refused(cells: Iterable[Cell], settings: Settings) -> list[Cell]:
+    """Those that no rule refuses: the others are no error, but rows that say so."""
+    return [cell for cell in cells if settings.force_unsupported or why_unsupported(cell) is None]
+
+
 def _go_to(folder: str) -> None:
     """Relative paths mean what they meant where the sweep was started; some launchers start elsewhere."""
     if Path(folder).is_dir() and Path(folder) != Path.cwd():
         os.chdir(folder)
 
 
-def begin(cells: list[str], settings: Settings, *, later: list[Callable[[], Record | None]] | None) -> None:
+def begin(
+    cells: Sequence[str],
+    settings: Settings,
+    *,
+    later: list[Callable[[], Record | None]] | None,
+    keep: Collection[str] = (),
+) -> set[str]:
     """Look at the folders before the first cell runs, and note which attempts are on record.
+
+    Returns:
+        Those of `keep` that are done; it is said of each.
 
     Raises:
         UserError: a folder that cannot be made or written, or a record of a newer left_bench.
@@ -361,10 +238,7 @@ def begin(cells: list[str], settings: Settings, *, later: list[Callable[[], Reco
     for key in ("runs_dir", "reports_dir"):
         check_folder(key, getattr(settings, key))
     _later = later
-    _found_at_start.clear()
-    for cell in cells:
-        previous = _previous(settings.runs_dir / cell / RECORD_NAME)
-        _found_at_start[cell] = previous.attempt if previous is not None else 0
+    return note_records(cells, settings.runs_dir, keep=frozenset(keep))
 
 
 def _finish(
@@ -386,7 +260,7 @@ def _finish(
 
     known: KnownParts = {}
     paths = [runs_dir / cell / RECORD_NAME for cell in cells]
-    records = [record for path in paths if (record := _previous(path, known=known)) is not None]
+    records = [record for path in paths if (record := previous_record(path, known=known)) is not None]
     print_summary(records)
     if objective is not None:
         print(best_trial(records, objective=objective))
@@ -407,26 +281,3 @@ def _finish(
     print(f"records: {runs_dir}/<cell>/{RECORD_NAME}")
     if not all_well:
         raise SystemExit(1)
-
-
-def _previous(path: Path, *, known: KnownParts | None = None) -> Record | None:
-    """The record that is there; a damaged one is said, put aside, and counts as none.
-
-    Raises:
-        UserError: it was written by a newer left_bench, and running the cell again would lose it.
-    """
-    if not path.exists():
-        return None
-    try:
-        return read_record(path, known=known)
-    except NewerSchema as error:
-        raise UserError(f"{error}; upgrade left_bench or give another runs_dir=") from error
-    except ValueError as error:
-        if isinstance(error.__cause__, FileNotFoundError):  # put aside by another launch just now
-            return None
-        if isinstance(error.__cause__, OSError):
-            raise UserError(f"{error}; make it readable or give another runs_dir=") from error
-        aside = path.with_name("record.damaged.json")
-        path.replace(aside)
-        print(f"warning: {error}; kept as {aside.name}, the cell is run again", file=sys.stderr)
-        return None

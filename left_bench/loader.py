@@ -1,7 +1,7 @@
 """Composing thousands of jobs: what the same options have in common is composed once.
 
-Hydra composes every job of a sweep from its files, three times over (our check, its sweeper's check, its launcher):
-80 ms each. A job's value overrides (`seed=3`) are applied to a finished composition, so jobs that chose the same
+Hydra composes every job of a sweep from its files, 80 ms each time, and every job is composed twice (our check, its
+launcher). A job's value overrides (`seed=3`) are applied to a finished composition, so jobs that chose the same
 options can start from a copy of one; that takes 1 ms. Jobs that chose others are composed by Hydra, from files that are
 read once for a sweep.
 """
@@ -46,7 +46,7 @@ class SweepLoader(ConfigLoaderImpl):
         }
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        interrupt.check()  # the sweeper composes all jobs in a row, to see that it can
+        interrupt.check()  # all jobs are composed in a row, to see that they can be
         overrides = [_parse(text) for text in sweep_overrides]
         if any(override.is_hydra_override() for override in overrides):
             return super().load_sweep_config(master_config, sweep_overrides)
@@ -74,13 +74,17 @@ class SweepLoader(ConfigLoaderImpl):
         return self._groups[key] and not isinstance(override.value(), dict)
 
     def _compose(self, master_config: DictConfig, options: tuple[str, ...]) -> DictConfig:
+        return copy.deepcopy(self._composition(master_config, options))
+
+    def _composition(self, master_config: DictConfig, options: tuple[str, ...]) -> DictConfig:
+        """The one that is kept, to be read."""
         key = (id(master_config), options)
         if key not in self._composed:
             self._composed[key] = self._compose_anew(master_config, options)
             if len(self._composed) > _KEPT:
                 self._composed.popitem(last=False)
         self._composed.move_to_end(key)
-        return copy.deepcopy(self._composed[key])
+        return self._composed[key]
 
     def _compose_anew(self, master_config: DictConfig, options: tuple[str, ...]) -> DictConfig:
         """By Hydra; but a grid's m x n combinations are put together from m + n compositions of one choice each."""
@@ -91,8 +95,8 @@ class SweepLoader(ConfigLoaderImpl):
         first, *rest = sections
         config = self._compose(master_config, (*others, sections[first]))
         for group in rest:
-            chosen = self._compose(master_config, (*others, sections[group]))
-            config[group] = chosen[group]
+            chosen = self._composition(master_config, (*others, sections[group]))
+            config[group] = chosen[group]  # OmegaConf copies what it is given
             config.hydra.runtime.choices[group] = chosen.hydra.runtime.choices[group]
         return config
 

@@ -69,6 +69,18 @@ class AnswerLoss:
             return _token_losses(hidden, batch.targets)
         return self._token_losses_in_chunks(hidden, batch.targets)
 
+    def shortfalls(self, batch: Batch) -> torch.Tensor:
+        """How far each labelled token's logit is below the greatest, float32 [answer tokens]; 0: the greedy choice."""
+
+        def of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return logits.float().amax(-1) - logits.float().gather(1, targets[:, None])[:, 0]
+
+        hidden = self._states(batch)
+        if self.suffix is None:
+            return of_logits(hidden, batch.targets)
+        chunks = zip(*(part.split(self._chunk) for part in (hidden, batch.targets)), strict=True)
+        return torch.cat([of_logits(self.logits(part), wanted) for part, wanted in chunks])
+
     def summed(self, batch: Batch, *, gain: float = 1.0) -> torch.Tensor:
         """`gain` times the summed loss of the labelled tokens; differentiable.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import logsigmoid
 
 from left_bench.cell import Cell
 from left_bench.data import Batch, Example, collate, split_passes, step_rows
+from left_bench.data.lazy import LazyRows
 from left_bench.loss import AnswerLoss
 from left_bench.model import autocast
 
@@ -140,7 +141,7 @@ def with_reference(
     return _WithMargins(rows, known)
 
 
-class _WithMargins(Sequence[Example]):
+class _WithMargins(LazyRows[Example]):
     """Rows that know their reference margin; those that no step will see have 0, for passes that only try something."""
 
     def __init__(self, rows: Sequence[Example], known: Mapping[int, float]) -> None:
@@ -149,13 +150,7 @@ class _WithMargins(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Example:
         return dataclasses.replace(self._rows[index], reference_margin=self._known.get(index, 0.0))
 
 

@@ -8,6 +8,7 @@ allocation of a run. CUDA contexts do not survive a fork; accelerators always ge
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -39,11 +40,24 @@ class Process(Protocol):
         """Kill the worker and all its children; the exit code it had or now has."""
 
 
-def start(run_dir: Path, *, log: Path, environment: dict[str, str], command: list[str] | None, fork: bool) -> Process:
-    """Start a worker on `run_dir` in a process group of its own, its output in `log`."""
+def start(
+    run_dir: Path,
+    *,
+    log: Path,
+    environment: dict[str, str],
+    fork: bool,
+    command: list[str] | None = None,
+    program: str = "left_bench.worker",
+) -> Process:
+    """Start a program of the package on `run_dir` in a process group of its own, its output in `log`.
+
+    Args:
+        command: what to start in its place (tests).
+        program: the module, whose `main([run_dir], forked=True)` a fork calls.
+    """
     if fork and command is None and "forkserver" in multiprocessing.get_all_start_methods():
-        return _Forked(run_dir, log=log, environment=environment)
-    return _Spawned([*(command or [sys.executable, "-m", "left_bench.worker"]), str(run_dir)], log, environment)
+        return _Forked(program, run_dir, log=log, environment=environment)
+    return _Spawned([*(command or [sys.executable, "-m", program]), str(run_dir)], log, environment)
 
 
 class _Spawned:
@@ -73,13 +87,13 @@ class _Spawned:
 
 
 class _Forked:
-    def __init__(self, run_dir: Path, *, log: Path, environment: dict[str, str]) -> None:
+    def __init__(self, program: str, run_dir: Path, *, log: Path, environment: dict[str, str]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOAD])
         # the server keeps the environment of its start; what a cell sets itself is set again in the fork
         with _environment(environment), output_discarded():
             forkserver.ensure_running()
-        self._process: Any = context.Process(target=_run_forked, args=(str(run_dir), str(log), environment))
+        self._process: Any = context.Process(target=_run_forked, args=(program, str(run_dir), str(log), environment))
         with _main_hidden():
             self._process.start()
 
@@ -100,7 +114,7 @@ class _Forked:
         return code
 
 
-def _run_forked(run_dir: str, log: str, environment: dict[str, str]) -> None:
+def _run_forked(program: str, run_dir: str, log: str, environment: dict[str, str]) -> None:
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
@@ -109,9 +123,7 @@ def _run_forked(run_dir: str, log: str, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     threading.Thread(target=_end_with_launcher, daemon=True).start()
-    from left_bench.worker import main
-
-    main([run_dir], forked=True)
+    importlib.import_module(program).main([run_dir], forked=True)
 
 
 def _end_with_launcher() -> None:

@@ -73,6 +73,11 @@ def arguments_from_rows(target: str, arguments: dict[str, Any], rows: Sequence[E
     return arguments
 
 
+def asks_for_rows(target: str | None, arguments: dict[str, Any]) -> bool:
+    """Whether the training rows decide a method's arguments, so that it has no shape before they are there."""
+    return target == "peft.CPTConfig" or arguments.get("alora_invocation_tokens", 0) is None
+
+
 def look_at_rows(model: PreTrainedModel, config: Any, rows: Sequence[Example], *, batch_size: int, pad_id: int) -> None:
     """What LoRA-GA (gradients of the weights) and CorDA (covariance of the inputs) want to know before attaching."""
     forward: Any = model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
@@ -46,8 +46,8 @@ def command_of(overrides: Iterable[str], *, multirun: bool = False) -> str:
     return shlex.join(["left-bench", *(["-m"] if multirun else []), *plain])
 
 
-def jobs_of(config: DictConfig) -> Iterator[DictConfig]:
-    """Every job's configuration of a multirun, as Hydra's basic sweeper will compose them.
+def jobs_of(config: DictConfig) -> Iterator[tuple[list[str], DictConfig]]:
+    """Every job's overrides and configuration of a multirun, as Hydra's basic sweeper will compose them.
 
     A search's jobs are not known before: one stands for them, with the middle of every range.
     """
@@ -59,11 +59,12 @@ def jobs_of(config: DictConfig) -> Iterator[DictConfig]:
         [*parameters, *config.hydra.overrides.task]
     )
     if searches(config.hydra):
-        yield loader.load_sweep_config(config, standing_for(overrides))
+        alone = standing_for(overrides)
+        yield alone, loader.load_sweep_config(config, alone)
         return
     [batch] = BasicSweeper.split_arguments(overrides, None)
     for job in batch:
-        yield loader.load_sweep_config(config, list(job))
+        yield job, loader.load_sweep_config(config, list(job))
 
 
 def standing_for(overrides: Iterable[Override]) -> list[str]:
@@ -158,34 +159,34 @@ def _runs_here(hydra: DictConfig, launcher: str) -> bool:
     return launcher == "ray" and OmegaConf.select(hydra, "launcher.ray.init.address") in (None, "local")
 
 
-def scope_of(manifest: Path, hydra: DictConfig, cell: Cell) -> tuple[int, str]:
-    """How many cells the sweep of a job has, and when it began; the manifest is absent where no storage is shared.
+def scope_of(manifest: Path, hydra: DictConfig, cell: Cell) -> tuple[int, int, str]:
+    """A job's place in its sweep, how many cells that has, and when it began; no storage shared, no manifest.
 
     Raises:
         UserError: the job's cell is not one of them.
     """
     number = int(hydra.job.num) + 1
-    cells: Collection[str] = ()
+    places: dict[str, int] = {}
     started_at = utc_now()
     if manifest.exists():
-        cells, started_at = _read_manifest(manifest, manifest.stat().st_mtime_ns)
+        places, started_at = _read_manifest(manifest, manifest.stat().st_mtime_ns)
     if searches(hydra):
-        return int(hydra.sweeper.n_trials), started_at
-    if not cells:
-        return number, started_at
-    if cell.id not in cells:
+        return number, int(hydra.sweeper.n_trials), started_at
+    if not places:
+        return number, number, started_at
+    if cell.id not in places:
         raise UserError(
             f"this job's cell {cell.id} is not one of the sweep's: this machine resolves it otherwise than the one "
             "that started the sweep (device, files or version); name hardware= and use the same left-bench"
         )
-    return len(cells), started_at
+    return places[cell.id], len(places), started_at
 
 
 @functools.lru_cache(maxsize=1)
-def _read_manifest(manifest: Path, changed: int) -> tuple[frozenset[str], str]:
-    """Its cells and start; read anew only when the file has changed, not for each of ten thousand jobs."""
+def _read_manifest(manifest: Path, changed: int) -> tuple[dict[str, int], str]:
+    """Its cells' places and its start; read anew only when the file has changed, not for each of ten thousand jobs."""
     raw = json.loads(manifest.read_text(encoding="utf-8"))
-    return frozenset(raw["cells"]), str(raw["started_at"])
+    return {cell: place for place, cell in enumerate(raw["cells"], start=1)}, str(raw["started_at"])
 
 
 def sweep_name(hydra: DictConfig) -> str:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-import errno
 import faulthandler
-import gc
 import json
 import os
 import shutil
@@ -26,8 +24,8 @@ from typing import Any
 
 from left_bench import limits, ranks
 from left_bench.cell import Cell
-from left_bench.errors import UserError
 from left_bench.events import EVENTS_NAME, EventWriter, Unheard
+from left_bench.failure import disk_full, out_of_memory_reason, status_of
 from left_bench.paths import versions_of
 from left_bench.process import LAUNCHER_PID, STACK_SIGNAL
 from left_bench.ranks import OUTCOME_NAME, Team
@@ -40,9 +38,6 @@ VERSIONS = (
     *("datasets", "evaluate", "tokenizers", "safetensors", "numpy", "llvmlite"),
 )
 NO_OUTCOME = 74  # sysexits.h: EX_IOERR
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# torch's CPU allocator raises a plain RuntimeError; its words differ between systems
-_NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
 
 
 def work(
@@ -307,46 +302,12 @@ def main(argv: list[str], *, forked: bool = False) -> int:
         work(cell, run_dir=run_dir, found=found, events=events, exceeded=exceeded, reloads=reloads, team=team)
     except Exception as error:
         limits.lift()
-        status, reason = team.why_lost(error) or classify(error, limit_bytes=cell.hardware.memory_limit)
+        status, reason = team.why_lost(error) or status_of(error, limit_bytes=cell.hardware.memory_limit)
         if disk_full(error):  # half an adapter is of no use, and its room is wanted for the outcome
             shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)
         traceback.print_exc()
     end(status, reason)
     return 0
-
-
-def classify(error: Exception, *, limit_bytes: int | None = None) -> tuple[Status, str]:
-    """The status and the one-line reason of a run that ended in `error`."""
-    import torch
-
-    from left_bench.train import Diverged
-
-    text = " ".join(str(error).split())
-    if isinstance(error, Diverged):
-        return "diverged", text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in _NO_MEMORY):
-        return "oom", out_of_memory_reason(text or type(error).__name__, limit_bytes=limit_bytes)
-    if disk_full(error):
-        return "failed", f"disk full: {text[:300]}"
-    if isinstance(error, UserError):
-        return "failed", text
-    return "failed", f"{type(error).__name__}: {text[:500]}"
-
-
-def disk_full(error: Exception) -> bool:
-    """Whether writing failed for want of room; safetensors says so in words alone."""
-    return getattr(error, "errno", None) in _NO_ROOM or "No space left on device" in str(error)
-
-
-def out_of_memory_reason(text: str, *, limit_bytes: int | None) -> str:
-    """The allocator's words, with how much memory there was."""
-    import psutil
-
-    gc.collect()
-    there_was = f"machine memory {psutil.virtual_memory().total / 2**30:.1f} GiB"
-    if limit_bytes is not None:
-        there_was = f"hardware.memory_limit={limit_bytes / 2**20:.0f}MiB, {there_was}"
-    return f"{text[:300]} ({there_was})"
 
 
 def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> None:

@@ -26,7 +26,7 @@ import hydra._internal.core_plugins.basic_sweeper  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 
 import left_bench.report.plots  # noqa: F401
-from left_bench import cli, interrupt, launch
+from left_bench import cli, interrupt, run
 from left_bench.isolate import run_isolated
 
 AT_ONCE = 2
@@ -69,8 +69,8 @@ class Launch:
             os.chdir(self.folder)
             for stream, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
-            launch._fetch_model = lambda cell: None
-            launch.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", WORKER])
+            run._fetch_model = lambda cell: None
+            run.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", WORKER])
             noted = interrupt.noted
 
             @contextlib.contextmanager

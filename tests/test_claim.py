@@ -135,7 +135,7 @@ def runs(monkeypatch, tmp_path):
         )
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.launch.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
     return started
 
 

@@ -10,22 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from left_bench import evaluate
+from left_bench.adapter import attach_adapter, trainable_parameters
 from left_bench.data import Example, collate
 from left_bench.device import CpuDevice
 from left_bench.evaluate import (
     Evaluation,
     batches_by_length,
+    check_answers,
     evaluate_model,
     general_passages,
     general_texts,
-    generate,
     generation_speed,
+    greedy_answers,
     row_losses,
     samples,
     scores,
     token_loss,
 )
-from left_bench.model import _feed_head_contiguous
+from left_bench.model import NotInForce, _feed_head_contiguous
 
 
 def measured(nll: list[float], tokens: list[int], **rest: Any) -> Evaluation:
@@ -99,10 +101,10 @@ def test_a_batch_answers_as_its_rows_alone(name, tiny_cell, load_tiny, addition_
     model, tokenizer = load_tiny(cell)
     model.eval()
     with torch.no_grad():
-        together = generate(model, tokenizer, addition_rows, cell, device="cpu")
-        apart = [generate(model, tokenizer, [one], cell, device="cpu")[0] for one in addition_rows]
+        together = greedy_answers(model, tokenizer, addition_rows, cell, device="cpu")
+        apart = [greedy_answers(model, tokenizer, [one], cell, device="cpu")[0] for one in addition_rows]
     assert together == apart
-    assert len(set(together)) > 1
+    assert len(set(map(tuple, together))) > 1
 
 
 def test_generation_is_the_argmax_of_the_full_forward_pass(tiny_cell, load_tiny, addition_rows):
@@ -112,15 +114,38 @@ def test_generation_is_the_argmax_of_the_full_forward_pass(tiny_cell, load_tiny,
     model.eval()
     with torch.no_grad():
         for one, answer in zip(
-            addition_rows, generate(model, tokenizer, addition_rows, cell, device="cpu"), strict=True
+            addition_rows, greedy_answers(model, tokenizer, addition_rows, cell, device="cpu"), strict=True
         ):
             ids = list(one.prompt_ids)
             for _ in range(5):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
                 if ids[-1] == tokenizer.eos_token_id:
                     break
-            new = ids[len(one.prompt_ids) :]
-            assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
+            assert answer == ids[len(one.prompt_ids) :]
+
+
+PROMPTS = ["prefix_tuning", "prompt_tuning", "p_tuning", "cartridge"]
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox"])
+@pytest.mark.parametrize("peft", PROMPTS)
+def test_virtual_tokens_are_there_while_generating(peft, name, tiny_cell, load_tiny, addition_rows):
+    """What the adapter changed is what answers; an answer that the adapter was left out of is found out."""
+    cell = tiny_cell(f"model={name}", f"peft={peft}", "eval.max_new_tokens=5")
+    base, tokenizer = load_tiny(cell)
+    with torch.no_grad():
+        base.get_output_embeddings().weight *= 50  # random weights hardly prefer one token to another
+        rows = addition_rows[:4]
+        before = greedy_answers(base, tokenizer, rows, cell, device="cpu")
+        model = attach_adapter(base, cell, tokenizer=tokenizer, rows=rows)
+        for parameter in trainable_parameters(model):
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        model.eval()
+        answers = greedy_answers(model, tokenizer, rows, cell, device="cpu")
+        assert answers != before
+        check_answers(model, rows, answers, cell, pad_id=0, device="cpu")
+        with pytest.raises(NotInForce, match=f"do not generate with peft={peft}"):
+            check_answers(model, rows, before, cell, pad_id=0, device="cpu")
 
 
 def test_an_answer_ends_at_the_end_token(tiny_cell, load_tiny, addition_rows):
@@ -135,8 +160,8 @@ def test_an_answer_ends_at_the_end_token(tiny_cell, load_tiny, addition_rows):
             answer = torch.tensor([*letters, tokenizer.eos_token_id, *letters][:max_new_tokens])
             return torch.cat([input_ids, answer.expand(len(input_ids), -1)], dim=1)
 
-    expected = tokenizer.decode(letters)
-    assert generate(Scripted(), tokenizer, addition_rows, cell, device="cpu") == [expected] * len(addition_rows)
+    expected = [*letters, tokenizer.eos_token_id]
+    assert greedy_answers(Scripted(), tokenizer, addition_rows, cell, device="cpu") == [expected] * len(addition_rows)
 
 
 def test_sampling_settings_of_a_checkpoint_are_not_taken(tiny_cell, load_tiny):

@@ -123,10 +123,10 @@ QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "
 LAUNCHER = """
 import sys
 from functools import partial
-from left_bench import cli, launch
+from left_bench import cli, run
 from left_bench.isolate import run_isolated
-launch._fetch_model = lambda cell: None
-launch.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", sys.argv.pop(1)])
+run._fetch_model = lambda cell: None
+run.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", sys.argv.pop(1)])
 sys.exit(cli.main())
 """
 WAITING_WORKER = """
@@ -221,7 +221,7 @@ def test_a_full_disk_stops_the_launch_and_says_so(left_bench, tmp_path, monkeypa
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return write_atomically(path, text)
 
-    monkeypatch.setattr("left_bench.launch.run_isolated", run_at_once)
+    monkeypatch.setattr("left_bench.run.run_isolated", run_at_once)
     monkeypatch.setattr(records, "write_atomically", no_room)
     answer = left_bench(*QUICK)
     assert answer.code == 2, answer

@@ -51,6 +51,14 @@ def refused(left_bench, tmp_path, monkeypatch):
         (["peft=lorra"], ["unknown peft 'lorra'", "did you mean 'lora'", "there are "]),
         (["training.steps=many"], ["training.steps='many'", "integer"]),
         (["training.steps=[1]"], ["training.steps=[1]", "integer"]),
+        (
+            ["training.steps=1000000000000000000000000"],
+            ["training.steps=1000000000000000000000000", "less than or equal"],
+        ),
+        (["data.train_rows=99999999999"], ["data.train_rows=99999999999", "less than or equal to 1000000000"]),
+        (["hardware.processes=100000"], ["hardware.processes=100000", "less than or equal to 4096"]),
+        (["data.seed=-1"], ["data.seed=-1", "greater than or equal to 0"]),
+        (["training.learning_rate=.inf"], ["training.learning_rate=inf", "finite number"]),
         (["training.batch_size=-4"], ["training.batch_size=-4", "greater than or equal to 1"]),
         (["training.checkpoint_every=0"], ["training.checkpoint_every=0", "greater than or equal to 1"]),
         (["hardware.phase_timeout=-1"], ["hardware.phase_timeout=-1", "greater than 0"]),
@@ -259,7 +267,7 @@ def some_record(left_bench, tmp_path, monkeypatch) -> Path:
         )
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.launch.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
     assert left_bench(*QUICK).code == 0
     [path] = tmp_path.glob("runs/*/record.json")
     return path
@@ -315,7 +323,7 @@ def test_a_hostile_name_stays_inside_the_runs_folder(name, tiny_cell, tmp_path, 
             cell_id=cell.id, status="ok", started_at="s", finished_at="f", choices=cell.choices, config=cell.sections()
         )
 
-    monkeypatch.setattr("left_bench.launch.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
     settings = Settings(
         runs_dir=tmp_path / "runs",
         reports_dir=tmp_path,

@@ -46,7 +46,7 @@ def runs(monkeypatch):
         )
 
     Runs.status = {}
-    monkeypatch.setattr("left_bench.launch.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
     return started
 
 
@@ -182,21 +182,21 @@ def test_a_damaged_record_is_said_and_run_again(damage, place, runs, left_bench)
 
 
 def test_an_interrupted_sweep_goes_on(place, runs, left_bench, monkeypatch):
-    import left_bench.launch as launch
+    from left_bench import run
 
-    whole = launch.run_isolated
+    whole = run.run_isolated
 
     def interrupted(cell, run_dir, *, on_event):
         if cell.peft.name == "ia3":
             raise KeyboardInterrupt
         return whole(cell, run_dir, on_event=on_event)
 
-    monkeypatch.setattr("left_bench.launch.run_isolated", interrupted)
+    monkeypatch.setattr("left_bench.run.run_isolated", interrupted)
     answer = left_bench("+sweep=smoke", *QUICK)
     assert answer.code == 130, answer
     assert "the same command goes on" in answer.err
     assert [record.status for record in records(place)] == ["ok"]
-    monkeypatch.setattr("left_bench.launch.run_isolated", whole)
+    monkeypatch.setattr("left_bench.run.run_isolated", whole)
     assert left_bench("+sweep=smoke", *QUICK).code == 0
     assert [cell.peft.name for cell in runs] == ["lora", "ia3"]
 

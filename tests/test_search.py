@@ -50,7 +50,7 @@ def runs(monkeypatch):
             metrics={"train_loss": abs(math.log10(cell.learning_rate) + 3)},
         )
 
-    monkeypatch.setattr("left_bench.launch.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
     return tried
 
 

@@ -111,8 +111,8 @@ def test_trust_remote_code_on_the_command_line_is_recorded(with_option, left_ben
             cell_id=cell.id, status="ok", started_at="s", finished_at="f", choices=cell.choices, config=cell.sections()
         )
 
-    monkeypatch.setattr("left_bench.launch.run_isolated", run_isolated)
-    monkeypatch.setattr("left_bench.launch._fetch_model", lambda cell: None)
+    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.run._fetch_model", lambda cell: None)
     trusted = ["model=theirs", "model.trust_remote_code=true", "tracker=none", "hardware=cpu"]
     answer = left_bench("--config-dir", str(with_option), *trusted)
     assert answer.code == 0, answer

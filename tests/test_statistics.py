@@ -133,6 +133,28 @@ def test_scores_of_an_answer_are_paired_by_the_row(tmp_path: Path, metric: str, 
     assert (1 - partly) / 3 in paired.interval  # type: ignore[operator]
 
 
+def test_preferences_are_paired_by_the_row(tmp_path: Path) -> None:
+    """`b` prefers the right answer in each third row more than `a`; of a row without a worse one nothing is said."""
+    metrics = {"preference_accuracy": 0.5, "preference_margin_nats": 0.1}
+    a, b = written(tmp_path, *(make_record(changes=changes, metrics=metrics) for changes in ({}, peft("lora"))))
+
+    def write(row: Row, margins: list[float], **more: float | None) -> None:
+        assert row.path is not None
+        kept = {"answer_tokens": 3, "reference": "one two three", "prediction": None, "nll": 1.0}
+        lines = [kept | {"rejected_nll": 1.0 + margin} | more for margin in margins * 20]
+        row.path.with_name("rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    write(a, [-1.0, 2.0, -3.0])
+    write(b, [1.0, 2.0, -3.0])
+    for metric, gain in (("preference_accuracy", 1 / 3), ("preference_margin_nats", 2 / 3)):
+        paired = difference(b, a, metric)
+        assert paired is not None and paired.how == "paired rows" and not paired.tie
+        assert gain in paired.interval  # type: ignore[operator]
+    write(b, [1.0], rejected_nll=None)
+    unpaired = difference(b, a, "preference_accuracy")
+    assert unpaired is not None and unpaired.how == "none"
+
+
 def test_a_corpus_score_has_no_rows_to_pair(tmp_path: Path) -> None:
     a, b = written(tmp_path, *(make_record(changes=changes, metrics={"bleu": 0.5}) for changes in ({}, peft("lora"))))
     for row in (a, b):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from left_bench.cell import Data
+from left_bench.data.lazy import LazyRows
 from left_bench.data.tokens import Splits
 from left_bench.errors import UserError, nearest
 
@@ -48,7 +49,7 @@ class Picture:
         return [hashlib.sha256(self.pixels.tobytes()).hexdigest(), self.reference]
 
 
-class Pictures(Sequence[Picture]):
+class Pictures(LazyRows[Picture]):
     """Pictures whose pixels are worked out when they are asked for: a large data set is never in memory whole."""
 
     def __init__(self, source: Any, indices: Sequence[int], *, read: Callable[[Any, int], Picture]) -> None:
@@ -57,17 +58,8 @@ class Pictures(Sequence[Picture]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Picture: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Picture]: ...
-    def __getitem__(self, index: int | slice) -> Picture | list[Picture]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Picture:
         return self._read(self._source[self._indices[index]], self._indices[index])
-
-    def __iter__(self) -> Iterator[Picture]:
-        return (self[i] for i in range(len(self)))
 
 
 def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.cell import Data, fingerprint
+from left_bench.data.lazy import LazyRows
 from left_bench.data.rows import Row, data_file, load_rows
 from left_bench.errors import UserError
 from left_bench.paths import cache_dir, file_sha256
@@ -65,7 +66,7 @@ class Example:
         return [self.prompt_ids, self.answer_ids, self.reference, self.rejected_ids]
 
 
-class Examples(Sequence[Example]):
+class Examples(LazyRows[Example]):
     """Examples memory-mapped from disk: the rows of a large data set do not count as the run's memory."""
 
     def __init__(self, dataset: datasets.Dataset, *, decoder_start: int | None = None) -> None:
@@ -75,16 +76,10 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Example:
         return Example(**self._dataset[index], decoder_start=self._decoder_start)
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Example]:  # in order, datasets reads many at a time
         return (Example(**row, decoder_start=self._decoder_start) for row in self._dataset)
 
 

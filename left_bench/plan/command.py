@@ -75,7 +75,7 @@ def cells_of(argv: list[str]) -> Iterator[Cell]:
         config = hydra.config_loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
         use_sweep_loader()
         checked: set[str] = set()
-        for job in jobs_of(config):
+        for _, job in jobs_of(config):
             cell, _ = compose(job, job.hydra)
             kind = fingerprint([cell.identity["model"], cell.identity["data"]])
             if kind not in checked:

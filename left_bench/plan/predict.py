@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensorMode,
@@ -26,9 +25,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig
 
-from left_bench.adapter import attach_adapter, regularization, trainable_parameters
+from left_bench.adapter import regularization, trainable_parameters
 from left_bench.cell import Cell
 from left_bench.data import Example, load_data, split_passes, step_rows
 from left_bench.errors import UserError
@@ -36,9 +34,9 @@ from left_bench.loss import AnswerLoss
 from left_bench.measure import stored_bytes
 from left_bench.model import DTYPES, autocast
 from left_bench.plan.formats import stored_bytes_of
-from left_bench.pretrained import fetched, load_tokenizer, source, unloadable
+from left_bench.plan.shapes import adapter_of_shapes, model_of_shapes
+from left_bench.pretrained import fetched, load_tokenizer, source
 from left_bench.pretrained.make import byte_tokenizer
-from left_bench.task import TASKS
 from left_bench.train import make_optimizer, state_tensors
 
 _SHOWN_STEPS = 1000
@@ -82,13 +80,7 @@ def predict(cell: Cell) -> Plan:
         UserError: the model's configuration cannot be had.
     """
     plan = Plan(largest_pass(cell))
-    with torch.device("meta"):
-        model: Any = getattr(transformers, TASKS[cell.model.task].auto_class).from_config(
-            architecture(cell),
-            dtype=DTYPES[cell.precision.weights_dtype],
-            attn_implementation=cell.training.attention,
-            trust_remote_code=cell.model.trust_remote_code,
-        )
+    model = model_of_shapes(cell)
     quantized = quantizable(model) if cell.quantization.target is not None else {}
     dense = bytes_of(chain(model.parameters(), model.buffers()))
     plan.total_params = sum(parameter.numel() for parameter in model.parameters())
@@ -103,8 +95,7 @@ def predict(cell: Cell) -> Plan:
         item = DTYPES[cell.precision.compute_dtype].itemsize
         workspace = max((layer.weight.numel() * item for layer in quantized.values()), default=0)
     try:
-        with torch.device("meta"):
-            model = attach_adapter(model, _shaped(cell), tokenizer=None, rows=[])  # type: ignore[arg-type]
+        model = adapter_of_shapes(model, cell)
     except UserError:
         raise
     except Exception as error:  # a method that starts from the weights' values, or from data
@@ -127,31 +118,6 @@ def predict(cell: Cell) -> Plan:
     except Exception as error:
         plan.unknown.append(f"the step: it cannot be followed by shapes alone ({_short(error)})")
     return plan
-
-
-def _shaped(cell: Cell) -> Cell:
-    """The cell with an adapter of the same shapes whose start asks for no numbers (EVA's, PiSSA's, a prefix's do)."""
-    started_from_numbers = ("init_lora_weights", "eva_config", "loftq_config")
-    config = {name: value for name, value in cell.peft.config.items() if name not in started_from_numbers}
-    return cell.model_copy(update={"peft": cell.peft.model_copy(update={"config": config, "init_text": None})})
-
-
-def architecture(cell: Cell) -> Any:
-    """The model's configuration: the cell's own, or the one in its folder or on the hub.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    model, folder = cell.model, fetched(cell.model, dtype=cell.precision.weights_dtype)
-    if source(model) in ("random", "wheel") and model.config is not None:
-        arguments = dict(model.config)
-        return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-    try:
-        return AutoConfig.from_pretrained(
-            folder or model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise unloadable(model, error) from error
 
 
 def largest_pass(cell: Cell) -> Pass:

@@ -55,10 +55,7 @@ def save_random(config: dict[str, Any], folder: Path, *, dtype: str, task: str =
 
     Weights are born in `dtype`: seven billion parameters in bfloat16 never need more than their 14 GB.
     """
-    import torch
     import transformers
-
-    from left_bench.task import TASKS
 
     settings = architecture(config)
     if task == "image_classification":
@@ -72,34 +69,35 @@ def save_random(config: dict[str, Any], folder: Path, *, dtype: str, task: str =
     settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = 0, 1, None
     start = {"decoder_start_token_id": 0} if task == "seq2seq_lm" else {}
     settings.update(start)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            auto_class = getattr(transformers, TASKS[task].auto_class)
-            model = auto_class.from_config(settings, dtype=getattr(torch, dtype))
-        except ValueError as error:
-            first = str(error).splitlines()[0]
-            raise UserError(
-                f"model.config.model_type={settings.model_type}: no model for model.task={task} ({first})"
-            ) from error
+    model = _born(settings, task, dtype=dtype)
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=1, **start)
     model.save_pretrained(folder, max_shard_size="5GB")
     byte_tokenizer().save_pretrained(folder)
 
 
-def _save_random_classifier(settings: Any, folder: Path, *, dtype: str) -> None:
+def _born(settings: Any, task: str, *, dtype: str) -> Any:
+    """The model with transformers' own initialisation from seed 0."""
     import torch
-    from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+    import transformers
+
+    from left_bench.task import TASKS
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = AutoModelForImageClassification.from_config(settings, dtype=getattr(torch, dtype))
+            auto_class = getattr(transformers, TASKS[task].auto_class)
+            return auto_class.from_config(settings, dtype=getattr(torch, dtype))
         except ValueError as error:
             first = str(error).splitlines()[0]
             raise UserError(
-                f"model.config.model_type={settings.model_type}: no model for model.task=image_classification ({first})"
+                f"model.config.model_type={settings.model_type}: no model for model.task={task} ({first})"
             ) from error
+
+
+def _save_random_classifier(settings: Any, folder: Path, *, dtype: str) -> None:
+    from transformers import ViTImageProcessorPil
+
+    model = _born(settings, "image_classification", dtype=dtype)
     model.save_pretrained(folder, max_shard_size="5GB")
     size = {"height": settings.image_size, "width": settings.image_size}
     ViTImageProcessorPil(size=size).save_pretrained(folder)

@@ -53,6 +53,8 @@ class RowResult(NamedTuple):
     """Summed over the answer's tokens, nats."""
     prediction: str | None
     """None: nothing was generated."""
+    rejected_nll: float | None = None
+    """The worse answer's, summed likewise; None: the row has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +208,10 @@ def _row_results(path: Path, _changed: int) -> tuple[RowResult, ...] | None:
         reference, tokens, nll, prediction = (line.get(k) for k in ("reference", "answer_tokens", "nll", "prediction"))
         if not (isinstance(reference, str) and type(tokens) is int and _finite(nll)):
             return None
-        if not isinstance(prediction, (str, type(None))):
+        rejected = line.get("rejected_nll")
+        if not isinstance(prediction, (str, type(None))) or not (rejected is None or _finite(rejected)):
             return None
-        results.append(RowResult(reference, tokens, float(nll), prediction))
+        results.append(RowResult(reference, tokens, float(nll), prediction, rejected))
     return tuple(results) or None
 
 

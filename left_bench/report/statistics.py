@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from left_bench.answers import SCORES_OF_A_ROW
+from left_bench.answers import SCORES_OF_A_PAIR, SCORES_OF_A_ROW
 from left_bench.report.cells import Row
 from left_bench.report.load import RowResult, read_row_results, read_steps
 from left_bench.report.values import is_number
@@ -162,7 +162,7 @@ def _over_rows(a: Row, b: Row, metric: str) -> Interval | None:
 
 def _row_means(row: Row, metric: str) -> tuple[list[Any], list[float], list[float]] | None:
     """(the questions, each row's value as a mean over the seeds, each row's weight); None where any run kept none."""
-    if metric != "eval_loss" and metric not in SCORES_OF_A_ROW:
+    if metric not in ("eval_loss", *SCORES_OF_A_PAIR, *SCORES_OF_A_ROW):
         return None
     runs = [read_row_results(run.path) if run.path else None for run in row.runs if run.ok]
     kept = [results for results in runs if results]
@@ -187,6 +187,8 @@ def _means_of(
 def _score(result: RowResult, metric: str) -> float | None:
     if metric == "eval_loss":
         return result.nll
+    if metric in SCORES_OF_A_PAIR:
+        return None if result.rejected_nll is None else SCORES_OF_A_PAIR[metric](result.rejected_nll - result.nll)
     return None if result.prediction is None else SCORES_OF_A_ROW[metric](result.prediction, result.reference)
 
 

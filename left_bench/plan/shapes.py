@@ -1,0 +1,60 @@
+"""A cell's model and adapter on the meta device: shapes and dtypes as in a run, and no numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from left_bench.adapter import attach_adapter
+from left_bench.cell import Cell
+from left_bench.model import DTYPES
+from left_bench.pretrained import fetched, make, source, unloadable
+from left_bench.task import TASKS
+
+
+def architecture(cell: Cell) -> Any:
+    """The model's configuration: the cell's own, or the one in its folder or on the hub.
+
+    Raises:
+        UserError: it cannot be had, or a value in it is none of its architecture's.
+    """
+    model, folder = cell.model, fetched(cell.model, dtype=cell.precision.weights_dtype)
+    if source(model) in ("random", "wheel") and model.config is not None:
+        return make.architecture(model.config)
+    try:
+        return AutoConfig.from_pretrained(
+            folder or model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise unloadable(model, error) from error
+
+
+def model_of_shapes(cell: Cell) -> Any:
+    """The base model as it is before quantizing.
+
+    Raises:
+        UserError: its configuration cannot be had.
+    """
+    with torch.device("meta"):
+        return getattr(transformers, TASKS[cell.model.task].auto_class).from_config(
+            architecture(cell),
+            dtype=DTYPES[cell.precision.weights_dtype],
+            attn_implementation=cell.training.attention,
+            trust_remote_code=cell.model.trust_remote_code,
+        )
+
+
+def adapter_of_shapes(model: Any, cell: Cell) -> Any:
+    """The adapter attached to `model`, without a start that asks for numbers (EVA's, PiSSA's, a prefix's do).
+
+    Raises:
+        Exception: the method refuses its arguments or the model, or needs more than shapes.
+    """
+    started_from_numbers = ("init_lora_weights", "eva_config", "loftq_config")
+    config = {name: value for name, value in cell.peft.config.items() if name not in started_from_numbers}
+    peft = cell.peft.model_copy(update={"config": config, "init_text": None})
+    with torch.device("meta"):
+        return attach_adapter(model, cell.model_copy(update={"peft": peft}), tokenizer=None, rows=[])  # type: ignore[arg-type]

@@ -1,0 +1,116 @@
+"""What other packages' classes refuse is refused before a sweep begins; what ships, and what fits, passes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from left_bench.errors import UserError
+from left_bench.rehearse import is_of_ones_own, refusal_of, rehearse
+from left_bench.rules import why_unsupported
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group in ("peft", "optimizer", "quantization")
+    for path in sorted(ROOT.glob(f"conf/{group}/*.yaml"))
+    if path.stem != "custom"  # wants a class
+]
+MODELS = ["tiny_neox", "tiny_opt", "tiny_bert", "tiny_t5", "tiny_vit"]
+
+
+def there(group: str, name: str) -> bool:
+    return (ROOT / "conf" / group / f"{name}.yaml").is_file()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_what_ships_passes(option, tiny_cell):
+    cell = tiny_cell(option, "training.steps=10")  # AdaLoRA cannot shrink its ranks in two
+    assert why_unsupported(cell) is not None or refusal_of(cell) is None
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if there("model", name)])
+def test_every_architecture_passes(model, tiny_cell):
+    data = ["data=digits"] if model == "tiny_vit" else []
+    for peft in ("lora", "prefix_tuning", "pfeiffer", "full"):
+        cell = tiny_cell(f"model={model}", f"peft={peft}", *data)
+        assert why_unsupported(cell) is not None or refusal_of(cell) is None
+
+
+def test_the_default_model_passes(compose_cell):
+    assert refusal_of(compose_cell("peft=lora", "peft.config.r=3", "hardware=cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["peft.config.target_modules=[q_porj]"],
+            ["peft.config.target_modules=['q_porj']", "no layer of the model is called so", "did you mean 'q_proj'?"],
+        ),
+        (["peft.config.target_modules='(q_porj)$'"], ["peft.config", "peft.LoraConfig refuses it", "q_porj"]),
+        (["peft.config.lora_dropout=7"], ["peft.config", "dropout probability", "7"]),
+        (["peft.config.bias=sometimes"], ["peft.config", "sometimes"]),
+        (["optimizer.config.betas=[2,0.9]"], ["optimizer.config", "torch.optim.AdamW", "beta"]),
+        (["optimizer.config.eps=-1"], ["optimizer.config", "epsilon"]),
+        (["model.config.num_attention_heads=3"], ["model.config", "3"]),
+        (["model.config.hidden_size=-8"], ["model.config"]),
+        (["model.config.num_key_value_heads=3"], ["model.config"]),
+        (["model.config.hidden_act=nope"], ["model.config", "nope"]),
+        (["quantization=nf4", "quantization.config.bnb_4bit_compute_dtype=floaty"], ["quantization.config", "floaty"]),
+        (
+            ["quantization=nf4", "quantization.config.bnb_4bit_quant_type=nf3"],
+            ["bnb_4bit_quant_type=nf3: bitsandbytes refuses it"],
+        ),
+    ],
+)
+def test_a_value_that_fits_nowhere(overrides, words, tiny_cell):
+    refusal = refusal_of(tiny_cell(*overrides))
+    assert refusal is not None
+    assert len(refusal.splitlines()) == 1
+    for word in words:
+        assert word in refusal
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own"),
+    [
+        (["peft=dora", "seed=1", "training.steps=3", "data.train_rows=9"], False),
+        (["+sweep=smoke"], False),
+        (["peft.config.r=3"], True),
+        (["++peft.config.r=3"], True),
+        (["+model.revision=main"], True),
+        (["model.name_or_path=./here"], True),
+    ],
+)
+def test_values_of_ones_own_are_told_from_what_ships(overrides, own, composed):
+    assert is_of_ones_own(composed(*overrides).hydra) is own
+
+
+def test_the_first_refusal_of_a_process_of_its_own_is_raised(tiny_cell):
+    """Real, with its imports; nothing but the sentence comes back."""
+    good, bad = tiny_cell("peft.config.r=3"), tiny_cell("peft.config.target_modules=[q_porj]")
+    rehearse([])
+    with pytest.raises(UserError, match="did you mean 'q_proj'"):
+        rehearse([good, bad])
+
+
+def test_a_trial_that_dies_is_no_refusal(tiny_cell, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.devnull)
+    monkeypatch.setattr("left_bench.rehearse.worker_environment", lambda cell: {"PATH": "", "PYTHONHOME": os.devnull})
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    rehearse([tiny_cell("peft.config.target_modules=[q_porj]")])
+
+
+def test_the_last_job_of_a_sweep_is_refused_before_the_first_runs(tmp_path):
+    command = [sys.executable, "-m", "left_bench", "-m", "model=tiny_llama", "precision=fp32", "hardware=cpu"]
+    command += ["tracker=none", "training.steps=1", "data.train_rows=8", "peft.config.target_modules=[q_proj],[q_porj]"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done
+    assert done.stderr.count("\n") == 1
+    assert "peft.config.target_modules=['q_porj']" in done.stderr
+    assert not list(tmp_path.glob("runs/*/record.json"))
