@@ -62,7 +62,8 @@ def jobs_of(config: DictConfig) -> Iterator[tuple[list[str], DictConfig]]:
         alone = standing_for(overrides)
         yield alone, loader.load_sweep_config(config, alone)
         return
-    [batch] = BasicSweeper.split_arguments(overrides, None)
+    split = getattr(BasicSweeper, "whole_grid", BasicSweeper.split_arguments)  # `grid` may have replaced it
+    [batch] = split(overrides, None)
     for job in batch:
         yield job, loader.load_sweep_config(config, list(job))
 
