@@ -129,7 +129,7 @@ class Launch(Callback):
             record = previous_record(settings.runs_dir / cell.id / RECORD_NAME)
             kept = record is not None and record.status == "ok" and not settings.force
             if is_of_ones_own(config.hydra) and not kept:
-                rehearse(_not_refused([cell], settings))
+                rehearse(_not_refused([cell], settings), cells_follow=True)
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
         cell, settings = compose(config, config.hydra)
@@ -161,7 +161,8 @@ class Launch(Callback):
                     check_objective(cell, settings.objective)
             check_trackers(settings.tracker)
             done = begin(list(ids), settings, later=[], keep={} if searches(config.hydra) else may_stay.values())
-            rehearse(_not_refused((cell for cell in own.values() if cell.id not in done), settings))
+            trials = _not_refused((cell for cell in own.values() if cell.id not in done), settings)
+            rehearse(trials, cells_follow=launcher_of(config.hydra) == "basic")
             use_grid_sweeper(done=[job for job, cell_id in may_stay.items() if cell_id in done])
             given = list(config.hydra.overrides.task)
             name = sweep_name(config.hydra)

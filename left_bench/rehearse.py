@@ -44,8 +44,11 @@ def is_of_ones_own(hydra: DictConfig) -> bool:
     return any(name is not None and not (shipped[group] / f"{name}.yaml").is_file() for group, name in chosen.items())
 
 
-def rehearse(cells: Iterable[Cell]) -> None:
+def rehearse(cells: Iterable[Cell], *, cells_follow: bool) -> None:
     """Try what is unlike in the cells, in a process of its own; one that finds no answer in time is no refusal.
+
+    Args:
+        cells_follow: the cells are started from this process too, so the imports made for the trial are theirs as well.
 
     Raises:
         UserError: what is refused, by whom, and the nearest that is allowed where that is known.
@@ -61,7 +64,7 @@ def rehearse(cells: Iterable[Cell]) -> None:
             folder,
             log=folder / "log",
             environment=worker_environment(unlike[0]),
-            fork=all(cell.hardware.device == "cpu" for cell in unlike),
+            fork=cells_follow and all(cell.hardware.device == "cpu" for cell in unlike),
             program="left_bench.rehearse",
         )
         end = time.monotonic() + _PATIENCE_SECONDS

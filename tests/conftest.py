@@ -161,7 +161,9 @@ def left_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     from left_bench.cli import main
 
     monkeypatch.setattr(sys, "argv", ["left-bench"])
-    monkeypatch.setattr("left_bench.launch.rehearse", lambda cells: None)  # a process of its own, see test_rehearse.py
+    monkeypatch.setattr(
+        "left_bench.launch.rehearse", lambda cells, **_: None
+    )  # a process of its own, see test_rehearse.py
 
     def left_bench(*arguments: str) -> Answer:
         GlobalHydra.instance().clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from left_bench.record import RECORD_NAME, Record, read_record
-from left_bench.sweep import command_of
+from left_bench.sweep import command_of, scope_of
 
 QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=1", "data.train_rows=8"]
 
@@ -78,6 +78,27 @@ def test_a_sweep(place, runs, left_bench):
     assert {record.provenance["sweep"] for record in records(place)} == {"smoke"}
     assert (place / "reports" / "smoke.md").is_file()
     assert "[2/2]" in answer.out
+
+
+def test_a_grid_passes_by_what_is_done(place, runs, left_bench, monkeypatch):
+    """Done jobs are not even composed for the launcher; the others keep their places in the sweep."""
+    left_bench("-m", *QUICK, "seed=1,3")
+    runs.clear()
+    launched = []
+    monkeypatch.setattr("left_bench.launch.scope_of", lambda *a: launched.append(a[2].seed) or scope_of(*a))
+    answer = left_bench("-m", *QUICK, "seed=0,1,2,3")
+    assert answer.code == 0, answer
+    assert [cell.seed for cell in runs] == launched == [0, 2]
+    kept = [line.split()[0] for line in answer.out.splitlines() if "kept from an earlier run" in line]
+    assert kept == ["[2/4]", "[4/4]"]
+    assert "[1/4] start" in answer.out and "[3/4] start" in answer.out
+    launched.clear()
+    assert left_bench("-m", *QUICK, "seed=0,1,2,3").code == 0
+    assert launched == []
+    assert left_bench("-m", *QUICK, "seed=0,1", "force=true").code == 0
+    assert launched == [0, 1]
+    assert left_bench("-m", *QUICK, "seed=0,1", "force=true,false").code == 0
+    assert launched == [0, 1, 0, 1], "the forced ones are run again, and the same cells are then done"
 
 
 def test_the_command_of_a_record_makes_the_same_cell(place, runs, left_bench):

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from left_bench.errors import UserError
+from left_bench.listing import cell_with
 from left_bench.rehearse import is_of_ones_own, refusal_of, rehearse
 from left_bench.rules import why_unsupported
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = [
-    f"{group}={path.stem}"
+    (group, path.stem)
     for group in ("peft", "optimizer", "quantization")
     for path in sorted(ROOT.glob(f"conf/{group}/*.yaml"))
     if path.stem != "custom"  # wants a class
@@ -27,9 +28,10 @@ def there(group: str, name: str) -> bool:
     return (ROOT / "conf" / group / f"{name}.yaml").is_file()
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_what_ships_passes(option, tiny_cell):
-    cell = tiny_cell(option, "training.steps=10")  # AdaLoRA cannot shrink its ranks in two
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_what_ships_passes(group, option, tiny_cell):
+    chosen = getattr(cell_with(group, option), group)
+    cell = tiny_cell("training.steps=10").model_copy(update={group: chosen})  # AdaLoRA wants more than two
     assert why_unsupported(cell) is not None or refusal_of(cell) is None
 
 
@@ -94,16 +96,15 @@ def test_values_of_ones_own_are_told_from_what_ships(overrides, own, composed):
 def test_the_first_refusal_of_a_process_of_its_own_is_raised(tiny_cell):
     """Real, with its imports; nothing but the sentence comes back."""
     good, bad = tiny_cell("peft.config.r=3"), tiny_cell("peft.config.target_modules=[q_porj]")
-    rehearse([])
+    rehearse([], cells_follow=True)
     with pytest.raises(UserError, match="did you mean 'q_proj'"):
-        rehearse([good, bad])
+        rehearse([good, bad], cells_follow=False)
 
 
 def test_a_trial_that_dies_is_no_refusal(tiny_cell, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.devnull)
     monkeypatch.setattr("left_bench.rehearse.worker_environment", lambda cell: {"PATH": "", "PYTHONHOME": os.devnull})
-    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
-    rehearse([tiny_cell("peft.config.target_modules=[q_porj]")])
+    rehearse([tiny_cell("peft.config.target_modules=[q_porj]")], cells_follow=False)
 
 
 def test_the_last_job_of_a_sweep_is_refused_before_the_first_runs(tmp_path):
