@@ -73,16 +73,16 @@ def hang_for_ever() -> None:
         time.sleep(60)
 
 
-def run_forked(run_dir: str, log: str, environment: dict[str, str]) -> None:
+def run_forked(program: str, run_dir: str, log: str, environment: dict[str, str]) -> None:
     """What the fork server runs in place of `left_bench.process._run_forked`."""
     from left_bench import process
 
     os.environ[FAULT] = environment[FAULT]
     arm()
-    process._run_forked(run_dir, log, environment)
+    process._run_forked(program, run_dir, log, environment)
 
 
-def run_forked_with_an_idle_parameter(run_dir: str, log: str, environment: dict[str, str]) -> None:
+def run_forked_with_an_idle_parameter(program: str, run_dir: str, log: str, environment: dict[str, str]) -> None:
     """The same, for a worker whose method has a parameter that takes no part in the loss."""
     import torch
 
@@ -96,7 +96,7 @@ def run_forked_with_an_idle_parameter(run_dir: str, log: str, environment: dict[
         return model
 
     adapter.attach_adapter = attach_and_add
-    process._run_forked(run_dir, log, environment)
+    process._run_forked(program, run_dir, log, environment)
 
 
 if __name__ == "__main__":

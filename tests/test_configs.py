@@ -198,7 +198,7 @@ def test_quantization_arguments_are_the_upstream_classs_own(name, compose_cell):
 @pytest.mark.parametrize("name", GRIDS)
 def test_a_sweep_is_made_of_unlike_cells(name, composed):
     config = composed(f"+sweep={name}", *NARROWED.get(name, []))
-    jobs = jobs_of(config)
+    jobs = (job for _, job in jobs_of(config))
     cells = [compose(job, job.hydra)[0] for job in jobs]
     assert len(cells) > 1
     assert len({cell.id for cell in cells}) == len(cells)
@@ -234,13 +234,13 @@ def test_the_command_line_overrules_a_recipe(compose_cell):
 
 
 def test_the_ranks_keep_alpha_at_twice_the_rank(composed):
-    cells = [compose(job, job.hydra)[0] for job in jobs_of(composed("+sweep=lora_rank"))]
+    cells = [compose(job, job.hydra)[0] for _, job in jobs_of(composed("+sweep=lora_rank"))]
     assert [cell.peft.config["r"] for cell in cells] == [2, 4, 8, 16, 32, 64, 128]
     assert all(cell.peft.config["lora_alpha"] == 2 * cell.peft.config["r"] for cell in cells)
 
 
 def test_the_methods_sweep_has_every_method(composed):
-    cells = [compose(job, job.hydra)[0] for job in jobs_of(composed("+sweep=peft_methods"))]
+    cells = [compose(job, job.hydra)[0] for _, job in jobs_of(composed("+sweep=peft_methods"))]
     assert [cell.choices["peft"] for cell in cells] == [*dict.fromkeys(cell.choices["peft"] for cell in cells)]
     assert len(cells) >= 12
     assert {cell.choices["peft"] for cell in cells} <= set(PEFT) - {"custom"}
@@ -256,14 +256,14 @@ def test_the_methods_sweep_has_every_method(composed):
     ],
 )
 def test_an_override_narrows_or_widens_a_sweep(overrides, chosen, composed):
-    cells = [compose(job, job.hydra)[0] for job in jobs_of(composed(*overrides))]
+    cells = [compose(job, job.hydra)[0] for _, job in jobs_of(composed(*overrides))]
     assert [(cell.choices["peft"], cell.peft.config.get("r")) for cell in cells] == chosen
     assert len({cell.id for cell in cells}) == len(cells)
 
 
 def test_an_override_reaches_every_cell_of_a_sweep(composed):
     config = composed("+sweep=smoke", "training.steps=3", "data.train_rows=5")
-    cells = [compose(job, job.hydra)[0] for job in jobs_of(config)]
+    cells = [compose(job, job.hydra)[0] for _, job in jobs_of(config)]
     assert {(cell.training.steps, cell.data.train_rows) for cell in cells} == {(3, 5)}
 
 

@@ -62,7 +62,7 @@ def test_a_printed_command_composes_to_cells(arguments, composed, tmp_path, monk
     swept = "-m" in arguments or any(one.startswith("+sweep=") for one in arguments)
     if swept:
         check_launcher(config)
-    job = next(jobs_of(config)) if swept else config
+    job = next(jobs_of(config))[1] if swept else config
     cell, _ = compose(job, job.hydra)
     assert cell.id
 

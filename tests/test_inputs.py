@@ -58,7 +58,7 @@ def refused(left_bench, tmp_path, monkeypatch):
         (["data.train_rows=99999999999"], ["data.train_rows=99999999999", "less than or equal to 1000000000"]),
         (["hardware.processes=100000"], ["hardware.processes=100000", "less than or equal to 4096"]),
         (["data.seed=-1"], ["data.seed=-1", "greater than or equal to 0"]),
-        (["training.learning_rate=.inf"], ["training.learning_rate=inf", "finite number"]),
+        (["training.learning_rate=inf"], ["training.learning_rate=inf", "finite number"]),
         (["training.batch_size=-4"], ["training.batch_size=-4", "greater than or equal to 1"]),
         (["training.checkpoint_every=0"], ["training.checkpoint_every=0", "greater than or equal to 1"]),
         (["hardware.phase_timeout=-1"], ["hardware.phase_timeout=-1", "greater than 0"]),

@@ -32,7 +32,8 @@ _target_: peft.LoraConfig
 learning_rate: 1e-3
 init_text: null
 config:
-  target_modules: [no_such_layer]
+  target_modules: [q_proj]
+  init_lora_weights: no_such_start
 """
 
 
@@ -235,7 +236,7 @@ def test_wandb_ends_the_runs_as_the_cells_ended(swept: Swept) -> None:
     ends = {run["method"]: run["whole"]["exit"] for run in swept.before["wandb"].values() if run["kind"] == "train"}
     assert ends == {"lora": 0, "broken": 1, "full": 0}
     wholes = {run["method"]: run["whole"] for run in swept.before["wandb"].values()}
-    assert "no_such_layer" in wholes["broken"]["summary"]["reason"]
+    assert "no_such_start" in wholes["broken"]["summary"]["reason"]
     assert "unquantized" in wholes["full"]["summary"]["reason"]
     assert wholes["lora"]["config"]["environment.machine.cores"] >= 1
     assert {kind for kind, _ in wholes["lora"]["artifacts"]} == {"record", "adapter"}
