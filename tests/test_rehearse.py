@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from left_bench.cli import register_resolvers
 from left_bench.errors import UserError
 from left_bench.listing import cell_with
 from left_bench.rehearse import is_of_ones_own, refusal_of, rehearse
@@ -30,6 +31,7 @@ def there(group: str, name: str) -> bool:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_what_ships_passes(group, option, tiny_cell):
+    register_resolvers()
     chosen = getattr(cell_with(group, option), group)
     cell = tiny_cell("training.steps=10").model_copy(update={group: chosen})  # AdaLoRA wants more than two
     assert why_unsupported(cell) is not None or refusal_of(cell) is None
@@ -56,6 +58,7 @@ def test_the_default_model_passes(compose_cell):
         ),
         (["peft.config.target_modules='(q_porj)$'"], ["peft.config", "peft.LoraConfig refuses it", "q_porj"]),
         (["peft.config.lora_dropout=7"], ["peft.config", "dropout probability", "7"]),
+        (["peft.config.init_lora_weights=no_such_start"], ["peft.config", "no_such_start"]),
         (["peft.config.bias=sometimes"], ["peft.config", "sometimes"]),
         (["optimizer.config.betas=[2,0.9]"], ["optimizer.config", "torch.optim.AdamW", "beta"]),
         (["optimizer.config.eps=-1"], ["optimizer.config", "epsilon"]),

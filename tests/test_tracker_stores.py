@@ -26,14 +26,16 @@ INSTALLED = [
     name for name in TRACKERS if all(importlib.util.find_spec(one) for one in PACKAGES.get(name, (name,)))
 ]  # fmt: skip
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "HF_TOKEN": "hf_secretsecretsecretsecretsecret"}
-BROKEN = """# A method that cannot be attached.
+BROKEN = """# A start that looks for more directions than the training rows have.
 name: broken
 _target_: peft.LoraConfig
 learning_rate: 1e-3
 init_text: null
 config:
+  r: 4096
   target_modules: [q_proj]
-  init_lora_weights: no_such_start
+  init_lora_weights: eva
+  eva_config: {_target_: peft.EvaConfig, rho: 1.0}
 """
 
 
@@ -236,7 +238,7 @@ def test_wandb_ends_the_runs_as_the_cells_ended(swept: Swept) -> None:
     ends = {run["method"]: run["whole"]["exit"] for run in swept.before["wandb"].values() if run["kind"] == "train"}
     assert ends == {"lora": 0, "broken": 1, "full": 0}
     wholes = {run["method"]: run["whole"] for run in swept.before["wandb"].values()}
-    assert "no_such_start" in wholes["broken"]["summary"]["reason"]
+    assert "EVA looks for 4096 directions" in wholes["broken"]["summary"]["reason"]
     assert "unquantized" in wholes["full"]["summary"]["reason"]
     assert wholes["lora"]["config"]["environment.machine.cores"] >= 1
     assert {kind for kind, _ in wholes["lora"]["artifacts"]} == {"record", "adapter"}

@@ -14,6 +14,9 @@ from left_bench.model import DTYPES
 from left_bench.pretrained import fetched, make, source, unloadable
 from left_bench.task import TASKS
 
+_STARTS_FROM_NUMBERS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal", "mica")
+"""peft's values of `init_lora_weights`, or their beginnings, that look at weights or rows."""
+
 
 def architecture(cell: Cell) -> Any:
     """The model's configuration: the cell's own, or the one in its folder or on the hub.
@@ -53,8 +56,9 @@ def adapter_of_shapes(model: Any, cell: Cell) -> Any:
     Raises:
         Exception: the method refuses its arguments or the model, or needs more than shapes.
     """
-    started_from_numbers = ("init_lora_weights", "eva_config", "loftq_config")
-    config = {name: value for name, value in cell.peft.config.items() if name not in started_from_numbers}
+    config = {name: value for name, value in cell.peft.config.items() if name not in ("eva_config", "loftq_config")}
+    if str(config.get("init_lora_weights")).startswith(_STARTS_FROM_NUMBERS):  # a name that peft knows not is refused
+        del config["init_lora_weights"]
     peft = cell.peft.model_copy(update={"config": config, "init_text": None})
     with torch.device("meta"):
         return attach_adapter(model, cell.model_copy(update={"peft": peft}), tokenizer=None, rows=[])  # type: ignore[arg-type]
