@@ -174,8 +174,8 @@ def section(rows: list[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "compose: every cell composed and checked before the first starts. launch: composed again by Hydra's sweeper "
-        "and launcher, run, recorded. finish: summary, report, manifest. resume: the whole command again over finished "
+        "compose: every cell composed and checked before the first starts. launch: composed again by Hydra's launcher, "
+        "run, recorded. finish: summary, report, manifest. resume: the whole command again over finished "
         "cells. report: `left-bench report` alone.",
         "",
     ]
