@@ -113,6 +113,8 @@ def _left_off(cell: Cell, runs_dir: Path, sweep: str | None) -> str:
     if sweep is None:
         return told
     cells = json.loads((runs_dir / SWEEPS_FOLDER / f"{sweep}.json").read_text(encoding="utf-8"))["cells"]
+    if not cells:  # a search, whose cells are not known before
+        return told
     done = sum((runs_dir / name / RECORD_NAME).exists() for name in cells)
     return f"{done} of {len(cells)} cells have their record; {told}"
 

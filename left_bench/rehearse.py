@@ -24,7 +24,7 @@ from left_bench.errors import UserError, nearest
 from left_bench.isolate import worker_environment
 from left_bench.paths import config_root
 
-_QUESTION, _ANSWER = "cells.json", "refusal.txt"
+_QUESTION, _ANSWER = "cells.jsonl", "refusal.txt"
 _JUDGED = ("model", "quantization", "peft", "optimizer")
 _AT_MOST = 64
 """Cells of one sweep: each takes up to a second for a model of thirty layers."""
