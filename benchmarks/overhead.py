@@ -53,12 +53,14 @@ def help_seconds(folder: Path) -> float:
     return statistics.median(run(["--help"], folder) for _ in range(7))
 
 
-def cell_overhead(folder: Path, cells: int, options: list[str]) -> tuple[float, float]:
-    """Seconds per cell beside load, train and evaluate: (the first cell's, the mean of all later ones').
+def cell_overhead(folder: Path, cells: int, options: list[str]) -> tuple[float, float, dict[str, float]]:
+    """Seconds per cell beside load, train and evaluate: (the first cell's, the mean of all later ones', its phases).
 
     The first cell's is the whole launch less its measured phases; a later one's is what the launch takes longer for it.
+    Of the later ones' the phases that are not among the three are told apart, the mean over all cells.
     """
     walls, measured = {}, {}
+    phases: dict[str, float] = {}
     for count in (1, cells):
         runs = folder / f"runs{count}"
         seeds = ",".join(map(str, range(count)))
@@ -66,9 +68,12 @@ def cell_overhead(folder: Path, cells: int, options: list[str]) -> tuple[float, 
         records = [json.loads(path.read_text()) for path in runs.glob("*/record.json")]
         assert len(records) == count
         measured[count] = sum(p["seconds"] for r in records for p in r["phases"] if p["name"] in MEASURED)
+        phases = {}
+        for phase in (p for r in records for p in r["phases"] if p["name"] not in MEASURED):
+            phases[phase["name"]] = phases.get(phase["name"], 0.0) + phase["seconds"] / count
         shutil.rmtree(runs)
     first = walls[1] - measured[1]
-    return first, (walls[cells] - measured[cells] - first) / (cells - 1)
+    return first, (walls[cells] - measured[cells] - first) / (cells - 1), phases
 
 
 def import_seconds(folder: Path) -> float:
@@ -158,11 +163,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         figures: dict[str, float] = {"help_seconds": help_seconds(folder)}
-        first, later = cell_overhead(folder, arguments.cells, TINY)
+        first, later, _ = cell_overhead(folder, arguments.cells, TINY)
         figures |= {"first_cell_overhead_seconds": first, "cell_overhead_seconds": later}
         figures["import_seconds"] = import_seconds(folder)
         run([*DEFAULT_MODEL, f"runs_dir={folder / 'made'}"], folder)  # its files are made, or fetched, but once
-        _, figures["default_model_cell_overhead_seconds"] = cell_overhead(folder, arguments.cells, DEFAULT_MODEL)
+        _, later, phases = cell_overhead(folder, arguments.cells, DEFAULT_MODEL)
+        figures["default_model_cell_overhead_seconds"] = later
+        figures |= {f"default_model_{phase}_seconds": seconds for phase, seconds in phases.items()}
         figures["resume_100_cells_seconds"] = resume_seconds(folder)
         runs = write_many(folder, arguments.records)
         for what, name in (("report", "md"), ("page", "html")):
@@ -174,6 +181,19 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "overhead.json").write_text(json.dumps(figures, indent=1) + "\n")
         (arguments.out / "overhead.md").write_text(text)
+
+
+def default_model(figures: dict[str, float]) -> str:
+    """The whole and where it goes, largest first."""
+    named = {
+        key.removeprefix("default_model_").removesuffix("_seconds").replace("_", " "): seconds
+        for key, seconds in figures.items()
+        if key.startswith("default_model_")
+    }
+    whole = named.pop("cell overhead")
+    named["outside the phases"] = whole - sum(named.values())
+    parts = sorted(named.items(), key=lambda part: -part[1])
+    return f"{whole:.2f} s: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts if seconds >= 0.005)
 
 
 def markdown(figures: dict[str, float], arguments: argparse.Namespace) -> str:
@@ -189,7 +209,7 @@ def markdown(figures: dict[str, float], arguments: argparse.Namespace) -> str:
         ],
         ["of that, importing torch, transformers, peft and datasets", f"{figures['import_seconds']:.1f} s"],
         ["every further cell, beside load, train and evaluate", f"{figures['cell_overhead_seconds']:.2f} s"],
-        ["the same with the default model", f"{figures['default_model_cell_overhead_seconds']:.2f} s"],
+        ["the same with the default model", default_model(figures)],
         ["a finished grid of 100 cells launched again", f"{figures['resume_100_cells_seconds']:.1f} s"],
         *(
             [
@@ -205,7 +225,9 @@ def markdown(figures: dict[str, float], arguments: argparse.Namespace) -> str:
             "## Overhead",
             "",
             f"Two-layer models with random weights on {machine['cpu']}, {machine['cores']} cores. The grid is 5 "
-            "quantizations × 10 methods × 2 seeds.",
+            "quantizations × 10 methods × 2 seeds. `merge` is a measurement too: the adapter is folded into the "
+            "weights and the logits of both are compared. Outside the phases: the process itself, tokenizer and rows, "
+            "the passes over a few tokens that see what the output head does, count FLOPs and try packed rows.",
             "",
             table(["what", "cost"], rows),
             "",

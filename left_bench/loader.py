@@ -2,8 +2,9 @@
 
 Hydra composes every job of a sweep from its files, 80 ms each time, and every job is composed twice (our check, its
 launcher). A job's value overrides (`seed=3`) are applied to a finished composition, so jobs that chose the same
-options can start from a copy of one; that takes 1 ms. Jobs that chose others are composed by Hydra, from files that are
-read once for a sweep.
+options can start from a copy of one. An option's section is the same whatever else was chosen, if its file writes
+nowhere else: a grid of m x n options is put together from the sections of m + n - 1 jobs. What is left is composed by
+Hydra, from files that are read once for a sweep.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from left_bench import interrupt
 
 _KEPT = 512  # compositions of 150 kB each
+_Part = tuple[tuple[Any, ...], str]
+"""What a composition was asked for beside an option that fills its section alone, and that option."""
 
 
 class SweepLoader(ConfigLoaderImpl):
@@ -34,8 +37,9 @@ class SweepLoader(ConfigLoaderImpl):
     def __init__(self, plain: ConfigLoaderImpl) -> None:
         super().__init__(plain.config_search_path)
         self.repository = _ReadOnce(plain.config_search_path)
-        self._composed: OrderedDict[tuple[int, tuple[str, ...]], DictConfig] = OrderedDict()
+        self._composed: OrderedDict[_Part, DictConfig] = OrderedDict()
         self._groups: dict[str, bool] = {}
+        self._alone: dict[str, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Launchers send the loader to other processes, once for every job: without what it remembers."""
@@ -43,6 +47,7 @@ class SweepLoader(ConfigLoaderImpl):
             "repository": _ReadOnce(self.config_search_path),
             "_composed": OrderedDict(),
             "_groups": {},
+            "_alone": {},
         }
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
@@ -74,34 +79,35 @@ class SweepLoader(ConfigLoaderImpl):
         return self._groups[key] and not isinstance(override.value(), dict)
 
     def _compose(self, master_config: DictConfig, options: tuple[str, ...]) -> DictConfig:
-        return copy.deepcopy(self._composition(master_config, options))
-
-    def _composition(self, master_config: DictConfig, options: tuple[str, ...]) -> DictConfig:
-        """The one that is kept, to be read."""
-        key = (id(master_config), options)
-        if key not in self._composed:
-            self._composed[key] = self._compose_anew(master_config, options)
-            if len(self._composed) > _KEPT:
-                self._composed.popitem(last=False)
-        self._composed.move_to_end(key)
-        return self._composed[key]
-
-    def _compose_anew(self, master_config: DictConfig, options: tuple[str, ...]) -> DictConfig:
-        """By Hydra; but a grid's m x n combinations are put together from m + n compositions of one choice each."""
+        """By Hydra; but a job all of whose options were composed in jobs before is put together from their sections."""
         sections = {option.partition("=")[0]: option for option in options if self._fills_its_section_alone(option)}
         others = tuple(option for option in options if option not in sections.values())
-        if len(sections) < 2 or len(sections) + len(others) < len(options):
-            return super().load_sweep_config(master_config, list(options))
-        first, *rest = sections
-        config = self._compose(master_config, (*others, sections[first]))
-        for group in rest:
-            chosen = self._composition(master_config, (*others, sections[group]))
-            config[group] = chosen[group]  # OmegaConf copies what it is given
-            config.hydra.runtime.choices[group] = chosen.hydra.runtime.choices[group]
+        if not sections or len(sections) + len(others) < len(options):  # a group chosen twice
+            sections, others = {}, options
+        place = (id(master_config), others, *sections)
+        parts = {group: (place, option) for group, option in sections.items()} or {"": (place, "")}
+        kept = {group: self._composed[part] for group, part in parts.items() if part in self._composed}
+        if len(kept) < len(parts):
+            whole = super().load_sweep_config(master_config, list(options))
+            self._composed |= {part: whole for part in parts.values() if part not in self._composed}
+            while len(self._composed) > _KEPT:
+                self._composed.popitem(last=False)
+            return copy.deepcopy(whole)
+        base, *_ = kept.values()
+        config = copy.deepcopy(base)
+        for group, composed in kept.items():
+            if composed is not base:
+                config[group] = composed[group]  # OmegaConf copies what it is given
+                config.hydra.runtime.choices[group] = composed.hydra.runtime.choices[group]
         return config
 
     def _fills_its_section_alone(self, option: str) -> bool:
         """Whether it is `group=name` of a file that chooses for no other group and writes nowhere else."""
+        if option not in self._alone:
+            self._alone[option] = self._looks_alone(option)
+        return self._alone[option]
+
+    def _looks_alone(self, option: str) -> bool:
         group, _, name = option.partition("=")
         file = self.repository.load_config(f"{group}/{name}") if group.isidentifier() and name.isidentifier() else None
         if file is None or (file.header or {}).get("package") is not None:

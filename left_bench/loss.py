@@ -69,6 +69,11 @@ class AnswerLoss:
             return _token_losses(hidden, batch.targets)
         return self._token_losses_in_chunks(hidden, batch.targets)
 
+    def logits_of_tokens(self, batch: Batch) -> torch.Tensor:
+        """The logits that predict each labelled token, float32 [answer tokens, vocabulary], whole: for few tokens."""
+        states = self._states(batch)
+        return (states if self.suffix is None else self.logits(states)).float()
+
     def shortfalls(self, batch: Batch) -> torch.Tensor:
         """How far each labelled token's logit is below the greatest, float32 [answer tokens]; 0: the greedy choice."""
 

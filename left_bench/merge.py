@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from peft import PeftModel
 
 from left_bench.cell import Cell
 from left_bench.data import Example, collate
+from left_bench.loss import AnswerLoss
 from left_bench.measure import Meter
 from left_bench.model import autocast, quantized_weights
+
+_COMPARED_TOKENS = 8
+"""Answer tokens of each row whose logits are compared; a long answer's later ones would say no more."""
 
 
 def merge(
@@ -28,12 +33,12 @@ def merge(
     refusal = why_not(model)
     if refusal is not None:
         return None, refusal
-    attached = last_logits(model, rows, cell, pad_id=pad_id, device=meter.device.kind)
+    attached = answer_logits(model, rows, cell, pad_id=pad_id, device=meter.device.kind)
     tuner: Any = model.base_model
     try:
         merged: torch.nn.Module = tuner.merge_and_unload()
         # some merges leave weights of a shape that does not compute
-        logits = last_logits(merged, rows, cell, pad_id=pad_id, device=meter.device.kind)
+        logits = answer_logits(merged, rows, cell, pad_id=pad_id, device=meter.device.kind)
     except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         return None, f"not merged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     difference = (logits - attached).abs().max().item()
@@ -57,15 +62,15 @@ def why_not(model: torch.nn.Module) -> str | None:
     return None
 
 
-def last_logits(
+def answer_logits(
     model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str
 ) -> torch.Tensor:
-    """Float32 logits at the last position of each of the rows, shape (rows, vocabulary)."""
-    forward: Any = model
-    found = []
+    """Float32 logits that predict each row's first answer tokens (a picture's class), shape (tokens, vocabulary)."""
+    if cell.model.task != "image_classification":
+        rows = [replace(row, answer_ids=row.answer_ids[:_COMPARED_TOKENS]) for row in rows]
     model.eval()
     with torch.no_grad(), autocast(cell, device=device):
-        for row in rows:
-            batch = collate([row], pad_id=pad_id).to(device)
-            found.append(forward(**batch.inputs()).logits.flatten(end_dim=-2)[-1].float())
-    return torch.stack(found)
+        loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+        starts = range(0, len(rows), cell.eval.batch_size)
+        batches = [collate(rows[start : start + cell.eval.batch_size], pad_id=pad_id) for start in starts]
+        return torch.cat([loss.logits_of_tokens(batch.to(device)) for batch in batches])

@@ -243,13 +243,16 @@ def why_not_packed(
         with torch.no_grad():
             with attending_in_segments(model, kernel=kernel):
                 together = loss.of_tokens(collate(pair, pad_id=pad_id, packed=True).to(device))
-            change = _largest(together, loss.of_tokens(padded))
+            in_float32 = next(model.parameters()).dtype == torch.float32
             # nats; a float32 model rounds far below it, and so does a 16-bit one by the same kernel
-            allowed = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2
-            if change > allowed and kernel is None:
-                # one kernel's rounding against another's can cost a 16-bit model more: plain products on both sides
-                with attending_in_segments(model, kernel="eager"):
+            allowed = 1e-3 if in_float32 else 0.2
+            own = model.config._attn_implementation
+            # one kernel's rounding against another's can cost a 16-bit model more: plain products on both sides first
+            for beside in (own,) if in_float32 or kernel else ("eager", own):
+                with attending_in_segments(model, kernel=beside):
                     change = _largest(together, loss.of_tokens(padded))
+                if change <= allowed:
+                    break
     except (NotPackable, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     finally:

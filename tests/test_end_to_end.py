@@ -226,7 +226,7 @@ def test_an_unsupported_cell_is_a_row_and_no_failure(place: Path) -> None:
 @pytest.mark.slow
 def test_the_default_model_learns(place: Path) -> None:
     done = left_bench(
-        *("peft=lora", "training.steps=24", "data.test_rows=48", "data.train_rows=256", "runs_dir=real"), cwd=place
+        *("peft=lora", "training.steps=20", "data.test_rows=32", "data.train_rows=256", "runs_dir=real"), cwd=place
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = place.glob("real/*/record.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -71,3 +72,27 @@ def test_it_travels_light(loaders):
     assert len(pickle.dumps(ours)) == before
     assert isinstance(ours, SweepLoader)
     assert use_sweep_loader() is ours
+
+
+def test_a_grid_is_composed_once_for_each_option_and_not_for_each_combination(loaders, monkeypatch):
+    config, plain, ours = loaders
+    composed, by_hydra = [], ConfigLoaderImpl.load_sweep_config
+
+    def counted(self, master, overrides):
+        composed.append(overrides)
+        return by_hydra(self, master, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    grid = [
+        [f"quantization={quantization}", f"peft={peft}", "training=long", f"seed={seed}"]
+        for quantization in ("none", "int8", "nf4")
+        for peft in ("lora", "dora", "ia3", "full")
+        for seed in (0, 1)
+    ]
+    found = [ours.load_sweep_config(config, job) for job in grid]
+    assert len(composed) == 3 + 4 - 1
+    monkeypatch.undo()
+    for job, one in zip(grid, found, strict=True):
+        expected = plain.load_sweep_config(config, list(job))
+        assert OmegaConf.to_container(one) == OmegaConf.to_container(expected), job
+        assert one.hydra.runtime.choices == expected.hydra.runtime.choices

@@ -11,9 +11,12 @@ from left_bench.data import Example
 from left_bench.device import CpuDevice
 from left_bench.events import EventWriter
 from left_bench.measure import Meter
-from left_bench.merge import last_logits, merge, why_not
+from left_bench.merge import answer_logits, merge, why_not
 
-ROWS = [Example(prompt_ids=[5, 6, 7], answer_ids=[8, 1], prompt="", reference="") for _ in range(2)]
+ROWS = [
+    Example(prompt_ids=[5, 6, 7], answer_ids=[8, 1], prompt="", reference=""),
+    Example(prompt_ids=[5, 6, 7, 9, 3], answer_ids=list(range(10, 22)), prompt="", reference=""),
+]
 
 
 def tiny() -> LlamaForCausalLM:
@@ -41,17 +44,26 @@ def test_a_merged_lora_gives_the_attached_ones_logits(meter, tiny_cell):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    attached = last_logits(model, ROWS, cell, pad_id=0, device="cpu")
+    attached = answer_logits(model, ROWS, cell, pad_id=0, device="cpu")
     merged, note = merge(model, ROWS, cell, meter=meter, pad_id=0)
     assert merged is not None
     assert note.startswith("merged")
     assert not any("lora" in name for name, _ in merged.named_modules())
-    again = last_logits(merged, ROWS, cell, pad_id=0, device="cpu")
+    again = answer_logits(merged, ROWS, cell, pad_id=0, device="cpu")
     torch.testing.assert_close(again, attached, rtol=1e-4, atol=1e-5)
     difference = (again - attached).abs().max().item()
     assert meter.metrics["merge_max_abs_difference"] == pytest.approx(difference)
-    base = last_logits(tiny(), ROWS, cell, pad_id=0, device="cpu")
+    base = answer_logits(tiny(), ROWS, cell, pad_id=0, device="cpu")
     assert (again - base).abs().max() > 1e-2  # the adapter does something
+
+
+def test_the_compared_logits_are_the_models_own_at_the_first_answer_tokens(tiny_cell):
+    model = tiny().eval()
+    found = answer_logits(model, ROWS, tiny_cell(), pad_id=0, device="cpu")
+    with torch.no_grad():
+        whole = [model(torch.tensor([row.prompt_ids + row.answer_ids])).logits[0] for row in ROWS]
+    # the token before an answer predicts its first; of the long answer eight are compared
+    torch.testing.assert_close(found, torch.cat([whole[0][2:4], whole[1][4:12]]))
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
