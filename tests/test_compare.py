@@ -225,3 +225,44 @@ def test_records_are_wanted_on_both_sides(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "b" / "x").mkdir(parents=True)
     (tmp_path / "b" / "x" / "record.json").write_text(json.dumps({"schema_version": 0}), encoding="utf-8")
     assert main([str(a), str(tmp_path / "b")]) == 2 and "schema version 0" in capsys.readouterr().err
+
+
+DORA = peft("lora") | {"peft.config.use_dora": True}
+
+
+def test_an_argument_that_one_side_alone_has_makes_another_cell(tmp_path: Path, capsys: Any) -> None:
+    """DoRA is LoRA with one argument more: neither takes the other's place."""
+    full = make_record()
+    a = write_side(tmp_path / "a", [full, make_record(changes=peft("lora"))])
+    b = write_side(tmp_path / "b", [full, make_record(changes=DORA, tokens_per_second=500)])
+    found = compare(a, b)
+    assert len(found.matched) == len(found.only_a) == len(found.only_b) == 1
+    assert main([str(a), str(b), "--fail-on", "missing"]) == 1
+    both = [make_record(changes=DORA, tokens_per_second=500), full, make_record(changes=peft("lora"))]
+    c = write_side(tmp_path / "c", both)
+    assert main([str(a), str(c), "--fail-on", "train_tokens_per_second<-5%", "--fail-on", "missing"]) == 0
+    assert len(compare(a, b, ignore=["peft.config.use_dora"]).matched) == 2
+
+
+def test_rows_of_the_same_content_are_the_same_wherever_they_lie(tmp_path: Path) -> None:
+    def side(name: str, content: str) -> Path:
+        where = {"data.source": "jsonl", "data.path": f"/{name}/rows.jsonl", "data.content": content}
+        return write_side(tmp_path / name, [make_record(changes=where)])
+
+    assert len(compare(side("a", "one"), side("b", "one")).matched) == 1
+    assert not compare(side("c", "one"), side("d", "two")).matched
+
+
+def test_a_gate_does_not_pass_over_what_cannot_be_read_or_has_no_such_metric(tmp_path: Path, capsys: Any) -> None:
+    a = write_side(tmp_path / "a", cells(score=0.5))
+    b = write_side(
+        tmp_path / "b", [cells(score=0.5)[0], make_record(changes=peft("ia3", kind="ia3"), exact_match=None)]
+    )
+    assert main([str(a), str(b), "--fail-on", "exact_match<-0.02"]) == 1
+    assert "ia3 has no exact_match in B" in capsys.readouterr().out
+    c = write_side(tmp_path / "c", cells(score=0.5))
+    [torn, *_] = c.glob("*lora*/record.json")
+    torn.write_text(torn.read_text()[:100])
+    assert main([str(a), str(c)]) == 0
+    assert main([str(a), str(c), "--fail-on", "exact_match<-0.02"]) == 1
+    assert "FAILED B has a file that cannot be read" in capsys.readouterr().out

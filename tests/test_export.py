@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pandas
@@ -79,3 +80,17 @@ def test_what_cannot_be_exported_is_refused(
 ) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_table_names_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = shutil.copytree(RECORDED / "ranks", tmp_path / "runs")
+    torn = sorted(runs.glob("*/record.json"))[0]
+    torn.write_text("{")
+    assert main([str(runs), "--format", "csv", "--out", str(tmp_path / "x.csv")]) == 0
+    assert str(torn) in capsys.readouterr().err
+
+
+def test_pictures_have_a_task_of_their_own() -> None:
+    record = make_record(changes={"model.task": "image_classification"})
+    assert "pipeline_tag: image-classification" in model_card(record)
+    assert "pipeline_tag: text-generation" in model_card(make_record())

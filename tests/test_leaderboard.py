@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas
 import pytest
-from recorded.build import make_record, peft, seeded, write_runs, write_steps, write_sweep
+from recorded.build import LAPTOP, make_record, peft, seeded, write_runs, write_steps, write_sweep
 
 from left_bench.errors import UserError
 from left_bench.record import METRICS, Record
@@ -357,3 +357,14 @@ def test_no_names_overlap_in_the_plots_of_seeds(grid: Path) -> None:
         assert "100 k" in ticks and not any("$" in tick for tick in ticks)
         steps = steps_figure(rows, names)
         assert steps is not None and len(steps.axes[0].get_yticklabels()) == 13
+
+
+def test_a_recommendation_says_what_it_went_by() -> None:
+    rows = rows_of(
+        make_record(exact_match=0.60, tokens_per_second=400),
+        make_record(changes=peft("lora"), exact_match=0.59, machine=LAPTOP | {"device": "cuda"}),
+    )
+    found = recommend(rows)
+    assert found is not None and "peak_memory_bytes" not in found.metrics
+    told = sentence(found, [], {id(rows[0]): "full", id(rows[1]): "lora"}, rows)
+    assert "memory" not in told and ("trains the fastest" in told or "trains faster" in told)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +30,13 @@ from left_bench.report import (
     write_report,
 )
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
+from left_bench.report.command import Wanted, write_reports
 from left_bench.report.document import write_document
 from left_bench.report.load import read_losses
 from left_bench.report.markdown import code, escape, fence, table
 from left_bench.report.placement import overlap
 from left_bench.report.plots import pareto_figure, plot_style, write_plots
-from left_bench.report.ranking import best_rows, confounders, pareto_front, ties_with_best
+from left_bench.report.ranking import best_rows, confounders, pareto_front, places, ties_with_best
 from left_bench.report.seeds import pool
 from left_bench.report.statistics import tied
 from left_bench.report.tables import Report
@@ -938,3 +940,58 @@ def test_recorded_records_are_of_this_schema() -> None:
     for path in RECORDED.glob("*/*/record.json"):
         if path.parent.parent.name != "damaged":
             Record.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def test_scores_on_other_generated_rows_are_not_ranked() -> None:
+    """The held-out rows come after the training rows: with fewer of those they are others."""
+    rows = rows_of(make_record(exact_match=0.5), make_record(changes={"data.train_rows": 128}, exact_match=0.9))
+    assert best_rows(rows, "exact_match") == []
+    assert "scored on different rows" in section(document(rows), "Quality")
+    stored = {"data.source": "jsonl", "data.content": "x"}
+    rows = rows_of(
+        make_record(changes=stored, exact_match=0.5),
+        make_record(changes=stored | {"data.train_rows": 128}, exact_match=0.9),
+    )
+    assert best_rows(rows, "exact_match") == [rows[1]]
+
+
+def test_the_circumstances_of_every_seed_confound() -> None:
+    beside = {"threads": 1, "concurrent_cells": 2}
+    lora = [
+        make_record(changes=peft("lora") | {"seed": 0}, effective={"threads": 2}),
+        make_record(
+            changes=peft("lora") | {"seed": 1},
+            effective=beside,
+            provenance={"notes": ["late"]},
+            metrics={"other_cpu_share": 0.12},
+        ),
+        make_record(changes=peft("lora") | {"seed": 2}, effective=beside),
+    ]
+    other = [make_record(changes=peft("ia3") | {"seed": seed}, effective={"threads": 2}) for seed in range(3)]
+    rows = pool(rows_of(*lora, *other))
+    found = dict(confounders(rows, dict(zip(map(id, rows), ["lora", "ia3"], strict=True))))
+    assert found["threads"] == "2: lora seed 0, ia3; 1: lora seed 1, lora seed 2"
+    assert found["note"] == "late (lora seed 1)"
+    assert "12 %: lora seed 1" in found["other processes"]
+    assert best_rows(rows, "train_tokens_per_second") == []  # a mean over unlike circumstances
+
+
+def test_a_difference_that_nothing_judges_ranks_nothing() -> None:
+    rows = rows_of(*(make_record(changes=peft(name), peak_mib=mib) for name, mib in (("lora", 858), ("ia3", 860))))
+    assert set((places(rows, "peak_memory_bytes") or {}).values()) == {1}
+    counted = rows_of(*(make_record(changes=peft(name), trainable=n) for name, n in (("lora", 9), ("ia3", 5))))
+    assert (places(counted, "trainable_params") or {})[id(counted[0])] == 2
+
+
+def test_a_condition_does_not_hide_what_cannot_be_read(tmp_path: Path) -> None:
+    runs = shutil.copytree(RECORDED / "ranks", tmp_path / "runs")
+    torn = sorted(runs.glob("*/record.json"))[0]
+    torn.write_text("{")
+    write_reports([runs], out=tmp_path / "out", wanted=Wanted(where="exact_match > 0"))
+    assert torn.parent.name in "".join(path.read_text() for path in (tmp_path / "out").glob("*.md"))
+
+
+def test_a_sweep_may_be_named_as_the_cells_of_none_are(tmp_path: Path) -> None:
+    swept, _ = write_runs(tmp_path / "runs", [make_record(), make_record(changes=peft("lora"))])
+    write_sweep(tmp_path / "runs", "cells", [swept])
+    assert len(write_reports([tmp_path / "runs"], out=tmp_path / "out", name="cells")) == 1

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from recorded.build import make_record, write_runs
 from test_tracker import contents
 
 from left_bench.record import Record, read_record
-from left_bench.tracker import TRACKERS, Attempt
+from left_bench.tracker import TRACKERS, Attempt, replay
 
 PACKAGES = {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "jsonl": ()}
 INSTALLED = [
@@ -339,3 +340,18 @@ def test_one_sweep_of_a_folder_is_told(swept: Swept, left_bench: Any, tmp_path: 
     assert len(list(part.glob("jsonl/*.jsonl"))) == 2  # the one cell and the report
     answer = left_bench("track", str(part), "--tracker", "jsonl", "--sweep", "thre")
     assert answer.code == 2 and "did you mean 'three'?" in answer.err
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "jsonl"])
+def test_a_records_names_do_not_lead_out_of_the_store(tracker, tmp_path):
+    """`left-bench track` replaces what is there of a run, and a record is text that nobody vouches for."""
+    runs, precious = tmp_path / "runs", tmp_path / "victim" / "precious"
+    precious.mkdir(parents=True)
+    (precious / "file").write_text("kept")
+    for launch in ("x/../../../../victim", "/../../../../victim", "../../victim/precious"):
+        for sweep in (None, "..", "../.."):
+            record = make_record(provenance={"launch": launch, "sweep": sweep})
+            write_runs(runs, [record])
+            replay.main([str(runs), "--tracker", tracker])
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "victim"}
+    assert [path.name for path in precious.iterdir()] == ["file"]

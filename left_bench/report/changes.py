@@ -11,7 +11,7 @@ from left_bench.cell import not_identity
 from left_bench.errors import UserError, nearest
 from left_bench.record import METRICS
 from left_bench.report.cells import Row, find_axes, labels, row_of
-from left_bench.report.load import Problem, choose, flatten, read_runs
+from left_bench.report.load import Problem, Run, choose, deciding, flatten, read_runs
 from left_bench.report.seeds import pool
 from left_bench.report.statistics import Interval, difference, speed_ratio
 from left_bench.report.values import COUNTED, is_number, metric_of, one_line
@@ -53,6 +53,8 @@ class Comparison:
     differing: Sequence[tuple[str, str, str]]
     """(what, in A, in B): versions, machine, commit, and settings that one side alone has."""
     problems: Sequence[Problem] = ()
+    """Files of both that could not be read."""
+    problems_b: Sequence[Problem] = ()
 
 
 def compare(
@@ -63,10 +65,11 @@ def compare(
     Raises:
         UserError: a path does not exist or holds no record, or `ignore` or `where` names what no record has.
     """
-    sides, problems = [], []
+    sides: list[list[Run]] = []
+    problems: list[list[Problem]] = []
     for name, path in (("A", a), ("B", b)):
         runs, unread = read_runs(path)
-        problems += unread
+        problems.append(unread)
         if not runs:
             hint = f"; {len(unread)} could not be read, first {unread[0]}" if unread else ""
             raise UserError(f"{name}={path}: there is no record (<cell id>/record.json){hint}")
@@ -79,7 +82,9 @@ def compare(
         raise UserError(
             f"--ignore {unknown[0]}: the cells have no such setting{nearest(unknown[0], keys[0] | keys[1])}"
         )
-    shared = {key for key in keys[0] & keys[1] if not any(_under(key, ignored) for ignored in ignore)}
+    # a field that one side alone has came or went with a version; an argument of an upstream class was set, or was not
+    came = {key for key in keys[0] ^ keys[1] if not _free(key)}
+    shared = {key for key in (keys[0] | keys[1]) - came if not any(_under(key, ignored) for ignored in ignore)}
     by_identity = [_by_identity(side, one, shared) for side, one in zip(rows, flat, strict=True)]
     pairs = [
         pair for key, group in by_identity[0].items() for pair in zip(group, by_identity[1].get(key, ()), strict=False)
@@ -110,7 +115,8 @@ def compare(
         only_b=only[1],
         ended=ended,
         differing=[*_surroundings(*rows), *one_sided],
-        problems=problems,
+        problems=[*problems[0], *problems[1]],
+        problems_b=problems[1],
     )
 
 
@@ -163,7 +169,7 @@ def _newest(rows: Sequence[Row]) -> list[Row]:
 def _identity(row: Row) -> dict[str, Any]:
     """Everything that was set and changes the result, flat; the seed aside, which the rows were pooled over."""
     flat = flatten(row.record.config) if row.record else {}
-    return {key: value for key, value in flat.items() if key != "seed" and not not_identity(key)}
+    return {key: value for key, value in deciding(flat).items() if key != "seed" and not not_identity(key)}
 
 
 def _by_identity(rows: Sequence[Row], flat: Sequence[Mapping[str, Any]], keys: set[str]) -> dict[Hashable, list[Row]]:
@@ -171,6 +177,11 @@ def _by_identity(rows: Sequence[Row], flat: Sequence[Mapping[str, Any]], keys: s
     for row, settings in zip(rows, flat, strict=True):
         found.setdefault(frozenset((key, value) for key, value in settings.items() if key in keys), []).append(row)
     return found
+
+
+def _free(key: str) -> bool:
+    """Whether it is an argument under a section's `config`: DoRA is LoRA with one more of them."""
+    return key.split(".")[1:2] == ["config"]
 
 
 def _under(key: str, ignored: str) -> bool:

@@ -161,7 +161,7 @@ def _plans(paths: Sequence[PathLike], *, name: str | None, where: str | None) ->
         for sweep in sweeps
     ]
     # an unreadable file of no sweep's is told where the other such cells are, else in the last report
-    homeless = [problem for problem in problems if problem.path.parent.name not in swept]
+    homeless = [one for one in problems if where is not None or one.path.parent.name not in swept]
     if loose := [row_of(run) for run in kept if run.record.cell_id not in swept]:
         plans.append(Plan(name=LOOSE_NAME, rows=loose, sweep=None))
     plans = [plan for plan in plans if plan.rows]
@@ -252,6 +252,7 @@ def _formats(text: str) -> list[str]:
 
 def _wanted(plans: list[Plan], name: str) -> list[Plan]:
     found = [plan for plan in plans if plan.name == name]
+    found = [plan for plan in found if plan.sweep] or found  # a sweep may be named as the cells of none are
     if not found and all(plan.sweep is None for plan in plans):
         for plan in plans:
             plan.name = name

@@ -88,7 +88,13 @@ def failures(found: Comparison, gates: Sequence[Gate], *, missing: bool = False)
             for change in measured
             if change.judgement != "tie" and gate.hit(change.before, change.after)
         ]
+        hits += [
+            f"{gate.text}: {name} has no {gate.metric} in B"
+            for name, before, after in found.matched
+            if before.ok and after.ok and before.value(gate.metric) is not None and after.value(gate.metric) is None
+        ]
     if gates or missing:
+        hits += [f"B has a file that cannot be read: {problem}" for problem in found.problems_b]
         hits += [f"{name} was ok and is {after} now" for name, before, after in found.ended if before == "ok"]
     if missing:
         hits += [f"{MISSING}: B has no {name}" for name in found.only_a]

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from left_bench import __version__
 from left_bench.errors import UserError, nearest
 from left_bench.record import RECORD_NAME, Record, write_atomically
-from left_bench.report.load import Run, choose, frame_of, read_runs
+from left_bench.report.load import Problem, Run, choose, frame_of, read_runs
 from left_bench.report.values import format_setting, one_line
 
 if TYPE_CHECKING:
     import pandas
 
 FORMATS = ("model-card", "csv", "parquet")
-_TASK = ("text-generation", "Text Generation")
+# `model.task` -> the hub's task and its name; what encoders with a decoder do is text generation to the hub too.
+_TASKS = {"image_classification": ("image-classification", "Image Classification")}
+_TEXT = ("text-generation", "Text Generation")
 # The hub's own names of metrics, where it has others.
 _HUB_METRICS = {"rouge_l": "rouge", "eval_perplexity": "perplexity", "eval_loss": "loss"}
 _FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(?:\.\d*)?(?:[eE][+-]?\d+)?$)")
@@ -43,7 +45,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         _check(options.format, options.out)
-        runs = _find(options.cell, options.runs)
+        runs, problems = _find(options.cell, options.runs)
+        for problem in problems:
+            print(f"left-bench export: left out, not readable: {problem}", file=sys.stderr)
         runs = choose(runs, options.where) if options.where else runs
         if options.format == "parquet":
             write_parquet(frame_of(runs), Path(options.out))
@@ -75,10 +79,11 @@ def model_card(record: Record) -> str:
         )
     adapter = str(method.get("name") or record.choices.get("peft") or "full")
     base = str(model.get("name_or_path") or "")
+    task, task_name = _TASKS.get(str(model.get("task")), _TEXT)
     results = [
         EvalResult(
-            task_type=_TASK[0],
-            task_name=_TASK[1],
+            task_type=task,
+            task_name=task_name,
             dataset_type=one_line(data.get("hub_id") or data.get("task") or score.task),
             dataset_name=one_line(score.task),
             dataset_split="test",
@@ -94,7 +99,7 @@ def model_card(record: Record) -> str:
         model_name=one_line(f"{model.get('name') or base}-{adapter}"),
         base_model=base if _HUB_ID.fullmatch(base) and not Path(base).exists() else None,
         library_name="peft" if method.get("_target_") else "transformers",
-        pipeline_tag=_TASK[0],
+        pipeline_tag=task,
         tags=["left_bench", adapter, *([q] if (q := record.choices.get("quantization", "none")) != "none" else [])],
         eval_results=results,
     )
@@ -136,14 +141,14 @@ def _check(name: str, out: str | None) -> None:
         raise UserError("--format parquet: it is no text; name a file with --out")
 
 
-def _find(cell: str, runs_dir: str) -> list[Run]:
+def _find(cell: str, runs_dir: str) -> tuple[list[Run], list[Problem]]:
     path = Path(cell)
     if path.exists():
         runs, problems = read_runs(path)
         if not runs:
             why = str(problems[0]) if problems else f"there is no record ({RECORD_NAME})"
             raise UserError(f"{cell}: {why}")
-        return runs
+        return runs, problems
     if not Path(runs_dir).is_dir():
         raise UserError(
             f"{cell}: there is no such file, and no folder {runs_dir} to look the cell up in; name it with --runs"
@@ -155,7 +160,7 @@ def _find(cell: str, runs_dir: str) -> list[Run]:
         raise UserError(
             f"{cell}: no cell of {runs_dir} has an id that begins so{nearest(cell, [r.record.cell_id for r in runs])}"
         )
-    return exact or found
+    return exact or found, []  # what cannot be read has no id to be asked for by
 
 
 def _only(runs: Sequence[Run], cell: str) -> Record:

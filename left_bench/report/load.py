@@ -259,6 +259,13 @@ def flat_section(name: str, section: Any, known: FlatSections) -> dict[str, Any]
     return known[key]
 
 
+def deciding(flat: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Flat settings without the path of a file whose content is among them: the same rows elsewhere are the same."""
+    if flat.get("data.content") is None:
+        return flat
+    return {key: value for key, value in flat.items() if key != "data.path"}
+
+
 def score_of(record: Record, metric: str) -> Score | None:
     """The score behind `record.metrics[metric]`: of several tasks', the one that has this very value."""
     scores = [score for score in record.scores if score.metric == metric]

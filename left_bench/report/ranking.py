@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from left_bench.report.cells import Row, machines_of
 from left_bench.report.statistics import difference, tied
-from left_bench.report.values import format_setting, format_value, is_number, metric_of, one_line
+from left_bench.report.values import COUNTED, format_setting, format_value, is_number, metric_of, one_line
 
 QUALITY = (
     "exact_match",
@@ -69,6 +70,7 @@ _TOUCHES = {
     "learning_rate": ("quality",),
     "trainable_dtype": ("quality", "memory"),
     "optimizer_state_dtype": ("quality", "memory"),
+    "held-out rows": ("quality",),
     "eval_loss": ("quality",),
     "eval_perplexity": ("quality",),
     "forgetting_nats": ("quality",),
@@ -99,10 +101,16 @@ def yardstick(row: Row, metric: str) -> Hashable:
     Quality: the held-out rows, and for a loss per token the model, whose tokenizer decides what a token is.
     """
     kind = metric_of(metric).kind
+    runs = [run for run in row.runs if run.ok] or [row]  # a mean over unlike circumstances is like no other row
     if kind == "speed":
-        return row.machine, row.noted("effective").get("concurrent_cells", 1), _effective(row, "processes")
+        return frozenset(
+            (run.machine, run.noted("effective").get("concurrent_cells", 1), _effective(run, "processes"))
+            for run in runs
+        )
     if kind == "memory":
-        return one_line(row.noted("machine").get("device", "")), _effective(row, "processes")
+        return frozenset(
+            (one_line(run.noted("machine").get("device", "")), _effective(run, "processes")) for run in runs
+        )
     if kind == "quality" and metric != "quantization_error":
         data, scoring = row.section("data"), row.section("eval")
         held_out = [
@@ -113,6 +121,8 @@ def yardstick(row: Row, metric: str) -> Hashable:
             )
         ]
         drawn = [data.get("config"), scoring.get("rows"), scoring.get("max_new_tokens")]
+        if data.get("source") == "reasoning_gym":  # generated one after the other, the held-out rows last
+            drawn.append(data.get("train_rows"))
         return repr((held_out, drawn, row.section("model").get("name_or_path") if metric in _PER_TOKEN else None))
     return None
 
@@ -198,7 +208,7 @@ def _beats(better: Row, row: Row, metric: str) -> bool:
     errors = better.stderr(metric), row.stderr(metric)
     if errors[0] and errors[1] and not (better.members or row.members) and gap > 4 * math.hypot(errors[0], errors[1]):
         return True  # no pairing brings this back: the bootstrap is spared
-    return gap > 0 and not tied(better, row, metric)
+    return gap > 0 and (metric in COUNTED or tied(better, row, metric) is False)
 
 
 def pareto_front(rows: Sequence[Row], quality: str, *costs: str) -> list[Row]:
@@ -243,45 +253,65 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
     Args:
         names: `id(row)` -> the row's label.
     """
-    rows = [row for row in rows if row.record]
-    done = [row for row in rows if row.ok]
+    names = {id(run): _run_name(run, row, names[id(row)]) for row in rows for run in row.runs} | dict(names)
+    whole = {id(run): row for row in rows for run in row.runs}
+    runs = [run for row in rows for run in row.runs if run.record]
+    done = [run for run in runs if run.ok]
     found: list[tuple[str, str]] = []
+
+    def differing(what: str, having: list[Row], values: list[Any]) -> list[tuple[str, str]]:
+        """The values, each with its cells: by their row's name where all its runs have it."""
+        texts = [format_setting(value) for value in values]
+        if len(set(texts)) < 2:
+            return []
+        told = [f"{text}: {_listed(_rejoined(group, having, whole), names)}" for text, group in _grouped(having, texts)]
+        return [(what, "; ".join(told))]
+
     for key in _LAYOUT:
         section, _, leaf = key.partition(".")
-        found += _differing(key, rows, [row.section(section).get(leaf) for row in rows], names)
+        found += differing(key, runs, [run.section(section).get(leaf) for run in runs])
     asked = {what.rpartition(".")[2] for what, _ in found}
-    for key in dict.fromkeys(key for row in done for key in row.noted("effective")):
+    for key in dict.fromkeys(key for run in done for key in run.noted("effective")):
         if key not in asked and key not in _NO_CONFOUNDERS:
-            having = [row for row in done if key != "five_bit_decoder" or _five_bits(row)]
-            found += _differing(key, having, [_effective(row, key) for row in having], names)
-    found += _differing("torch version", done, [row.noted("versions").get("torch") for row in done], names)
-    if len(machines_of(rows)) > 1:
-        [(_, how)] = _differing("", rows, [row.machine for row in rows], names)
+            having = [run for run in done if key != "five_bit_decoder" or _five_bits(run)]
+            found += differing(key, having, [_effective(run, key) for run in having])
+    found += differing("torch version", done, [run.noted("versions").get("torch") for run in done])
+    if len(machines_of(runs)) > 1:
+        [(_, how)] = differing("", runs, [run.machine for run in runs])
         found.append(("machine", f"{how}. Speed is not ranked across machines"))
-    disturbed = [(row, share) for row in done if (share := row.value("other_cpu_share") or 0) > _DISTURBED]
+    disturbed = [(run, share) for run in done if (share := run.value("other_cpu_share") or 0) > _DISTURBED]
     if disturbed:
-        shares = "; ".join(f"{100 * share:.0f} %: {names[id(row)]}" for row, share in disturbed[:_LISTED])
+        shares = "; ".join(f"{100 * share:.0f} %: {names[id(run)]}" for run, share in disturbed[:_LISTED])
         shares += f"; and {len(disturbed) - _LISTED:,} more" if len(disturbed) > _LISTED else ""
         how = f"took CPU time while a cell trained, and its speed is not its own ({shares})"
         found.append(("other processes", how))
-    losses = present(rows, _PER_TOKEN)
-    if any(not rankable(rows, name) for name in losses):
-        found.append((losses[0], "the cells differ in model or held-out rows: losses per token are not ranked"))
-    found += _unfulfilled(done, names)
-    notes = [(row, note) for row in rows for note in _notes(row)]
-    for note, group in _grouped([row for row, _ in notes], [note for _, note in notes]):
-        found.append(("note", f"{note} ({'all cells' if len(group) == len(rows) else _listed(group, names)})"))
+    rows = [row for row in rows if row.record]
+    scores = [name for name in present(rows, QUALITY) if not rankable(rows, name)]
+    if any(name not in _PER_TOKEN for name in scores):
+        found.append(("held-out rows", "the cells were scored on different rows: their scores are not ranked"))
+    elif scores:
+        found.append((scores[0], "the cells differ in model or held-out rows: losses per token are not ranked"))
+    found += _unfulfilled(done, whole, names)
+    notes = [(run, note) for run in runs for note in _notes(run)]
+    for note, group in _grouped([run for run, _ in notes], [note for _, note in notes]):
+        listed = _listed(_rejoined(group, runs, whole), names)
+        found.append(("note", f"{note} ({'all cells' if len(group) == len(runs) else listed})"))
     return found
 
 
-def _differing(what: str, rows: list[Row], values: list[Any], names: Mapping[int, str]) -> list[tuple[str, str]]:
-    texts = [format_setting(value) for value in values]
-    if len(set(texts)) < 2:
-        return []
-    return [(what, "; ".join(f"{value}: {_listed(group, names)}" for value, group in _grouped(rows, texts)))]
+def _run_name(run: Row, row: Row, name: str) -> str:
+    return name if run is row or len(row.runs) == 1 else f"{name} seed {run.seed}"
 
 
-def _unfulfilled(rows: list[Row], names: Mapping[int, str]) -> list[tuple[str, str]]:
+def _rejoined(group: Sequence[Row], having: Sequence[Row], whole: Mapping[int, Row]) -> list[Row]:
+    """The runs of a group, and in their place the row that all of them belong to where the group has them all."""
+    size = Counter(id(whole[id(run)]) for run in having)
+    here = Counter(id(whole[id(run)]) for run in group)
+    joined = {id(row): row for run in group if here[id(row := whole[id(run)])] == size[id(row)]}
+    return list({id(one): one for run in group if (one := joined.get(id(whole[id(run)]), run))}.values())
+
+
+def _unfulfilled(rows: list[Row], whole: Mapping[int, Row], names: Mapping[int, str]) -> list[tuple[str, str]]:
     """Effective values that are not what was asked for."""
     found: list[tuple[Row, str]] = []
     for row in rows:
@@ -297,7 +327,7 @@ def _unfulfilled(rows: list[Row], names: Mapping[int, str]) -> list[tuple[str, s
             if asked is not None and not _same(asked, effective):
                 found.append((row, f"{key}: asked for {format_setting(asked)}, found {format_setting(effective)}"))
     groups = _grouped([row for row, _ in found], [text for _, text in found])
-    return [("not as asked", f"{text} ({_listed(group, names)})") for text, group in groups]
+    return [("not as asked", f"{text} ({_listed(_rejoined(group, rows, whole), names)})") for text, group in groups]
 
 
 def _five_bits(row: Row) -> bool:

@@ -133,15 +133,25 @@ def sentence(found: Recommendation, needs: Sequence[Need], names: dict[int, str]
     if len(found.fitting) == 1:
         among, why = "", f"the only one of {len(done)} cells that fits {asked}" if needs else "it is the only one"
     elif chosen is best and len(found.tied) <= 1:
-        why = f"it has the best {heading(quality)}, and none that takes less is within one standard error of it"
+        why = f"it has the best {heading(quality)}"
+        if len(found.metrics) > 1:
+            cheaper = "takes less" if MEMORY in found.metrics else "trains faster"
+            why += f", and none that {cheaper} is within one standard error of it"
+    elif chosen is best and len(found.metrics) == 1:
+        why = f"it has the best {heading(quality)}"
     elif chosen is best:
-        why = f"it has the best {heading(quality)} and of those within one standard error of it needs the least memory"
+        why = f"it has the best {heading(quality)} and of those within one standard error of it {_first(found)}"
     else:
         why = (
             f"it is within one standard error of the best {heading(quality)} ({name(id(best), best.cell_id)}, "
-            f"{format_value(quality, best.value(quality))}), and of those that are it needs the least memory"
+            f"{format_value(quality, best.value(quality))}), and of those that are it {_first(found)}"
         )
     return f"Take {name(id(chosen), chosen.cell_id)} ({facts}): {among}{why}."
+
+
+def _first(found: Recommendation) -> str:
+    """What the choice among equals went by."""
+    return "needs the least memory" if MEMORY in found.metrics else "trains the fastest"
 
 
 def _as_good(row: Row, best: Row, quality: str) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from left_bench.report.cells import Row
-from left_bench.report.load import FlatSections, flat_section
+from left_bench.report.load import FlatSections, deciding, flat_section
 
 
 def pool(rows: Sequence[Row]) -> list[Row]:
@@ -24,7 +24,7 @@ def pool(rows: Sequence[Row]) -> list[Row]:
             config = row.record.config
             for name in config:
                 if (name, id(config[name])) not in told:
-                    told[name, id(config[name])] = frozenset(flat_section(name, config[name], flat).items())
+                    told[name, id(config[name])] = frozenset(deciding(flat_section(name, config[name], flat)).items())
             leaves = (told[name, id(config[name])] for name in config if name != "seed")
             alike.setdefault((frozenset(row.record.choices.items()), frozenset(filter(None, leaves))), []).append(row)
     groups = [group for same in alike.values() for group in _apart(same)]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from left_bench.report.cells import Row, option
 from left_bench.report.claims import CLAIMS, DEFAULT, NOT_MEASURED, Claim, Evidence, Missing, Verdict
-from left_bench.report.load import flatten
+from left_bench.report.load import deciding, flatten
 from left_bench.report.markdown import code, escape, table
 from left_bench.report.tables import heading, told_against
 from left_bench.report.values import ABSENT, format_error, format_value
@@ -54,7 +54,7 @@ def _contexts(rows: Sequence[Row]) -> list[list[Row]]:
             continue
         rest = frozenset(
             (key, value)
-            for key, value in flatten(row.record.config).items()
+            for key, value in deciding(flatten(row.record.config)).items()
             if not key.startswith(_OWN) and key not in _OWN_KEYS
         )
         groups.setdefault(rest, []).append(row)

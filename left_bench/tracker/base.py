@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,13 +53,13 @@ class Attempt:
         The launch is in it so that two machines that run the same cell do not overwrite each other's run.
         """
         identity = self.cell_id.rpartition("-")[2]
-        return "-".join([identity, str(self.number), *([self.launch] if self.launch else [])])
+        return file_name("-".join([identity, str(self.number), *([self.launch] if self.launch else [])]))
 
     @property
     def name(self) -> str:
         """The cell's slug: its id without the hash."""
         slug, _, identity = self.cell_id.rpartition("-")
-        return slug or identity
+        return file_name(slug or identity)
 
     @property
     def group(self) -> str | None:
@@ -93,7 +94,7 @@ class Comparison:
     @property
     def id(self) -> str:
         """`report-<hash of the sweep's name>-<launch>`: the same when it is told again."""
-        return "-".join(["report", fingerprint(self.sweep), *([self.launch] if self.launch else [])])
+        return file_name("-".join(["report", fingerprint(self.sweep), *([self.launch] if self.launch else [])]))
 
     @property
     def name(self) -> str:
@@ -161,7 +162,12 @@ def launch_id(started_at: str) -> str:
 
 
 def group_of(sweep: str | None, launch: str | None) -> str | None:
-    return "-".join([sweep, *([launch] if launch else [])]) if sweep else None
+    return file_name("-".join([sweep, *([launch] if launch else [])])) if sweep else None
+
+
+def file_name(text: str) -> str:
+    """Trackers make folders and files of ids, and replace what is there; a record is text that nobody vouches for."""
+    return re.sub(r"[^\w.+=@-]+", "_", text).lstrip(".") or "_"
 
 
 def flat_environment(record: Record) -> dict[str, Any]:
