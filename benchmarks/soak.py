@@ -205,7 +205,7 @@ def start_launch(cells: list[Cell], runs: Path, *, broken: str | None = None) ->
             later = [
                 partial(run.run_cell, cell, settings, overrides=[])
                 for cell in cells
-                if run.run_cell(cell, settings, overrides=[]) is None
+                if run.run_cell(cell, settings, overrides=[], command="left-bench") is None
             ]
             launch.until_done(later)
         code = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,12 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def those_of(model: torch.nn.Module) -> Callable[[torch.nn.Parameter], bool]:
+    """Tells the parameters that `model` has now from those that are added later; it keeps none of them alive."""
+    now = {id(parameter): weakref.ref(parameter) for parameter in model.parameters()}
+    return lambda parameter: (found := now.get(id(parameter))) is not None and found() is parameter
+
+
 def save_trained(model: torch.nn.Module, folder: Path) -> int:
     """Save what training produced (the adapter, or the whole model) as safetensors.
 
@@ -190,18 +197,22 @@ def save_trained(model: torch.nn.Module, folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
-def load_trained(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
+def load_trained(
+    model: PreTrainedModel, folder: Path, *, adapter_dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     """Give a fresh base model what `save_trained` left in `folder`: an adapter, a part, or all of the weights.
+
+    `adapter_dtype` is `precision.adapter_dtype` of the cell that saved it.
 
     Raises:
         UserError: what was saved does not fit this base model.
     """
     method = method_in(folder)
     if method is not None:
-        return load_attached(model, folder, method=method)
+        return load_attached(model, folder, method=method, adapter_dtype=adapter_dtype)
     if (folder / "adapter_config.json").is_file():
         start.start_again(model, folder)
-        adapted = PeftModel.from_pretrained(model, folder)
+        adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=adapter_dtype == torch.float32)
         if _is_adalora(adapted):
             _load_unrounded(adapted, folder)
         _give_one_task(adapted)

@@ -73,6 +73,7 @@ def base_key(cell: Cell, rows: Sequence[Example]) -> str:
     identity = cell.identity
     parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
     parts["rows"] = [row.identity for row in rows]
+    parts["generation"] = "greedy, without the checkpoint's penalties"
     parts["kernels"] = [cell.training.attention, cell.training.output_head]
     parts["versions"] = versions_of(_DECIDING)
     return fingerprint(parts)

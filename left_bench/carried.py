@@ -68,21 +68,15 @@ def store_received(runs_dir: Path) -> list[str]:
     return received
 
 
-def note_job(folder: Path, sweep: str, *, number: int, cell_id: str) -> None:
+def note_job(path: Path, *, number: int, cell_id: str) -> None:
     """Note a cell that a search has chosen: the manifest cannot list it before."""
-    path = folder / f"{sweep}.jobs.jsonl"
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"number": number, "cell": cell_id}) + "\n")
 
 
-def noted_jobs(folder: Path, sweep: str) -> list[str]:
+def noted_jobs(path: Path) -> list[str]:
     """The cells of a search in the order of its trials, each once."""
-    path = folder / f"{sweep}.jobs.jsonl"
     if not path.exists():
         return []
     jobs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return list(dict.fromkeys(job["cell"] for job in sorted(jobs, key=lambda job: int(job["number"]))))
-
-
-def forget_jobs(folder: Path, sweep: str) -> None:
-    (folder / f"{sweep}.jobs.jsonl").unlink(missing_ok=True)

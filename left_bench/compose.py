@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from left_bench.data.rows import with_content
 from left_bench.device import find_device
 from left_bench.errors import UserError
 from left_bench.paths import config_root
+from left_bench.pretrained import with_content as model_with_content
 from left_bench.redact import refuse_secrets
 from left_bench.signatures import check_arguments
 
@@ -50,11 +54,18 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     absent = [group for group in GROUPS if group not in hydra.runtime.choices]
+    if absent and any(one.startswith(f"{absent[0]}=[") for one in hydra.overrides.task):
+        raise UserError(
+            f"{absent[0]}=[...]: a cell has one; for a cell of each write them with commas, {absent[0]}=A,B"
+        )
     if absent:
         raise UserError(f"~{absent[0]}: a cell needs every group; choose another option with {absent[0]}=NAME")
     choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
-    if _overridden(hydra, "model.name_or_path"):
-        plain["model"], choices["model"] = _named_model(plain["model"])
+    given = _overridden(hydra, "model.name_or_path")
+    if given:
+        _check_alone(hydra, str(plain["model"]["name_or_path"]))
+    if given or _renamed(plain["model"], choices["model"], hydra):
+        plain["model"], choices["model"] = _named_model(plain["model"], given=given)
     plain["hardware"] = plain["hardware"] | {"device": find_device(plain["hardware"]["device"])}
     if plain["model"].get("trust_remote_code") and not _on_command_line(hydra, "model.trust_remote_code"):
         raise UserError(
@@ -70,6 +81,13 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg'].lower()}") from error
+    architecture = [one.lstrip("+").partition("=")[0] for one in hydra.overrides.task if ".config." in one]
+    architecture = [key for key in architecture if key.startswith("model.config.")]
+    if architecture and cell.model.weights != "random":
+        raise UserError(
+            f"{architecture[0]}: pretrained weights have their own architecture; give model.weights=random with it"
+        )
+    cell = cell.model_copy(update={"model": model_with_content(cell.model)})
     if cell.data.path is not None:
         cell = cell.model_copy(update={"data": with_content(cell.data)})
     check_arguments(cell)
@@ -89,14 +107,61 @@ def _overridden(hydra: DictConfig, key: str) -> bool:
 def _on_command_line(hydra: DictConfig, key: str) -> bool:
     """Whether a person gave the key, and not a file of options or a sweep's parameters."""
     parameters = OmegaConf.select(hydra, "sweeper.params") or {}
+    if _given is not None and not any(one.lstrip("+").startswith(f"{key}=") for one in _given):
+        return False  # a file may write into Hydra's list of overrides
     return _overridden(hydra, key) and not any(str(one).lstrip("+") == key for one in parameters)
 
 
-def _named_model(section: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A model given by hub id or folder: the chosen option's wheel and architecture are not its."""
+_given: tuple[str, ...] | None = None
+
+
+@contextmanager
+def command_line(overrides: Sequence[str]) -> Iterator[None]:
+    """What a person has typed; in a launcher's processes, whose jobs were checked before, nobody has."""
+    global _given
+    _given = tuple(overrides)
+    try:
+        yield
+    finally:
+        _given = None
+
+
+def _named_model(section: dict[str, Any], *, given: bool) -> tuple[dict[str, Any], str]:
+    """A model by hub id or folder, `given` on the command line or in a file of one's own.
+
+    The chosen option's wheel and architecture are not its.
+    """
     name_or_path = str(section["name_or_path"])
-    name = slugify(Path(name_or_path).name or name_or_path)
-    return section | {"name": name, "wheel": None, "config": None, "weights": "pretrained"}, name_or_path
+    name = {"name": slugify(Path(name_or_path).name or name_or_path)}
+    if not given and section.get("weights") == "random":
+        return section | name, name_or_path
+    return section | name | {"wheel": None, "config": None, "weights": "pretrained"}, name_or_path
+
+
+def _check_alone(hydra: DictConfig, name_or_path: str) -> None:
+    """Refuse what says otherwise than that the weights are those of the model that is named beside it."""
+    for override in (one.lstrip("+~") for one in hydra.overrides.task):
+        if override.startswith(("model.weights=", "model.config")) and override != "model.weights=pretrained":
+            raise UserError(
+                f"{override}: model.name_or_path={name_or_path} names weights, which have their own architecture; "
+                "leave one of the two out"
+            )
+
+
+def _renamed(section: dict[str, Any], option: str, hydra: DictConfig) -> bool:
+    """Whether a sweep or recipe names another model than the option's file does."""
+    folders = tuple(str(one.path) for one in hydra.runtime.config_sources if one.schema == "file")
+    in_file = _name_in_file(option, folders)
+    return in_file is not None and section.get("name_or_path") != in_file
+
+
+@functools.cache
+def _name_in_file(option: str, folders: tuple[str, ...]) -> str | None:
+    for folder in folders:
+        path = Path(folder) / "model" / f"{option}.yaml"
+        if path.is_file():
+            return OmegaConf.select(OmegaConf.load(path), "name_or_path")
+    return None
 
 
 def check_cell(cell: Cell) -> None:

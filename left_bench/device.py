@@ -44,9 +44,9 @@ def parse_bytes(value: str | int, *, key: str) -> int:
     Raises:
         UserError: not a size; names `key`.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?\s*", str(value), re.IGNORECASE)
     units = _BINARY if match and match[3] else _UNITS
-    size = int(float(match[1]) * units[match[2].upper()]) if match else 0
+    size = int(float(match[1]) * units[(match[2] or "").upper()]) if match else 0
     if size < 1:
         raise UserError(f"{key}={value!r}: not a memory size; write one like 6GiB or 500MB")
     return size

@@ -35,15 +35,19 @@ class StepFlops:
 def step_flops(model: Any) -> StepFlops | None:
     """Count a model, with whatever is attached to it, by a pass over two tokens; None where that tells nothing.
 
-    In an encoder with a decoder a token goes through one of the two alone, and a step does not say how many went where;
-    a picture has no tokens.
+    It is information, and no reason for a cell to fail. In an encoder with a decoder a token goes through one of the
+    two alone, and a step does not say how many went where; a picture has no tokens; a recurrence compares no pairs.
 
     A matrix product costs 2 FLOPs per weight and token forward; backward as many for the gradient of its input, where
     one flows (not below the first trainable layer), and as many again for its weight's, where that is trained. That is
     why LoRA's step costs two thirds of full fine-tuning's.
     """
+    config = model.config.get_text_config()
     if model.config.is_encoder_decoder or model.main_input_name == "pixel_values":
         return None
+    layers = layers_of(model)
+    if not getattr(config, "num_attention_heads", None) or len(layers) != config.num_hidden_layers:
+        return None  # a recurrence's work is no pairs of tokens; and where layers are not found, none can be counted
     head = model.get_output_embeddings()
     in_head = {id(part) for part in head.modules()} if head is not None else set()
     cost = {"token": 0.0, "label": 0.0}
@@ -54,16 +58,15 @@ def step_flops(model: Any) -> StepFlops | None:
         cost["label" if id(module) in in_head else "token"] += 2.0 * _weights(module) * passes
 
     def layer(_module: Any, _inputs: Any, output: Any) -> None:
-        backward["layers"] += (output[0] if isinstance(output, tuple) else output).requires_grad
+        backward["layers"] += (output if isinstance(output, torch.Tensor) else output[0]).requires_grad
 
     with contextlib.ExitStack() as hooks, torch.enable_grad():
         for module in model.modules():
             if _weights(module):
                 hooks.enter_context(module.register_forward_pre_hook(product))
-        for module in layers_of(model):
+        for module in layers:
             hooks.enter_context(module.register_forward_hook(layer))
         model(**probe_inputs(model))
-    config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # two products, half of each masked: 2 x 2 x (n^2 / 2) x width x heads; backward two for each
     passes = config.num_hidden_layers + 2 * backward["layers"]

@@ -10,15 +10,17 @@ from typing import Any
 from left_bench.errors import UserError, nearest
 
 ALLOWED_PACKAGES = (
-    *("left_bench", "peft", "transformers", "torch.optim", "bitsandbytes"),
-    *("torchao", "galore_torch", "apollo_torch"),
+    *("left_bench.methods", "left_bench.fivebit", "left_bench.hqq", "peft", "transformers", "torchao"),
+    *("torch.optim", "bitsandbytes.optim", "galore_torch", "apollo_torch"),
 )
-"""The one place that says whose classes a configuration may name; of torch the optimizers alone, for some of its other
-classes start processes or unpickle files when they are made."""
+"""The one place that says whose classes a configuration may name. Other classes of these libraries start processes,
+unpickle files or fetch code when they are made."""
+_SETTINGS_ALONE = ("left_bench.", "peft.", "transformers.", "torchao.")
+"""Of these packages only classes that hold settings: those whose name ends in `Config`; the others hold optimizers."""
 
 
 def instantiate(target: str, arguments: dict[str, Any], *, key: str) -> Any:
-    """Call the class or function that `target` names with keyword arguments.
+    """Call the class that `target` names with keyword arguments.
 
     Raises:
         UserError: the package is not allowed, the name does not exist, or an argument is not one of the callee's or is
@@ -72,18 +74,27 @@ def check_targets(section: Any, *, key: str) -> None:
 
 
 def _check_package(target: str, *, key: str) -> None:
-    if not _allowed(target):
-        raise UserError(f"{key}._target_={target[:200]!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
+    # a slip in the ending is answered by `locate`, with the nearest name
+    if not _allowed(target) or (target.startswith(_SETTINGS_ALONE) and "Conf" not in target.rpartition(".")[2]):
+        raise _refused(target, key=key)
 
 
 def _allowed(target: str) -> bool:
     return any(target.startswith(f"{package}.") for package in ALLOWED_PACKAGES)
 
 
+def _refused(target: str, *, key: str) -> UserError:
+    return UserError(
+        f"{key}._target_={target[:200]!r}: only configurations and optimizers of {', '.join(ALLOWED_PACKAGES)} "
+        "may be named"
+    )
+
+
 def locate(target: str, *, key: str) -> Any:
     """The object behind a dotted name, from an allowed package alone."""
     package, _, _ = target.partition(".")
-    _check_package(target, key=key)
+    if not _allowed(target):
+        raise _refused(target, key=key)
     module_name, _, name = target.rpartition(".")
     if any(part.startswith("_") for part in target.split(".")):
         raise UserError(f"{key}._target_={target!r}: private names may not be named")
@@ -95,8 +106,9 @@ def locate(target: str, *, key: str) -> Any:
             raise UserError(f"{key}._target_={target!r}: install the package {package}") from error
         hint = nearest(name, dir(importlib.import_module(package)))
         raise UserError(f"{key}._target_={target!r}: no such class{hint}") from error
-    if not inspect.isclass(found) and not (package == "left_bench" and inspect.isfunction(found)):
+    if not inspect.isclass(found):
         raise UserError(f"{key}._target_={target!r}: not a class")
-    if not _allowed(f"{found.__module__}."):  # an import of theirs
-        raise UserError(f"{key}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} may be named")
+    own = f"{found.__module__}.{found.__name__}"  # it may be an import of theirs
+    if not _allowed(own) or (own.startswith(_SETTINGS_ALONE) and not own.endswith("Config")):
+        raise _refused(target, key=key)
     return found

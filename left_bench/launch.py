@@ -20,26 +20,30 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from left_bench import interrupt
-from left_bench.carried import Ended, forget_jobs, note_job, noted_jobs, store_received
+from left_bench.carried import Ended, note_job, noted_jobs, store_received
 from left_bench.cell import Cell, fingerprint
 from left_bench.claim import until_done
 from left_bench.compose import Settings, check_cell, check_folder, compose
 from left_bench.errors import UserError, user_errors
 from left_bench.grid import use_grid_sweeper
 from left_bench.loader import use_sweep_loader
-from left_bench.record import RECORD_NAME, KnownParts, Record
+from left_bench.record import RECORD_NAME, KnownParts, Record, write_atomically
 from left_bench.rehearse import is_of_ones_own, rehearse, what_is_tried
 from left_bench.rules import why_unsupported
 from left_bench.run import note_records, previous_record, run_cell
 from left_bench.seats import SCHEDULERS, available_cores, cells_at_once, seated
 from left_bench.sweep import (
+    LAUNCH_VARIABLE,
     SWEEPS_FOLDER,
     Manifest,
+    OwnFiles,
     best_trial,
     check_launcher,
     check_objective,
     command_of,
+    config_dir_of,
     jobs_of,
+    launch_of,
     launcher_of,
     quiet_optuna,
     scope_of,
@@ -66,10 +70,12 @@ def run_job(config: DictConfig) -> Ended:
     _go_to(hydra.runtime.cwd)
     cell, settings = compose(config, hydra)
     launcher = launcher_of(hydra)
-    number, total, sweep, folder, started_at = 1, 1, None, None, utc_now()
+    number, total, sweep, own, started_at = 1, 1, None, None, utc_now()
     if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
-        sweep, folder = sweep_name(hydra), settings.runs_dir / SWEEPS_FOLDER
-        number, total, started_at = scope_of(folder / f"{sweep}.json", hydra, cell)
+        sweep = sweep_name(hydra)
+        own = OwnFiles.of(settings.runs_dir / SWEEPS_FOLDER, sweep, launch_of(hydra))
+        number, total, started_at = scope_of(own.scope, hydra, cell)
+    command = command_of(hydra.overrides.task, config_dir=config_dir_of(hydra))
     at_once = settings.at_once or cells_at_once(hydra.launcher, launcher, cores=len(available_cores()))
 
     def attempt() -> Record | None:
@@ -77,6 +83,7 @@ def run_job(config: DictConfig) -> Ended:
             cell,
             settings,
             overrides=list(hydra.overrides.task),
+            command=command,
             number=number,
             total=total,
             sweep=sweep,
@@ -99,20 +106,20 @@ def run_job(config: DictConfig) -> Ended:
             return Ended(cell_id=cell.id, status="elsewhere", objective=None, record=None)
         record = record or until_done([attempt])[0]
     except KeyboardInterrupt:
-        print(f"\n{_left_off(cell, settings.runs_dir, sweep)}", file=sys.stderr)
+        print(f"\n{_left_off(cell, settings.runs_dir, own)}", file=sys.stderr)
         raise
-    shared = folder is None or sweep is None or (folder / f"{sweep}.json").exists()
-    if shared and folder and sweep and searches(hydra):
-        note_job(folder, sweep, number=number, cell_id=cell.id)
+    shared = own is None or own.scope.exists()
+    if shared and own and searches(hydra):
+        note_job(own.jobs, number=number, cell_id=cell.id)
     return Ended.of(record, objective=settings.objective, sent_back=not shared)
 
 
-def _left_off(cell: Cell, runs_dir: Path, sweep: str | None) -> str:
+def _left_off(cell: Cell, runs_dir: Path, own: OwnFiles | None) -> str:
     """What an interrupted launch leaves, and what goes on from there."""
     told = f"{cell.id} has no record of this attempt and is run again"
-    if sweep is None:
+    if own is None:
         return told
-    cells = json.loads((runs_dir / SWEEPS_FOLDER / f"{sweep}.json").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(own.scope.read_text(encoding="utf-8"))["cells"]
     if not cells:  # a search, whose cells are not known before
         return told
     done = sum((runs_dir / name / RECORD_NAME).exists() for name in cells)
@@ -134,12 +141,14 @@ class Launch(Callback):
                 rehearse(_not_refused([cell], settings), cells_follow=True)
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
-        cell, settings = compose(config, config.hydra)
-        _finish([cell.id], settings.runs_dir, manifest=None)
+        with user_errors(callback=True):
+            cell, settings = compose(config, config.hydra)
+            _finish([cell.id], settings.runs_dir, manifest=None)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with user_errors(callback=True):
-            use_sweep_loader()
+            launch = f"{launch_id(utc_now())}-{os.getpid()}"
+            use_sweep_loader().environment[LAUNCH_VARIABLE] = launch
             check_launcher(config)
             ids: dict[str, None] = {}
             unlike: dict[str, Cell] = {}
@@ -170,15 +179,20 @@ class Launch(Callback):
             name = sweep_name(config.hydra)
             manifest = Manifest(
                 name=name,
-                command=command_of(given, multirun="sweep" not in config.hydra.runtime.choices),
+                command=command_of(
+                    given,
+                    multirun="sweep" not in config.hydra.runtime.choices,
+                    config_dir=config_dir_of(config.hydra),
+                ),
                 overrides=given,
                 started_at=utc_now(),
                 cells=[] if searches(config.hydra) else list(ids),
             )
             manifest.write(settings.runs_dir)
+            self._own = OwnFiles.of(settings.runs_dir / SWEEPS_FOLDER, name, launch)
+            write_atomically(self._own.scope, manifest.model_dump_json() + "\n")
             if searches(config.hydra):
                 quiet_optuna()
-                forget_jobs(settings.runs_dir / SWEEPS_FOLDER, name)
             self._manifest = manifest
 
     def __getstate__(self) -> dict[str, Any]:
@@ -197,18 +211,19 @@ class Launch(Callback):
                 until_done(_later)
             received = store_received(runs_dir)
             # this launch's own: another of the same name may have written the file meanwhile
-            cells = self._manifest.cells or noted_jobs(runs_dir / SWEEPS_FOLDER, self._manifest.name) or received
+            cells = self._manifest.cells or noted_jobs(self._own.jobs) or received
+            self._own.remove()
             manifest = self._manifest.model_copy(update={"finished_at": utc_now(), "cells": cells})
             manifest.write(runs_dir)
-        tracker: Any = OmegaConf.to_container(config.tracker, resolve=True)
-        _finish(
-            manifest.cells,
-            runs_dir,
-            manifest=manifest,
-            reports_dir=Path(config.reports_dir),
-            tracker=tracker,
-            objective=str(config.objective) if searches(config.hydra) else None,
-        )
+            tracker: Any = OmegaConf.to_container(config.tracker, resolve=True)
+            _finish(
+                manifest.cells,
+                runs_dir,
+                manifest=manifest,
+                reports_dir=Path(config.reports_dir),
+                tracker=tracker,
+                objective=str(config.objective) if searches(config.hydra) else None,
+            )
 
 
 def _not_refused(cells: Iterable[Cell], settings: Settings) -> list[Cell]:
@@ -270,7 +285,13 @@ def _finish(
     all_well = len(records) == len(cells) and all(record.status in ("ok", "unsupported") for record in records)
     del records, known  # the report reads them again
     if manifest is not None:
-        markdown = write_report(runs_dir, name=manifest.name, out=reports_dir)
+        try:
+            markdown = write_report(runs_dir, name=manifest.name, out=reports_dir)
+        except OSError as error:
+            raise UserError(
+                f"reports_dir={reports_dir}: {error.filename or reports_dir} cannot be written "
+                f"({error.strerror or error}); the records are kept, mend that and give the same command again"
+            ) from error
         print(f"report: {markdown}\npage: {markdown.with_suffix('.html')}")
         track_sweep(
             tracker or {},

@@ -38,6 +38,8 @@ class SweepLoader(ConfigLoaderImpl):
         super().__init__(plain.config_search_path)
         self.repository = _ReadOnce(plain.config_search_path)
         self._composed: OrderedDict[_Part, DictConfig] = OrderedDict()
+        self.environment: dict[str, str] = {}
+        """What every job's `hydra.job.env_set` is given: it goes wherever the job goes, whatever launches it."""
         self._groups: dict[str, bool] = {}
         self._alone: dict[str, bool] = {}
 
@@ -54,7 +56,7 @@ class SweepLoader(ConfigLoaderImpl):
         interrupt.check()  # all jobs are composed in a row, to see that they can be
         overrides = [_parse(text) for text in sweep_overrides]
         if any(override.is_hydra_override() for override in overrides):
-            return super().load_sweep_config(master_config, sweep_overrides)
+            return self._marked(super().load_sweep_config(master_config, sweep_overrides))
         options = [override for override in overrides if self._chooses(override)]
         values = [override for override in overrides if not self._chooses(override)]
         config = self._compose(master_config, tuple(str(option.input_line) for option in options))
@@ -69,6 +71,11 @@ class SweepLoader(ConfigLoaderImpl):
             exclude_keys=spelling.exclude_keys,
         )
         OmegaConf.copy_cache(from_config=master_config, to_config=config)
+        return self._marked(config)
+
+    def _marked(self, config: DictConfig) -> DictConfig:
+        for name, value in self.environment.items():
+            OmegaConf.update(config, f"hydra.job.env_set.{name}", value, force_add=True)
         return config
 
     def _chooses(self, override: Override) -> bool:

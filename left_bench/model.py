@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from left_bench.cell import Cell
 from left_bench.data import Splits, load_data, load_pictures
@@ -89,11 +89,8 @@ def load_model(
             f"model.task={cell.model.task}: {cell.model.name_or_path} is no such model; "
             f"set model.task to one of {', '.join(sorted(TASKS.keys() - {cell.model.task}))}"
         ) from error
-    # unset generation fields are filled from the checkpoint's own config: sampling there would pass for greedy
     if model.can_generate():
-        model.generation_config.do_sample = False
-        for name in ("temperature", "top_p", "top_k"):
-            setattr(model.generation_config, name, None)
+        model.generation_config = _greedy(model.generation_config)
     _feed_head_contiguous(model)
     _keep_trainable(model)
     if device == "cpu" and quantized_weights(model):
@@ -102,6 +99,12 @@ def load_model(
         model.config.name_or_path = model.name_or_path = folder  # an adapter's file names its base model
     found = _found(model, cell)
     return model, found | {"weights_from": "checkpoint" if quantized is None else "quantized_cache"}
+
+
+def _greedy(config: GenerationConfig) -> GenerationConfig:
+    """The checkpoint's special tokens alone: its penalties, bans, beams and sampling would pass for greedy decoding."""
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    return GenerationConfig(do_sample=False, **{name: getattr(config, name, None) for name in kept})
 
 
 def make_ready(cell: Cell, *, device: str) -> None:

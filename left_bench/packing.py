@@ -23,6 +23,13 @@ SEGMENTS = "segments"
 """The kernel's name in `model.config._attn_implementation`, and in a record's `effective.attention`."""
 
 
+# What the trial cannot see, for an adapter that has not learned yet changes nothing: peft's class, or its argument.
+_READS_WHOLE_ROWS = {
+    "alora_invocation_tokens": "an activated LoRA looks for its invocation once in a row of the pass",
+    "LilyConfig": "Lily's router averages over the tokens of a pass",
+}
+
+
 class NotPackable(RuntimeError):
     """The model's attention has something that segments do not provide."""
 
@@ -56,6 +63,9 @@ def segment_attention(
     Raises:
         NotPackable: no row boundaries were given, or the layer wants a cache, a bias, soft-capping or sinks.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotary positions in float32 leave queries wider than values
+        query, key, value = (part.to(torch.get_autocast_dtype(kind)) for part in (query, key, value))
     wanted = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if wanted or cu_seq_lens_q is None or attention_mask is not None or query.shape[2] != key.shape[2]:
         raise NotPackable(f"attention with {wanted[0] if wanted else 'a mask or a cache'}, which segments do not have")
@@ -235,6 +245,10 @@ def why_not_packed(
         return "an encoder and a decoder have rows of their own"
     if virtual_positions(model) or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "virtual tokens come before each row"
+    settings = getattr(model, "active_peft_config", None)
+    for name, why in _READS_WHOLE_ROWS.items():
+        if name == type(settings).__name__ or getattr(settings, name, None):
+            return why
     pair = [_brief(rows[index % len(rows)]) for index in (0, 1)]
     in_training = [module for module in model.modules() if module.training]
     model.eval()  # dropout would tell the two apart
@@ -243,7 +257,9 @@ def why_not_packed(
         with torch.no_grad():
             with attending_in_segments(model, kernel=kernel):
                 together = loss.of_tokens(collate(pair, pad_id=pad_id, packed=True).to(device))
-            in_float32 = next(model.parameters()).dtype == torch.float32
+            narrowed = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if narrowed else next(model.parameters()).dtype
+            in_float32 = dtype == torch.float32
             # nats; a float32 model rounds far below it, and so does a 16-bit one by the same kernel
             allowed = 1e-3 if in_float32 else 0.2
             own = model.config._attn_implementation

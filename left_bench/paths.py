@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from left_bench.errors import UserError
+
+_MOST_HASHES = 20_000
 
 
 def config_root() -> Path:
@@ -35,6 +39,29 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def contents_of(files: Iterable[Path], *, root: Path) -> str:
+    """A fingerprint of files by their names below `root` and their bytes; each is read once, as long as it stays."""
+    known = cache_dir() / "hashes.json"
+    try:
+        hashes = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        hashes = {}
+    before, digest = len(hashes), hashlib.sha256()
+    for path in sorted(files):
+        stat = path.stat()
+        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        found = hashes.get(key) or hashes.setdefault(key, file_sha256(path))
+        digest.update(f"{path.relative_to(root)} {found}\n".encode())
+    if len(hashes) > before:
+        kept = dict(list(hashes.items())[-_MOST_HASHES:])
+        with contextlib.suppress(OSError):  # a cache alone
+            known.parent.mkdir(parents=True, exist_ok=True)
+            written = known.with_name(f".{known.name}.{os.getpid()}")
+            written.write_text(json.dumps(kept), encoding="utf-8")
+            written.replace(known)
     return digest.hexdigest()
 
 

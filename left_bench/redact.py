@@ -6,6 +6,7 @@ through what a person writes into an override or a file, or through what a libra
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -54,15 +55,21 @@ def refuse_secrets(*, overrides: Iterable[str], config: str) -> None:
             raise UserError(f"{key}: a secret, and overrides are recorded; {mend}")
         if _URL_PASSWORD.search(override):
             raise UserError(f"{key}: a URL with a password in it, and overrides are recorded; {mend}")
-    name = next((name for value, name in secrets.items() if value in config), None)
+    name = next((name for value, name in secrets.items() if any(one in config for one in _spellings(value))), None)
     if name is not None:
         raise UserError(f"the configuration holds the value of {name}, and configurations are recorded; {mend}")
+
+
+def _spellings(value: str) -> list[str]:
+    """A value as it is, and as JSON writes it: quotes, backslashes and line breaks are others there."""
+    return list(dict.fromkeys([value, *(json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True))]))
 
 
 def redacted(text: str) -> str:
     """The text without the values of secret environment variables and without passwords in URLs."""
     for value, name in secret_values().items():
-        text = text.replace(value, f"[{name}]")
+        for written in _spellings(value):
+            text = text.replace(written, f"[{name}]")
     return _URL_PASSWORD.sub("://[password]@", text)
 
 

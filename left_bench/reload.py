@@ -92,7 +92,8 @@ def compare_losses(run_dir: Path) -> str:
     test = test if cell.eval.rows is None else test[: cell.eval.rows]
     quantized = quantized_cache.kept(cell, folder=folder, device=device)
     base, _ = models.load_model(cell, folder=folder, device=device, quantized=quantized, classes=splits.classes)
-    model = adapter.load_trained(base, run_dir / ADAPTER_NAME)
+    dtype = models.DTYPES[cell.precision.adapter_dtype]
+    model = adapter.load_trained(base, run_dir / ADAPTER_NAME, adapter_dtype=dtype)
     if cell.autocast:
         adapter.let_autocast_convert(model)
     model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,9 @@ def model_type(cell: Cell) -> str | None:
     if cell.model.config is not None:
         return cell.model.config.get("model_type")
     config = Path(cell.model.name_or_path).expanduser() / "config.json"
-    if config.is_file():
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such folder, or a broken file: loading will say
+        found: str | None = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        return found
     return None
 
 

@@ -23,7 +23,6 @@ from left_bench.progress import say_end, watch
 from left_bench.record import RECORD_NAME, KnownParts, NewerSchema, Record, Status, read_record
 from left_bench.redact import redact_file, redacted_record
 from left_bench.rules import why_unsupported
-from left_bench.sweep import command_of
 from left_bench.tracker import Attempt, Feed, open_tracker
 from left_bench.worker import utc_now
 
@@ -61,6 +60,7 @@ def run_cell(
     settings: Settings,
     *,
     overrides: list[str],
+    command: str,
     number: int = 1,
     total: int = 1,
     sweep: str | None = None,
@@ -112,6 +112,7 @@ def run_cell(
                 settings,
                 attempt=told_of,
                 overrides=overrides,
+                command=command,
                 number=number,
                 total=total,
                 take_seat=take_seat,
@@ -134,6 +135,7 @@ def _run_claimed(
     *,
     attempt: Attempt,
     overrides: list[str],
+    command: str,
     number: int,
     total: int,
     take_seat: Callable[[str], AbstractContextManager[Any]],
@@ -161,7 +163,7 @@ def _run_claimed(
             record = _ended(cell, "failed", str(error))
     if record.status != "ok":  # a terminal's Ctrl-C goes to the children as well, and what they say of it is no result
         interrupt.check()
-    told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command_of(overrides)}
+    told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command}
     provenance = record.provenance | told
     record = redacted_record(record.model_copy(update={"attempt": attempt.number, "provenance": provenance}))
     redact_file(run_dir / LOG_NAME)

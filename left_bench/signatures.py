@@ -30,6 +30,12 @@ def check_arguments(cell: Cell) -> None:
     Raises:
         UserError: naming the key and the nearest argument there is.
     """
+    for name, instead in (("lr", "training.learning_rate"), ("params", "peft")):
+        if name in cell.optimizer.config:
+            raise UserError(
+                f"optimizer.config.{name}={cell.optimizer.config[name]!r}: that is set with {instead}=, for all "
+                "optimizers alike"
+            )
     for group in ("quantization", "peft", "optimizer"):
         section: Any = getattr(cell, group)
         known = arguments_of(section.target) if section.target and section.config else None

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,6 +22,7 @@ from left_bench.seats import SCHEDULERS
 from left_bench.worker import utc_now
 
 SWEEPS_FOLDER = "sweeps"
+LAUNCH_VARIABLE = "LEFT_BENCH_LAUNCH"
 
 
 class Manifest(BaseModel):
@@ -40,10 +42,42 @@ class Manifest(BaseModel):
         write_atomically(self.path(runs_dir), self.model_dump_json(indent=1) + "\n")
 
 
-def command_of(overrides: Iterable[str], *, multirun: bool = False) -> str:
+class OwnFiles(NamedTuple):
+    """What a launch tells its jobs, wherever they run, and they tell it: no other launch of the sweep writes here."""
+
+    scope: Path
+    """The manifest as this launch began; one of the same name may have written its own over it meanwhile."""
+    jobs: Path
+    """A search's cells."""
+
+    @classmethod
+    def of(cls, folder: Path, sweep: str, launch: str) -> OwnFiles:
+        return cls(folder / f"{sweep}.{launch}.scope", folder / f"{sweep}.{launch}.jobs.jsonl")
+
+    def remove(self) -> None:
+        for path in self:
+            path.unlink(missing_ok=True)
+
+
+def launch_of(hydra: DictConfig) -> str:
+    """Which launch a job belongs to, as `mark_jobs` has marked it."""
+    return str(OmegaConf.select(hydra, f"job.env_set.{LAUNCH_VARIABLE}") or "")
+
+
+def command_of(overrides: Iterable[str], *, multirun: bool = False, config_dir: str | None = None) -> str:
     """The command line that repeats a run or, where there is no sweep among the overrides, a multirun."""
     plain = [override.removeprefix("++") for override in overrides]
-    return shlex.join(["left-bench", *(["-m"] if multirun else []), *plain])
+    folder = ["--config-dir", config_dir] if config_dir else []
+    return shlex.join(["left-bench", *folder, *(["-m"] if multirun else []), *plain])
+
+
+def config_dir_of(hydra: DictConfig) -> str | None:
+    """The user's `--config-dir`, from where the command was given if it lies below."""
+    found = [str(one.path) for one in hydra.runtime.config_sources if one.provider == "command-line"]
+    if not found:
+        return None
+    below = Path(found[0]).is_relative_to(hydra.runtime.cwd)
+    return str(Path(found[0]).relative_to(hydra.runtime.cwd)) if below else found[0]
 
 
 def jobs_of(config: DictConfig) -> Iterator[tuple[list[str], DictConfig]]:

@@ -127,6 +127,12 @@ def train(
         scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
         scaler.update() if scaler.is_enabled() else None
         schedule.step()
+        if scaler.is_enabled() and not math.isfinite(
+            norm.item()
+        ):  # a step that was skipped tells nothing of importance
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
         # AdaLoRA's rank budget is of the last training alone: step 0 leaves it as it is
         after_optimizer_step(model, 0 if earlier else step - 1)
         optimizer.zero_grad(set_to_none=True)
@@ -218,22 +224,34 @@ def uncompile(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def embedding_noise(model: torch.nn.Module, alpha: float | None) -> Iterator[None]:
-    """NEFTune (Jain et al. 2023): uniform noise in +-alpha / sqrt(length x width) on the input embeddings."""
+    """NEFTune (Jain et al. 2023): uniform noise in +-alpha / sqrt(length x width) on the input embeddings.
+
+    The length is that of the pass's rows as they are padded; of packed rows each has its own.
+    """
     if alpha is None:
         yield
         return
     embedding: Any = model
     embedding = embedding.get_input_embeddings()
+    boundaries: list[torch.Tensor | None] = [None]
+
+    def look(_module: torch.nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
+        boundaries[0] = named.get("cu_seq_lens_q")
 
     def disturb(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        size = alpha / math.sqrt(output.shape[1] * output.shape[2])
-        return output + torch.empty_like(output).uniform_(-size, size)
+        if boundaries[0] is None:
+            size = alpha / math.sqrt(output.shape[1] * output.shape[2])
+            return output + torch.empty_like(output).uniform_(-size, size)
+        lengths = boundaries[0].diff()
+        sizes = (alpha / (lengths * output.shape[2]).sqrt()).repeat_interleave(lengths).to(output.dtype)
+        return output + torch.empty_like(output).uniform_(-1, 1) * sizes[None, :, None]
 
-    handle = embedding.register_forward_hook(disturb)
+    handles = [model.register_forward_pre_hook(look, with_kwargs=True), embedding.register_forward_hook(disturb)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def optimizer_state_dtypes(optimizer: Any) -> str:

@@ -28,6 +28,7 @@ PLAIN: dict[str, Any] = {
 OTHER: dict[str, dict[str, Any]] = {
     "model": {
         "name_or_path": "other",
+        "content": "0" * 64,
         "task": "seq2seq_lm",
         "revision": "main",
         "weights": "pretrained",

@@ -300,3 +300,22 @@ def test_random_weights_have_no_scores(tiny_cell, work_in_process):
     quality = {"eval_loss", "eval_perplexity", "exact_match", "forgetting_nats", "base_eval_loss"}
     assert quality.isdisjoint(found["metrics"])
     assert found["metrics"]["train_steps"] == 1
+
+
+def test_greedy_is_greedy_whatever_the_checkpoint_says(tiny_cell, tmp_path, load_tiny):
+    """Penalties, bans and beams of a `generation_config.json` stay in force without sampling, too."""
+    from left_bench import model as models
+
+    cell = tiny_cell()
+    model, tokenizer = load_tiny(cell)
+    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.no_repeat_ngram_size = 1
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert "repetition_penalty" in (tmp_path / "model" / "generation_config.json").read_text()
+    loaded, _ = models.load_model(cell, folder=str(tmp_path / "model"), device="cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    found = loaded.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0]
+    for _ in range(6):
+        ids = torch.cat([ids, loaded(ids).logits[:, -1:].argmax(-1)], 1)
+    assert found.tolist() == ids[0].tolist()

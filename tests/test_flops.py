@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from left_bench.adapter import attach_adapter
 from left_bench.data import collate
@@ -73,3 +74,12 @@ def test_what_else_runs_is_noticed():
     other.join()
     assert share is not None
     assert 0.1 < share <= 1 or torch.get_num_threads() > 8  # one core of many is a small share
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "mamba", "rwkv"])
+def test_where_nothing_can_be_counted_nothing_fails(kind):
+    """No layers by name, or no attention heads: the count is information."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = AutoConfig.for_model(kind, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    assert step_flops(model) is None

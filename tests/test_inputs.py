@@ -331,7 +331,7 @@ def test_a_hostile_name_stays_inside_the_runs_folder(name, tiny_cell, tmp_path, 
         force_unsupported=True,
         tracker={},
     )
-    assert run_cell(cell, settings, overrides=[]).status == "ok"
+    assert run_cell(cell, settings, overrides=[], command="left-bench").status == "ok"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     [made] = (tmp_path / "runs").iterdir()
     assert (made / "record.json").is_file()

@@ -18,7 +18,9 @@ def test_an_upstream_class():
     ["os.system", "builtins.eval", "subprocess.run", "peft_evil.X", "numpy.array", "", ".", "LoraConfig", "_io.open"],
 )
 def test_other_packages_are_refused(target):
-    with pytest.raises(UserError, match=r"quantization\._target_=.*only classes of " + ALLOWED_PACKAGES[0]):
+    with pytest.raises(
+        UserError, match=r"quantization\._target_=.*only configurations and optimizers of " + ALLOWED_PACKAGES[0]
+    ):
         locate(target, key="quantization")
 
 

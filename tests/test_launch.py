@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,98 @@ def test_equal_cells_of_a_sweep_run_once(place, runs, left_bench):
 def test_commands_are_quoted():
     command = command_of(["++peft.config.r=2", "data.template='a b'", "+sweep=smoke"])
     assert shlex.split(command) == ["left-bench", "peft.config.r=2", "data.template='a b'", "+sweep=smoke"]
+
+
+def test_a_report_that_cannot_be_written_is_an_error(place, runs, left_bench):
+    """Hydra swallows what its callbacks raise: a gate would take a sweep with failed cells for a good one."""
+    runs.status["ia3"] = "oom"
+    (place / "reports" / "smoke.md").mkdir(parents=True)
+    answer = left_bench("+sweep=smoke", *QUICK)
+    assert answer.code == 2, answer
+    assert "reports_dir=reports" in answer.err and "smoke.md" in answer.err
+
+
+def test_retrained_weights_are_another_cell_and_a_moved_folder_is_none(place, runs, left_bench, session_cache):
+    from left_bench.cell import Cell
+    from left_bench.pretrained import folder as of_folder
+
+    left_bench(*QUICK)
+    [made] = (session_cache / "models").glob("random-*") if runs else []
+    shutil.copytree(made, place / "mine")
+
+    def launch(folder: str) -> str:
+        of_folder.content_of.cache_clear()  # as by another launch
+        quick = [one for one in QUICK if not one.startswith("model=")]
+        answer = left_bench(*quick, f"model.name_or_path=./{folder}")
+        assert answer.code == 0, answer
+        cell: Cell = runs[-1]
+        return cell.id
+
+    first = launch("mine")
+    shutil.copytree(place / "mine", place / "moved" / "mine")
+    before = len(runs)
+    assert launch("moved/mine") == first and len(runs) == before
+    weights = place / "mine" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    assert launch("mine") != first
+
+
+def test_a_model_that_a_sweep_of_ones_own_names_is_that_model(place, runs, left_bench, monkeypatch):
+    monkeypatch.setattr("left_bench.run._fetch_model", lambda cell: None)
+    (place / "conf" / "sweep").mkdir(parents=True)
+    body = "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\nmodel:\n  name_or_path: some/neox\n"
+    (place / "conf" / "sweep" / "mine.yaml").write_text("# @package _global_\n" + body)
+    quick = [one for one in QUICK if not one.startswith("model=")]
+    answer = left_bench("--config-dir", "conf", "+sweep=mine", *quick)
+    assert answer.code == 0, answer
+    assert {(cell.model.name, cell.model.config) for cell in runs} == {("neox", None)}
+    command = records(place)[0].provenance["command"]
+    assert command.startswith("left-bench --config-dir conf ")
+    manifest = json.loads((place / "runs" / "sweeps" / "mine.json").read_text())
+    assert manifest["command"].startswith("left-bench --config-dir conf +sweep=mine")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.name_or_path=some/body", "model.weights=random"], "leave one of the two out"),
+        (["model.name_or_path=some/body", "model.config.num_hidden_layers=7"], "leave one of the two out"),
+        (["model=pythia_70m", "model.config.num_hidden_layers=9"], "give model.weights=random with it"),
+        (["optimizer.config.lr=0.5"], "that is set with training.learning_rate="),
+        (["hardware.memory_limit=6iB"], "not a memory size"),
+        (["-m", "quantization=[nf4,none]"], "write them with commas, quantization=A,B"),
+    ],
+)
+def test_what_would_be_passed_over_in_silence_is_refused(overrides, words, place, runs, left_bench):
+    quick = [one for one in QUICK if not (one.startswith("model=") and any("model" in two for two in overrides))]
+    answer = left_bench(*quick, *overrides)
+    assert answer.code == 2 and words in answer.err, answer
+    assert not runs
+
+
+def test_an_option_named_as_one_that_ships_is_refused(place, runs, left_bench):
+    (place / "conf" / "peft").mkdir(parents=True)
+    (place / "conf" / "peft" / "lora.yaml").write_text("name: lora\n")
+    answer = left_bench("--config-dir", "conf", *QUICK, "peft=lora")
+    assert answer.code == 2 and "an option of this name ships" in answer.err, answer
+
+
+def test_another_launch_of_the_same_sweep_takes_nothing_from_this_one(place, runs, left_bench, monkeypatch):
+    """Its manifest comes to lie over this one's while the cells run."""
+    from left_bench import launch as launching
+
+    inner = launching.run_cell
+
+    def run_cell(cell, settings, **named):
+        other = {"name": "smoke", "command": "", "overrides": [], "started_at": "2026-01-01T00:00:00", "cells": ["x-1"]}
+        (settings.runs_dir / "sweeps" / "smoke.json").write_text(json.dumps(other))
+        return inner(cell, settings, **named)
+
+    monkeypatch.setattr(launching, "run_cell", run_cell)
+    answer = left_bench("+sweep=smoke", *QUICK)
+    assert answer.code == 0, answer
+    assert [cell.peft.name for cell in runs] == ["lora", "ia3"]
+    left = {path.name for path in (place / "runs" / "sweeps").iterdir()}
+    assert left == {"smoke.json", "multirun.yaml"}  # Hydra's own; nothing of the launch's

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig, PreTrainedModel
 
-from left_bench.adapter import load_trained, save_trained, trainable_parameters
+from left_bench.adapter import attach_adapter, load_trained, save_trained, trainable_parameters
 from left_bench.cell import Peft
 from left_bench.errors import UserError
 from left_bench.methods import Attached, BitFitConfig, BottleneckConfig, LayerFreezeConfig, Method
@@ -345,3 +345,17 @@ def run(*overrides: str, runs_dir: Path) -> tuple[dict[str, Any], Path]:
     paths = list(runs_dir.glob("*/record.json"))
     assert len(paths) == 1, ended.stderr
     return json.loads(paths[0].read_text(encoding="utf-8")), paths[0].parent
+
+
+def test_of_an_encoder_with_a_decoder_the_decoders_last_layers_are_trained(tiny_cell, load_tiny):
+    cell = tiny_cell("model=tiny_t5", "peft=layer_freeze", "peft.config.last_layers=1")
+    model, tokenizer = load_tiny(cell)
+    attached = attach_adapter(model, cell, tokenizer=tokenizer, rows=[])
+    trained = {name for name, parameter in attached.named_parameters() if parameter.requires_grad}
+    assert trained and all(".decoder.block." in name for name in trained)
+
+
+@pytest.mark.parametrize("overrides", [["peft=layer_freeze"], ["model=tiny_opt", "peft=bitfit"]])
+def test_weights_trained_in_place_are_counted_once(overrides, tiny_cell, work_in_process):
+    parts = work_in_process(tiny_cell(*overrides, "eval=loss"))["memory_breakdown"]
+    assert parts["adapter"] == 0 < parts["weights"]

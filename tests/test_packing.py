@@ -14,6 +14,7 @@ from left_bench.data import collate
 from left_bench.data.tokens import Example
 from left_bench.loss import AnswerLoss
 from left_bench.packing import SEGMENTS, attending_in_segments, laid_out, segment_attention, why_not_packed
+from left_bench.train import embedding_noise
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
@@ -177,3 +178,38 @@ def test_attention_is_put_back_after_an_error(tiny_cell, load_tiny, addition_row
     with pytest.raises(ZeroDivisionError), attending_in_segments(model, kernel=None):
         raise ZeroDivisionError
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("precision", ["bf16_mixed", "fp16_mixed"])
+@pytest.mark.parametrize("peft", ["full", "lora"])
+def test_packed_rows_train_under_autocast(peft, precision, tiny_cell, work_in_process):
+    """Rotary positions leave float32 queries beside 16-bit values: only a backward pass shows it."""
+    overrides = [f"peft={peft}", f"precision={precision}", "training.steps=3", "eval=loss", "eval.forgetting=false"]
+    found = work_in_process(tiny_cell("training=packed", *overrides))
+    assert found["environment"]["effective"]["batching"] == "packed", found["environment"]["effective"]
+    plain = work_in_process(tiny_cell(*overrides))
+    assert found["metrics"]["train_loss"] == pytest.approx(plain["metrics"]["train_loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("peft", ["alora", "lily"])
+def test_what_reads_whole_rows_falls_back(peft, tiny_cell, load_tiny, addition_rows):
+    """Nothing that a trial before training could see: what these add is still zero then."""
+    cell, model = attached(tiny_cell, load_tiny, addition_rows, f"peft={peft}")
+    with laid_out(model, AnswerLoss(model), addition_rows, cell, pad_id=0, device="cpu") as layout:
+        assert layout.effective["batching"] == "padded" and layout.effective["batching_fallback"]
+
+
+def test_noise_on_packed_rows_goes_by_each_rows_length(tiny_cell, load_tiny):
+    model, _ = load_tiny(tiny_cell())
+    rows = [Example([7] * length, [8] * length, "", "") for length in (8, 32)]
+    batch, seen = collate(rows, pad_id=0, packed=True), []
+    embedding = model.get_input_embeddings()
+    plain = embedding(batch.input_ids)
+    with embedding_noise(model, 5.0), torch.no_grad():
+        embedding.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        with attending_in_segments(model, kernel=None):
+            model(**batch.inputs())
+    noise, width = (seen[0] - plain)[0].abs(), plain.shape[-1]
+    for part, length in ((noise[:16], 16), (noise[16:], 64)):
+        bound = 5 / (length * width) ** 0.5
+        assert 0.95 * bound < part.max() <= 1.001 * bound

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from left_bench.errors import UserError
 from left_bench.record import Record
-from left_bench.redact import redact_file, redacted, redacted_record, secret_values
+from left_bench.redact import redact_file, redacted, redacted_record, refuse_secrets, secret_values
 
 TOKEN = "hf_secretsecretsecretsecret"
 
@@ -70,3 +73,13 @@ def test_what_a_library_printed_is_cut_out(monkeypatch, tmp_path):
     redact_file(log)
     assert log.read_bytes() == b"\xff [HF_TOKEN]"
     assert redacted("nothing here") == "nothing here"
+
+
+@pytest.mark.parametrize("secret", ['p"ss\\word99', "-----BEGIN KEY-----\nabcdefgh\n-----END", "schlüssel\tgeheim"])
+def test_a_secret_is_found_as_json_writes_it(secret, monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    times = {"started_at": "a", "finished_at": "b"}
+    record = Record(cell_id="x-1", status="failed", reason=f"with {secret}", choices={}, config={}, **times)
+    assert redacted_record(record).reason == "with [DB_PASSWORD]"
+    with pytest.raises(UserError, match="DB_PASSWORD"):
+        refuse_secrets(overrides=[], config=json.dumps({"data": {"template": secret}}))

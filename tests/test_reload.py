@@ -40,3 +40,12 @@ def test_what_cannot_be_loaded_says_why(done, tmp_path):
     shutil.rmtree(run_dir / ADAPTER_NAME)
     with pytest.raises(RuntimeError, match="cannot be used again"):
         reload.asked_of_a_fork()(run_dir)
+
+
+@pytest.mark.parametrize("peft", ["lora", "pfeiffer"])
+def test_an_adapter_in_half_precision_comes_back_in_it(peft, tiny_cell, work_in_process):
+    overrides = [f"peft={peft}", "precision=bf16", "precision.adapter_dtype=bfloat16", "training.steps=5"]
+    cell = tiny_cell(*overrides, "eval.generate=false")
+    run_dir = work_in_process(cell)["run_dir"]
+    (run_dir / CELL_NAME).write_text(cell.model_dump_json(by_alias=True))
+    assert reload.compare_losses(run_dir) == reload.EQUAL

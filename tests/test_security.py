@@ -55,12 +55,18 @@ def test_no_source_evaluates_or_unpickles(path):
         "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler",
         "hydra.utils.instantiate",
         "left_bench_evil.X",
+        "left_bench.process.start",
+        "left_bench.cell.Model",
+        "transformers.Trainer",
+        "peft.PeftModel",
         "peftx.LoraConfig",
     ],
 )
 def test_a_target_outside_the_allow_list_is_refused_before_anything_runs(target, compose_cell):
     for override in (f"peft._target_={target}", f"+optimizer.config.inner={{_target_: {target}}}"):
-        with pytest.raises(UserError, match=r"_target_='.*': only classes of left_bench, peft, "):
+        with pytest.raises(
+            UserError, match=r"_target_='.*': only configurations and optimizers of left_bench.methods, "
+        ):
             compose_cell("model=tiny_llama", override)
 
 
@@ -235,3 +241,13 @@ def without_code(markdown: str) -> str:
     from re import DOTALL, sub
 
     return sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", sub(r"^(```+).*?^\1", "", markdown, flags=DOTALL | 8), flags=DOTALL)
+
+
+def test_a_file_may_not_write_into_the_command_line(with_option, left_bench, monkeypatch):
+    monkeypatch.setattr("left_bench.launch.run_cell", None)
+    (with_option / "recipe").mkdir()
+    sly = {"hydra": {"overrides": {"task": ["model.trust_remote_code=true"]}}, "model": {"trust_remote_code": True}}
+    (with_option / "recipe" / "sly.yaml").write_text("# @package _global_\n" + yaml.safe_dump(sly))
+    answer = left_bench("--config-dir", str(with_option), "+recipe=sly", "model=tiny_llama", "tracker=none")
+    assert answer.code == 2, answer
+    assert "model.trust_remote_code=true stands in a file" in answer.err

@@ -320,3 +320,19 @@ def test_what_compiles_within_a_step_is_no_part_of_its_seconds():
     assert compiling.graphs == 1
     assert compiling.take() == compiling.seconds > 0
     assert compiling.take() == 0
+
+
+def test_adaloras_budget_outlives_an_overflow(tiny_cell, run, monkeypatch):
+    """Loss scaling skips the step; gradients that overflowed are no measure of what is important."""
+    cell = tiny_cell("peft=adalora", "precision=fp16_mixed", "training.steps=20", "training.warmup_ratio=0")
+    calls = []
+
+    def overflowing_once(model):
+        calls.append(model)
+        return regularization(model) * (math.inf if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr("left_bench.train.regularization", overflowing_once)
+    model, _, events = run(cell)
+    assert [event["step"] for event in events if not math.isfinite(event["gradient_norm"])] == [3]
+    values = torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_E" in name])
+    assert (values == 0).sum() > 0  # the budget was cut

@@ -14,7 +14,7 @@ from typing import Any
 
 from left_bench.cell import Data
 from left_bench.errors import UserError, nearest
-from left_bench.paths import file_sha256
+from left_bench.paths import contents_of, file_sha256
 
 # Named records of a source: `line 3`, and the columns found there.
 Records = Iterable[tuple[str, Mapping[str, Any]]]
@@ -65,11 +65,18 @@ def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
 def with_content(section: Data) -> Data:
     """The section with its file's SHA-256, where there is such a file; `load_rows` says what is wrong elsewhere."""
     try:
+        if section.image_column is not None and section.path is not None:
+            return section.model_copy(update={"content": _of_folder(Path(section.path).expanduser().absolute())})
         path = data_file(section)
         stat = path.stat()
         return section.model_copy(update={"content": _sha256(str(path.absolute()), stat.st_size, stat.st_mtime_ns)})
     except (UserError, OSError):
         return section
+
+
+@functools.cache
+def _of_folder(folder: Path) -> str:
+    return contents_of((path for path in folder.rglob("*") if path.is_file()), root=folder)
 
 
 @functools.cache  # a sweep composes one file thousands of times

@@ -101,13 +101,15 @@ def method_in(folder: Path) -> Method | None:
     return None if name is None else getattr(methods, name)(**settings)
 
 
-def load_attached(model: PreTrainedModel, folder: Path, *, method: Method) -> Attached:
+def load_attached(
+    model: PreTrainedModel, folder: Path, *, method: Method, adapter_dtype: torch.dtype = torch.float32
+) -> Attached:
     """Attach the method to a fresh base model and give it the parameters saved in `folder`.
 
     Raises:
         UserError: the saved parameters are not those that the method trains in this model.
     """
-    attached = method.attach(model)
+    attached = method.attach(model, adapter_dtype=adapter_dtype)
     saved, trained = load_file(folder / WEIGHTS_NAME), _trained(model)
     wrong = set(saved.keys() ^ trained.keys())
     wrong |= {name for name in saved.keys() & trained.keys() if saved[name].shape != trained[name].shape}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,9 +53,17 @@ class LayerFreezeConfig(Method):
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer's layers, in order: the one list of modules as long as the configuration says."""
-    expected = model.config.num_hidden_layers
-    lists = [found for found in model.modules() if isinstance(found, nn.ModuleList) and len(found) == expected]
+    """The transformer's layers, in order: the one list of modules as long as the configuration says.
+
+    Of an encoder with a decoder they are the decoder's, which writes the answer.
+    """
+    config: Any = model.config
+    root: Any = model
+    expected = config.num_hidden_layers
+    if config.is_encoder_decoder:
+        root = model.get_decoder()
+        expected = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", expected)
+    lists = [found for found in root.modules() if isinstance(found, nn.ModuleList) and len(found) == expected]
     if not lists:
         raise UserError(f"peft: no list of {expected} layers found in this model of type '{model.config.model_type}'")
     return list(lists[0])  # modules come from the outside in: a list inside a layer would come later

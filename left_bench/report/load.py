@@ -260,10 +260,13 @@ def flat_section(name: str, section: Any, known: FlatSections) -> dict[str, Any]
 
 
 def deciding(flat: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Flat settings without the path of a file whose content is among them: the same rows elsewhere are the same."""
-    if flat.get("data.content") is None:
-        return flat
-    return {key: value for key, value in flat.items() if key != "data.path"}
+    """Flat settings without the path of what has its content among them: rows and weights are the same elsewhere."""
+    moved = {
+        path
+        for content, path in (("data.content", "data.path"), ("model.content", "model.name_or_path"))
+        if flat.get(content) is not None
+    }
+    return {key: value for key, value in flat.items() if key not in moved} if moved else flat
 
 
 def score_of(record: Record, metric: str) -> Score | None:
