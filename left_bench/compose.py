@@ -164,6 +164,24 @@ def _name_in_file(option: str, folders: tuple[str, ...]) -> str | None:
     return None
 
 
+def passed_over(config: DictConfig) -> Iterator[str]:
+    """What an option that was chosen on the command line says and the sweep, whose word is the last, says otherwise."""
+    given = [one.lstrip("+") for one in config.hydra.overrides.task]
+    set_alone = {one.partition("=")[0] for one in given}
+    for group, _, option in (one.partition("=") for one in given):
+        path = config_root() / "conf" / group / f"{option}.yaml"
+        if group not in GROUPS or not path.is_file():  # several options, or one of the user's own
+            continue
+        says: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for key, value in says.items():
+            found = OmegaConf.select(config, f"{group}.{key}", throw_on_resolution_failure=False)
+            if isinstance(value, (int, float)) and found != value and f"{group}.{key}" not in set_alone:
+                yield (
+                    f"note: {group}.{key}={found} is the sweep's, not the {value} of {group}={option}; "
+                    f"give {group}.{key}={value} to have that"
+                )
+
+
 def check_cell(cell: Cell) -> None:
     """Refuse, before anything runs, what can be seen to be wrong without loading a model.
 

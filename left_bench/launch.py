@@ -23,7 +23,7 @@ from left_bench import interrupt
 from left_bench.carried import Ended, note_job, noted_jobs, store_received
 from left_bench.cell import Cell, fingerprint
 from left_bench.claim import until_done
-from left_bench.compose import Settings, check_cell, check_folder, compose
+from left_bench.compose import Settings, check_cell, check_folder, compose, passed_over
 from left_bench.errors import UserError, user_errors
 from left_bench.grid import use_grid_sweeper
 from left_bench.loader import use_sweep_loader
@@ -150,6 +150,8 @@ class Launch(Callback):
             launch = f"{launch_id(utc_now())}-{os.getpid()}"
             use_sweep_loader().environment[LAUNCH_VARIABLE] = launch
             check_launcher(config)
+            for told in passed_over(config):
+                print(told, file=sys.stderr)
             ids: dict[str, None] = {}
             unlike: dict[str, Cell] = {}
             may_stay: dict[tuple[str, ...], str] = {}

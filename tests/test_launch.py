@@ -359,3 +359,12 @@ def test_another_launch_of_the_same_sweep_takes_nothing_from_this_one(place, run
     assert [cell.peft.name for cell in runs] == ["lora", "ia3"]
     left = {path.name for path in (place / "runs" / "sweeps").iterdir()}
     assert left == {"smoke.json", "multirun.yaml"}  # Hydra's own; nothing of the launch's
+
+
+def test_what_a_sweep_says_otherwise_than_a_chosen_option_is_told(place, runs, left_bench):
+    quick = [one for one in QUICK if not one.startswith("training")]
+    answer = left_bench("+sweep=smoke", *quick, "training=long")
+    assert answer.code == 0, answer
+    assert "note: training.steps=4 is the sweep's, not the 1000 of training=long" in answer.err
+    assert "note" not in left_bench("+sweep=smoke", *quick, "training=long", "training.steps=3").err
+    assert "note" not in left_bench("+sweep=smoke", *QUICK).err
