@@ -237,7 +237,7 @@ def test_the_state_of_the_random_generators():
 RUN = [
     *("model=tiny_llama", "precision=fp32", "hardware=cpu", "hardware.threads=1", "tracker=none", "peft=lora"),
     *("data.train_rows=8", "data.test_rows=4", "eval.generate=false", "eval.forgetting=false", "training.batch_size=4"),
-    *("peft.config.lora_dropout=0.1", "training.steps=400"),
+    *("peft.config.lora_dropout=0.1", "training.steps=240"),
 ]
 
 
@@ -274,7 +274,7 @@ def test_a_killed_cell_goes_on(tmp_path):
     assert resumed.cell_id == unbroken.cell_id
     assert resumed.provenance["resumed_after_steps"][0] >= 10
     assert "resumed_after_steps" not in unbroken.provenance
-    assert len(losses("whole")) == 400
+    assert len(losses("whole")) == 240
     assert losses("killed") == losses("whole")
     assert resumed.metrics["train_tokens"] == unbroken.metrics["train_tokens"]
     assert resumed.metrics["train_loss"] == unbroken.metrics["train_loss"]

@@ -20,9 +20,13 @@ def done(request, tiny_cell, work_in_process):
     return run_dir
 
 
-@pytest.mark.parametrize("way", [reload.gives_the_same_loss, None], ids=["new interpreter", "fork"])
-def test_an_adapter_gives_back_its_losses(way, done):
-    assert (way or reload.asked_of_a_fork())(done)
+def test_an_adapter_gives_back_its_losses(done):
+    assert reload.asked_of_a_fork()(done)
+
+
+@pytest.mark.parametrize("done", ["dora"], indirect=True)  # of a method, the interpreter makes no difference
+def test_an_adapter_gives_them_back_in_a_new_interpreter(done):
+    assert reload.gives_the_same_loss(done)
 
 
 def test_another_loss_is_noticed(done, tmp_path):
