@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +178,19 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def those_of(model: torch.nn.Module) -> Callable[[torch.nn.Parameter], bool]:
-    """Tells the parameters that `model` has now from those that are added later; it keeps none of them alive."""
-    now = {id(parameter): weakref.ref(parameter) for parameter in model.parameters()}
-    return lambda parameter: (found := now.get(id(parameter))) is not None and found() is parameter
+def added_parameters(model: torch.nn.Module, *, base: Collection[str]) -> list[torch.nn.Parameter]:
+    """The trainable parameters that a method has added, and not those of the base model that it trains in place.
+
+    Args:
+        base: the names of the base model's parameters, before anything was attached.
+    """
+
+    def in_base(name: str) -> bool:
+        own = name.removeprefix("base_model.").replace(".base_layer.", ".")
+        return own in known or own.removeprefix("model.") in known  # peft's wrapper has one more level than ours
+
+    known = set(base)
+    return [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and not in_base(name)]
 
 
 def save_trained(model: torch.nn.Module, folder: Path) -> int:

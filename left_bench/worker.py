@@ -127,14 +127,14 @@ def work(
         before, source = base.evaluate_base(base_model, tokenizer, test, cell, meter=meter, runs_dir=run_dir.parent)
         found["provenance"]["base_scores_from"] = source
 
-    of_base = adapter.those_of(base_model)
+    of_base = [name for name, _ in base_model.named_parameters()]
     with meter.phase("attach"):
         model = adapter.attach_adapter(base_model, cell, tokenizer=tokenizer, rows=splits.train)
     trainable = adapter.trainable_parameters(model)
     meter.metrics["trainable_params"] = sum(logical_numel(parameter) for parameter in trainable)
     if cell.peft.target is not None:
         # what a method trains in place is among the weights already
-        meter.memory_breakdown["adapter"] = stored_bytes(p for p in trainable if not of_base(p))
+        meter.memory_breakdown["adapter"] = stored_bytes(adapter.added_parameters(model, base=of_base))
     effective |= {
         "learning_rate": cell.learning_rate,
         "trainable_dtype": "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable})),

@@ -75,7 +75,10 @@ def refused(left_bench, tmp_path, monkeypatch):
         (["model.name_or_path='a\x1b[31m\nb'"], ["model.name_or_path='a\\x1b[31m\\nb'", "printable"]),
         ([f"data.path={LONG}", "data=jsonl"], ["data.path='xxx", "File name too long", "check the path"]),
         ([f"runs_dir={LONG}"], ["runs_dir='xxx", "File name too long", "give another"]),
-        (["peft._target_=os.system"], ["peft._target_='os.system'", "only classes of left_bench"]),
+        (
+            ["peft._target_=os.system"],
+            ["peft._target_='os.system'", "only configurations and optimizers of left_bench"],
+        ),
         (
             ["quantization=nf4", "quantization.config.bnb_4bit_quant=nf4"],
             ["quantization.config.bnb_4bit_quant", "did you mean 'bnb_4bit_quant_type'?"],

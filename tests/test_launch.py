@@ -275,12 +275,12 @@ def test_a_report_that_cannot_be_written_is_an_error(place, runs, left_bench):
     assert "reports_dir=reports" in answer.err and "smoke.md" in answer.err
 
 
-def test_retrained_weights_are_another_cell_and_a_moved_folder_is_none(place, runs, left_bench, session_cache):
+def test_retrained_weights_are_another_cell_and_a_moved_folder_is_none(place, runs, left_bench, compose_cell):
     from left_bench.cell import Cell
     from left_bench.pretrained import folder as of_folder
+    from left_bench.pretrained import model_folder
 
-    left_bench(*QUICK)
-    [made] = (session_cache / "models").glob("random-*") if runs else []
+    made = model_folder(compose_cell(*QUICK).model, dtype="float32")
     shutil.copytree(made, place / "mine")
 
     def launch(folder: str) -> str:

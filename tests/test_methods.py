@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig, PreTrainedModel
 
-from left_bench.adapter import attach_adapter, load_trained, save_trained, trainable_parameters
+from left_bench.adapter import added_parameters, attach_adapter, load_trained, save_trained, trainable_parameters
 from left_bench.cell import Peft
 from left_bench.errors import UserError
 from left_bench.methods import Attached, BitFitConfig, BottleneckConfig, LayerFreezeConfig, Method
@@ -359,3 +359,16 @@ def test_of_an_encoder_with_a_decoder_the_decoders_last_layers_are_trained(tiny_
 def test_weights_trained_in_place_are_counted_once(overrides, tiny_cell, work_in_process):
     parts = work_in_process(tiny_cell(*overrides, "eval=loss"))["memory_breakdown"]
     assert parts["adapter"] == 0 < parts["weights"]
+
+
+def test_biases_that_peft_trains_in_place_are_none_of_the_adapters(tiny_cell, load_tiny):
+    cell = tiny_cell("model=tiny_opt", "peft=lora", "peft.config.bias=all")
+    model, tokenizer = load_tiny(cell)
+    base = [name for name, _ in model.named_parameters()]
+    attached = attach_adapter(model, cell, tokenizer=tokenizer, rows=[])
+    added = {id(parameter) for parameter in added_parameters(attached, base=base)}
+    trained = {name for name, one in attached.named_parameters() if one.requires_grad}
+    assert {name for name, one in attached.named_parameters() if id(one) in added} == {
+        name for name in trained if "lora_" in name
+    }
+    assert any(name.endswith("bias") for name in trained)

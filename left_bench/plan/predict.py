@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from left_bench.adapter import regularization, those_of, trainable_parameters
+from left_bench.adapter import added_parameters, regularization, trainable_parameters
 from left_bench.cell import Cell
 from left_bench.data import Example, load_data, split_passes, step_rows
 from left_bench.errors import UserError
@@ -94,7 +94,7 @@ def predict(cell: Cell) -> Plan:
         plan.parts["weights"] = dense - dequantized + kept
         item = DTYPES[cell.precision.compute_dtype].itemsize
         workspace = max((layer.weight.numel() * item for layer in quantized.values()), default=0)
-    of_base = those_of(model)
+    of_base = [name for name, _ in model.named_parameters()]
     try:
         model = adapter_of_shapes(model, cell)
     except UserError:
@@ -105,7 +105,7 @@ def predict(cell: Cell) -> Plan:
     trained = trainable_parameters(model)
     plan.trainable_params = sum(parameter.numel() for parameter in trained)
     if cell.peft.target is not None:
-        plan.parts["adapter"] = bytes_of(one for one in trained if not of_base(one))
+        plan.parts["adapter"] = bytes_of(added_parameters(model, base=of_base))
     if cell.model.task != "causal_lm" or cell.training.objective != "sft":
         plan.unknown.append("the step: only a decoder's supervised fine-tuning is followed")
         return plan
