@@ -8,12 +8,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from left_bench.errors import UserError
 
 _MOST_HASHES = 20_000
+_LONG_TO_READ = 2**31  # bytes; a few seconds
 
 
 def config_root() -> Path:
@@ -46,13 +48,16 @@ def contents_of(files: Iterable[Path], *, root: Path) -> str:
     """A fingerprint of files by their names below `root` and their bytes; each is read once, as long as it stays."""
     known = cache_dir() / "hashes.json"
     try:
-        hashes = json.loads(known.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        hashes: dict[str, str] = dict(json.loads(known.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there, or damaged
         hashes = {}
+    stats = {path: path.stat() for path in sorted(files)}
+    keys = {path: f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats.items()}
+    unread = sum(stats[path].st_size for path, key in keys.items() if key not in hashes)
+    if unread > _LONG_TO_READ:
+        print(f"left-bench: reading {root} once, to know it again ({unread / 2**30:.1f} GiB)", file=sys.stderr)
     before, digest = len(hashes), hashlib.sha256()
-    for path in sorted(files):
-        stat = path.stat()
-        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    for path, key in keys.items():
         found = hashes.get(key) or hashes.setdefault(key, file_sha256(path))
         digest.update(f"{path.relative_to(root)} {found}\n".encode())
     if len(hashes) > before:
