@@ -7,6 +7,7 @@ A launcher may run `run_job` in another process or on another machine: all it kn
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -117,7 +118,7 @@ def run_job(config: DictConfig) -> Ended:
 def _left_off(cell: Cell, runs_dir: Path, own: OwnFiles | None) -> str:
     """What an interrupted launch leaves, and what goes on from there."""
     told = f"{cell.id} has no record of this attempt and is run again"
-    if own is None:
+    if own is None or not own.scope.exists():
         return told
     cells = json.loads(own.scope.read_text(encoding="utf-8"))["cells"]
     if not cells:  # a search, whose cells are not known before
@@ -193,6 +194,7 @@ class Launch(Callback):
             manifest.write(settings.runs_dir)
             self._own = OwnFiles.of(settings.runs_dir / SWEEPS_FOLDER, name, launch)
             write_atomically(self._own.scope, manifest.model_dump_json() + "\n")
+            atexit.register(self._own.remove)  # an interrupted launch does not come to its end
             if searches(config.hydra):
                 quiet_optuna()
             self._manifest = manifest
