@@ -48,6 +48,8 @@ def test_every_test_named_on_the_reliability_page_exists():
 
 
 def test_the_results_shown_first_are_the_reports_own_lines():
+    if (ROOT / "runs" / "sweeps" / "peft_methods.json").exists():
+        pytest.skip("peft_methods was run in this checkout: its report lies where the committed one was")
     text = (ROOT / "README.md").read_text()
     shown = text.partition("<!-- from reports/peft_methods.md -->\n")[2].partition("\n\n")[0].splitlines()
     report = (ROOT / "reports" / "peft_methods.md").read_text().splitlines()
