@@ -46,6 +46,8 @@ def file_sha256(path: Path) -> str:
 
 def contents_of(files: Iterable[Path], *, root: Path) -> str:
     """A fingerprint of files by their names below `root` and their bytes; each is read once, as long as it stays."""
+    from left_bench.record import write_atomically  # not at the head: `--help` needs no pydantic
+
     known = cache_dir() / "hashes.json"
     try:
         hashes: dict[str, str] = dict(json.loads(known.read_text(encoding="utf-8")))
@@ -63,10 +65,7 @@ def contents_of(files: Iterable[Path], *, root: Path) -> str:
     if len(hashes) > before:
         kept = dict(list(hashes.items())[-_MOST_HASHES:])
         with contextlib.suppress(OSError):  # a cache alone
-            known.parent.mkdir(parents=True, exist_ok=True)
-            written = known.with_name(f".{known.name}.{os.getpid()}")
-            written.write_text(json.dumps(kept), encoding="utf-8")
-            written.replace(known)
+            write_atomically(known, json.dumps(kept))
     return digest.hexdigest()
 
 

@@ -60,7 +60,7 @@ class OwnFiles(NamedTuple):
 
 
 def launch_of(hydra: DictConfig) -> str:
-    """Which launch a job belongs to, as `mark_jobs` has marked it."""
+    """Which launch a job belongs to, as the loader has written it into the job's environment."""
     return str(OmegaConf.select(hydra, f"job.env_set.{LAUNCH_VARIABLE}") or "")
 
 
