@@ -127,9 +127,7 @@ def train(
         scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
         scaler.update() if scaler.is_enabled() else None
         schedule.step()
-        if scaler.is_enabled() and not math.isfinite(
-            norm.item()
-        ):  # a step that was skipped tells nothing of importance
+        if scaler.is_enabled() and not math.isfinite(norm.item()):  # skipped: its gradients tell AdaLoRA nothing
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.zero_()
