@@ -56,14 +56,15 @@ def shared_peak(cell: Cell, *, meter: Meter, runs_dir: Path, threads: int, at_on
     """
     machine = describe_machine(meter.device)["id"]
     dtype = cell.precision.compute_dtype
-    path = runs_dir / BASE_FOLDER / f"peak-{machine}-{dtype}-{threads}x{at_once}.json"
+    rounding = "tf32" if cell.precision.tf32 else dtype  # two speeds of one dtype
+    path = runs_dir / BASE_FOLDER / f"peak-{machine}-{rounding}-{threads}x{at_once}.json"
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["flops_per_second"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measure and replace it
         pass
     with meter.phase("peak"):
         found = matrix_product_peak(meter.device.kind, dtype)
-    facts = {"machine": machine, "dtype": dtype, "threads": threads, "concurrent_cells": at_once}
+    facts = {"machine": machine, "dtype": rounding, "threads": threads, "concurrent_cells": at_once}
     write_atomically(path, json.dumps(facts | {"flops_per_second": found}) + "\n")
     return found
 

@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,14 @@ from left_bench import limits
 from left_bench.errors import UserError
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+# What a machine has whose torch answers to the name cuda.
+_CUDA_SIGNS = (
+    "/proc/driver/nvidia/gpus",
+    "/usr/lib/wsl/lib/libcuda.so.1",  # WSL2 shows the card through /dev/dxg, which an Intel or AMD card has too
+    "/dev/nvhost-gpu",  # Jetson up to JetPack 5; 6 and later have the first
+    "/dev/nvgpu/igpu0",
+    "/dev/kfd",  # ROCm
+)
 _BINARY = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 
@@ -29,9 +38,7 @@ def find_device(asked: str) -> str:
     if asked != "auto":
         return asked
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if Path("/proc/driver/nvidia/gpus").is_dir() and not hidden:
-        return "cuda"
-    if Path("/dev/kfd").exists() and not hidden:  # ROCm builds of torch answer to the name cuda
+    if not hidden and any(Path(path).exists() for path in _CUDA_SIGNS):
         return "cuda"
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return "mps"
@@ -169,6 +176,7 @@ class AcceleratorDevice:
 
     def reset_peak(self) -> None:
         gc.collect()
+        self._ask("empty_cache")  # what an earlier phase left reserved would pass for this one's
         self._ask("reset_peak_memory_stats")  # MPS keeps no peak
 
     def peak_bytes(self) -> int | None:
@@ -185,7 +193,7 @@ class AcceleratorDevice:
         else:
             total = self._module.recommended_max_memory()
         self._module.set_per_process_memory_fraction(min(1.0, (self._baseline + limit_bytes) / total))
-        return f"torch.{self.kind} allocator fraction"
+        return f"torch.{self.kind} allocator fraction: of what it reserves, unused blocks included"
 
     def name(self) -> str | None:
         return str(self._module.get_device_name(0)) if hasattr(self._module, "get_device_name") else self.kind
@@ -287,28 +295,51 @@ class _PeakSampler:
             self.peak = max(self.peak, _resident_bytes())
 
 
-def matrix_product_peak(kind: str, dtype: str, *, largest: int = 2048, seconds: float = 0.25) -> float:
-    """FLOP/s of square matrix products: the best of repetitions at sizes up to `largest`, about `seconds` at each.
+def matrix_product_peak(kind: str, dtype: str, *, largest: int | None = None, seconds: float = 0.25) -> float:
+    """FLOP/s of square matrix products: the best of repetitions at growing sizes, about `seconds` at each.
 
-    A dtype without fast kernels here (float16 on most CPUs) stays at a small size: a large one would take minutes.
+    The ladder ends at `largest`; None: 2048 on a CPU, and 8192 on an accelerator, where a product of 2048 ends before
+    the next can be launched. A dtype without fast kernels here (float16 on most CPUs) stays at a small size: a large
+    one would take minutes. float32 is rounded as the process is set to (TF32).
     """
     import time
 
     import torch
 
-    device = open_device(kind)
-    best, size = 0.0, min(256, largest)
+    largest = largest or (2048 if kind == "cpu" else 8192)
+    # beside a launch's cost and a clock's resolution one product is nothing; on a CPU the best of single ones is told
+    together = 1 if kind == "cpu" else 10
+    device, best, size = open_device(kind), 0.0, min(256, largest)
     while True:
         left, right = (torch.randn(size, size, device=kind, dtype=getattr(torch, dtype)) for _ in range(2))
-        left @ right  # the first call chooses kernels
+        product = left @ right  # the first call chooses kernels
         device.synchronize()
         end, took = time.perf_counter() + seconds, float("inf")
         while time.perf_counter() < end:
-            start = time.perf_counter()
-            left @ right
-            device.synchronize()
-            took = min(took, time.perf_counter() - start)
+            took = min(took, _seconds_of(partial(torch.mm, left, right, out=product), kind, times=together) / together)
         best = max(best, 2 * size**3 / took)
         size *= 2
-        if size > largest or took * 8 > seconds:
+        if size > largest or took * 8 * together > max(seconds, 1.0 if kind != "cpu" else 0.0):
             return best
+
+
+def _seconds_of(work: Callable[[], object], kind: str, *, times: int) -> float:
+    """Seconds of so many calls, one after the other; on CUDA by its own clock, which no launch is in."""
+    import time
+
+    import torch
+
+    if kind == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+    device = open_device(kind)
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    device.synchronize()
+    return time.perf_counter() - began

@@ -16,6 +16,7 @@ from left_bench import process as processes
 from left_bench.cell import Cell
 from left_bench.checkpoint import forget_checkpoints
 from left_bench.events import EVENTS_NAME, EventReader
+from left_bench.failure import says_out_of_memory
 from left_bench.ranks import Team, folder_of
 from left_bench.record import Phase, Record, Status, write_atomically
 from left_bench.worker import ADAPTER_NAME, CELL_NAME, NO_OUTCOME, OUTCOME_NAME, ROWS_NAME, utc_now
@@ -91,7 +92,8 @@ def run_isolated(
     tail = log_tail(run_dir / LOG_NAME)
     outcome = _read_outcome(run_dir / OUTCOME_NAME)
     if outcome is None:
-        status, reason = _why_no_outcome(code, too_long, cell, _kernel_kills() - killed_before, seen, run_dir)
+        kernel_kills = _kernel_kills() - killed_before
+        status, reason = _why_no_outcome(code, too_long, cell, kernel_kills, seen, run_dir, log_tail=tail)
         outcome = Record(
             cell_id=cell.id,
             status=status,
@@ -154,7 +156,14 @@ def _too_long(cell: Cell, *, running: float, silent: float) -> str | None:
 
 
 def _why_no_outcome(
-    code: int | None, too_long: str | None, cell: Cell, kernel_kills: int, seen: list[dict[str, Any]], run_dir: Path
+    code: int | None,
+    too_long: str | None,
+    cell: Cell,
+    kernel_kills: int,
+    seen: list[dict[str, Any]],
+    run_dir: Path,
+    *,
+    log_tail: str,
 ) -> tuple[Status, str]:
     where = next((f" in phase {event['name']}" for event in reversed(seen) if event["event"] == "phase"), "")
     where += next((f" after step {event['step']}" for event in reversed(seen) if event["event"] == "step"), "")
@@ -170,6 +179,9 @@ def _why_no_outcome(
             limited = f" (hardware.memory_limit={limit / 2**20:.0f}MiB)" if limit is not None else ""
             return "oom", f"the kernel ended the worker for want of memory{where}{limited}"
         return "crashed", f"the worker was ended by {name}{where}"
+    if says_out_of_memory(log_tail):  # bitsandbytes leaves the process where an allocation of its own fails
+        last = log_tail.strip().splitlines()[-1]
+        return "oom", f"the worker left with exit code {code}{where}, its last words: {last[:200]}"
     return "crashed", f"the worker left with exit code {code} and no outcome{where}"
 
 

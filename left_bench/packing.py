@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +36,6 @@ class NotPackable(RuntimeError):
     """The model's attention has something that segments do not provide."""
 
 
-@torch.compiler.disable  # the rows' lengths differ at every step: compiled, each would be a new graph
 def segment_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -43,6 +44,7 @@ def segment_attention(
     attention_mask: torch.Tensor | None,
     *,
     cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -56,6 +58,7 @@ def segment_attention(
     Args:
         query: [1, heads, tokens, width]; `key` and `value` may have fewer heads (grouped-query attention).
         cu_seq_lens_q: int32 [rows + 1], where each row begins, and the end.
+        max_length_q: tokens of the longest row; None: all of them, an upper bound.
 
     Returns:
         [1, tokens, heads, width], and no attention weights.
@@ -69,13 +72,27 @@ def segment_attention(
     wanted = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if wanted or cu_seq_lens_q is None or attention_mask is not None or query.shape[2] != key.shape[2]:
         raise NotPackable(f"attention with {wanted[0] if wanted else 'a mask or a cache'}, which segments do not have")
-    if query.device.type == "cuda" and query.dtype != torch.float32:
-        return _variable_length(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
-    boundaries = cu_seq_lens_q.tolist()
+    if dropout == 0 and _one_kernel_for_all_rows(query, value):
+        longest = query.shape[2] if max_length_q is None else max_length_q
+        return _variable_length(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window), None
+    return _row_by_row(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window), None
+
+
+@torch.compiler.disable  # the rows' lengths differ at every step: compiled, each would be a new graph
+def _row_by_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    boundaries = _on_host(cu_seq_lens)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu" and dropout == 0 and query.dtype != torch.float16:
         out: torch.Tensor = _Segments.apply(query, key, value, boundaries, scaling, sliding_window)
-        return out, None
+        return out
     lengths = [end - start for start, end in itertools.pairwise(boundaries)]
     # `split`, not slices: a slice's gradient is a tensor of zeros as long as all rows together, one for each row
     parts = [
@@ -89,7 +106,16 @@ def segment_attention(
         ).transpose(1, 2)
         for part in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
-    return torch.cat(parts, dim=1), None
+    return torch.cat(parts, dim=1)
+
+
+def _on_host(boundaries: torch.Tensor) -> list[int]:
+    """The boundaries as numbers; fetched from the device by a pass's first layer, which waits for it, and kept."""
+    known: list[int] | None = getattr(boundaries, "left_on_host", None)
+    if known is None:
+        known = boundaries.tolist()
+        boundaries.left_on_host = known  # type: ignore[attr-defined]
+    return known
 
 
 class _Segments(torch.autograd.Function):
@@ -177,30 +203,70 @@ def _window(length: int, sliding_window: int | None, device: torch.device) -> to
     return (distance >= 0) & (distance < sliding_window)
 
 
+def _one_kernel_for_all_rows(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's variable-length FlashAttention takes these heads: 16 bits, on Ampere and later.
+
+    Its limits are those of the kernel itself (torch/nn/attention/varlen.py, aten's flash_api.cpp): widths are multiples
+    of 8 up to 256, the same for keys and values.
+    """
+    width = query.shape[-1]
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and _has_variable_length(query.device.index)
+    )
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_variable_length(device: int) -> bool:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # torch before 2.10
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _knows_grouped_queries() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12 and later
+
+
 def _variable_length(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     boundaries: torch.Tensor,
+    longest: int,
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """torch's variable-length FlashAttention, CUDA alone: one kernel for all rows (written, not yet run on a GPU)."""
+    """torch's variable-length FlashAttention: one kernel for all rows, and nothing fetched from the device."""
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if _knows_grouped_queries():
+            grouped["enable_gqa"] = True
+        else:
+            copies = query.shape[1] // key.shape[1]
+            key, value = (tensor.repeat_interleave(copies, dim=1) for tensor in (key, value))
     query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    tokens = len(query)  # no row is longer; asking for the longest would wait for the device
     out: Any = varlen_attn(
         query,
         key,
         value,
         boundaries,
         boundaries,
-        tokens,
-        tokens,
+        longest,
+        longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return out.unsqueeze(0)
 
@@ -269,7 +335,9 @@ def why_not_packed(
                     change = _largest(together, loss.of_tokens(padded))
                 if change <= allowed:
                     break
-    except (NotPackable, TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (NotPackable, TypeError, ValueError, ImportError, RuntimeError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     finally:
         for module in in_training:

@@ -52,6 +52,9 @@ METRICS: dict[str, Metric] = {
         "bytes", "lower", "memory", "highest device memory in the train phase, over the baseline after imports"
     ),
     "load_peak_memory_bytes": Metric("bytes", "lower", "memory", "the same for the load phase"),
+    "paged_optimizer_bytes": Metric(
+        "bytes", "lower", "memory", "optimizer states in CUDA's managed memory, which the peak does not hold"
+    ),
     "weights_bytes": Metric(
         "bytes", "lower", "memory", "bytes the base weights occupy, quantization constants counted"
     ),

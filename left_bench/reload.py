@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from left_bench.cell import Cell
+from left_bench.failure import NoRoomToCheck, says_out_of_memory
 from left_bench.worker import ADAPTER_NAME, CELL_NAME, ROWS_NAME, die_with_parent
 
 EQUAL = "equal"
@@ -20,6 +21,7 @@ def gives_the_same_loss(run_dir: Path) -> bool:
     """Load base model and adapter in a new process; True when every held-out row's loss is bit for bit the recorded.
 
     Raises:
+        NoRoomToCheck: the new process ran out of memory.
         RuntimeError: loading or evaluating failed; the message is the new process's last line.
     """
     done = subprocess.run(
@@ -106,6 +108,8 @@ def compare_losses(run_dir: Path) -> str:
 
 
 def _unusable(why: str) -> RuntimeError:
+    if says_out_of_memory(why) or why.startswith("MemoryError"):
+        return NoRoomToCheck(why)
     return RuntimeError(f"the saved adapter cannot be used again: {why}")
 
 

@@ -157,7 +157,10 @@ def train(
             checkpoint.save(step)
     if team.size > 1 and cell.hardware.sharding is None:
         team.check_alike("what was trained", [one for (one,) in team.gather(fingerprint_of(parameters))])
-    meter.memory_breakdown["optimizer"] = stored_bytes(state_tensors(optimizer))
+    states = state_tensors(optimizer)
+    meter.memory_breakdown["optimizer"] = stored_bytes(one for one in states if not is_paged(one))
+    if paged := stored_bytes(one for one in states if is_paged(one)):
+        meter.metrics["paged_optimizer_bytes"] = paged
     return optimizer_state_dtypes(optimizer)
 
 
@@ -286,6 +289,11 @@ def make_optimizer(model: torch.nn.Module, cell: Cell, *, device: str) -> torch.
 def _without(group: dict[str, Any], taken: list[torch.nn.Parameter]) -> dict[str, Any]:
     ids = {id(parameter) for parameter in taken}
     return {"params": [parameter for parameter in group["params"] if id(parameter) not in ids]}
+
+
+def is_paged(state: torch.Tensor) -> bool:
+    """Whether bitsandbytes keeps it in CUDA's managed memory, which no allocator of torch's counts."""
+    return bool(getattr(state, "is_paged", False))
 
 
 def state_tensors(optimizer: Any) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 from left_bench import limits, ranks
 from left_bench.cell import Cell
 from left_bench.events import EVENTS_NAME, EventWriter, Unheard
-from left_bench.failure import disk_full, out_of_memory_reason, status_of
+from left_bench.failure import NoRoomToCheck, disk_full, out_of_memory_reason, status_of
 from left_bench.paths import versions_of
 from left_bench.process import LAUNCHER_PID, STACK_SIGNAL
 from left_bench.ranks import OUTCOME_NAME, Team
@@ -234,7 +234,10 @@ def work(
         meter.metrics["adapter_file_bytes"] = adapter.save_trained(model, run_dir / ADAPTER_NAME)
     if reloads is not None:
         with meter.phase("reload"):
-            meter.metrics["reload_ok"] = float(reloads(run_dir))
+            try:
+                meter.metrics["reload_ok"] = float(reloads(run_dir))
+            except NoRoomToCheck as error:
+                effective["reload"] = f"not checked: {error}"
 
     if cell.peft.target is not None:
         with meter.phase("merge"):
@@ -304,7 +307,9 @@ def main(argv: list[str], *, forked: bool = False) -> int:
         work(cell, run_dir=run_dir, found=found, events=events, exceeded=exceeded, reloads=reloads, team=team)
     except Exception as error:
         limits.lift()
-        status, reason = team.why_lost(error) or status_of(error, limit_bytes=cell.hardware.memory_limit)
+        status, reason = team.why_lost(error) or status_of(
+            error, limit_bytes=cell.hardware.memory_limit, device=cell.hardware.device
+        )
         if disk_full(error):  # half an adapter is of no use, and its room is wanted for the outcome
             shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)
         traceback.print_exc()
