@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,19 @@ WARM_UP = 3
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 RESAMPLED = 2000
 PACKED = "left_bench packed"
+PADDING_FREE = "TRL, padding-free, liger"
 CONTENDERS = {
     PACKED: ["training.batching=packed"],
+    "left_bench packed, liger head": ["training.batching=packed", "training.output_head=liger"],
     "left_bench padded": [],
     "left_bench padded, plain loss": ["training.output_head=all"],
     "bare loop": None,
     "HF Trainer": None,
     "TRL": None,
+    PADDING_FREE: None,
 }
+WANTS_CUDA = ("left_bench packed, liger head", PADDING_FREE)
+"""Contenders whose kernels are Triton's."""
 
 
 class Pause:
@@ -108,7 +114,9 @@ def contend(name: str, overrides: list[str], connection: Any) -> None:
         "threads": torch.get_num_threads(),
     }
     pause.ready(**facts)
-    run: Callable[..., None] = {"bare loop": bare_loop, "HF Trainer": hf_trainer, "TRL": trl_trainer}.get(name, ours)
+    peers = {"bare loop": bare_loop, "HF Trainer": hf_trainer, "TRL": trl_trainer}
+    peers[PADDING_FREE] = partial(trl_trainer, padding_free=True, use_liger_kernel=True)
+    run: Callable[..., None] = peers.get(name, ours)
     run(model, tokenizer, rows, chosen, cell, device, pause)
     peak = device.peak_bytes()
     with models.autocast(cell, device=device.kind):  # as the adapter's layers were set for ours; nothing to the peers'
@@ -169,7 +177,8 @@ def bare_loop(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, dev
     optimizer = torch.optim.AdamW(parameters, lr=cell.learning_rate, weight_decay=0.0, fused=True)
     model.train()
     for examples in chosen:
-        loss = model(**_padded(examples, tokenizer.pad_token_id)).loss
+        batch = _padded(examples, tokenizer.pad_token_id)
+        loss = model(**{name: tensor.to(device.kind) for name, tensor in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -191,7 +200,9 @@ def _trainer_settings(cell: Any, folder: str) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": cell.hardware.device == "cpu",
-        "bf16": False,  # the weights are bfloat16 already; autocast would only add casts
+        # on a CPU the weights being bfloat16 is enough, and autocast would only add casts; on a GPU it is the usual
+        # recipe, and without it peft's float32 adapters would be multiplied in float32
+        "bf16": cell.precision.compute_dtype == "bfloat16" and cell.hardware.device != "cpu",
         "remove_unused_columns": False,
     }
 
@@ -244,11 +255,13 @@ def hf_trainer(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, de
         )
 
 
-def trl_trainer(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: Any, pause: Pause) -> None:
+def trl_trainer(
+    model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: Any, pause: Pause, **more: Any
+) -> None:
     from trl import SFTConfig, SFTTrainer
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = _trainer_settings(cell, folder) | {"max_length": None, "gradient_checkpointing": False}
+        settings = _trainer_settings(cell, folder) | {"max_length": None, "gradient_checkpointing": False, **more}
         _run_trainer(
             SFTTrainer,
             pause,
@@ -265,6 +278,19 @@ def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, 
     connections: dict[str, Any] = {}
     processes = []
     facts: dict[str, Any] = {}
+
+    def left_out(name: str) -> None:
+        if name == PACKED:
+            raise SystemExit(f"{PACKED} ended; its traceback is above")
+        print(f"left out, for its process ended: {name}", flush=True)
+
+    def hear(name: str) -> None:
+        try:
+            facts[name] = connections[name].recv()
+        except EOFError:
+            left_out(name)
+
+    on_cpu = compose_cell(overrides).hardware.device == "cpu"
     for name in names:
         mine, theirs = context.Pipe()
         process = context.Process(target=contend, args=(name, overrides, theirs), daemon=True)
@@ -272,22 +298,34 @@ def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, 
         theirs.close()
         processes.append(process)
         connections[name] = mine
-        facts[name] = mine.recv()  # one loads at a time
+        if on_cpu:  # one loads at a time: the others' pages would be read from a disk that is busy
+            hear(name)
+    for name in set(names) - facts.keys():
+        hear(name)
+    names = [name for name in names if name in facts]
     found: dict[str, Any] = {name: {"seconds": [], "losses": []} for name in names}
     for step in range(steps):
         for name in names[step % len(names) :] + names[: step % len(names)]:
-            connections[name].send("go")
-            said = connections[name].recv()
+            if name not in found:
+                continue
+            try:
+                connections[name].send("go")
+                said = connections[name].recv()
+            except (EOFError, OSError):
+                left_out(name)
+                del found[name]
+                continue
             found[name]["seconds"].append(said["seconds"])
             found[name]["losses"].append(said["loss"])
         print(f"step {step + 1}/{steps}", end="\r", flush=True)
+    names = [name for name in names if name in found]
     for name in names:
         connections[name].send("go")
         found[name] |= connections[name].recv()
     for process in processes:
         process.join(30)
     first = facts[names[0]]
-    assert all(fact == first for fact in facts.values()), "contenders see other rows"
+    assert all(facts[name] == first for name in names), "contenders see other rows"
     return {"contenders": found, **first}
 
 
@@ -401,14 +439,16 @@ def main() -> None:
         *(["data=lamini_docs", f"data.path={Path(arguments.data).resolve()}"] if arguments.data else []),
         *arguments.overrides,
     ]
-    names = [name for name in CONTENDERS if name in arguments.only]
     cell = compose_cell(overrides)
+    names = [name for name in CONTENDERS if name in arguments.only]
+    names = [name for name in names if cell.hardware.device == "cuda" or name not in WANTS_CUDA]
     run = measure(names, overrides, steps=arguments.steps)
 
     from importlib.metadata import version
 
     from left_bench.device import describe_machine, matrix_product_peak, open_device
 
+    machine = describe_machine(open_device(cell.hardware.device))
     dtype = cell.precision.compute_dtype
     peak = matrix_product_peak(cell.hardware.device, dtype, seconds=2)
     rows = summarize(run, peak_flops=peak)
@@ -418,7 +458,7 @@ def main() -> None:
         "what": f"{cell.model.name} in {dtype}, {cell.peft.name} ({adapter}), batches of {arguments.batch_size} rows "
         f"of {Path(arguments.data).stem if arguments.data else cell.data.name} (mean {tokens_a_row:.0f} tokens, "
         f"longest {run['longest']}).",
-        "machine": describe_machine(open_device("cpu"))["cpu"],
+        "machine": machine["device_name"] or machine["cpu"],
         "threads": run["threads"],
         "steps": arguments.steps,
         "peak_flops": peak,

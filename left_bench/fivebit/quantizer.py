@@ -89,7 +89,12 @@ class FiveBitHfQuantizer(HfQuantizer):
         replaced = 0
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and should_convert_module(name, keep):
-                model.set_submodule(name, _empty_like(module, config))
+                layer = _empty_like(module, config)
+                if not self.pre_quantized:
+                    # transformers up to 5.17 casts what it reads to the dtype of what stands here, and only then asks
+                    # for its quantization: cast to the packed weight's integers, a weight would be zeros
+                    layer.weight = nn.Parameter(module.weight, requires_grad=False)
+                model.set_submodule(name, layer)
                 replaced += 1
         if not replaced:
             raise ValueError(f"{type(model).__name__} has no linear layer to store in 5 bits")
