@@ -63,6 +63,11 @@ def test_what_is_asked_for_is_taken(asked):
         ("/proc/driver/nvidia/gpus", "-1", "cpu"),
         ("/dev/kfd", None, "cuda"),
         ("/dev/kfd", "", "cpu"),
+        ("/usr/lib/wsl/lib/libcuda.so.1", None, "cuda"),
+        ("/usr/lib/wsl/lib/libcuda.so.1", "-1", "cpu"),
+        ("/dev/nvhost-gpu", None, "cuda"),
+        ("/dev/nvgpu/igpu0", None, "cuda"),
+        ("/dev/dxg", None, "cpu"),  # WSL2 over a card that is no NVIDIA's
         (None, None, "cpu"),
         (None, "0", "cpu"),
     ],

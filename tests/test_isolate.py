@@ -398,3 +398,18 @@ def test_the_workers_stack_of_a_segmentation_fault_is_in_the_log(cell, tmp_path)
     assert record.status == "crashed"
     assert "SIGSEGV" in record.reason
     assert "Segmentation fault" in record.provenance["log_tail"]
+
+
+def test_an_exit_whose_last_words_are_of_memory_is_out_of_memory(cell, tmp_path):
+    """bitsandbytes' own kernels print and leave the process where an allocation of theirs fails."""
+    record = run(
+        """
+        event("phase", name="train")
+        print("Error out of memory at line 380 in file pythonInterface.cpp", flush=True)
+        sys.exit(1)
+        """,
+        cell,
+        tmp_path / "run",
+    )
+    assert record.status == "oom"
+    assert "in phase train" in record.reason and "pythonInterface.cpp" in record.reason

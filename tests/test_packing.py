@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from left_bench import packing
 from left_bench.adapter import attach_adapter
 from left_bench.data import collate
 from left_bench.data.tokens import Example
@@ -213,3 +214,55 @@ def test_noise_on_packed_rows_goes_by_each_rows_length(tiny_cell, load_tiny):
     for part, length in ((noise[:16], 16), (noise[16:], 64)):
         bound = 5 / (length * width) ** 0.5
         assert 0.95 * bound < part.max() <= 1.001 * bound
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_keys_are_expanded_where_the_kernel_does_not_know_grouped_queries(knows, monkeypatch):
+    """torch 2.11's variable-length kernel has no argument for them, and would refuse it."""
+    import torch.nn.attention.varlen as varlen
+
+    asked: dict[str, Any] = {}
+
+    def kernel(
+        query, key, value, starts, ends, longest_query, longest_key, *, scale=None, window_size=(-1, -1), **more
+    ):
+        asked.update(more, heads=(query.shape[1], key.shape[1], value.shape[1]), longest=longest_query)
+        return query
+
+    def newer(query, key, value, *others, enable_gqa=False, **more):
+        return kernel(query, key, value, *others, enable_gqa=enable_gqa, **more)
+
+    monkeypatch.setattr(varlen, "varlen_attn", newer if knows else kernel)
+    packing._knows_grouped_queries.cache_clear()
+    boundaries = torch.tensor([0, 3, 5], dtype=torch.int32)
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    out = packing._variable_length(query, key, key, boundaries, 3, None, None)
+    packing._knows_grouped_queries.cache_clear()
+    assert out.shape == (1, 5, 4, 8)
+    assert asked["longest"] == 3
+    assert asked["heads"] == ((4, 2, 2) if knows else (4, 4, 4))
+    assert asked.get("enable_gqa", False) is knows
+
+
+def test_boundaries_are_fetched_once_for_all_layers(monkeypatch):
+    boundaries = torch.tensor([0, 2, 5], dtype=torch.int32)
+    fetched = []
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda tensor, known=torch.Tensor.tolist: fetched.append(1) or known(tensor)
+    )
+    part = torch.randn(1, 2, 5, 8)
+    for _layer in range(3):
+        segment_attention(torch.nn.Identity(), part, part, part, None, cu_seq_lens_q=boundaries)
+    assert len(fetched) == 1
+
+
+def test_a_kernel_that_fails_makes_rows_padded_and_is_told(tiny_cell, load_tiny, addition_rows, monkeypatch):
+    cell, model = attached(tiny_cell, load_tiny, addition_rows)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    monkeypatch.setattr(packing, "_row_by_row", refuse)
+    with laid_out(model, AnswerLoss(model), addition_rows, cell, pad_id=0, device="cpu") as layout:
+        assert layout.effective["batching"] == "padded"
+        assert "Ampere" in layout.effective["batching_fallback"]

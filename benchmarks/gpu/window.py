@@ -362,7 +362,8 @@ def cells_7b(window: Window) -> dict[str, Any]:
     rows = window.work / "long_rows.jsonl"
     text = [json.loads(line) for line in window.data.read_text(encoding="utf-8").splitlines()]
     answers = [" ".join(row["answer"] for row in text[start : start + 12]) for start in range(0, 12 * 60, 12)]
-    rows.write_text("\n".join(json.dumps({"question": "Go on.", "answer": answer}) for answer in answers) + "\n")
+    lines = [json.dumps({"question": f"Part {number}?", "answer": answer}) for number, answer in enumerate(answers)]
+    rows.write_text("\n".join(lines) + "\n")
     fast = [
         *(f"data.path={rows}", "data.test_rows=4", "training.batch_size=4", "training.steps=8"),
         *("training.measure_after=3", "training.activation_checkpointing=true", "training.max_length=512"),
