@@ -227,7 +227,7 @@ class Launch(Callback):
                 reports_dir=Path(config.reports_dir),
                 tracker=tracker,
                 objective=str(config.objective) if searches(config.hydra) else None,
-                prices=(config.price_per_kwh, config.price_per_hour),
+                prices=[None if one is None else float(one) for one in (config.price_per_kwh, config.price_per_hour)],
             )
 
 
@@ -272,7 +272,7 @@ def _finish(
     reports_dir: Path = Path(),
     tracker: dict[str, Any] | None = None,
     objective: str | None = None,
-    prices: tuple[float | None, float | None] = (None, None),
+    prices: Sequence[float | None] = (None, None),
 ) -> None:
     """Print the summary, write the report, and leave with 1 when a cell ended other than ok or unsupported.
 
