@@ -72,6 +72,10 @@ class Checkpoint:
         """
         if self._every is None or step % self._every != 0:
             return
+        with self._meter.energy.paused():
+            self._save(step)
+
+    def _save(self, step: int) -> None:
         state = {
             "key": self._key,
             "step": step,

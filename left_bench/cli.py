@@ -25,7 +25,7 @@ _GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training"
 _PRESETS = ("sweep", "recipe")
 _ROOT_KEYS = (
     *(*_PRESETS, "seed", "runs_dir", "reports_dir", "force", "force_unsupported"),
-    *("objective", "at_once", "share_devices", "hydra"),
+    *("objective", "at_once", "share_devices", "price_per_kwh", "price_per_hour", "hydra"),
 )
 
 

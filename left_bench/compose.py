@@ -39,6 +39,10 @@ class Settings(BaseModel):
     share_devices: bool = False
     """Let parallel cells use the same accelerator."""
     tracker: dict[str, Any]
+    price_per_kwh: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Turns joules into money in a sweep's report."""
+    price_per_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Of an accelerator, or of the machine without one: turns wall time into money there."""
 
 
 def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:

@@ -18,6 +18,7 @@ def main(argv: list[str]) -> int:
         print("usage: left-bench doctor")
         return 0 if argv[0] in ("-h", "--help") else 2
     from left_bench.device import describe_machine, find_device, open_device
+    from left_bench.energy import open_cpu, open_gpu
     from left_bench.paths import versions_of
     from left_bench.worker import VERSIONS
 
@@ -35,6 +36,11 @@ def main(argv: list[str]) -> int:
     table.add_row("default model", _default_model())
     table.add_row("wandb", _wandb())
     table.add_row("5-bit decoding", _five_bits(device.kind))
+    gpu = open_gpu(device.kind)
+    for name, counter in {"GPU energy": gpu, "CPU energy": open_cpu()}.items():
+        table.add_row(name, counter.source if counter.readable else f"not read: {counter.source}")
+    if facts := gpu.facts() | gpu.clocks():
+        table.add_row("GPU", ", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in facts.items()))
     healthy = True
     for name, check in _CHECKS.items():
         try:

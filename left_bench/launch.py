@@ -227,6 +227,7 @@ class Launch(Callback):
                 reports_dir=Path(config.reports_dir),
                 tracker=tracker,
                 objective=str(config.objective) if searches(config.hydra) else None,
+                prices=[None if one is None else float(one) for one in (config.price_per_kwh, config.price_per_hour)],
             )
 
 
@@ -271,13 +272,16 @@ def _finish(
     reports_dir: Path = Path(),
     tracker: dict[str, Any] | None = None,
     objective: str | None = None,
+    prices: Sequence[float | None] = (None, None),
 ) -> None:
     """Print the summary, write the report, and leave with 1 when a cell ended other than ok or unsupported.
 
     Args:
         objective: what a search was after; its best trial is said.
+        prices: of a kWh and of an hour, for the report.
     """
     from left_bench.report import print_summary, write_report
+    from left_bench.report.cost import Prices
     from left_bench.tracker.comparison import track_sweep
 
     known: KnownParts = {}
@@ -290,7 +294,12 @@ def _finish(
     del records, known  # the report reads them again
     if manifest is not None:
         try:
-            markdown = write_report(runs_dir, name=manifest.name, out=reports_dir)
+            markdown = write_report(
+                runs_dir,
+                name=manifest.name,
+                out=reports_dir,
+                prices=Prices(per_kwh=prices[0], per_hour=prices[1]),
+            )
         except OSError as error:
             raise UserError(
                 f"reports_dir={reports_dir}: {error.filename or reports_dir} cannot be written "

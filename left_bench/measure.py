@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from left_bench.device import Device
+from left_bench.energy import Energy
 from left_bench.record import Phase
 
 if TYPE_CHECKING:
@@ -65,9 +66,14 @@ class Meter:
     """Steps before which a process began: 0, and wherever a later attempt went on from a checkpoint."""
     peak_before: int = 0
     """The highest memory of the steps taken over from earlier attempts."""
+    energy: Energy = field(default_factory=Energy)
+    joules_of_others: float | None = 0.0
+    """What the accelerators of the other ranks used up to the end of their part; None: not known."""
 
     _close: Callable[[], None] | None = None
     _told_as: str = "step"
+    _counted: tuple[int, int] = (0, 0)
+    """First and past the last of the steps that joules were counted for."""
 
     def __post_init__(self) -> None:
         self.metrics["baseline_memory_bytes"] = self.device.set_baseline()
@@ -110,10 +116,22 @@ class Meter:
     def apart(self, name: str) -> Iterator[None]:
         """Inside, steps are told to the outside as `name`, and count for no metric."""
         steps, self.steps, self._told_as = self.steps, [], name
+        energy, self.energy = self.energy, Energy()
         try:
             yield
         finally:
-            self.steps, self._told_as = steps, "step"
+            self.steps, self._told_as, self.energy = steps, "step", energy
+
+    def begin_measured(self) -> None:
+        """Joules are counted from here: the first step that counts for speed begins."""
+        self.device.synchronize()
+        self._counted = len(self.steps), len(self.steps)
+        self.energy.start()
+
+    def end_measured(self) -> None:
+        """The last step has been taken in: joules are counted to here."""
+        self.energy.stop()
+        self._counted = self._counted[0], len(self.steps)
 
     def step(self, step: Step, **extra: float) -> None:
         """Take in one optimizer step and tell the outside."""
@@ -150,6 +168,33 @@ class Meter:
                 self.metrics[name] = max(found)
         return found
 
+    def take_in_energy(self, team: Team) -> None:
+        """Let the joules of the steps be those of all ranks' accelerators; the CPU packages' are counted by the first.
+
+        What one rank could not read is not known of all.
+        """
+        if self.device.kind == "cpu":
+            return
+        names = ("train_joules", "joules_per_1000_tokens", "train_watts")
+        mine = [self.metrics.get(name, math.nan) for name in names]
+        of_ranks = team.gather(*mine, self.energy.of_cell().get("cell_joules", math.nan))
+        *sums, _ = (sum(numbers) for numbers in zip(*of_ranks, strict=True))
+        for name, total in zip(names, sums, strict=True):
+            self.metrics.pop(name, None)
+            if not math.isnan(total):
+                self.metrics[name] = total
+        others = sum(numbers[-1] for number, numbers in enumerate(of_ranks) if number != team.rank)
+        self.joules_of_others = None if math.isnan(others) else others
+
+    def finish_cell(self) -> None:
+        """The joules of the whole cell up to here; none where an earlier attempt's part of them is not known."""
+        if self.starts[1:]:
+            return
+        found = self.energy.of_cell()
+        if (own := found.pop("cell_joules", None)) is not None and self.joules_of_others is not None:
+            found["cell_joules"] = own + self.joules_of_others
+        self.metrics |= found
+
     def finish(
         self, *, measure_after: int, flops: Callable[[list[Step]], float] | None = None, peak_flops: float | None = None
     ) -> dict[str, float]:
@@ -173,6 +218,10 @@ class Meter:
             measured = measured_steps(self.steps, measure_after=measure_after, starts=self.starts)
             seconds = sum(step.seconds for step in measured)
             found["model_flops_utilization"] = flops(measured) / seconds / peak_flops
+        first, end = self._counted
+        found |= self.energy.of_steps(tokens=sum(step.tokens for step in self.steps[first:end]))
+        if self.starts[1:]:  # earlier attempts took measured steps too, whose joules nobody knows
+            found |= {"train_joules": None, "cpu_train_joules": None}
         self.metrics.update({name: value for name, value in found.items() if value is not None})
         return self.metrics
 
@@ -184,8 +233,13 @@ def measured_steps(steps: list[Step], *, measure_after: int, starts: Sequence[in
     """
     counted: list[Step] = []
     for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
-        counted += steps[start + min(measure_after, (end - start) // 2) : end]
+        counted += steps[start + warm_up(end - start, measure_after=measure_after) : end]
     return counted
+
+
+def warm_up(steps: int, *, measure_after: int) -> int:
+    """How many of a process's steps are warm-up."""
+    return min(measure_after, steps // 2)
 
 
 def summarize_steps(steps: list[Step], *, measure_after: int, starts: Sequence[int] = (0,)) -> dict[str, float | None]:

@@ -20,9 +20,9 @@ RECORD_NAME = "record.json"
 class Metric(NamedTuple):
     """How one number of a record is read."""
 
-    unit: str  # "bytes", "seconds", "tokens/s", "params", "bits", "nats", "fraction", "count", "samples/s"
+    unit: str  # "bytes", "seconds", "tokens/s", "params", "bits", "nats", "fraction", "count", "samples/s", "joules", …
     better: Literal["lower", "higher", "none"]
-    kind: Literal["quality", "memory", "speed", "size", "fact"]
+    kind: Literal["quality", "memory", "speed", "energy", "cost", "size", "fact"]
     meaning: str
 
 
@@ -80,6 +80,21 @@ METRICS: dict[str, Metric] = {
     ),
     "wall_seconds": Metric("seconds", "lower", "speed", "the whole cell, process start to record"),
     "overhead_seconds": Metric("seconds", "lower", "speed", "wall seconds outside every phase"),
+    # energy; `cpu_` is the CPU packages' beside an accelerator, never added to it
+    "train_joules": Metric(
+        "joules", "lower", "energy", "joules of the device that trains, over the steps that count for speed"
+    ),
+    "joules_per_1000_tokens": Metric("joules", "lower", "energy", "1,000 x train_joules / non-padding tokens"),
+    "train_watts": Metric("watts", "none", "energy", "train_joules / seconds that they were counted over"),
+    "cell_joules": Metric("joules", "lower", "energy", "joules of the same device over the whole cell, after imports"),
+    "cpu_train_joules": Metric("joules", "lower", "energy", "the CPU packages' joules over the same steps"),
+    "cpu_joules_per_1000_tokens": Metric("joules", "lower", "energy", "1,000 x cpu_train_joules / the same tokens"),
+    "cpu_train_watts": Metric("watts", "none", "energy", "cpu_train_joules / seconds that they were counted over"),
+    "cpu_cell_joules": Metric("joules", "lower", "energy", "the CPU packages' joules over the whole cell"),
+    # cost: of a report that is given prices; no record has them
+    "cell_cost": Metric("money", "lower", "cost", "what the cell costs by the prices given: energy, hours, or both"),
+    "cell_energy_cost": Metric("money", "lower", "cost", "price per kWh x joules of the cell, the CPU packages' too"),
+    "cell_hours_cost": Metric("money", "lower", "cost", "price per hour x wall time x accelerators"),
     # size
     "trainable_params": Metric("params", "lower", "size", "parameters that receive a gradient"),
     "total_params": Metric("params", "none", "size", "logical parameters, also where storage is packed"),

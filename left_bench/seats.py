@@ -18,7 +18,7 @@ from typing import Any
 from left_bench import interrupt
 from left_bench.errors import UserError
 
-CORES, AT_ONCE = "LEFT_BENCH_CORES", "LEFT_BENCH_AT_ONCE"
+CORES, AT_ONCE, SHARED = "LEFT_BENCH_CORES", "LEFT_BENCH_AT_ONCE", "LEFT_BENCH_SHARED_DEVICES"
 # Which variable names the devices that a process may see; the first that is set, else the first.
 _VISIBLE = {"cuda": ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "xpu": ("ZE_AFFINITY_MASK",)}
 # Launchers whose scheduler gives each job its devices: another lock would be one too many.
@@ -36,6 +36,8 @@ class Seat:
     """CPU cores; empty: all that this process may use."""
     at_once: int = 1
     """Cells that share the machine's cores, this one among them."""
+    shared: bool = False
+    """Whether those cells may use the same accelerator."""
 
     def environment(self, kind: str) -> dict[str, str]:
         """The variables by which a worker learns of its seat."""
@@ -44,6 +46,7 @@ class Seat:
             found[_variable(kind, os.environ)] = ",".join(self.devices)
         if self.at_once > 1:
             found |= {CORES: ",".join(map(str, self.cores)), AT_ONCE: str(self.at_once)}
+            found |= {SHARED: "1"} if self.shared else {}
         return found
 
 
@@ -81,7 +84,7 @@ def seated(
             places = [f"{at_once}-{number}" for number in range(at_once)]
             [place] = _wait_for(places, 1, held, prefix="cores-")
             part = share_of(cores, at_once, number=places.index(place))
-        seat = Seat(devices=mine, cores=part, at_once=at_once)
+        seat = Seat(devices=mine, cores=part, at_once=at_once, shared=share)
         held.enter_context(_named(seat.environment(kind)))
         yield seat
 
@@ -139,6 +142,11 @@ def assigned_cores(environment: Mapping[str, str]) -> list[int]:
 def concurrent_cells(environment: Mapping[str, str]) -> int:
     """The cells that share this machine's cores, for the worker."""
     return int(environment.get(AT_ONCE, "1"))
+
+
+def devices_are_shared(environment: Mapping[str, str]) -> bool:
+    """Whether other cells may use this cell's accelerator at the same time, for the worker."""
+    return SHARED in environment
 
 
 def available_cores() -> list[int]:

@@ -20,7 +20,7 @@ from left_bench.data import Example, split_passes, step_rows
 from left_bench.errors import UserError
 from left_bench.in_force import check_gradient
 from left_bench.instantiate import instantiate
-from left_bench.measure import Meter, PhaseCounts, Step, stored_bytes
+from left_bench.measure import Meter, PhaseCounts, Step, stored_bytes, warm_up
 from left_bench.model import NotInForce, autocast, layers_of
 from left_bench.objective import Objective
 from left_bench.ranks import ALONE, Team
@@ -95,7 +95,10 @@ def train(
     done = checkpoint.resume()
     team.check_alike("the step to go on from", [float(step) for (step,) in team.gather(done)])
     counts.steps = counts.tokens = 0
+    first_measured = 1 + done + warm_up(settings.steps - done, measure_after=settings.measure_after)
     for step, indices in enumerate(islice(order, done, None), start=done + 1):
+        if step == first_measured:
+            meter.begin_measured()
         start = time.perf_counter()
         passes = split_passes(
             [rows[index] for index in indices], batch_size=settings.batch_size, batching=settings.batching
@@ -153,6 +156,8 @@ def train(
         finite = math.isfinite(measured.loss) and (math.isfinite(norm.item()) or scaler.is_enabled())
         if not finite or measured.loss > EXPLODED:
             raise Diverged(f"loss {measured.loss:g}, gradient norm {norm.item():g} at step {step} of {settings.steps}")
+        if step == settings.steps:
+            meter.end_measured()
         if team.first:  # all ranks hold the same
             checkpoint.save(step)
     if team.size > 1 and cell.hardware.sharding is None:

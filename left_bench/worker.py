@@ -64,6 +64,7 @@ def work(
     from left_bench import model as models
     from left_bench import train as training
     from left_bench.device import describe_machine, open_device
+    from left_bench.energy import Energy, open_counters
     from left_bench.flops import step_flops
     from left_bench.loss import AnswerLoss
     from left_bench.measure import Meter, logical_numel, stored_bytes
@@ -81,13 +82,19 @@ def work(
     effective = found["environment"]["effective"]
     effective |= {"threads": threads_in_use() * team.size, "processes": team.size, "peak_memory": device.peak_source}
     effective["concurrent_cells"] = concurrent_cells(os.environ)
+    gpu, counters = open_counters(device.kind, os.environ, first=team.first)
+    if facts := gpu.facts():
+        found["environment"]["machine"]["gpu"] = facts
+    energy = Energy(counters)
+    if energy.sources:
+        effective["energy"] = energy.sources
 
     folder, tokenizer = models.open_pretrained(cell)
     splits = models.load_rows_of(cell, tokenizer, folder=folder)
     test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
 
     models.make_ready(cell, device=device.kind)
-    meter = Meter(device, events)
+    meter = Meter(device, events, energy=energy)
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics["truncated_rows"] = splits.truncated_rows
     found["provenance"]["rows"] = splits.fingerprint
@@ -194,6 +201,8 @@ def work(
             others = neighbours.share()
             if others is not None:
                 meter.metrics["other_cpu_share"] = others
+            if facts:
+                facts |= gpu.clocks()  # before they fall
             if meter.starts[1:]:
                 found["provenance"]["resumed_after_steps"] = meter.starts[1:]
             meter.finish(measure_after=cell.training.measure_after, flops=flops.of if flops else None, peak_flops=peak)
@@ -202,6 +211,7 @@ def work(
         meter.metrics |= {"compile_seconds": compiling.seconds, "compiled_graphs": compiling.graphs}
     if team.size > 1:
         effective["rank_peak_memory_bytes"] = meter.take_in_peaks(team)
+        meter.take_in_energy(team)
     trained = {} if whole else whole_weights(model)
     if not team.first:
         return
@@ -244,6 +254,7 @@ def work(
             merged, effective["merge"] = merging.merge(model, test[:8], cell, meter=meter, pad_id=pad_id)
             if merged is not None and cell.generates:
                 meter.metrics["merged_generate_tokens_per_second"] = speed(merged, cell=cell.without_adapter())
+    meter.finish_cell()
 
 
 def main(argv: list[str], *, forked: bool = False) -> int:

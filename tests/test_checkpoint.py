@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from left_bench import checkpoint as checkpoints
 from left_bench.cell import Cell
 from left_bench.checkpoint import CHECKPOINTS_NAME
+from left_bench.energy import NoCounter
 from left_bench.events import EVENTS_NAME, EventWriter
+from left_bench.measure import Meter, Step
 from left_bench.record import read_record
 
 STEPS = 8
@@ -125,6 +127,32 @@ def test_repeated_steps_count_once(tiny_cell, losses_of, tmp_path):
     assert phase.steps == 4  # what this attempt did
     assert found["metrics"]["train_seconds"] == pytest.approx(phase.seconds + sum(torn[:4]))
     assert found["memory_breakdown"]["gradients"] > 0
+
+
+def test_joules_of_earlier_attempts_are_neither_counted_nor_invented(tiny_cell, losses_of, tmp_path, monkeypatch):
+    """A counter that moves by a joule for every token."""
+
+    class Counter(NoCounter):
+        readable, now = True, 0.0
+
+        def joules(self) -> float:
+            return self.now
+
+    counter, take = Counter("told"), Meter.step
+
+    def step(meter: Meter, step: Step, **extra: float) -> None:
+        counter.now += step.tokens
+        take(meter, step, **extra)
+
+    monkeypatch.setattr(Meter, "step", step)
+    monkeypatch.setattr("left_bench.energy.open_counters", lambda *_, **__: (NoCounter("none"), {"": counter}))
+    cell = tiny_cell(*QUICK[:1], f"training.steps={STEPS}", "training.checkpoint_every=2", "training.measure_after=1")
+    _, killed = losses_of(cell, "run", kill_after=5)
+    assert not [name for name in killed["metrics"] if "joules" in name]
+    _, resumed = losses_of(cell, "run")
+    assert resumed["provenance"]["resumed_after_steps"] == [4]
+    assert resumed["metrics"]["joules_per_1000_tokens"] == pytest.approx(1000)  # of the steps that this attempt took
+    assert not {"train_joules", "cell_joules"} & resumed["metrics"].keys()
 
 
 def test_one_checkpoint_is_kept_and_nothing_is_pickled(tiny_cell, losses_of, tmp_path):

@@ -81,6 +81,17 @@ def test_a_sweep(place, runs, left_bench):
     assert "[2/2]" in answer.out
 
 
+def test_a_sweeps_own_report_has_costs_where_a_price_is_given(place, runs, left_bench):
+    assert left_bench("+sweep=smoke", *QUICK).code == 0
+    assert "## Cost" not in (place / "reports" / "smoke.md").read_text()
+    runs.clear()
+    assert left_bench("+sweep=smoke", *QUICK, "price_per_hour='7200'").code == 0
+    assert runs == [], "a price is no part of a cell"
+    report = (place / "reports" / "smoke.md").read_text()
+    assert "The same in every row: cost 2.00." in report
+    assert "7,200 per hour" in report
+
+
 def test_a_grid_passes_by_what_is_done(place, runs, left_bench, monkeypatch):
     """Done jobs are not even composed for the launcher; the others keep their places in the sweep."""
     left_bench("-m", *QUICK, "seed=1,3")

@@ -170,7 +170,7 @@ def test_a_written_file_has_the_users_own_mask(tmp_path):
 def test_metrics_say_their_unit():
     for name, metric in METRICS.items():
         assert metric.meaning, name
-        for ending in ("_bytes", "_seconds", "_per_second", "_params"):
+        for ending in ("_bytes", "_seconds", "_per_second", "_params", "_joules", "_watts"):
             if name.endswith(ending):
                 assert ending.strip("_") in metric.unit or metric.unit.endswith("/s"), name
     assert {"base_eval_loss"}.isdisjoint(METRICS)

@@ -181,6 +181,7 @@ def test_values_carry_their_units(metric: str, value: float | None, text: str) -
 def test_a_printed_value_is_the_value(metric: str, value: float) -> None:
     number, _, unit = format_value(metric, value).partition(" ")
     powers = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "k": 1e3, "M": 1e6, "B": 1e9 if "params" in metric else 1}
+    powers |= {"kJ": 1e3, "MJ": 1e6}
     read = float(number.replace(",", "")) * powers.get(unit, 1)
     assert read == pytest.approx(
         value, rel=0.0051, abs=0.00051 if METRICS[metric].unit in ("fraction", "nats") else 0.5

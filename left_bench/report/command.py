@@ -12,6 +12,7 @@ from left_bench.cell import slugify
 from left_bench.errors import UserError, nearest
 from left_bench.record import write_atomically
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
+from left_bench.report.cost import NO_PRICES, Prices, price, with_costs
 from left_bench.report.document import write_document
 from left_bench.report.export import csv_text, write_parquet
 from left_bench.report.leaderboard import check_group_by
@@ -35,6 +36,7 @@ class Wanted:
     where: str | None = None
     needs: Sequence[Need] = ()
     claims: bool = False
+    prices: Prices = NO_PRICES
 
 
 @dataclass(kw_only=True)
@@ -60,6 +62,10 @@ def main(argv: list[str]) -> int:
             where=options.where,
             needs=needs,
             claims=options.claims,
+            prices=Prices(
+                per_kwh=price(options.price_per_kwh, key="--price-per-kwh"),
+                per_hour=price(options.price_per_hour, key="--price-per-hour"),
+            ),
         )
         for path in write_reports(options.runs, out=options.out, name=options.name, wanted=wanted, say=print):
             print(path)
@@ -99,11 +105,19 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"put the field's usual sentences to the test in every report; the sweep '{CLAIMS_SWEEP}' always does",
     )
+    parser.add_argument("--price-per-kwh", metavar="PRICE", help="turn joules into money: what a kWh costs")
+    parser.add_argument(
+        "--price-per-hour",
+        metavar="PRICE",
+        help="turn wall time into money: what an hour of one accelerator costs, or of the machine without one",
+    )
     parser.add_argument("--name", help="only the sweep of this name; where there is no sweep, the report's name")
     return parser
 
 
-def write_report(runs_dir: PathLike, *, name: str, out: PathLike, baseline: str | None = None) -> Path:
+def write_report(
+    runs_dir: PathLike, *, name: str, out: PathLike, baseline: str | None = None, prices: Prices = NO_PRICES
+) -> Path:
     """Write the report of the sweep `name` in `runs_dir` to `<out>/<name>.md`, its plots and its `.html` beside it.
 
     Where `runs_dir` notes no sweep, `name` is the report's name and every record is in it.
@@ -111,7 +125,8 @@ def write_report(runs_dir: PathLike, *, name: str, out: PathLike, baseline: str 
     Raises:
         UserError: there is no such sweep, no record, or no such baseline.
     """
-    return write_reports([runs_dir], out=out, name=name, wanted=Wanted(formats=("md", "html"), baseline=baseline))[0]
+    wanted = Wanted(formats=("md", "html"), baseline=baseline, prices=prices)
+    return write_reports([runs_dir], out=out, name=name, wanted=wanted)[0]
 
 
 def write_reports(
@@ -130,7 +145,7 @@ def write_reports(
     Raises:
         UserError: a path does not exist, there is nothing to report, or something that was asked for fits nothing.
     """
-    plans = _plans(paths, name=name, where=wanted.where)
+    plans = _plans(paths, name=name, where=wanted.where, prices=wanted.prices)
     chosen = _baselines([plan.rows for plan in plans], wanted.baseline)
     if wanted.group_by is not None:
         check_group_by([row for plan in plans for row in plan.rows], wanted.group_by)
@@ -144,8 +159,9 @@ def write_reports(
     return written
 
 
-def _plans(paths: Sequence[PathLike], *, name: str | None, where: str | None) -> list[Plan]:
+def _plans(paths: Sequence[PathLike], *, name: str | None, where: str | None, prices: Prices) -> list[Plan]:
     runs, problems = read_runs(paths)
+    runs = with_costs(runs, prices)
     sweeps, unread = read_sweeps([path for path in paths if Path(path).is_dir()])
     problems = [*problems, *unread]
     listed = ", ".join(map(str, paths))
@@ -229,6 +245,7 @@ def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> st
         group_by=wanted.group_by,
         claims=wanted.claims or plan.name == CLAIMS_SWEEP,
         where=wanted.where,
+        prices=wanted.prices,
     )
     return write_document(report)
 

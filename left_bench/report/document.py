@@ -13,7 +13,7 @@ from left_bench.record import METRICS, Sample
 from left_bench.report.cells import Row, machine_line
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
-from left_bench.report.ranking import MEMORY_AND_SIZE, QUALITY, SPEED, present
+from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, QUALITY, SPEED, present
 from left_bench.report.tables import (
     ROWS_SHOWN,
     Report,
@@ -214,7 +214,7 @@ def _samples(report: Report) -> Iterator[str]:
 
 
 def _glossary(report: Report) -> Iterator[str]:
-    used = present(report.rows, (*QUALITY, *MEMORY_AND_SIZE, *SPEED, "overhead_seconds"))
+    used = present(report.rows, (*QUALITY, *MEMORY_AND_SIZE, *SPEED, "overhead_seconds", *ENERGY, *COST))
     if not used:
         return
     better = {"lower": "lower", "higher": "higher", "none": ABSENT}

@@ -38,6 +38,17 @@ SPEED = (
     "model_flops_utilization",
     "wall_seconds",
 )
+ENERGY = (
+    "joules_per_1000_tokens",
+    "train_joules",
+    "train_watts",
+    "cell_joules",
+    "cpu_joules_per_1000_tokens",
+    "cpu_train_joules",
+    "cpu_train_watts",
+    "cpu_cell_joules",
+)
+COST = ("cell_cost", "cell_energy_cost", "cell_hours_cost")
 # Quality metrics that one score alone stands for, the most telling first.
 _HEADLINE = QUALITY[: QUALITY.index("eval_loss") + 1]
 # Keys that change what a step costs, or what it learns from: they are named wherever the rows differ in them.
@@ -52,21 +63,24 @@ _LAYOUT = (
 )
 _HELD_AGAINST_BEST = 60
 _LISTED = 12  # cells named one by one
+_TIME = ("speed", "energy", "cost")
 # What a difference in a setting may change; every kind where it is not here.
 _TOUCHES = {
-    "training.steps": ("quality", "speed"),
-    "hardware.threads": ("speed",),
-    "threads": ("speed",),
-    "processes": ("memory", "speed"),
-    "batching": ("memory", "speed"),
-    "training.batching": ("memory", "speed"),
-    "training.activation_checkpointing": ("memory", "speed"),
-    "attention": ("memory", "speed"),
-    "five_bit_decoder": ("memory", "speed"),
-    "output_head": ("memory", "speed"),
+    "training.steps": ("quality", *_TIME),
+    "hardware.threads": _TIME,
+    "threads": _TIME,
+    "processes": ("memory", *_TIME),
+    "batching": ("memory", *_TIME),
+    "training.batching": ("memory", *_TIME),
+    "training.activation_checkpointing": ("memory", *_TIME),
+    "attention": ("memory", *_TIME),
+    "five_bit_decoder": ("memory", *_TIME),
+    "output_head": ("memory", *_TIME),
     "peak_memory": ("memory",),
-    "machine": ("speed",),
-    "other processes": ("speed",),
+    "energy": ("energy", "cost"),
+    "power limit (W)": _TIME,
+    "machine": _TIME,
+    "other processes": _TIME,
     "learning_rate": ("quality",),
     "trainable_dtype": ("quality", "memory"),
     "optimizer_state_dtype": ("quality", "memory"),
@@ -96,13 +110,13 @@ def headline_quality(rows: Sequence[Row]) -> str | None:
 def yardstick(row: Row, metric: str) -> Hashable:
     """Two rows' values of a metric may be held against each other only when this is the same.
 
-    Speed: the machine, how many cells shared it, and over how many processes a cell ran. Memory: the kind of device,
-    which decides how it is measured, and the processes, which each hold a part.
+    Speed, energy and cost: the machine, how many cells shared it, and over how many processes a cell ran.
+    Memory: the kind of device, which decides how it is measured, and the processes, which each hold a part.
     Quality: the held-out rows, and for a loss per token the model, whose tokenizer decides what a token is.
     """
     kind = metric_of(metric).kind
     runs = [run for run in row.runs if run.ok] or [row]  # a mean over unlike circumstances is like no other row
-    if kind == "speed":
+    if kind in _TIME:
         return frozenset(
             (run.machine, run.noted("effective").get("concurrent_cells", 1), _effective(run, "processes"))
             for run in runs
@@ -243,7 +257,7 @@ _BEFORE = {"processes": 1}
 
 
 def touching(found: Sequence[tuple[str, str]], kind: str) -> list[tuple[str, str]]:
-    """Those confounders that may explain a difference in a kind of metric: `quality`, `memory` or `speed`."""
+    """Those confounders that may explain a difference in a kind of metric: `quality`, `memory`, `speed`, …"""
     return [(what, how) for what, how in found if kind in _TOUCHES.get(what, (kind,))]
 
 
@@ -276,6 +290,8 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
             having = [run for run in done if key != "five_bit_decoder" or _five_bits(run)]
             found += differing(key, having, [_effective(run, key) for run in having])
     found += differing("torch version", done, [run.noted("versions").get("torch") for run in done])
+    having = [run for run in done if "gpu" in run.noted("machine")]
+    found += differing("power limit (W)", having, [_power_limit(run) for run in having])
     if len(machines_of(runs)) > 1:
         [(_, how)] = differing("", runs, [run.machine for run in runs])
         found.append(("machine", f"{how}. Speed is not ranked across machines"))
@@ -328,6 +344,11 @@ def _unfulfilled(rows: list[Row], whole: Mapping[int, Row], names: Mapping[int, 
                 found.append((row, f"{key}: asked for {format_setting(asked)}, found {format_setting(effective)}"))
     groups = _grouped([row for row, _ in found], [text for _, text in found])
     return [("not as asked", f"{text} ({_listed(_rejoined(group, rows, whole), names)})") for text, group in groups]
+
+
+def _power_limit(row: Row) -> Any:
+    gpu = row.noted("machine")["gpu"]
+    return gpu.get("power_limit_watts") if isinstance(gpu, dict) else None
 
 
 def _five_bits(row: Row) -> bool:

@@ -8,9 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from left_bench.report.cells import Axis, Row
+from left_bench.report.cost import NO_PRICES, Prices
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.markdown import details, escape, table
 from left_bench.report.ranking import (
+    COST,
+    ENERGY,
     MEMORY_AND_SIZE,
     QUALITY,
     SPEED,
@@ -72,6 +75,17 @@ _HEADINGS = {
     "merged_generate_tokens_per_second": "merged generate tokens/s",
     "model_flops_utilization": "FLOPs utilization",
     "wall_seconds": "wall time",
+    "train_joules": "training energy",
+    "joules_per_1000_tokens": "energy/1,000 tokens",
+    "train_watts": "training power",
+    "cell_joules": "cell's energy",
+    "cpu_train_joules": "CPUs' training energy",
+    "cpu_joules_per_1000_tokens": "CPUs' energy/1,000 tokens",
+    "cpu_train_watts": "CPUs' training power",
+    "cpu_cell_joules": "CPUs' energy",
+    "cell_cost": "cost",
+    "cell_energy_cost": "cost of energy",
+    "cell_hours_cost": "cost of hours",
 }
 
 
@@ -96,6 +110,8 @@ class Report:
     """Whether the field's usual sentences are put beside the rows."""
     where: str | None = None
     """The condition that chose the rows."""
+    prices: Prices = NO_PRICES
+    """What energy and hours cost."""
 
     @cached_property
     def records(self) -> list[Row]:
@@ -137,7 +153,7 @@ def heading(metric: str) -> str:
 
 
 def cells_tables(report: Report) -> Iterator[str]:
-    """Quality, memory and size, speed: three tables that share the label columns, and how to read them."""
+    """Quality, memory and size, speed, energy, cost: tables that share the label columns, and how to read them."""
     yield "## Quality"
     yield from _quality(report)
     yield from confounders_of(report, "quality")
@@ -151,6 +167,25 @@ def cells_tables(report: Report) -> Iterator[str]:
             "The cells come from different machines: speed is neither ranked nor set against a baseline on another one."
         )
     yield from confounders_of(report, "speed")
+    if present(report.rows, ENERGY):
+        yield "## Energy"
+        yield from _energy(report)
+    if present(report.rows, COST):
+        yield "## Cost"
+        yield report.prices.told()
+        yield from _metrics_table(report, COST)
+        yield from confounders_of(report, "cost")
+
+
+def _energy(report: Report) -> Iterator[str]:
+    sources = [str(source) for run, _ in report.runs if (source := run.noted("effective").get("energy"))]
+    told = f" ({escape('; '.join(dict.fromkeys(sources)))})" if sources else ""
+    yield (
+        f"Joules as the hardware's own counters tell them{told}: of the device that trains, over the steps that count "
+        "for speed and over the whole cell. The CPUs' beside a GPU stand apart and are in none of the others."
+    )
+    yield from _metrics_table(report, ENERGY)
+    yield from confounders_of(report, "energy")
 
 
 def confounders_of(report: Report, kind: str) -> Iterator[str]:

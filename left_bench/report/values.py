@@ -15,7 +15,9 @@ COUNTED = frozenset(
 """Metrics that are counted and not measured: any difference is one."""
 _TIMES, _MINUS = "\u00d7", "\u2212"
 _BYTES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+_JOULES = (("MJ", 10**6), ("kJ", 10**3))
 _PARAMS = (("B", 10**9), ("M", 10**6), ("k", 10**3), ("", 1))
+_SCALES = {"bytes": _BYTES, "params": _PARAMS, "joules": _JOULES}
 # Controls, lone surrogates (JSON may hold them, UTF-8 may not) and marks that reverse the reading direction.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
@@ -53,6 +55,10 @@ def format_value(metric: str, value: float | None) -> str:
         return f"{value:,.0f}"
     if unit == "seconds":
         return f"{significant(value)} s"
+    if unit == "watts":
+        return f"{significant(value)} W"
+    if unit == "joules":  # of a thousand tokens a fraction of one
+        return _scaled(value, _JOULES) if value >= 999.5 else f"{significant(value)} J"
     return significant(value)
 
 
@@ -65,7 +71,7 @@ def format_error(metric: str, value: float, error: float) -> str:
     if not (math.isfinite(value) and math.isfinite(error)):
         return own
     number, _, unit = format_value(metric, value).partition(" ")
-    scaled = error / dict({"bytes": _BYTES, "params": _PARAMS}.get(metric_of(metric).unit, ())).get(unit, 1)
+    scaled = error / dict(_SCALES.get(metric_of(metric).unit, ())).get(unit, 1)
     decimals = min(len(text.partition(".")[2]) for text in (number, significant(scaled)))
     text = f"{scaled:,.{decimals}f}"
     return f"{text} {unit}".rstrip() if float(text.replace(",", "")) else own

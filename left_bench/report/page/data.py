@@ -9,6 +9,8 @@ from left_bench.record import METRICS
 from left_bench.report.cells import Axis, Row, settings
 from left_bench.report.load import read_losses
 from left_bench.report.ranking import (
+    COST,
+    ENERGY,
     MEMORY_AND_SIZE,
     QUALITY,
     SPEED,
@@ -35,12 +37,15 @@ from left_bench.report.values import (
 
 DETAILED_CELLS = 1000
 """Cells whose answers and logs are in the page, and that are judged beside the baseline; more would be slow."""
-COLUMNS = (*QUALITY, *MEMORY_AND_SIZE, *SPEED)
+COLUMNS = (*QUALITY, *MEMORY_AND_SIZE, *SPEED, *ENERGY, *COST)
 CURVES = 200
 CURVE_POINTS = 100
 _SAMPLES, _TEXT_LIMIT, _LOG_LIMIT = 4, 600, 4000
 _SCALES = {
     "bytes": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")),
+    "joules": ((10**6, "MJ"), (10**3, "kJ"), (1, "J")),
+    "watts": ((1, "W"),),
+    "money": ((1, ""),),
     "params": ((10**9, "billion"), (10**6, "million"), (10**3, "thousand"), (1, "")),
 }
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations_and_workspace")
@@ -122,7 +127,7 @@ def _reason(row: Row, put: Callable[[object], int]) -> int | None:
 def _metric_names(rows: Sequence[Row]) -> list[str]:
     """Every metric that some row has; the columns a report shows come first, then the others as METRICS lists them."""
     known = {name: None for row in rows for run in runs_of(row) if run.record for name in run.record.metrics}
-    order = [*QUALITY, *MEMORY_AND_SIZE, *SPEED, *METRICS]
+    order = [*COLUMNS, *METRICS]
     places = {name: place for place, name in reversed(list(enumerate(order)))}
 
     def place(name: str) -> tuple[bool, int, str]:

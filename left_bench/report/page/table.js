@@ -1,7 +1,7 @@
 // The leaderboard: which columns, which rows, in which order, a page at a time.
 
 const PAGE_ROWS = 200;
-const KINDS = { quality: "Quality", memory: "Memory", size: "Size", speed: "Speed", fact: "Facts" };
+const KINDS = { quality: "Quality", memory: "Memory", size: "Size", speed: "Speed", energy: "Energy", cost: "Cost", fact: "Facts" };
 const someFailed = rowNumbers.some((i) => say(data.status[i]) !== "ok");
 
 /** The table's columns as they are chosen: a key, a heading, and a text or a metric. */
