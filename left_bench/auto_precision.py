@@ -143,7 +143,7 @@ def product_speeds(device: str, dtype: str) -> dict[str, float] | None:
     from left_bench.record import write_atomically
 
     limits = {name: os.environ[name] for name in _LIMITS if name in os.environ}
-    facts = {"cpu": cpu_model(), "cores": os.cpu_count(), "sets": instruction_sets(), "limits": limits}
+    facts: dict[str, Any] = {"cpu": cpu_model(), "cores": os.cpu_count(), "sets": instruction_sets(), "limits": limits}
     facts |= {"device": device, "dtype": dtype, "capability": cuda_capability() if device == "cuda" else None}
     path = cache_dir() / "speeds" / f"{fingerprint([facts, versions_of(['torch'])])}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -171,8 +171,9 @@ def main(argv: Sequence[str]) -> int:
 
     torch.set_num_threads(1)
     device, *dtypes = argv
-    turns = [{dtype: matrix_product_peak(device, dtype, largest=512, seconds=0.05) for dtype in dtypes} for _ in "12"]
-    print(json.dumps({dtype: max(turn[dtype] for turn in turns) for dtype in dtypes}))
+    largest = 512 if device == "cpu" else 4096
+    turns = [[matrix_product_peak(device, dtype, largest=largest, seconds=0.05) for dtype in dtypes] for _ in range(2)]
+    print(json.dumps(dict(zip(dtypes, map(max, *turns), strict=True))))
     return 0
 
 

@@ -273,9 +273,7 @@ def _say_what_is_emulated(cells: Iterable[Asked]) -> None:
 
 
 def _carried_along(automatic: Mapping[str, str]) -> str:
-    chosen = ", ".join(
-        f"{option} on {device} ({fast_precision(device).why})" for device, option in automatic.items()
-    )
+    chosen = ", ".join(f"{option} on {device} ({fast_precision(device).why})" for device, option in automatic.items())
     return (
         f"note: precision=auto is {chosen}, by what this machine is; the launcher takes it along to other machines, "
         "precision=NAME chooses another"

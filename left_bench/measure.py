@@ -66,6 +66,9 @@ class Meter:
     peak_before: int = 0
     """The highest memory of the steps taken over from earlier attempts."""
 
+    above_peak: float | None = None
+    """Work done over work possible, where that is more than 1: the peak is wrong, and no utilization is told."""
+
     _close: Callable[[], None] | None = None
     _told_as: str = "step"
 
@@ -172,7 +175,9 @@ class Meter:
         if self.steps and flops is not None and peak_flops is not None:
             measured = measured_steps(self.steps, measure_after=measure_after, starts=self.starts)
             seconds = sum(step.seconds for step in measured)
-            found["model_flops_utilization"] = flops(measured) / seconds / peak_flops
+            utilization = flops(measured) / seconds / peak_flops
+            self.above_peak = utilization if utilization > 1 else None
+            found["model_flops_utilization"] = None if utilization > 1 else utilization
         self.metrics.update({name: value for name, value in found.items() if value is not None})
         return self.metrics
 

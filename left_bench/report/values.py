@@ -15,6 +15,7 @@ COUNTED = frozenset(
 """Metrics that are counted and not measured: any difference is one."""
 _TIMES, _MINUS = "\u00d7", "\u2212"
 _BYTES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+_FLOPS = (("TFLOP/s", 10**12), ("GFLOP/s", 10**9), ("MFLOP/s", 10**6), ("FLOP/s", 1))
 _PARAMS = (("B", 10**9), ("M", 10**6), ("k", 10**3), ("", 1))
 # Controls, lone surrogates (JSON may hold them, UTF-8 may not) and marks that reverse the reading direction.
 _UNPRINTABLE = re.compile(
@@ -105,6 +106,11 @@ def format_difference(difference: float) -> str:
     text = f"{abs(difference):.3f}"
     sign = "" if float(text) == 0 else "+" if difference > 0 else _MINUS
     return sign + text
+
+
+def format_flops(lowest: float, highest: float) -> str:
+    """A speed of computing, or a range of them: `442 GFLOP/s`, `210 GFLOP/s to 442 GFLOP/s`."""
+    return " to ".join(dict.fromkeys(_scaled(value, _FLOPS) for value in (lowest, highest)))
 
 
 def format_share(part: float | None, whole: float | None) -> str:
