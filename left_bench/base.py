@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,10 +15,12 @@ from left_bench.data import Example
 from left_bench.device import describe_machine, matrix_product_peak
 from left_bench.evaluate import Evaluation, evaluate_model
 from left_bench.measure import Meter
+from left_bench.neighbours import Quiet, measured_quietly
 from left_bench.paths import versions_of
 from left_bench.record import write_atomically
 
 BASE_FOLDER = "base"
+_ATTEMPTS = 3  # to measure the peak while nothing else runs, a second or two each
 _DECIDING = ("torch", "transformers", "bitsandbytes", "torchao", "hqq", "optimum-quanto", "llvmlite")
 
 
@@ -49,24 +52,59 @@ def evaluate_base(
     return found, "measured here"
 
 
-def shared_peak(cell: Cell, *, meter: Meter, runs_dir: Path, threads: int, at_once: int) -> float:
+def shared_peak(
+    cell: Cell, *, meter: Meter, runs_dir: Path, threads: int, at_once: int, doubted: bool = False
+) -> Quiet:
     """FLOP/s of this machine's matrix products in the cell's compute dtype, from `runs_dir/base/` or measured now.
 
-    Shared among cells with as many threads that run as many at once: beside others a machine gives less.
+    Shared among cells with as many threads that run as many at once: beside others a machine gives less. One that was
+    measured while something else took the cores is measured again by the next cell, until none did.
+
+    Args:
+        doubted: measure again whatever is known, for it turned out too low.
     """
     machine = describe_machine(meter.device)["id"]
     dtype = cell.precision.compute_dtype
     rounding = "tf32" if cell.precision.tf32 else dtype  # two speeds of one dtype
     path = runs_dir / BASE_FOLDER / f"peak-{machine}-{rounding}-{threads}x{at_once}.json"
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["flops_per_second"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measure and replace it
-        pass
+    known = _known_peak(path)
+    if known is not None and known.disturbed_by is None and not doubted:
+        return known
     with meter.phase("peak"):
-        found = matrix_product_peak(meter.device.kind, dtype)
+        found = measured_quietly(
+            lambda: matrix_product_peak(meter.device.kind, dtype),
+            cores=threads if meter.device.kind == "cpu" else 0,
+            attempts=_ATTEMPTS if known is None or doubted else 1,
+        )
+    if known is not None:
+        found = found._replace(value=max(found.value, known.value))  # load makes a peak lower, nothing makes it higher
     facts = {"machine": machine, "dtype": rounding, "threads": threads, "concurrent_cells": at_once}
-    write_atomically(path, json.dumps(facts | {"flops_per_second": found}) + "\n")
+    facts |= {"flops_per_second": found.value, "other_cpu_share": found.disturbed_by}
+    write_atomically(path, json.dumps(facts) + "\n")
     return found
+
+
+def _known_peak(path: Path) -> Quiet | None:
+    """What an earlier cell has left; None where there is nothing, or a damaged file: measure and replace it."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Quiet(float(facts["flops_per_second"]), facts["other_cpu_share"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def told_of_peak(peak: Quiet, *, processes: int, above: float | None) -> dict[str, Any]:
+    """What a record says of the peak (`environment.effective`).
+
+    Args:
+        above: how many times the peak the steps came to, where that is more than once.
+    """
+    told: dict[str, Any] = {"peak_flops_per_second": processes * peak.value}
+    if peak.disturbed_by is not None:
+        told["peak_other_cpu_share"] = peak.disturbed_by
+    if above is not None:
+        told["utilization_withheld"] = f"the steps came to {above:.2f} times the measured peak, which must be wrong"
+    return told
 
 
 def base_key(cell: Cell, rows: Sequence[Example]) -> str:

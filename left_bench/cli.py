@@ -321,11 +321,14 @@ def open_section(argument: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Arithmetic for YAML: `${share:40,0.2}` is 8 (at least 1), `${twice:8}` is 16."""
+    """Arithmetic for YAML: `${share:40,0.2}` is 8 (at least 1), `${twice:8}` is 16; and what `precision=auto` asks."""
     from omegaconf import OmegaConf
+
+    from left_bench.auto_precision import field_of
 
     OmegaConf.register_new_resolver("share", lambda total, part: max(1, round(total * part)), replace=True)
     OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
+    OmegaConf.register_new_resolver("fast_precision", field_of, replace=True)
 
 
 def register_sweeps() -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from left_bench.auto_precision import with_chosen
 from left_bench.cell import GROUPS, Cell, Data, slugify
 from left_bench.data.rows import with_content
 from left_bench.device import find_device
@@ -65,6 +66,7 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     if absent:
         raise UserError(f"~{absent[0]}: a cell needs every group; choose another option with {absent[0]}=NAME")
     choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
+    choices = with_chosen(choices, plain["precision"])
     given = _overridden(hydra, "model.name_or_path")
     if given:
         _check_alone(hydra, str(plain["model"]["name_or_path"]))

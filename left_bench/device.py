@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from left_bench import limits
 from left_bench.errors import UserError
+from left_bench.instruction_sets import cpu_model, instruction_sets
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 # What a machine has whose torch answers to the name cuda.
@@ -226,7 +227,7 @@ def describe_machine(device: Device) -> dict[str, Any]:
     import psutil
 
     facts: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "platform": f"{platform.system()} {platform.machine()}",
@@ -234,20 +235,14 @@ def describe_machine(device: Device) -> dict[str, Any]:
         "device": device.kind,
         "device_name": device.name(),
     }
+    sets = instruction_sets()
+    if sets is not None:
+        facts["instruction_sets"] = list(sets)
     # the same machine has the same id: the kernel's version and the exact memory size may change under it
-    stable = [facts["cpu"], facts["cores"], round(facts["memory_bytes"] / 2**30), facts["device_name"]]
+    # instruction sets are in it, for virtual machines of one name have them or not, and are 50 times apart in speed
+    stable = [facts["cpu"], facts["cores"], round(facts["memory_bytes"] / 2**30), facts["device_name"], sets]
     facts["id"] = hashlib.sha256(repr(stable).encode()).hexdigest()[:8]
     return facts
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _status_bytes(field: str) -> int:

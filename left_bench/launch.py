@@ -12,15 +12,16 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from left_bench import interrupt
+from left_bench.auto_precision import AUTO, CARRIED_VARIABLE, emulated, fast_precision, note_of_emulated
 from left_bench.carried import Ended, note_job, noted_jobs, store_received
 from left_bench.cell import Cell, fingerprint
 from left_bench.claim import until_done
@@ -47,6 +48,7 @@ from left_bench.sweep import (
     launch_of,
     launcher_of,
     quiet_optuna,
+    runs_elsewhere,
     scope_of,
     searches,
     sweep_name,
@@ -140,6 +142,8 @@ class Launch(Callback):
             kept = record is not None and record.status == "ok" and not settings.force
             if is_of_ones_own(config.hydra) and not kept:
                 rehearse(_not_refused([cell], settings), cells_follow=True)
+            if not kept:
+                _say_what_is_emulated([Asked.by(cell)])
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
         with user_errors(callback=True):
@@ -149,7 +153,8 @@ class Launch(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with user_errors(callback=True):
             launch = f"{launch_id(utc_now())}-{os.getpid()}"
-            use_sweep_loader().environment[LAUNCH_VARIABLE] = launch
+            environment = use_sweep_loader().environment
+            environment[LAUNCH_VARIABLE] = launch
             check_launcher(config)
             for told in passed_over(config):
                 print(told, file=sys.stderr)
@@ -157,9 +162,16 @@ class Launch(Callback):
             unlike: dict[str, Cell] = {}
             may_stay: dict[tuple[str, ...], str] = {}
             own: dict[str, Cell] = {}
+            slow: dict[str, Asked] = {}
+            automatic: dict[str, str] = {}
             for overrides, job in jobs_of(config):  # one at a time: thousands of configurations would fill the memory
                 cell, settings = compose(job, job.hydra)
                 ids[cell.id] = None
+                asked = Asked.by(cell)
+                if emulated(asked.device, asked.dtype):
+                    slow[cell.id] = asked
+                if job.hydra.runtime.choices.precision == AUTO:
+                    automatic[asked.device] = fast_precision(asked.device).option
                 if not settings.force:
                     may_stay[tuple(overrides)] = cell.id
                 if is_of_ones_own(job.hydra):
@@ -177,6 +189,12 @@ class Launch(Callback):
             done = begin(list(ids), settings, later=[], keep={} if searches(config.hydra) else may_stay.values())
             trials = _not_refused((cell for cell in own.values() if cell.id not in done), settings)
             rehearse(trials, cells_follow=launcher_of(config.hydra) == "basic")
+            if not runs_elsewhere(config.hydra):
+                _say_what_is_emulated(asked for cell_id, asked in slow.items() if cell_id not in done)
+            elif automatic:
+                print(_carried_along(automatic), file=sys.stderr)
+            if automatic:  # one sweep, one precision, whichever machines its cells get to
+                environment[CARRIED_VARIABLE] = ",".join(f"{device}={name}" for device, name in automatic.items())
             use_grid_sweeper(done=[job for job, cell_id in may_stay.items() if cell_id in done])
             given = list(config.hydra.overrides.task)
             name = sweep_name(config.hydra)
@@ -229,6 +247,38 @@ class Launch(Callback):
                 objective=str(config.objective) if searches(config.hydra) else None,
                 prices=[None if one is None else float(one) for one in (config.price_per_kwh, config.price_per_hour)],
             )
+
+
+class Asked(NamedTuple):
+    """What a cell wants of the machine's matrix products."""
+
+    device: str
+    dtype: str
+    option: str
+
+    @classmethod
+    def by(cls, cell: Cell) -> Asked:
+        return cls(cell.hardware.device, cell.precision.compute_dtype, cell.precision.name)
+
+
+def _say_what_is_emulated(cells: Iterable[Asked]) -> None:
+    """One line for each dtype for which this machine has no instructions: what was asked for is done, and its price."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for device, dtype, option in cells:
+        if emulated(device, dtype):
+            found.setdefault((device, dtype), {})[option] = None
+    for (device, dtype), options in found.items():
+        note = note_of_emulated(device, dtype, list(options))
+        if note is not None:
+            print(note, file=sys.stderr)
+
+
+def _carried_along(automatic: Mapping[str, str]) -> str:
+    chosen = ", ".join(f"{option} on {device} ({fast_precision(device).why})" for device, option in automatic.items())
+    return (
+        f"note: precision=auto is {chosen}, by what this machine is; the launcher takes it along to other machines, "
+        "precision=NAME chooses another"
+    )
 
 
 def _not_refused(cells: Iterable[Cell], settings: Settings) -> list[Cell]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from left_bench import cli
+from left_bench.auto_precision import AUTO, fast_precision, with_chosen
 from left_bench.cell import GROUPS, Cell
 from left_bench.device import find_device
 from left_bench.errors import UserError
@@ -50,9 +51,18 @@ def main(argv: list[str]) -> int:
     for group in argv or groups:
         console.print(f"[bold]{group}[/]")
         for option in cli.options(group):
-            text = f"  {option:24}{_verdict(group, option)}{escape(summary_of(_file(group, option)))}"
+            told = escape(summary_of(_file(group, option)) + _here(group, option))
+            text = f"  {option:24}{_verdict(group, option)}{told}"
             console.print(text, soft_wrap=True, highlight=False)
     return 0
+
+
+def _here(group: str, option: str) -> str:
+    """What an option that depends on the machine stands for on this one."""
+    if (group, option) != ("precision", AUTO):
+        return ""
+    chosen = fast_precision("auto")
+    return f" Here: {chosen.option} ({chosen.why})"
 
 
 def summary_of(path: Path) -> str:
@@ -83,7 +93,8 @@ def cell_with(group: str, option: str) -> Cell:
         except OmegaConfBaseException as error:
             raise OnlyHydraKnows(str(error)) from error
     sections["hardware"] = sections["hardware"] | {"device": find_device(sections["hardware"]["device"])}
-    return Cell.from_config({**sections, "seed": 0}, choices=default.choices | chosen.choices)
+    choices = with_chosen(default.choices | chosen.choices, sections["precision"])
+    return Cell.from_config({**sections, "seed": 0}, choices=choices)
 
 
 @cache

@@ -70,6 +70,9 @@ class Meter:
     joules_of_others: float | None = 0.0
     """What the accelerators of the other ranks used up to the end of their part; None: not known."""
 
+    above_peak: float | None = None
+    """Work done over work possible, where that is more than 1: the peak is wrong, and no utilization is told."""
+
     _close: Callable[[], None] | None = None
     _told_as: str = "step"
     _counted: tuple[int, int] = (0, 0)
@@ -217,7 +220,9 @@ class Meter:
         if self.steps and flops is not None and peak_flops is not None:
             measured = measured_steps(self.steps, measure_after=measure_after, starts=self.starts)
             seconds = sum(step.seconds for step in measured)
-            found["model_flops_utilization"] = flops(measured) / seconds / peak_flops
+            utilization = flops(measured) / seconds / peak_flops
+            self.above_peak = utilization if utilization > 1 else None
+            found["model_flops_utilization"] = None if utilization > 1 else utilization
         first, end = self._counted
         found |= self.energy.of_steps(tokens=sum(step.tokens for step in self.steps[first:end]))
         if self.starts[1:]:  # earlier attempts took measured steps too, whose joules nobody knows

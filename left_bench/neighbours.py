@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+DISTURBED = 0.05
+"""Share of the machine's CPU time taken by others from which on what was measured is not the machine's own speed."""
 
 
 class Neighbours:
@@ -26,6 +30,31 @@ class Neighbours:
         if now is None or busy is None or seconds <= 0:
             return None
         return min(1.0, max(0.0, ((now - busy) - (_own_seconds(self._beside) - own)) / seconds))
+
+
+class Quiet(NamedTuple):
+    """A measurement, and what others took of the machine beside it."""
+
+    value: float
+    disturbed_by: float | None
+    """Share of the machine's CPU time that others took of the cores measured on; None: not enough to matter."""
+
+
+def measured_quietly(measure: Callable[[], float], *, cores: int, attempts: int) -> Quiet:
+    """The highest of a few measurements, ending with the first that others do not disturb.
+
+    Args:
+        cores: how many the measured code keeps busy; what others do on the machine's other cores does not count.
+    """
+    free = max(0.0, 1 - cores / (os.cpu_count() or 1))
+    best, quietest = 0.0, float("inf")
+    for _ in range(attempts):
+        neighbours = Neighbours()
+        best = max(best, measure())
+        quietest = min(quietest, (neighbours.share() or 0.0) - free)
+        if quietest <= DISTURBED:
+            return Quiet(best, None)
+    return Quiet(best, quietest)
 
 
 def _busy_seconds() -> float | None:

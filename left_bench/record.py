@@ -232,10 +232,21 @@ def read_record(path: Path, *, known: KnownParts | None = None) -> Record:
     if known is not None:
         _share(raw, known)
     try:
-        return Record.model_validate(raw)
+        return _without_impossible(Record.model_validate(raw))
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _without_impossible(record: Record) -> Record:
+    """The record without a utilization above 1: earlier versions kept a peak that was measured beside other load."""
+    utilization = record.metrics.get("model_flops_utilization", 0.0)
+    if utilization <= 1:
+        return record
+    metrics = {name: value for name, value in record.metrics.items() if name != "model_flops_utilization"}
+    told = {"utilization_withheld": f"the steps came to {utilization:.2f} times the measured peak, which must be wrong"}
+    environment = record.environment | {"effective": record.environment.get("effective", {}) | told}
+    return record.model_copy(update={"metrics": metrics, "environment": environment})
 
 
 def _share(raw: dict[str, Any], known: KnownParts) -> None:

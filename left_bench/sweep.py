@@ -124,7 +124,7 @@ def check_launcher(config: DictConfig) -> None:
     """
     launcher, hydra = launcher_of(config.hydra), config.hydra
     device = str(OmegaConf.select(config, "hardware.device"))
-    if launcher in SCHEDULERS and device == "auto" and not _runs_here(hydra, launcher):
+    if device == "auto" and runs_elsewhere(hydra):
         raise UserError(
             f"hardware.device=auto: hydra/launcher={launcher} may run the cells on other machines than this one; "
             "name the device with hardware=cpu or hardware=cuda"
@@ -190,8 +190,11 @@ def searches(hydra: DictConfig) -> bool:
     return str(hydra.runtime.choices.get("hydra/sweeper", "basic")) != "basic"
 
 
-def _runs_here(hydra: DictConfig, launcher: str) -> bool:
-    return launcher == "ray" and OmegaConf.select(hydra, "launcher.ray.init.address") in (None, "local")
+def runs_elsewhere(hydra: DictConfig) -> bool:
+    """Whether the launcher may carry the cells to other machines than this one."""
+    launcher = launcher_of(hydra)
+    here = launcher == "ray" and OmegaConf.select(hydra, "launcher.ray.init.address") in (None, "local")
+    return launcher in SCHEDULERS and not here
 
 
 def scope_of(manifest: Path, hydra: DictConfig, cell: Cell) -> tuple[int, int, str]:

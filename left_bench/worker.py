@@ -68,7 +68,7 @@ def work(
     from left_bench.flops import step_flops
     from left_bench.loss import AnswerLoss
     from left_bench.measure import Meter, logical_numel, stored_bytes
-    from left_bench.neighbours import Neighbours
+    from left_bench.neighbours import Neighbours, Quiet
     from left_bench.objective import make_objective, with_reference
     from left_bench.pretrained import local_files
     from left_bench.quantization import quantization_error
@@ -152,20 +152,28 @@ def work(
         effective["init_text"] = "not used by an encoder with a decoder"  # its prompt leaves no cache to start from
 
     pad_id = evaluate.pad_of(tokenizer)
-    peak = None
-    if team.first:
-        peak = team.size * base.shared_peak(
-            cell,
-            meter=meter,
-            runs_dir=run_dir.parent,
-            threads=threads_in_use(),
-            at_once=effective["concurrent_cells"],
-        )
+    measured_peak = partial(
+        base.shared_peak,
+        cell,
+        meter=meter,
+        runs_dir=run_dir.parent,
+        threads=threads_in_use(),
+        at_once=effective["concurrent_cells"],
+    )
+    peak = measured_peak() if team.first else None
     with models.autocast(cell, device=device.kind):
         in_force.check_forward(model)
         everywhere, whole = cell.training.output_head == "all", cell.hardware.sharding is None
         loss = AnswerLoss(model, everywhere=everywhere, in_chunks=whole)
         flops = step_flops(model)
+
+    def sum_up(peak: Quiet | None) -> None:
+        possible = None if peak is None else team.size * peak.value
+        meter.finish(measure_after=cell.training.measure_after, flops=flops.of if flops else None, peak_flops=possible)
+        effective.pop("utilization_withheld", None)
+        if peak is not None:
+            effective.update(base.told_of_peak(peak, processes=team.size, above=meter.above_peak))
+
     with packing.laid_out(model, loss, splits.train, cell, pad_id=pad_id, device=device.kind) as layout:
         effective |= {"output_head": loss.output_head, **layout.effective}
         common: dict[str, Any] = {"pad_id": pad_id, "packed": layout.packed}
@@ -205,8 +213,10 @@ def work(
                 facts |= gpu.clocks()  # before they fall
             if meter.starts[1:]:
                 found["provenance"]["resumed_after_steps"] = meter.starts[1:]
-            meter.finish(measure_after=cell.training.measure_after, flops=flops.of if flops else None, peak_flops=peak)
+            sum_up(peak)
     effective["optimizer_state_dtype"] = states
+    if meter.above_peak is not None:  # measured beside other load, most likely, and kept
+        sum_up(measured_peak(doubted=True))
     if compiling is not None:
         meter.metrics |= {"compile_seconds": compiling.seconds, "compiled_graphs": compiling.graphs}
     if team.size > 1:

@@ -25,6 +25,7 @@ from left_bench.checkpoint import CHECKPOINTS_NAME
 from left_bench.energy import NoCounter
 from left_bench.events import EVENTS_NAME, EventWriter
 from left_bench.measure import Meter, Step
+from left_bench.neighbours import Quiet
 from left_bench.record import read_record
 
 STEPS = 8
@@ -104,7 +105,7 @@ def test_what_one_run_draws_before_training_changes_no_loss(tiny_cell, losses_of
     cell = tiny_cell(*QUICK, *CELLS["noise"])
 
     def peak(*_args, **_how):
-        return float(torch.rand(3).numel())
+        return Quiet(float(torch.rand(3).numel()), None)
 
     first, _ = losses_of(cell, "first")
     monkeypatch.setattr("left_bench.base.shared_peak", peak)

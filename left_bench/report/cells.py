@@ -14,7 +14,7 @@ from left_bench.cell import GROUPS, slugify
 from left_bench.errors import UserError, nearest
 from left_bench.record import METRICS, Record
 from left_bench.report.load import FlatSections, Problem, Run, Sweep, flat_section, flatten, score_of
-from left_bench.report.values import ABSENT, format_setting, format_value, one_line
+from left_bench.report.values import ABSENT, format_flops, format_setting, format_value, one_line
 
 NOT_RUN = "not run"
 UNREADABLE = "unreadable"
@@ -179,17 +179,36 @@ def machines_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(run.machine for row in rows for run in row.runs if run.machine))
 
 
-def machine_line(row: Row, *, several: bool) -> str:
-    """The row's machine in words, with its short name where the rows are of `several`."""
+def peaks_of(rows: Sequence[Row]) -> dict[str, list[tuple[float, Row]]]:
+    """Compute dtype -> what matrix products in it came to at most (FLOP/s), run by run; none where it was not noted."""
+    found: dict[str, list[tuple[float, Row]]] = {}
+    for run in (run for row in rows for run in row.runs):
+        peak = run.noted("effective").get("peak_flops_per_second")
+        if isinstance(peak, (int, float)) and math.isfinite(peak) and peak > 0:
+            precision = run.section("precision")
+            dtype = "TF32" if precision.get("tf32") else one_line(precision.get("compute_dtype"))
+            found.setdefault(dtype, []).append((float(peak), run))
+    return found
+
+
+def machine_line(row: Row, rows: Sequence[Row], *, several: bool) -> str:
+    """The row's machine in words, with the peaks measured on it, and its short name where the rows are of `several`."""
     machine = row.noted("machine")
     memory = machine.get("memory_bytes")
     known = [
         f"{machine['cores']} cores" if machine.get("cores") else "",
         f"{format_value('peak_memory_bytes', memory)} memory" if isinstance(memory, (int, float)) else "",
         f"device {machine.get('device_name') or machine['device']}" if machine.get("device") else "",
+        *_told_peaks([run for one in rows for run in one.runs if run.machine == row.machine]),
         f"here called {row.machine}" if several else "",
     ]
     return f"{machine.get('cpu') or row.machine} ({', '.join(part for part in known if part)})"
+
+
+def _told_peaks(rows: Sequence[Row]) -> Iterator[str]:
+    for dtype, peaks in peaks_of(rows).items():
+        speeds = [peak for peak, _ in peaks]
+        yield f"{dtype} products at {format_flops(min(speeds), max(speeds))}"
 
 
 def settings(row: Row) -> dict[str, Any]:

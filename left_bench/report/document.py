@@ -86,7 +86,9 @@ def _what_this_is(report: Report) -> Iterator[str]:
     when = f" measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
     machines = {row.machine: row for row in reversed(report.records) if row.machine}
     where = "; ".join(
-        dict.fromkeys(escape(machine_line(row, several=len(machines) > 1)) for row in reversed(machines.values()))
+        dict.fromkeys(
+            escape(machine_line(row, report.records, several=len(machines) > 1)) for row in reversed(machines.values())
+        )
     )
     parts = [f"{len(runs):,} {'cell' if len(runs) == 1 else 'cells'} ({tally}){when}"]
     parts[0] = escape(parts[0]) + (f" on {where}." if where else ".")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from left_bench.report.cells import Row, machines_of
+from left_bench.neighbours import DISTURBED
+from left_bench.report.cells import Row, machines_of, peaks_of
 from left_bench.report.statistics import difference, tied
-from left_bench.report.values import COUNTED, format_setting, format_value, is_number, metric_of, one_line
+from left_bench.report.values import COUNTED, format_flops, format_setting, format_value, is_number, metric_of, one_line
 
 QUALITY = (
     "exact_match",
@@ -81,6 +82,8 @@ _TOUCHES = {
     "power limit (W)": _TIME,
     "machine": _TIME,
     "other processes": _TIME,
+    "peak": _TIME,
+    "model_flops_utilization": ("speed",),
     "learning_rate": ("quality",),
     "trainable_dtype": ("quality", "memory"),
     "optimizer_state_dtype": ("quality", "memory"),
@@ -89,8 +92,8 @@ _TOUCHES = {
     "eval_perplexity": ("quality",),
     "forgetting_nats": ("quality",),
 }
-_DISTURBED = 0.05
-"""Share of the machine's CPU time taken by others from which on a cell's speed is said to be disturbed."""
+_PEAKS_APART = 1.3
+"""Measured peaks of one dtype are told where the highest is more than so many times the lowest."""
 _PER_TOKEN = ("eval_loss", "eval_perplexity", "forgetting_nats")
 
 
@@ -110,15 +113,19 @@ def headline_quality(rows: Sequence[Row]) -> str | None:
 def yardstick(row: Row, metric: str) -> Hashable:
     """Two rows' values of a metric may be held against each other only when this is the same.
 
-    Speed, energy and cost: the machine, how many cells shared it, and over how many processes a cell ran.
-    Memory: the kind of device, which decides how it is measured, and the processes, which each hold a part.
+    Speed, energy and cost: the machine with its instruction sets (unknown of older records, which are like no newer
+    one), how many cells shared it, and over how many processes a cell ran. Memory: the kind of device, which decides how
+    it is measured, and the processes, which each hold a part.
     Quality: the held-out rows, and for a loss per token the model, whose tokenizer decides what a token is.
     """
     kind = metric_of(metric).kind
     runs = [run for run in row.runs if run.ok] or [row]  # a mean over unlike circumstances is like no other row
     if kind in _TIME:
         return frozenset(
-            (run.machine, run.noted("effective").get("concurrent_cells", 1), _effective(run, "processes"))
+            (
+                *(run.machine, repr(run.noted("machine").get("instruction_sets"))),
+                *(run.noted("effective").get("concurrent_cells", 1), _effective(run, "processes")),
+            )
             for run in runs
         )
     if kind == "memory":
@@ -251,7 +258,10 @@ def pareto_front(rows: Sequence[Row], quality: str, *costs: str) -> list[Row]:
 
 # precision and quantization have columns of their own; merging comes after everything that is compared; weights from
 # the cache are the same bits, and loading is measured apart
-_NO_CONFOUNDERS = {"weights_dtype", "merge", "rank_peak_memory_bytes", "weights_from"}
+_NO_CONFOUNDERS = {"weights_dtype", "merge", "rank_peak_memory_bytes", "weights_from"} | {
+    # told in words of their own
+    *("peak_flops_per_second", "peak_other_cpu_share", "utilization_withheld"),
+}
 # What records did not tell before it could be anything else.
 _BEFORE = {"processes": 1}
 
@@ -295,12 +305,16 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
     if len(machines_of(runs)) > 1:
         [(_, how)] = differing("", runs, [run.machine for run in runs])
         found.append(("machine", f"{how}. Speed is not ranked across machines"))
-    disturbed = [(run, share) for run in done if (share := run.value("other_cpu_share") or 0) > _DISTURBED]
+    disturbed = [(run, share) for run in done if (share := run.value("other_cpu_share") or 0) > DISTURBED]
     if disturbed:
         shares = "; ".join(f"{100 * share:.0f} %: {names[id(run)]}" for run, share in disturbed[:_LISTED])
         shares += f"; and {len(disturbed) - _LISTED:,} more" if len(disturbed) > _LISTED else ""
         how = f"took CPU time while a cell trained, and its speed is not its own ({shares})"
         found.append(("other processes", how))
+    found += [("peak", how) for how in _unlike_peaks(done, names)]
+    withheld = [(run, one_line(why)) for run in runs if (why := run.noted("effective").get("utilization_withheld"))]
+    for why, group in _grouped([run for run, _ in withheld], [why for _, why in withheld]):
+        found.append(("model_flops_utilization", f"not told, for {why} ({_listed(group, names)})"))
     rows = [row for row in rows if row.record]
     scores = [name for name in present(rows, QUALITY) if not rankable(rows, name)]
     if any(name not in _PER_TOKEN for name in scores):
@@ -313,6 +327,18 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
         listed = _listed(_rejoined(group, runs, whole), names)
         found.append(("note", f"{note} ({'all cells' if len(group) == len(runs) else listed})"))
     return found
+
+
+def _unlike_peaks(runs: Sequence[Row], names: Mapping[int, str]) -> Iterator[str]:
+    """Where the machine was not equally fast for all cells, by the matrix products that each cell's peak is of."""
+    for dtype, peaks in peaks_of(runs).items():
+        (lowest, slow), (highest, fast) = (pick(peaks, key=lambda peak: peak[0]) for pick in (min, max))
+        if highest > _PEAKS_APART * lowest:
+            yield (
+                f"{dtype} products came to {format_flops(highest, highest)} for {names[id(fast)]} and to "
+                f"{format_flops(lowest, lowest)} for {names[id(slow)]}: machines, or one machine at two times, that are "
+                f"{highest / lowest:.2g} times apart in speed"
+            )
 
 
 def _run_name(run: Row, row: Row, name: str) -> str:

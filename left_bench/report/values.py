@@ -16,6 +16,7 @@ COUNTED = frozenset(
 _TIMES, _MINUS = "\u00d7", "\u2212"
 _BYTES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 _JOULES = (("MJ", 10**6), ("kJ", 10**3))
+_FLOPS = (("TFLOP/s", 10**12), ("GFLOP/s", 10**9), ("MFLOP/s", 10**6), ("FLOP/s", 1))
 _PARAMS = (("B", 10**9), ("M", 10**6), ("k", 10**3), ("", 1))
 _SCALES = {"bytes": _BYTES, "params": _PARAMS, "joules": _JOULES}
 # Controls, lone surrogates (JSON may hold them, UTF-8 may not) and marks that reverse the reading direction.
@@ -111,6 +112,11 @@ def format_difference(difference: float) -> str:
     text = f"{abs(difference):.3f}"
     sign = "" if float(text) == 0 else "+" if difference > 0 else _MINUS
     return sign + text
+
+
+def format_flops(lowest: float, highest: float) -> str:
+    """A speed of computing, or a range of them: `442 GFLOP/s`, `210 GFLOP/s to 442 GFLOP/s`."""
+    return " to ".join(dict.fromkeys(_scaled(value, _FLOPS) for value in (lowest, highest)))
 
 
 def format_share(part: float | None, whole: float | None) -> str:

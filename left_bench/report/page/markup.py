@@ -35,7 +35,7 @@ def introduction(rows: Sequence[Row], sweep: Sweep | None) -> str:
     days = sorted({one_line(row.record.started_at)[:10] for row in rows if row.record})
     when = f" measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
     several = len(machines_of(rows)) > 1
-    where = list(dict.fromkeys(machine_line(row, several=several) for row in rows if row.machine))
+    where = list(dict.fromkeys(machine_line(row, rows, several=several) for row in rows if row.machine))
     counted = f"{len(rows):,} {'cell' if len(rows) == 1 else 'cells'} ({tally})"
     seeds = f" {pooled:,} rows: cells that differ in the seed alone are one." if pooled < len(rows) else ""
     lines = [f"<p>{text(counted + when)}.{seeds}</p>"]
