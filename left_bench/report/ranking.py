@@ -114,8 +114,8 @@ def yardstick(row: Row, metric: str) -> Hashable:
     """Two rows' values of a metric may be held against each other only when this is the same.
 
     Speed, energy and cost: the machine with its instruction sets (unknown of older records, which are like no newer
-    one), how many cells shared it, and over how many processes a cell ran. Memory: the kind of device, which decides how
-    it is measured, and the processes, which each hold a part.
+    one), how many cells shared it, and over how many processes a cell ran. Memory: the kind of device, which decides
+    how it is measured, and the processes, which each hold a part.
     Quality: the held-out rows, and for a loss per token the model, whose tokenizer decides what a token is.
     """
     kind = metric_of(metric).kind
@@ -336,8 +336,8 @@ def _unlike_peaks(runs: Sequence[Row], names: Mapping[int, str]) -> Iterator[str
         if highest > _PEAKS_APART * lowest:
             yield (
                 f"{dtype} products came to {format_flops(highest, highest)} for {names[id(fast)]} and to "
-                f"{format_flops(lowest, lowest)} for {names[id(slow)]}: machines, or one machine at two times, that are "
-                f"{highest / lowest:.2g} times apart in speed"
+                f"{format_flops(lowest, lowest)} for {names[id(slow)]}: machines, or one machine at two times, that "
+                f"are {highest / lowest:.2g} times apart in speed"
             )
 
 
