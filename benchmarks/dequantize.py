@@ -2,7 +2,8 @@
 
 Paired: each round times one call of bitsandbytes and one of ours, one after the other (A B A B), so that whatever else
 the machine does falls on both. Printed: nanoseconds per weight (median) and the ratio of the pairs, median and
-10th to 90th percentile. Needs no model: the weights are Gaussian, their shapes those of SmolLM2-135M and of a 1B model.
+10th to 90th percentile. Needs no model: the weights are Gaussian, their shapes those of SmolLM2-135M and of a 1B
+model, on a GPU (`--device cuda`) those of a 1B and of a 7B model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from left_bench.fivebit import Linear5bit, native
 
-SHAPES = ((1536, 576), (5632, 2048))
+SHAPES = {"cpu": ((1536, 576), (5632, 2048)), "cuda": ((8192, 2048), (14336, 4096))}
+_PER_READING = 20
+_AHEAD = 10_000_000
+"""Cycles that a GPU waits, some 5 ms."""
 SCHEMES = {
     "nf5": ({"scheme": "nf5"}, False),
     "nf5_dq": ({"scheme": "nf5", "double_quant": True}, True),
@@ -26,17 +30,27 @@ SCHEMES = {
 }
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(call: Callable[[], object], calls: int) -> float:
+    """Of one call; on a GPU the mean of several by its own clock, launched behind each other."""
+    if calls > 1:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_AHEAD)  # the launches get ahead of the GPU, or their cost would be what is timed
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000 / calls
+    began = time.perf_counter()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - began
 
 
-def paired(ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int) -> dict[str, float]:
+def paired(ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int, calls: int) -> dict[str, float]:
     """Median seconds of both, and the distribution of ours / theirs over the rounds."""
     for call in (ours, theirs) * 3:
         call()
-    pairs = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
+    pairs = [(seconds(theirs, calls), seconds(ours, calls)) for _ in range(rounds)]
     ratios = [mine / other for other, mine in pairs]
     tenths = statistics.quantiles(ratios, n=10)
     return {
@@ -48,13 +62,16 @@ def paired(ours: Callable[[], object], theirs: Callable[[], object], *, rounds: 
     }
 
 
-def measure(shape: tuple[int, int], scheme: str, dtype: torch.dtype, *, rounds: int) -> dict[str, object]:
+def measure(
+    shape: tuple[int, int], scheme: str, dtype: torch.dtype, *, rounds: int, device: str = "cpu"
+) -> dict[str, object]:
     options, double_quant = SCHEMES[scheme]
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
-    layer = Linear5bit(shape[1], shape[0], False, compute_dtype=dtype, **options)  # type: ignore[arg-type]
+    layer = Linear5bit(shape[1], shape[0], False, compute_dtype=dtype, device=device, **options)  # type: ignore[arg-type]
     layer.quantize_(weight)
-    found = paired(layer.dequantize, lambda: dequantize_4bit(packed, state), rounds=rounds)
+    calls = _PER_READING if device == "cuda" else 1
+    found = paired(layer.dequantize, lambda: dequantize_4bit(packed, state), rounds=rounds, calls=calls)
     return {
         "scheme": scheme,
         "shape": list(shape),
@@ -71,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--device", choices=list(SHAPES), default="cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--decoder", choices=["torch"], help="default: the one-pass kernel, where llvmlite is there")
     arguments = parser.parse_args()
@@ -83,10 +101,10 @@ def main() -> None:
             f"{'scheme':8}{'shape':>12}{'dtype':>10}{'threads':>9}{'decoder':>13}{'ns/weight':>11}{'nf4':>8}"
             "   ratio (p10 to p90)"
         )
-    for shape in SHAPES:
+    for shape in SHAPES[arguments.device]:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for scheme in SCHEMES:
-                row = measure(shape, scheme, dtype, rounds=arguments.rounds)
+                row = measure(shape, scheme, dtype, rounds=arguments.rounds, device=arguments.device)
                 if arguments.json:
                     print(json.dumps(row), flush=True)
                     continue

@@ -109,8 +109,8 @@ def _greedy(config: GenerationConfig) -> GenerationConfig:
 
 def make_ready(cell: Cell, *, device: str) -> None:
     """What a quantization compiles, compiled before the baseline: its seconds and bytes are no phase's."""
-    if device == "cpu" and cell.quantization.target == "left_bench.fivebit.FiveBitConfig":
-        instantiate(cell.quantization.target, cell.quantization.config, key="quantization").prepare()
+    if cell.quantization.target == "left_bench.fivebit.FiveBitConfig":
+        instantiate(cell.quantization.target, cell.quantization.config, key="quantization").prepare(device)
 
 
 def apply_precision(cell: Cell, *, device: str) -> None:

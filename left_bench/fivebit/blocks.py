@@ -17,6 +17,8 @@ NESTED_BLOCK = 256
 # Weights decoded at a time: enough to hide the cost of starting an operation, little enough that the float32 copy of
 # one piece, not of the whole weight, is what stands beside the result.
 _PIECE = 2**20
+_PIECE_ON_ACCELERATOR = 2**26
+"""There an operation on a million weights ends before the next is launched."""
 
 
 def padded_numel(numel: int, block_size: int) -> int:
@@ -99,8 +101,14 @@ def dequantize(
 
     In one pass where there is a kernel for it (`native`), else by torch's operations; the bits are the same.
     """
-    if native.decoder(block_size=block_size, dtype=dtype, device=packed.device) == native.TORCH:
+    way = native.decoder(block_size=block_size, dtype=dtype, device=packed.device)
+    if way == native.TORCH:
         out = _by_torch(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype)
+    elif way == native.TRITON:
+        from left_bench.fivebit import on_gpu
+
+        out = torch.empty(packed.numel() * 8 // 5, dtype=dtype, device=packed.device)
+        on_gpu.decode(packed, constants, out, scheme=scheme, block_size=block_size, nested_block=NESTED_BLOCK)
     else:
         out = torch.empty(packed.numel() * 8 // 5, dtype=dtype)
         native.decode(packed, constants, out, scheme=scheme, block_size=block_size)
@@ -114,7 +122,8 @@ def _by_torch(
     planes = packed.view(PLANES, -1)
     scale = decoded_scale(constants).view(SEGMENTS, -1, 1)
     blocks = scale.shape[1]  # of one segment
-    step = min(blocks, max(1, _PIECE // (SEGMENTS * block_size)))
+    together = _PIECE if packed.device.type == "cpu" else _PIECE_ON_ACCELERATOR
+    step = min(blocks, max(1, together // (SEGMENTS * block_size)))
     out = torch.empty(SEGMENTS, blocks, block_size, dtype=dtype, device=packed.device)
     for start in range(0, blocks, step):
         piece = slice(start, min(start + step, blocks))

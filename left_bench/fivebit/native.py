@@ -7,6 +7,7 @@ llvmlite is not installed, for other devices and for other dtypes, torch decodes
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import torch
 from left_bench.fivebit import kernel
 from left_bench.fivebit.codebook import levels, pool
 
+TRITON = "triton"
 TORCH = "torch"
 """What `decoder` calls the way without a kernel."""
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -42,13 +44,24 @@ class Kernel(NamedTuple):
 
 
 def decoder(*, block_size: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Who decodes such weights: `llvm-avx512`, `llvm-avx2`, `llvm` or `torch`."""
+    """Who decodes such weights: `llvm-avx512`, `llvm-avx2`, `llvm`, `triton` or `torch`."""
+    if device.type == "cuda" and dtype in _DTYPES and block_size % 2 == 0 and _has_triton(device.index or 0, dtype):
+        return TRITON
     if device.type != "cpu" or dtype not in _DTYPES or block_size % (2 * kernel.LANES) or look_up() is None:
         return TORCH
     if dtype == torch.float16 and not _halves():
         return TORCH
     way = look_up()
     return "llvm" if way == "plain" else f"llvm-{way}"
+
+
+@cache
+def _has_triton(device: int, dtype: torch.dtype) -> bool:
+    """Whether Triton is installed and knows the card; before Ampere it has no bfloat16."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    oldest = (8, 0) if dtype == torch.bfloat16 else (7, 0)
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= oldest
 
 
 def prepare(*, scheme: str, double_quant: bool, block_size: int, compute_dtype: torch.dtype) -> None:

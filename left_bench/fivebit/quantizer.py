@@ -58,8 +58,20 @@ class FiveBitConfig(QuantizationConfigMixin):
         self.compute_dtype = str(kind).removeprefix("torch.")
         self.modules_to_not_convert = modules_to_not_convert
 
-    def prepare(self) -> None:
-        """Compile what decodes such weights on a CPU, which the first use would do otherwise."""
+    def prepare(self, device: str) -> None:
+        """Compile what decodes such weights, which the first use would do otherwise."""
+        if device != "cpu":
+            # a layer whose numbers are multiples of 16, as a model's are: what Triton compiles is for those
+            layer = Linear5bit(
+                *(512, 512, False),
+                scheme=self.scheme,
+                block_size=self.block_size,
+                double_quant=self.double_quant,
+                device=device,
+            )
+            for dtype in {getattr(torch, self.compute_dtype), torch.float32}:
+                layer.dequantize(dtype)
+            return
         native.prepare(
             scheme=self.scheme,
             double_quant=self.double_quant,
