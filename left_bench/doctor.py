@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> int:
     device = open_device(find_device("auto"))
     machine = describe_machine(device)
     table.add_row("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB")
+    if sets := machine.get("instruction_sets"):
+        table.add_row("instruction sets", ", ".join(sets))
     table.add_row("device", f"{device.kind} {device.name() or ''}".strip())
     table.add_row("peak memory", device.peak_source)
     table.add_row("python", f"{machine['python']} on {machine['platform']}")
@@ -86,10 +89,22 @@ def _five_bits(device: str) -> str:
 
 def _matrix_product(device: str) -> str:
     """Measured peak of a square matrix product: what `model_flops_utilization` is a share of."""
+    from left_bench.report.values import format_flops
+
+    return ", ".join(f"{name} {format_flops(speed, speed)}" for name, speed in _speeds(device).items())
+
+
+def _precision(device: str) -> str:
+    from left_bench.auto_precision import advice
+
+    return advice(device, _speeds(device))
+
+
+@functools.cache
+def _speeds(device: str) -> dict[str, float]:
     from left_bench.device import matrix_product_peak
 
-    figures = [f"{name} {matrix_product_peak(device, name) / 1e9:.0f} GFLOP/s" for name in ("float32", "bfloat16")]
-    return ", ".join(figures)
+    return {name: matrix_product_peak(device, name) for name in ("float32", "bfloat16")}
 
 
 def _bitsandbytes(device: str) -> str:
@@ -104,5 +119,6 @@ def _bitsandbytes(device: str) -> str:
 
 _CHECKS: dict[str, Callable[[str], str]] = {
     "matrix products": _matrix_product,
+    "precision": _precision,
     "bitsandbytes": _bitsandbytes,
 }

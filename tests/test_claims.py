@@ -69,7 +69,7 @@ def test_the_sweep_runs_the_cells_that_the_claims_name() -> None:
         run.add(frozenset((key.removeprefix("override /"), value) for one in defaults for key, value in one.items()))
     for claim in CLAIMS:
         for chosen in claim.cells.values():
-            assert frozenset(({"peft": "lora"} | dict(chosen)).items()) in run, claim.sentence
+            assert frozenset(({"peft": "lora", "precision": "bf16"} | dict(chosen)).items()) in run, claim.sentence
 
 
 def test_nothing_is_measured_without_records() -> None:

@@ -48,7 +48,7 @@ def test_a_file_says_what_it_is(path: Path):
 @pytest.mark.parametrize(("group", "name"), CELL_OPTIONS)
 def test_an_option_composes_to_a_cell(group, name, compose_cell):
     cell = compose_cell(f"{group}={name}", *NEEDS.get((group, name), []))
-    assert cell.choices[group] == name
+    assert cell.choices[group] == (cell.precision.name if (group, name) == ("precision", "auto") else name)
     section = getattr(cell, group)
     plain = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
     assert section.name == plain.get("name", section.name)
@@ -79,7 +79,7 @@ def test_the_default_is_the_same_as_every_default_named(compose_cell):
 def test_options_of_a_group_are_different_cells(group, compose_cell):
     names = [name for kind, name in CELL_OPTIONS if kind == group]
     cells = {name: compose_cell(f"{group}={name}", *NEEDS.get((group, name), [])) for name in names}
-    if group == "hardware":  # `auto` is what this machine has, and the same cell as naming it
+    if group in ("hardware", "precision"):  # `auto` is what this machine has, and the same cell as naming it
         cells.pop("auto")
     assert len({fingerprint(cell.identity) for cell in cells.values()}) == len(cells)
 

@@ -239,7 +239,7 @@ def test_the_default_model_learns(place: Path) -> None:
 
 @pytest.mark.slow
 def test_the_default_model_trains_packed(place: Path) -> None:
-    """In bfloat16, where one attention kernel's rounding against another's moves a token's loss by 0.2 nats."""
+    """In bfloat16 where the machine has it: one attention kernel's rounding moves a token's loss by 0.2 nats there."""
     done = left_bench(
         *("peft=lora", "training=packed", "training.steps=3", "training.warmup_ratio=0", "eval=loss"),
         *("data.test_rows=8", "data.train_rows=64", "eval.forgetting=false", "runs_dir=packed"),

@@ -68,6 +68,65 @@ def test_one_cell(place, runs, left_bench):
     assert not (place / "reports").exists()
 
 
+def test_what_is_emulated_is_said_once_and_done(place, runs, left_bench, monkeypatch):
+    monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2")
+    monkeypatch.setattr(
+        "left_bench.auto_precision.product_speeds", lambda _device, dtype: {"float32": 60e9, dtype: 3e9}
+    )
+    quick = [one for one in QUICK if not one.startswith("precision=")]
+    slow = "20 times as long as float32's (measured here); precision=fp32 is what precision=auto takes here"
+    answer = left_bench(*quick, "precision=bf16")
+    assert answer.code == 0, answer
+    assert f"note: precision=bf16: bfloat16 is emulated on this CPU, and its matrix products take {slow}" in answer.err
+    assert [cell.precision.name for cell in runs] == ["bf16"]
+    assert "emulated" not in left_bench(*quick, "precision=bf16").err, "the cell is done"
+    assert "emulated" not in left_bench(*quick).err
+    assert runs[-1].choices["precision"] == "fp32"
+    answer = left_bench("-m", *quick, "precision=fp32,bf16,bf16_mixed,fp16", "seed=0,1")
+    assert answer.err.count("emulated") == 2
+    assert "precision=bf16,bf16_mixed: bfloat16" in answer.err and "precision=fp16: float16" in answer.err
+    assert "emulated" not in left_bench("-m", *quick, "precision=fp32,bf16,bf16_mixed,fp16", "seed=0,1").err
+
+
+def test_a_sweep_has_the_precision_of_the_machine_that_launches_it(place, runs, left_bench, monkeypatch):
+    """Its jobs run where other instruction sets are found: they take what the launch has found."""
+    from left_bench import launch
+    from left_bench.auto_precision import fast_precision
+
+    monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2 avx512_bf16")
+    quick = [one for one in QUICK if not one.startswith("precision=")]
+    take = launch.scope_of
+
+    def elsewhere(*how):
+        monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2")
+        assert fast_precision("cpu") == ("bf16", "found where the launch began")
+        return take(*how)
+
+    monkeypatch.setattr("left_bench.launch.scope_of", elsewhere)
+    answer = left_bench("-m", *quick, "seed=0,1")
+    assert answer.code == 0, answer
+    assert [cell.choices["precision"] for cell in runs] == ["bf16", "bf16"]
+    assert fast_precision("cpu").option == "fp32", "and it is forgotten with the launch"
+
+
+def test_a_sweep_that_may_go_elsewhere_says_what_it_takes_along(composed, monkeypatch, capsys, place):
+    from hydra.core.global_hydra import GlobalHydra
+
+    from left_bench.auto_precision import CARRIED_VARIABLE
+    from left_bench.launch import Launch
+
+    monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2 avx512_bf16")
+    monkeypatch.setattr("left_bench.launch.rehearse", lambda cells, **_: None)
+    monkeypatch.setattr("left_bench.launch.runs_elsewhere", lambda hydra: True)
+    config = composed("-m", *(one for one in QUICK if not one.startswith("precision=")), "seed=0,1")
+    Launch().on_multirun_start(config)
+    said = capsys.readouterr().err
+    assert said.count("precision=auto is bf16 on cpu (avx512_bf16)") == 1
+    loader = GlobalHydra.instance().config_loader()
+    job = loader.load_sweep_config(config, ["seed=0"])
+    assert job.hydra.job.env_set[CARRIED_VARIABLE] == "cpu=bf16"
+
+
 def test_a_sweep(place, runs, left_bench):
     answer = left_bench("+sweep=smoke", *QUICK)
     assert answer.code == 0, answer

@@ -106,7 +106,8 @@ def lasting(record: Record) -> dict[str, Any]:
     plain["memory_breakdown"].pop("activations_and_workspace", None)
     plain["phases"] = [phase.name for phase in record.phases if phase.name != "peak"] if record.status == "ok" else []
     effective = plain["environment"].get("effective", {})
-    effective.pop("concurrent_cells", None)
+    for name in ("concurrent_cells", "peak_flops_per_second", "peak_other_cpu_share", "utilization_withheld"):
+        effective.pop(name, None)
     plain["provenance"] = {"sweep": record.provenance["sweep"]}
     return plain
 

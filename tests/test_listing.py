@@ -32,6 +32,17 @@ def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
     assert "runs here" in lines["bf16"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"), [("avx2", "fp32 (no bfloat16 instructions)"), ("amx_bf16", "bf16 (amx_bf16)")]
+)
+def test_auto_says_what_it_is_here(flags, told, capsys, monkeypatch):
+    monkeypatch.setattr("left_bench.auto_precision.find_device", lambda asked: "cpu")
+    monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", flags)
+    main(["precision"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "auto"]
+    assert line.endswith(f"Here: {told}")
+
+
 def test_a_group_that_is_none():
     with pytest.raises(UserError, match="unknown group 'pft'"):
         main(["pft"])

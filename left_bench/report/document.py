@@ -85,11 +85,9 @@ def _what_this_is(report: Report) -> Iterator[str]:
     days = sorted({one_line(run.record.started_at)[:10] for run in runs if run.record})
     when = f" measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
     machines = {row.machine: row for row in reversed(report.records) if row.machine}
-    where = "; ".join(
-        dict.fromkeys(
-            escape(machine_line(row, report.records, several=len(machines) > 1)) for row in reversed(machines.values())
-        )
-    )
+    several = len(machines) > 1
+    told = [machine_line(row, report.records, several=several) for row in reversed(machines.values())]
+    where = "; ".join(dict.fromkeys(map(escape, told)))
     parts = [f"{len(runs):,} {'cell' if len(runs) == 1 else 'cells'} ({tally}){when}"]
     parts[0] = escape(parts[0]) + (f" on {where}." if where else ".")
     versions = _versions(report)

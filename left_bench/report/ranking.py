@@ -336,8 +336,8 @@ def _unlike_peaks(runs: Sequence[Row], names: Mapping[int, str]) -> Iterator[str
         if highest > _PEAKS_APART * lowest:
             yield (
                 f"{dtype} products came to {format_flops(highest, highest)} for {names[id(fast)]} and to "
-                f"{format_flops(lowest, lowest)} for {names[id(slow)]}: machines, or one machine at two times, that "
-                f"are {highest / lowest:.2g} times apart in speed"
+                f"{format_flops(lowest, lowest)} for {names[id(slow)]}: a machine that was not equally "
+                f"fast for all, {highest / lowest:.2g} times at most"
             )
 
 
