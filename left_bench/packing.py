@@ -220,16 +220,16 @@ def _one_kernel_for_all_rows(query: torch.Tensor, value: torch.Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
+@torch.compiler.assume_constant_result
 def _has_variable_length(device: int) -> bool:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # torch before 2.10
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
+@torch.compiler.assume_constant_result
 def _knows_grouped_queries() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 

@@ -266,3 +266,29 @@ def test_a_kernel_that_fails_makes_rows_padded_and_is_told(tiny_cell, load_tiny,
     with laid_out(model, AnswerLoss(model), addition_rows, cell, pad_id=0, device="cpu") as layout:
         assert layout.effective["batching"] == "padded"
         assert "Ampere" in layout.effective["batching_fallback"]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_attention_by_one_kernel_is_traced_whole(grouped, monkeypatch):
+    """torch.compile then needs no break in a layer, and no new graph for rows of other lengths."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    traced = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        traced.append(graph)
+        return lambda *_: (torch.zeros(1, 5, 4, 8, dtype=torch.bfloat16),)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(packing, "_one_kernel_for_all_rows", lambda *_: packing._has_variable_length(0))
+    packing._has_variable_length.cache_clear()
+
+    def attend(query: Any, key: Any, boundaries: Any, longest: int) -> Any:
+        named = {"cu_seq_lens_q": boundaries, "max_length_q": longest}
+        return segment_attention(torch.nn.Identity(), query, key, key, None, **named)[0]
+
+    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    query, key = (torch.randn(1, heads, 5, 8, dtype=torch.bfloat16) for heads in (4, 2 if grouped else 4))
+    for longest in (3, 4, 5):
+        compiled(query, key, torch.tensor([0, longest, 5], dtype=torch.int32), longest)
+    packing._has_variable_length.cache_clear()
+    assert len(traced) == 1
