@@ -48,7 +48,9 @@ def test_a_file_says_what_it_is(path: Path):
 @pytest.mark.parametrize(("group", "name"), CELL_OPTIONS)
 def test_an_option_composes_to_a_cell(group, name, compose_cell):
     cell = compose_cell(f"{group}={name}", *NEEDS.get((group, name), []))
-    assert cell.choices[group] == (cell.precision.name if (group, name) == ("precision", "auto") else name)
+    if (group, name) == ("precision", "auto"):  # it stands for another, which the machine decides
+        name = cell.precision.name
+    assert cell.choices[group] == name
     section = getattr(cell, group)
     plain = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
     assert section.name == plain.get("name", section.name)
