@@ -14,7 +14,7 @@ cd "$folder"
   --platform manylinux2014_x86_64 -d . \
   hydra-core==1.3.2 omegaconf==2.3.1 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 evaluate==0.4.6 \
   pydantic==2.14.4 pydantic-core==2.50.5 annotated-types==0.8.0 typing-inspection==0.4.5 gguf==0.19.0 nltk==3.10.4 \
-  peft==0.21.2 trl==1.16.0 liger-kernel==0.8.5 torchao==0.18.0 bitsandbytes==0.50.2
+  peft==0.21.2 trl==1.16.0 liger-kernel==0.8.5 bitsandbytes==0.50.2
 "$python" -m pip wheel -q --no-deps -w . antlr4-python3-runtime==4.9.3 rouge-score==0.1.2 # no wheels of their own
 
 # bitsandbytes has a library for each version of CUDA, 20 MB apiece: only the one that torch has is carried

@@ -56,6 +56,8 @@ class Window:
         self.work: Path = arguments.work.resolve()
         self.tokenizer: Path = arguments.tokenizer.resolve()
         self.data: Path = arguments.data.resolve()
+        later = {"3b": "cells_3b", "7b": "cells_7b"}
+        self.shapes = [one for one in SHAPES if later.get(one) is None or later[one] in (arguments.only or STEPS)]
         self.checks: list[dict[str, Any]] = []
         self.runs = self.work / "runs"
 
@@ -112,7 +114,7 @@ def models(window: Window) -> dict[str, Any]:
     from left_bench.pretrained.make import architecture
 
     found = {}
-    for shape in SHAPES:
+    for shape in window.shapes:
         cell = window.compose(window.overrides(shape))
         folder = window.work / "cache" / "models" / _made_name(cell.model, dtype="bfloat16")
         if folder.is_dir():
