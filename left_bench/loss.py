@@ -17,8 +17,19 @@ from left_bench.adapter import virtual_positions
 from left_bench.data import Batch
 from left_bench.task import probe_inputs
 
-_CHUNK_LOGITS = 2**23  # 32 MiB of float32: large enough for the product to run at full speed, small beside a model
 Suffix = Callable[[torch.Tensor], torch.Tensor]
+
+
+def chunk_logits(kind: str) -> int:
+    """Logits that the head computes at a time on a kind of device.
+
+    On a CPU 2^23, 32 MiB of float32: the product runs at full speed, and it is small beside a model. On an accelerator
+    2^27, which is 1,024 tokens of a vocabulary of 128k and 4,096 of 32k. A product there must have several hundred
+    rows, or reading the head's weight takes longer than multiplying by it (by its data sheet an H100 does 300
+    operations in bfloat16 while it reads a byte); 65 rows would wait for memory. What it costs is a gibibyte for the
+    length of a chunk: bfloat16 logits and slopes of 256 MiB each, and float32 log-probabilities of 512 MiB.
+    """
+    return 2**23 if kind == "cpu" else 2**27
 
 
 class AnswerLoss:
@@ -40,6 +51,7 @@ class AnswerLoss:
         self.forward: Any = model
         self.head: Any = None
         self.suffix: Suffix | None = None
+        self._chunk = 1
         self.output_head = "all positions"
         # pictures have a class each: there is nothing to leave out
         get_head = getattr(model, "get_output_embeddings", lambda: None)
@@ -47,12 +59,17 @@ class AnswerLoss:
             self._probe(get_head(), in_chunks=in_chunks)
 
     @classmethod
-    def assumed(cls, model: torch.nn.Module) -> AnswerLoss:
-        """That of a model which does nothing to its logits, without a pass to see so: for shapes without numbers."""
+    def assumed(cls, model: torch.nn.Module, *, kind: str) -> AnswerLoss:
+        """That of a model which does nothing to its logits, without a pass to see so: for shapes without numbers.
+
+        Args:
+            kind: of the device whose chunks it is to have, wherever the shapes are.
+        """
         found = cls(model, everywhere=True)
         head = found.model.get_output_embeddings()
         if head is not None:
-            found.head, found.suffix, found._vocabulary = head, lambda logits: logits, head.weight.shape[0]
+            found.head, found.suffix = head, lambda logits: logits
+            found._chunk = _rows_of_logits(head.weight.shape[0], kind=kind)
             found.output_head = "labelled positions, in chunks"
         return found
 
@@ -111,8 +128,9 @@ class AnswerLoss:
         with torch.enable_grad():
             found = combine(sums.requires_grad_())
             (slopes,) = torch.autograd.grad(found, sums)
-        lengths = torch.tensor(batch.answer_lengths, device=slopes.device)
-        weighted = self._weighted(states, batch.targets, slopes.repeat_interleave(lengths))
+        # not `repeat_interleave`, which would wait for the device to learn how long its result is
+        weights = torch.cat([slope.expand(n) for slope, n in zip(slopes, batch.answer_lengths, strict=True)])
+        weighted = self._weighted(states, batch.targets, weights)
         return found.detach() + (weighted - weighted.detach())
 
     def _weighted(self, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -129,10 +147,6 @@ class AnswerLoss:
         """The model's logits for hidden states of shape [n, width]."""
         assert self.suffix is not None
         return self.suffix(self.head(states))
-
-    @property
-    def _chunk(self) -> int:
-        return max(1, _CHUNK_LOGITS // self._vocabulary)
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """Hidden states at the labelled positions [n, width]; logits there [n, vocabulary] where there is no suffix."""
@@ -161,11 +175,15 @@ class AnswerLoss:
         if len(seen) != 1 or seen[0][0].shape[:-1] != logits.shape[:-1]:
             return  # the head is not run as a module, or not once over all positions
         self.head = head
-        self._vocabulary = logits.shape[-1]
+        self._chunk = _rows_of_logits(logits.shape[-1], kind=logits.device.type)
         raw = seen[0][1]
         if in_chunks:
             self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one(raw), logits)), None)
         self.output_head = "labelled positions, in chunks" if self.suffix else "labelled positions"
+
+
+def _rows_of_logits(vocabulary: int, *, kind: str) -> int:
+    return max(1, chunk_logits(kind) // vocabulary)
 
 
 def _suffixes(config: Any) -> list[Suffix]:
@@ -210,20 +228,8 @@ class _Chunked(torch.autograd.Function):
         start = 0
         chunks = zip(*(whole.split(loss._chunk) for whole in (hidden, targets, weights)), strict=True)
         for part, wanted, weight in chunks:
-            with torch.enable_grad():
-                states = part.detach().requires_grad_(wants_states)
-                logits = loss.logits(states)
-            log_probability = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            # no product of vectors: autocast would round it
-            total -= (weight * log_probability.gather(1, wanted[:, None])[:, 0]).sum()
-            if not wants_states and not parameters:
-                continue
-            # d loss / d logits = probabilities - one at the target
-            slope = log_probability.exp_()
-            slope.scatter_add_(1, wanted[:, None], -torch.ones_like(slope[:, :1])).mul_(weight[:, None])
-            found = torch.autograd.grad(
-                logits, [*([states] if wants_states else []), *parameters], slope.to(logits.dtype)
-            )
+            nats, found = _loss_and_slopes(loss, part, wanted, weight, wants_states=wants_states, parameters=parameters)
+            total += nats
             if gradient is not None:
                 gradient[start : start + len(part)] = found[0]
             for one, more in zip(sums, found[len(found) - len(sums) :], strict=True):
@@ -238,3 +244,31 @@ class _Chunked(torch.autograd.Function):
         states, *others = (None if one is None else one.mul_(outer[0].to(one.dtype)) for one in ctx.gradients)
         ctx.gradients = None
         return states, None, None, None, *others
+
+
+def _loss_and_slopes(
+    loss: AnswerLoss,
+    part: torch.Tensor,
+    wanted: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    wants_states: bool,
+    parameters: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """A chunk's weighted loss, and its gradients of the states (where wanted) and of the parameters.
+
+    A function of its own, so that a chunk's logits are gone before the next one's are made.
+    """
+    with torch.enable_grad():
+        states = part.detach().requires_grad_(wants_states)
+        logits = loss.logits(states)
+    log_probability = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+    # no product of vectors: autocast would round it
+    nats = -(weight * log_probability.gather(1, wanted[:, None])[:, 0]).sum()
+    asked = [*([states] if wants_states else []), *parameters]
+    if not asked:
+        return nats, ()
+    # d loss / d logits = probabilities - one at the target
+    slope = log_probability.exp_()
+    slope.scatter_add_(1, wanted[:, None], -torch.ones_like(slope[:, :1])).mul_(weight[:, None])
+    return nats, torch.autograd.grad(logits, asked, slope.to(logits.dtype))
