@@ -26,7 +26,7 @@ FAMILIES = {
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Five rows of logits at a time, so that a batch takes several chunks and the last is not full."""
-    monkeypatch.setattr(left_bench.loss, "_CHUNK_LOGITS", 5 * 256)
+    monkeypatch.setattr(left_bench.loss, "_CHUNK_LOGITS", {"cpu": 5 * 256})
 
 
 def family(name: str) -> torch.nn.Module:
@@ -180,3 +180,9 @@ def test_virtual_positions(peft, positions, tiny_cell, load_tiny, addition_rows)
     cell = tiny_cell(f"peft={peft}")
     model, tokenizer = load_tiny(cell)
     assert virtual_positions(attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)) == positions
+
+
+def test_a_gpus_chunks_are_larger_than_a_cpus(addition_rows, tiny_cell, load_tiny):
+    model, _ = load_tiny(tiny_cell())
+    here, there = (AnswerLoss.assumed(model, device=device) for device in ("cpu", "cuda"))
+    assert there._chunk >= 4 * here._chunk
