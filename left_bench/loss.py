@@ -17,13 +17,18 @@ from left_bench.adapter import virtual_positions
 from left_bench.data import Batch
 from left_bench.task import probe_inputs
 
-# Logits of a chunk. On a CPU 32 MiB of float32: large enough for the product to run at full speed, small beside a
-# model. A GPU would spend its time on launches: with a vocabulary of 128k, 2048 tokens of width 2048 took an H100 21 ms
-# in chunks of 2^23 (65 tokens), 8.5 in chunks of 2^25 and 7.8 in chunks of 2^27. Those would be 512 MiB of float32, and
-# as much again for the logits and their slopes in 16 bits: four times the memory for a tenth of the head's time.
-_CHUNK_LOGITS = {"cpu": 2**23}
-_CHUNK_LOGITS_ON_ACCELERATOR = 2**25
 Suffix = Callable[[torch.Tensor], torch.Tensor]
+
+
+def chunk_logits(kind: str) -> int:
+    """Logits that the head computes at a time on a kind of device.
+
+    On a CPU 2^23, 32 MiB of float32: the product runs at full speed, and it is small beside a model. On an accelerator
+    2^25: 2048 tokens of width 2048 and a vocabulary of 128k took an H100 21 ms in chunks of 2^23 (65 tokens, which wait
+    for launches and for the head's weight), 8.5 in chunks of 2^25 and 7.8 in chunks of 2^27. Those would hold a
+    gibibyte (logits and slopes in bfloat16, log-probabilities in float32): four times as much for a tenth of the time.
+    """
+    return 2**23 if kind == "cpu" else 2**25
 
 
 class AnswerLoss:
@@ -45,24 +50,25 @@ class AnswerLoss:
         self.forward: Any = model
         self.head: Any = None
         self.suffix: Suffix | None = None
+        self._chunk = 1
         self.output_head = "all positions"
-        self._device = next(model.parameters()).device.type
         # pictures have a class each: there is nothing to leave out
         get_head = getattr(model, "get_output_embeddings", lambda: None)
         if not everywhere and get_head() is not None:
             self._probe(get_head(), in_chunks=in_chunks)
 
     @classmethod
-    def assumed(cls, model: torch.nn.Module, *, device: str) -> AnswerLoss:
+    def assumed(cls, model: torch.nn.Module, *, kind: str) -> AnswerLoss:
         """That of a model which does nothing to its logits, without a pass to see so: for shapes without numbers.
 
-        `device`: the kind that the model is thought to be on.
+        Args:
+            kind: of the device whose chunks it is to have, wherever the shapes are.
         """
         found = cls(model, everywhere=True)
-        found._device = device
         head = found.model.get_output_embeddings()
         if head is not None:
-            found.head, found.suffix, found._vocabulary = head, lambda logits: logits, head.weight.shape[0]
+            found.head, found.suffix = head, lambda logits: logits
+            found._chunk = _rows_of_logits(head.weight.shape[0], kind=kind)
             found.output_head = "labelled positions, in chunks"
         return found
 
@@ -121,8 +127,8 @@ class AnswerLoss:
         with torch.enable_grad():
             found = combine(sums.requires_grad_())
             (slopes,) = torch.autograd.grad(found, sums)
-        lengths = torch.tensor(batch.answer_lengths, device=slopes.device)
-        weights = slopes.repeat_interleave(lengths, output_size=len(batch.targets))  # else the device is asked for it
+        # not `repeat_interleave`, which would wait for the device to learn how long its result is
+        weights = torch.cat([slope.expand(n) for slope, n in zip(slopes, batch.answer_lengths, strict=True)])
         weighted = self._weighted(states, batch.targets, weights)
         return found.detach() + (weighted - weighted.detach())
 
@@ -140,10 +146,6 @@ class AnswerLoss:
         """The model's logits for hidden states of shape [n, width]."""
         assert self.suffix is not None
         return self.suffix(self.head(states))
-
-    @property
-    def _chunk(self) -> int:
-        return max(1, _CHUNK_LOGITS.get(self._device, _CHUNK_LOGITS_ON_ACCELERATOR) // self._vocabulary)
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """Hidden states at the labelled positions [n, width]; logits there [n, vocabulary] where there is no suffix."""
@@ -172,11 +174,15 @@ class AnswerLoss:
         if len(seen) != 1 or seen[0][0].shape[:-1] != logits.shape[:-1]:
             return  # the head is not run as a module, or not once over all positions
         self.head = head
-        self._vocabulary = logits.shape[-1]
+        self._chunk = _rows_of_logits(logits.shape[-1], kind=logits.device.type)
         raw = seen[0][1]
         if in_chunks:
             self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one(raw), logits)), None)
         self.output_head = "labelled positions, in chunks" if self.suffix else "labelled positions"
+
+
+def _rows_of_logits(vocabulary: int, *, kind: str) -> int:
+    return max(1, chunk_logits(kind) // vocabulary)
 
 
 def _suffixes(config: Any) -> list[Suffix]:
@@ -221,20 +227,8 @@ class _Chunked(torch.autograd.Function):
         start = 0
         chunks = zip(*(whole.split(loss._chunk) for whole in (hidden, targets, weights)), strict=True)
         for part, wanted, weight in chunks:
-            with torch.enable_grad():
-                states = part.detach().requires_grad_(wants_states)
-                logits = loss.logits(states)
-            log_probability = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            # no product of vectors: autocast would round it
-            total -= (weight * log_probability.gather(1, wanted[:, None])[:, 0]).sum()
-            if not wants_states and not parameters:
-                continue
-            # d loss / d logits = probabilities - one at the target
-            slope = log_probability.exp_()
-            slope.scatter_add_(1, wanted[:, None], -torch.ones_like(slope[:, :1])).mul_(weight[:, None])
-            found = torch.autograd.grad(
-                logits, [*([states] if wants_states else []), *parameters], slope.to(logits.dtype)
-            )
+            nats, found = _loss_and_slopes(loss, part, wanted, weight, wants_states=wants_states, parameters=parameters)
+            total += nats
             if gradient is not None:
                 gradient[start : start + len(part)] = found[0]
             for one, more in zip(sums, found[len(found) - len(sums) :], strict=True):
@@ -249,3 +243,31 @@ class _Chunked(torch.autograd.Function):
         states, *others = (None if one is None else one.mul_(outer[0].to(one.dtype)) for one in ctx.gradients)
         ctx.gradients = None
         return states, None, None, None, *others
+
+
+def _loss_and_slopes(
+    loss: AnswerLoss,
+    part: torch.Tensor,
+    wanted: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    wants_states: bool,
+    parameters: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """A chunk's weighted loss, and its gradients of the states (where wanted) and of the parameters.
+
+    A function of its own, so that a chunk's logits are gone before the next one's are made.
+    """
+    with torch.enable_grad():
+        states = part.detach().requires_grad_(wants_states)
+        logits = loss.logits(states)
+    log_probability = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+    # no product of vectors: autocast would round it
+    nats = -(weight * log_probability.gather(1, wanted[:, None])[:, 0]).sum()
+    asked = [*([states] if wants_states else []), *parameters]
+    if not asked:
+        return nats, ()
+    # d loss / d logits = probabilities - one at the target
+    slope = log_probability.exp_()
+    slope.scatter_add_(1, wanted[:, None], -torch.ones_like(slope[:, :1])).mul_(weight[:, None])
+    return nats, torch.autograd.grad(logits, asked, slope.to(logits.dtype))

@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from left_bench.cell import Cell
 from left_bench.data import Batch, Example, collate, split_passes, step_rows
+from left_bench.data.batches import moved_to
 from left_bench.data.lazy import LazyRows
 from left_bench.loss import AnswerLoss
 from left_bench.model import autocast
@@ -68,7 +69,7 @@ class Pairs:
     """What the reference model makes of each pair, nats (see `with_reference`)."""
 
     def to(self, device: torch.device | str) -> Pairs:
-        return Pairs(batch=self.batch.to(device), margins=self.margins.to(device))
+        return Pairs(batch=self.batch.to(device), margins=moved_to(self.margins, device))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

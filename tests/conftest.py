@@ -153,6 +153,16 @@ def work_in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell]
     return work_in_process
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each kind of device whose kernels are ours to answer for; skipped where this machine has none."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return str(request.param)
+
+
 @pytest.fixture
 def left_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
     """`left_bench(*arguments)`: the command in this process, with its exit code and what it printed."""

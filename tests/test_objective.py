@@ -32,7 +32,7 @@ def pairs(addition_rows):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(left_bench.loss, "_CHUNK_LOGITS", {"cpu": 5 * 512})
+    monkeypatch.setattr(left_bench.loss, "chunk_logits", lambda kind: 5 * 512)
 
 
 def plain_dpo(model, rows, *, beta):

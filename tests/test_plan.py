@@ -87,6 +87,15 @@ def test_a_peak_follows_its_causes(tiny_cell):
     assert beyond("training.output_head=all") > plain  # all the logits at once
 
 
+def test_a_plan_has_the_chunks_of_its_device(tiny_cell):
+    def beyond(*hardware: str) -> int:
+        wide = ["peft=lora", "training.batch_size=64", "data.train_rows=64", "model.config.vocab_size=65536"]
+        return predict(tiny_cell(*wide, *hardware)).parts["activations_and_workspace"]
+
+    # 128 tokens' logits at a time on a CPU; on a GPU 512
+    assert beyond("hardware=cuda") > beyond("hardware=cpu") + 2**24
+
+
 def test_rows_that_are_not_here_are_taken_at_their_longest(tiny_cell):
     cell = tiny_cell("data=gsm8k", "training.batch_size=4", "training.max_length=64")
     assert predict(cell).largest == Pass(rows=4, length=64, answer_tokens=4 * 64, measured=False)

@@ -261,7 +261,7 @@ def main() -> int:
     if arguments.chunk:
         from left_bench import loss
 
-        loss._CHUNK_LOGITS_ON_ACCELERATOR = arguments.chunk
+        loss.chunk_logits = lambda _kind: arguments.chunk
     if arguments.folders:
         records, steps = gather(arguments.folders)
         with tempfile.TemporaryDirectory() as folder, cache_with(arguments.tokenizer, records):

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from left_bench.adapter import added_parameters, regularization, trainable_parameters
 from left_bench.cell import Cell
 from left_bench.data import Example, load_data, split_passes, step_rows
+from left_bench.data.batches import at_positions
 from left_bench.errors import UserError
 from left_bench.loss import AnswerLoss
 from left_bench.measure import stored_bytes
@@ -200,7 +201,7 @@ def _take_step(plan: Plan, model: Any, cell: Cell, *, workspace: int) -> None:
 
         everywhere = cell.training.output_head == "all"
         loss = (
-            AnswerLoss(model, everywhere=True) if everywhere else AnswerLoss.assumed(model, device=cell.hardware.device)
+            AnswerLoss(model, everywhere=True) if everywhere else AnswerLoss.assumed(model, kind=cell.hardware.device)
         )
         held = storages.now
         storages.peak = held
@@ -266,7 +267,9 @@ def _batch(largest: Pass) -> Any:
         "use_cache": False,
     }
     return SimpleNamespace(
-        inputs=lambda: inputs, labelled=lambda states, after: states[places, places + after], targets=places
+        inputs=lambda: inputs,
+        labelled=lambda states, after: at_positions(states, places, places + after),
+        targets=places,
     )
 
 
