@@ -114,7 +114,5 @@ def base_key(cell: Cell, rows: Sequence[Example]) -> str:
     parts["rows"] = [row.identity for row in rows]
     parts["generation"] = "greedy, without the checkpoint's penalties"
     parts["kernels"] = [cell.training.attention, cell.training.output_head]
-    if cell.training.kernels is not None:
-        parts["kernels"].append(cell.training.kernels)
     parts["versions"] = versions_of(_DECIDING)
     return fingerprint(parts)

@@ -137,12 +137,8 @@ class Training(_Section):
     """Tokens of prompt and answer together; longer rows are cut and counted."""
     activation_checkpointing: bool = False
     """Keep a layer's input alone and compute its activations again in the backward pass."""
-    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     """The attention kernel; None: what transformers chooses."""
-    kernels: Literal["liger"] | None = None
-    """Kernels of a package in place of the model's own norms, rotary positions and MLPs; None: the model's own."""
-    float8: bool = False
-    """Full fine-tuning with matrix products in float8 (torchao), the output head's aside."""
     compile: bool = False
     """torch.compile with dynamic shapes; the compiling is a phase of its own, outside the throughput."""
     neftune_alpha: float | None = Field(default=None, gt=0)

@@ -98,10 +98,6 @@ def load_model(
     if quantized is not None:
         model.config.name_or_path = model.name_or_path = folder  # an adapter's file names its base model
     found = _found(model, cell)
-    if cell.training.kernels == "liger":
-        from left_bench.kernels import use_liger
-
-        found["kernels"] = use_liger(model)
     return model, found | {"weights_from": "checkpoint" if quantized is None else "quantized_cache"}
 
 

@@ -17,22 +17,6 @@ BOTTLENECK_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", 
 _FAMILIES_WITHOUT_BIAS = {"llama", "mistral", "t5"}
 _SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
 _ADAPTION_PROMPT_FAMILIES = {"llama", "mistral", "gpt2"}
-_FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-_LIGER_FAMILIES = {
-    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"),
-    *(
-        "olmo3",
-        "granite",
-        "smollm3",
-        "glm4",
-        "nemotron",
-        "exaone4",
-        "ministral",
-        "gpt_oss",
-        "deepseek_v2",
-        "deepseek_v3",
-    ),
-}
 
 
 def model_type(cell: Cell) -> str | None:
@@ -119,48 +103,8 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "optimizer states are paged by CUDA alone; bitsandbytes would do without, silently",
     ),
     (
-        lambda cell: cell.training.attention in _FLASH and cell.hardware.device != "cuda",
-        "FlashAttention 2 and 3 run on CUDA alone",
-    ),
-    *(
-        (
-            lambda cell, kernel=kernel, module=module: (
-                cell.training.attention == kernel and not is_installed(module) and not is_installed("kernels")
-            ),
-            f"training.attention={kernel} needs the package {module} (or kernels), which is not installed",
-        )
-        for kernel, module in _FLASH.items()
-    ),
-    (
-        lambda cell: cell.training.kernels == "liger" and cell.hardware.device != "cuda",
-        "Liger's kernels are Triton's and run on CUDA alone",
-    ),
-    (
-        lambda cell: cell.training.kernels == "liger" and not is_installed("liger_kernel"),
-        "needs the package liger-kernel, which is not installed: pip install 'left-bench[liger]'",
-    ),
-    (
-        lambda cell: cell.training.kernels == "liger" and model_type(cell) not in _LIGER_FAMILIES | {None},
-        "Liger has no kernels for this architecture (seen with liger-kernel 0.8.5)",
-    ),
-    (
-        lambda cell: cell.training.float8 and cell.hardware.device != "cuda",
-        "float8 products are CUDA's, on Ada, Hopper and later",
-    ),
-    (
-        lambda cell: (
-            cell.training.float8
-            and (cell.peft.target is not None or cell.autocast or cell.precision.weights_dtype != "bfloat16")
-        ),
-        "training.float8 is for full fine-tuning of bfloat16 weights: peft=full precision=bf16",
-    ),
-    (
-        lambda cell: cell.training.float8 and not is_installed("torchao"),
-        "needs the package torchao, which is not installed: pip install 'left-bench[torchao]'",
-    ),
-    (
-        lambda cell: cell.training.float8 and (_sharded(cell) or cell.hardware.processes > 1 or cell.training.compile),
-        "training.float8 is written for one process without torch.compile",
+        lambda cell: cell.training.attention == "flash_attention_2" and cell.hardware.device != "cuda",
+        "FlashAttention 2 runs on CUDA alone",
     ),
     (
         lambda cell: _lora_with(cell, "init_lora_weights", "loftq") and cell.hardware.device not in ("cuda", "xpu"),

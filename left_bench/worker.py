@@ -6,7 +6,6 @@ Read `work` from top to bottom: that is the run.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import datetime
 import faulthandler
@@ -67,7 +66,6 @@ def work(
     from left_bench.device import describe_machine, open_device
     from left_bench.energy import Energy, open_counters
     from left_bench.flops import step_flops
-    from left_bench.kernels import float8_products
     from left_bench.loss import AnswerLoss
     from left_bench.measure import Meter, logical_numel, stored_bytes
     from left_bench.neighbours import Neighbours, Quiet
@@ -196,13 +194,7 @@ def work(
                 compiling = training.compile_model(model, rows, cell, objective=objective, device=device.kind)
         neighbours = Neighbours(beside=team.pids)
         try:
-            with (
-                contextlib.ExitStack() as held,
-                meter.phase("train") as counts,
-                training.embedding_noise(model, cell.training.neftune_alpha),
-            ):
-                if cell.training.float8:
-                    effective["float8_layers"] = held.enter_context(float8_products(model))
+            with meter.phase("train") as counts, training.embedding_noise(model, cell.training.neftune_alpha):
                 states = training.train(
                     model,
                     rows,
