@@ -34,6 +34,11 @@ PACKED = "left_bench packed"
 PADDING_FREE = "TRL, padding-free, liger"
 CONTENDERS = {
     PACKED: ["training.batching=packed"],
+    "left_bench packed, liger": [
+        "training.batching=packed",
+        "training.output_head=liger",
+        "training.kernels=liger",
+    ],
     "left_bench packed, compiled": ["training.batching=packed", "training.compile=true"],
     "left_bench padded": [],
     "left_bench padded, plain loss": ["training.output_head=all"],
@@ -42,7 +47,7 @@ CONTENDERS = {
     "TRL": None,
     PADDING_FREE: None,
 }
-WANTS_CUDA = ("left_bench packed, compiled", PADDING_FREE)
+WANTS_CUDA = ("left_bench packed, liger", "left_bench packed, compiled", PADDING_FREE)
 """Contenders whose kernels are Triton's; compiling for a CPU takes minutes."""
 
 
@@ -151,7 +156,8 @@ def ours(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: 
 
     pad_id = evaluate.pad_of(tokenizer)
     with models.autocast(cell, device=device.kind):
-        loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+        head = cell.training.output_head
+        loss = AnswerLoss(model, everywhere=head == "all", by_liger=head == "liger")
     with (
         tempfile.TemporaryDirectory() as folder,
         packing.laid_out(model, loss, rows, cell, pad_id=pad_id, device=device.kind) as layout,

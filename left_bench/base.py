@@ -113,6 +113,9 @@ def base_key(cell: Cell, rows: Sequence[Example]) -> str:
     parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
     parts["rows"] = [row.identity for row in rows]
     parts["generation"] = "greedy, without the checkpoint's penalties"
-    parts["kernels"] = [cell.training.attention, cell.training.output_head]
+    head = "labelled" if cell.training.output_head == "liger" else cell.training.output_head  # to evaluate, ours
+    parts["kernels"] = [cell.training.attention, head]
+    if cell.training.kernels is not None:
+        parts["kernels"].append(cell.training.kernels)
     parts["versions"] = versions_of(_DECIDING)
     return fingerprint(parts)

@@ -113,8 +113,11 @@ class Training(_Section):
     batching: Literal["padded", "grouped", "packed"] = "padded"
     """Batch layout. `grouped` sorts the rows of a step by length before they are cut into passes; `packed` puts the
     rows of a pass end to end, each attending within itself (a method that cannot falls back, recorded as effective)."""
-    output_head: Literal["labelled", "all"] = "labelled"
-    """Where logits are computed: at labelled positions, in chunks; or at all of them, as a plain loop does."""
+    output_head: Literal["labelled", "all", "liger"] = "labelled"
+    """Where logits are computed: at labelled positions, in chunks; at all of them, as a plain loop does; or at labelled
+    positions by Liger's fused loss (a head that it cannot run falls back to ours, recorded as effective)."""
+    kernels: Literal["liger"] | None = None
+    """Liger's Triton kernels for RMSNorm, rotary positions and SwiGLU; None: the model's own."""
     objective: Literal["sft", "dpo"] = "sft"
     """What the loss asks for: the right answer (supervised fine-tuning), or the right rather than a worse one (direct
     preference optimization, Rafailov et al. 2023)."""
@@ -137,8 +140,10 @@ class Training(_Section):
     """Tokens of prompt and answer together; longer rows are cut and counted."""
     activation_checkpointing: bool = False
     """Keep a layer's input alone and compute its activations again in the backward pass."""
-    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
     """The attention kernel; None: what transformers chooses."""
+    float8: bool = False
+    """Full fine-tuning with matrix products in 8-bit floating point (torchao); weights and optimizer stay bfloat16."""
     compile: bool = False
     """torch.compile with dynamic shapes; the compiling is a phase of its own, outside the throughput."""
     neftune_alpha: float | None = Field(default=None, gt=0)

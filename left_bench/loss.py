@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from left_bench import liger
 from left_bench.adapter import virtual_positions
 from left_bench.data import Batch
 from left_bench.task import probe_inputs
 
-Suffix = Callable[[torch.Tensor], torch.Tensor]
+
+class Suffix(NamedTuple):
+    """What a model does to its logits after the head."""
+
+    of: Callable[[torch.Tensor], torch.Tensor]
+    softcap: float | None = None
+    is_ligers: bool = False
+    """Whether Liger's loss can do the same."""
+
+
+_NOTHING = Suffix(lambda logits: logits, is_ligers=True)
+LIGER = "liger"
+"""`AnswerLoss.output_head` where the loss of training is Liger's."""
 
 
 def chunk_logits(kind: str) -> int:
@@ -36,15 +49,21 @@ class AnswerLoss:
 
     Attributes:
         output_head: what is in force: `labelled positions, in chunks`; `labelled positions` where the model does
-            something to its logits that is not known here, and has to do it itself; or `all positions`.
+            something to its logits that is not known here, and has to do it itself; `all positions`; or `liger`.
+        output_head_fallback: why it is not `liger` although that was asked for.
     """
 
-    def __init__(self, model: torch.nn.Module, *, everywhere: bool = False, in_chunks: bool = True) -> None:
+    output_head_fallback: str | None = None
+
+    def __init__(
+        self, model: torch.nn.Module, *, everywhere: bool = False, in_chunks: bool = True, by_liger: bool = False
+    ) -> None:
         """Look at what the model does with its output head, by a pass over two tokens.
 
         Args:
             everywhere: compute all logits, as a model does that is given labels.
             in_chunks: run the head outside the model's own pass where that can be: not where its weights are sharded.
+            by_liger: take Liger's kernel for `summed`, where the head is one that it can run.
         """
         self.model: Any = model
         self.forward: Any = model
@@ -56,6 +75,10 @@ class AnswerLoss:
         get_head = getattr(model, "get_output_embeddings", lambda: None)
         if not everywhere and get_head() is not None:
             self._probe(get_head(), in_chunks=in_chunks)
+        if by_liger:
+            self.output_head_fallback = self._why_not_liger()
+            if self.output_head_fallback is None:
+                self.output_head = LIGER
 
     @classmethod
     def assumed(cls, model: torch.nn.Module, *, kind: str) -> AnswerLoss:
@@ -67,7 +90,7 @@ class AnswerLoss:
         found = cls(model, everywhere=True)
         head = found.model.get_output_embeddings()
         if head is not None:
-            found.head, found.suffix = head, lambda logits: logits
+            found.head, found.suffix = head, _NOTHING
             found._chunk = _rows_of_logits(head.weight.shape[0], kind=kind)
             found.output_head = "labelled positions, in chunks"
         return found
@@ -111,6 +134,8 @@ class AnswerLoss:
         states = self._states(batch)
         if self.suffix is None:
             return gain * _token_losses(states, batch.targets).sum()
+        if self.output_head == LIGER:
+            return gain * liger.summed_loss(states, batch.targets, self.head, softcap=self.suffix.softcap)
         return self._weighted(states, batch.targets, torch.full_like(batch.targets, gain, dtype=torch.float32))
 
     def of_rows(self, batch: Batch, combine: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -145,7 +170,7 @@ class AnswerLoss:
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The model's logits for hidden states of shape [n, width]."""
         assert self.suffix is not None
-        return self.suffix(self.head(states))
+        return self.suffix.of(self.head(states))
 
     def _states(self, batch: Batch) -> torch.Tensor:
         """Hidden states at the labelled positions [n, width]; logits there [n, vocabulary] where there is no suffix."""
@@ -177,8 +202,17 @@ class AnswerLoss:
         self._chunk = _rows_of_logits(logits.shape[-1], kind=logits.device.type)
         raw = seen[0][1]
         if in_chunks:
-            self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one(raw), logits)), None)
+            self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one.of(raw), logits)), None)
         self.output_head = "labelled positions, in chunks" if self.suffix else "labelled positions"
+
+    def _why_not_liger(self) -> str | None:
+        if self.suffix is None:
+            return "the head is not run apart from the model, for what is done to its logits is not known"
+        if not self.suffix.is_ligers:
+            return "the model multiplies its logits by a factor, which Liger's loss does not"
+        if type(self.head) is not torch.nn.Linear:  # with an adapter, or weights stored in another way
+            return f"the head is no plain matrix but {type(self.head).__module__}.{type(self.head).__name__}"
+        return None
 
 
 def _rows_of_logits(vocabulary: int, *, kind: str) -> int:
@@ -188,13 +222,13 @@ def _rows_of_logits(vocabulary: int, *, kind: str) -> int:
 def _suffixes(config: Any) -> list[Suffix]:
     """What models do to their logits after the head: nothing, soft-capping (Gemma 2), a factor (Granite, Cohere)."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found: list[Suffix] = [lambda logits: logits]
+    found = [_NOTHING]
     if cap := getattr(config, "final_logit_softcapping", None):
-        found.append(lambda logits: torch.tanh(logits / cap) * cap)
+        found.append(Suffix(lambda logits: torch.tanh(logits / cap) * cap, softcap=cap, is_ligers=True))
     if divisor := getattr(config, "logits_scaling", None):
-        found.append(lambda logits: logits / divisor)
+        found.append(Suffix(lambda logits: logits / divisor))
     if factor := getattr(config, "logit_scale", None):
-        found.append(lambda logits: logits * factor)
+        found.append(Suffix(lambda logits: logits * factor))
     return found
 
 

@@ -98,6 +98,10 @@ def load_model(
     if quantized is not None:
         model.config.name_or_path = model.name_or_path = folder  # an adapter's file names its base model
     found = _found(model, cell)
+    if cell.training.kernels is not None:
+        from left_bench.liger import replace_layers
+
+        found["kernels"] = replace_layers(model)
     return model, found | {"weights_from": "checkpoint" if quantized is None else "quantized_cache"}
 
 

@@ -16,6 +16,21 @@ _FOR_TEXT = ("PromptTuning", "PrefixTuning", "PromptEncoder", "Cartridge", "Adap
 BOTTLENECK_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "bert"}
 _FAMILIES_WITHOUT_BIAS = {"llama", "mistral", "t5"}
 _SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
+# option -> the module it needs, and the package that brings it
+_FLASH_ATTENTION = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+# Families whose layers liger-kernel replaces (0.8.5: liger_kernel.transformers.monkey_patch).
+LIGER_FAMILIES = {
+    *("deepseek_v2", "deepseek_v3", "deepseek_v4", "exaone4", "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text"),
+    *("gemma4", "gemma4_text", "glm4", "glm4v", "glm4v_moe", "gpt_oss", "granite", "hunyuan_v1_dense"),
+    *("hunyuan_v1_moe", "internvl", "llama", "llama4", "llama4_text", "llava", "ministral", "mistral", "mixtral"),
+    *("mllama", "mllama_text_model", "muse_glimmer", "nemotron", "olmo2", "olmo3", "paligemma", "phi3", "pixtral"),
+    *("qwen2", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl", "qwen2_vl_text", "qwen3", "qwen3_5", "qwen3_5_moe"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_text"),
+    *("qwen3_vl_text", "smollm3", "smolvlm"),
+}
 _ADAPTION_PROMPT_FAMILIES = {"llama", "mistral", "gpt2"}
 
 
@@ -74,6 +89,10 @@ def _sharded(cell: Cell) -> bool:
     return cell.hardware.sharding is not None
 
 
+def _liger(cell: Cell) -> bool:
+    return "liger" in (cell.training.kernels, cell.training.output_head)
+
+
 RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     *(
         (
@@ -103,8 +122,66 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "optimizer states are paged by CUDA alone; bitsandbytes would do without, silently",
     ),
     (
-        lambda cell: cell.training.attention == "flash_attention_2" and cell.hardware.device != "cuda",
-        "FlashAttention 2 runs on CUDA alone",
+        lambda cell: cell.training.attention in _FLASH_ATTENTION and cell.hardware.device != "cuda",
+        "FlashAttention 2 and 3 run on CUDA alone",
+    ),
+    *(
+        (
+            # transformers takes the hub's own build where `kernels` is there to fetch it
+            lambda cell, name=name, module=module: (
+                cell.training.attention == name and not is_installed(module) and not is_installed("kernels")
+            ),
+            f"training.attention={name} needs the package {package}, which is not installed",
+        )
+        for name, (module, package) in _FLASH_ATTENTION.items()
+    ),
+    (
+        lambda cell: _liger(cell) and cell.hardware.device not in ("cuda", "xpu"),
+        "Liger's kernels are Triton's: they run on CUDA and XPU alone",
+    ),
+    (
+        lambda cell: _liger(cell) and not is_installed("liger_kernel"),
+        "needs the package liger-kernel, which is not installed: pip install 'left-bench[liger]'",
+    ),
+    (
+        lambda cell: cell.training.kernels == "liger" and model_type(cell) not in LIGER_FAMILIES | {None},
+        "training.kernels=liger: Liger has no kernels for models of this family (seen with liger-kernel 0.8.5)",
+    ),
+    (
+        lambda cell: cell.training.output_head == "liger" and cell.model.task == "image_classification",
+        "training.output_head=liger is a loss over a vocabulary, and pictures have classes",
+    ),
+    (
+        lambda cell: cell.training.output_head == "liger" and cell.training.objective != "sft",
+        "Liger's loss sums tokens and cannot weigh pairs; training.output_head=labelled is chunked as well",
+    ),
+    (
+        lambda cell: cell.training.output_head == "liger" and cell.precision.compute_dtype == "float16",
+        "Liger's loss rounds float16 gradients before they are scaled up; training.output_head=labelled does not",
+    ),
+    (
+        lambda cell: cell.training.output_head == "liger" and _sharded(cell),
+        "Liger's loss wants the head's whole weight, and hardware.sharding leaves each process a part",
+    ),
+    (
+        lambda cell: cell.training.float8 and cell.hardware.device != "cuda",
+        "products in 8-bit floating point are made by CUDA GPUs alone",
+    ),
+    (
+        lambda cell: cell.training.float8 and not is_installed("torchao"),
+        "needs the package torchao, which is not installed: pip install 'left-bench[torchao]'",
+    ),
+    (
+        lambda cell: cell.training.float8 and cell.peft.target is not None,
+        "training.float8=true is for full fine-tuning: an adapter's matrices are too small to gain by it",
+    ),
+    (
+        lambda cell: cell.training.float8 and cell.precision.weights_dtype != "bfloat16",
+        "training.float8=true rounds the products of bfloat16 weights; precision=bf16",
+    ),
+    (
+        lambda cell: cell.training.float8 and _sharded(cell),
+        "training.float8=true is not written for hardware.sharding; DDP (sharding=null) has it",
     ),
     (
         lambda cell: _lora_with(cell, "init_lora_weights", "loftq") and cell.hardware.device not in ("cuda", "xpu"),

@@ -59,7 +59,7 @@ def work(
     Raises:
         Exception: whatever went wrong; `found` then holds what was measured before.
     """
-    from left_bench import adapter, base, evaluate, in_force, packing, quantized_cache
+    from left_bench import adapter, base, evaluate, float8, in_force, liger, packing, quantized_cache
     from left_bench import merge as merging
     from left_bench import model as models
     from left_bench import train as training
@@ -79,6 +79,8 @@ def work(
     found["environment"] = {"machine": describe_machine(device), "versions": versions_of(VERSIONS), "effective": {}}
     set_threads(cell, team)  # after the machine is described: a seat's cores are not all it has
     models.apply_precision(cell, device=device.kind)
+    liger.check(cell, device=device.kind)
+    float8.check(cell, device=device.kind)
     effective = found["environment"]["effective"]
     effective |= {"threads": threads_in_use() * team.size, "processes": team.size, "peak_memory": device.peak_source}
     effective["concurrent_cells"] = concurrent_cells(os.environ)
@@ -160,11 +162,13 @@ def work(
         threads=threads_in_use(),
         at_once=effective["concurrent_cells"],
     )
-    peak = measured_peak() if team.first else None
+    # float8 products have another peak than those of the compute dtype, and it is not measured
+    peak = measured_peak() if team.first and not cell.training.float8 else None
     with models.autocast(cell, device=device.kind):
         in_force.check_forward(model)
         everywhere, whole = cell.training.output_head == "all", cell.hardware.sharding is None
-        loss = AnswerLoss(model, everywhere=everywhere, in_chunks=whole)
+        by_liger = cell.training.output_head == "liger"
+        loss = AnswerLoss(model, everywhere=everywhere, in_chunks=whole, by_liger=by_liger)
         flops = step_flops(model)
 
     def sum_up(peak: Quiet | None) -> None:
@@ -174,8 +178,13 @@ def work(
         if peak is not None:
             effective.update(base.told_of_peak(peak, processes=team.size, above=meter.above_peak))
 
-    with packing.laid_out(model, loss, splits.train, cell, pad_id=pad_id, device=device.kind) as layout:
-        effective |= {"output_head": loss.output_head, **layout.effective}
+    with (
+        packing.laid_out(model, loss, splits.train, cell, pad_id=pad_id, device=device.kind) as layout,
+        float8.in_float8(model, cell) as converted,
+    ):
+        effective |= {"output_head": loss.output_head, **layout.effective, **converted}
+        if loss.output_head_fallback is not None:
+            effective["output_head_fallback"] = loss.output_head_fallback
         common: dict[str, Any] = {"pad_id": pad_id, "packed": layout.packed}
         rows, compiling = splits.train, None
         if cell.training.sft_steps:

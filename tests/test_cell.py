@@ -72,6 +72,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "neftune_alpha": 4.0,
         "measure_after": 4,
         "output_head": "all",
+        "kernels": "liger",
+        "float8": True,
         "objective": "dpo",
         "beta": 0.3,
         "sft_steps": 5,

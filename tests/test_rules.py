@@ -38,6 +38,16 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["peft=llama_adapter", *NEOX], "LLaMA-Adapter", ["peft=llama_adapter"]),
     (["optimizer=paged_adamw_8bit"], "paged", ["optimizer=adamw_8bit"]),
     (["training.attention=flash_attention_2"], "FlashAttention", ["training.attention=sdpa"]),
+    (["training.attention=flash_attention_3"], "FlashAttention", ["training.attention=sdpa"]),
+    (["training.kernels=liger"], "Triton", []),
+    (["training.kernels=liger", *NEOX], "Triton", NEOX),
+    (["training.output_head=liger"], "Triton", []),
+    (["training.output_head=liger", *VIT, "data=digits"], "Triton", [*VIT, "data=digits"]),
+    (["training.output_head=liger", "training=dpo", "training.sft_steps=1", *SUM_PAIRS], "Triton", []),
+    (["training.output_head=liger", "precision=fp16_mixed"], "Triton", []),
+    (["training.float8=true", "peft=full", *BF16], "8-bit floating point", ["peft=full", *BF16]),
+    (["training.float8=true", "peft=lora", *BF16], "8-bit floating point", ["peft=lora", *BF16]),
+    (["training.float8=true", "peft=full", "precision=fp32"], "8-bit floating point", ["peft=full"]),
     (["peft=loftq"], "LoftQ", ["peft=lora"]),
     (["peft=dora", *INT8, *BF16], "DoRA", ["peft=dora", *NF4, *BF16]),
     (["peft=dora", *INT8], "DoRA", ["peft=dora"]),
@@ -117,6 +127,27 @@ SHARDED: list[tuple[list[str], str, str]] = [
     (["optimizer=adamw_8bit"], "sharded weights", "sharding strategy"),
     # hangs; and under loss scaling a rank would skip the steps that overflow in its own shard alone
     (["training.compile=true", "hardware.timeout=12"], "loss scaling and compiled", "in phase compile"),
+]
+# what CUDA could run, but not with this: the rules of the CPU come first above
+ON_CUDA: list[tuple[list[str], str, list[str]]] = [
+    (["training.kernels=liger", *NEOX], "of this family", ["training.kernels=liger"]),
+    (
+        ["training.output_head=liger", *VIT, "data=digits"],
+        "pictures have classes",
+        ["training.output_head=liger", *T5],
+    ),
+    (["training.output_head=liger", "training=dpo", *SUM_PAIRS], "weigh pairs", ["training.output_head=liger"]),
+    (["training.output_head=liger", "precision=fp16_mixed"], "float16", ["training.output_head=liger", *BF16]),
+    (["training.output_head=liger", *FSDP2], "whole weight", ["training.output_head=liger", *TWO]),
+    (["training.float8=true", "peft=lora", *BF16], "full fine-tuning", ["training.float8=true", "peft=full", *BF16]),
+    (["training.float8=true", "peft=full", "precision=bf16_mixed"], "precision=bf16", []),
+    (
+        ["training.float8=true", "peft=full", *BF16, *FSDP2],
+        "sharding=null",
+        ["training.float8=true", "peft=full", *BF16, *TWO],
+    ),
+    (["training.attention=flash_attention_2", *BF16], "flash-attn", ["training.attention=sdpa"]),
+    (["training.attention=flash_attention_3", *BF16], "flash-attn-3", ["training.attention=sdpa"]),
 ]
 # an option that a package must be installed for, by the package's module
 WANTING = {
@@ -274,9 +305,11 @@ def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     cells = [tiny_cell(*CHEAP, *refused) for refused, _, _ in PAIRS]
     cells += [tiny_cell(*CHEAP, *refused, *FSDP2) for refused, _, _ in SHARDED]
     cells += [tiny_cell(*CHEAP, f"quantization={method}") for method in CHECKPOINTS]
+    cells += [tiny_cell("hardware=cuda", *refused) for refused, _, _ in ON_CUDA]
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
     monkeypatch.setattr("left_bench.rules.is_installed", lambda module: False)
     wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]
+    wanting += cells  # what a rule says of a package that is there elsewhere
     refused_by |= {index for index, (refuses, _) in enumerate(RULES) for cell in wanting if refuses(cell)}
     untried = [reason for index, (_, reason) in enumerate(RULES) if index not in refused_by]
     assert not untried
@@ -288,6 +321,38 @@ def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
 )
 def test_rules_of_the_cpu_do_not_bind_cuda(overrides, tiny_cell):
     assert why_unsupported(tiny_cell(*overrides)) is None
+
+
+@pytest.mark.parametrize(("refused", "words", "allowed"), ON_CUDA, ids=map(names, ON_CUDA))
+def test_what_cuda_runs_it_does_not_run_with_everything(refused, words, allowed, tiny_cell, monkeypatch):
+    """What a refused cell would do there, nobody has seen; that the rule is not wider than meant is what is held."""
+    there = {"liger_kernel", "torchao"}
+    monkeypatch.setattr("left_bench.rules.is_installed", lambda module: module in there)
+    assert words in str(why_unsupported(tiny_cell("hardware=cuda", *refused)))
+    assert why_unsupported(tiny_cell("hardware=cuda", *allowed)) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "package"),
+    [
+        (["training.kernels=liger"], "left-bench[liger]"),
+        (["training.output_head=liger"], "left-bench[liger]"),
+        (["training.float8=true", "peft=full", *BF16], "left-bench[torchao]"),
+    ],
+)
+def test_a_training_option_names_its_extra(overrides, package, tiny_cell, monkeypatch):
+    cell = tiny_cell("hardware=cuda", *overrides)
+    monkeypatch.setattr("left_bench.rules.is_installed", lambda module: True)
+    assert why_unsupported(cell) is None
+    monkeypatch.setattr("left_bench.rules.is_installed", lambda module: False)
+    assert package in str(why_unsupported(cell))
+
+
+def test_flash_attention_is_taken_from_the_package_or_the_hub(tiny_cell, monkeypatch):
+    cell = tiny_cell("hardware=cuda", "training.attention=flash_attention_3", *BF16)
+    for there in ("flash_attn_interface", "kernels"):
+        monkeypatch.setattr("left_bench.rules.is_installed", lambda module, there=there: module == there)
+        assert why_unsupported(cell) is None
 
 
 def test_every_reason_is_one_line_and_every_rule_a_tuple():

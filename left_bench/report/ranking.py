@@ -77,6 +77,9 @@ _TOUCHES = {
     "attention": ("memory", *_TIME),
     "five_bit_decoder": ("memory", *_TIME),
     "output_head": ("memory", *_TIME),
+    "output_head_fallback": ("memory", *_TIME),
+    "kernels": ("memory", *_TIME),
+    "training.kernels": ("memory", *_TIME),
     "peak_memory": ("memory",),
     "energy": ("energy", "cost"),
     "power limit (W)": _TIME,
@@ -360,7 +363,7 @@ def _unfulfilled(rows: list[Row], whole: Mapping[int, Row], names: Mapping[int, 
         for key, effective in row.noted("effective").items():
             if key == "weights_dtype" and row.section("quantization").get("_target_"):
                 continue  # quantized weights are stored in their own type
-            if key == "output_head" and str(effective).startswith(str(row.section("training").get(key))):
+            if key in ("output_head", "kernels") and str(effective).startswith(str(row.section("training").get(key))):
                 continue  # what was found is told in more words
             asked = next(
                 (row.section(part)[key] for part in ("training", "precision", "hardware") if key in row.section(part)),
