@@ -287,6 +287,7 @@ def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, 
     connections: dict[str, Any] = {}
     processes = []
     facts: dict[str, Any] = {}
+    began = time.perf_counter()
 
     def left_out(name: str) -> None:
         if name == PACKED:
@@ -298,6 +299,8 @@ def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, 
             facts[name] = connections[name].recv()
         except EOFError:
             left_out(name)
+        else:
+            print(f"{time.perf_counter() - began:.0f} s: {name} is ready", flush=True)
 
     on_cpu = compose_cell(overrides).hardware.device == "cpu"
     for name in names:
@@ -326,7 +329,7 @@ def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, 
                 continue
             found[name]["seconds"].append(said["seconds"])
             found[name]["losses"].append(said["loss"])
-        print(f"step {step + 1}/{steps}", end="\r", flush=True)
+        print(f"{time.perf_counter() - began:.0f} s: step {step + 1}/{steps}", end="\r", flush=True)
     names = [name for name in names if name in found]
     for name in names:
         connections[name].send("go")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,19 @@ def test_lora_learns_what_the_base_model_cannot():
     assert len(seeds) == 3
     for lora in seeds:
         assert lora.metrics["exact_match"] > lora.metrics["base_exact_match"] + 0.4
+
+
+def test_the_page_of_a_gpu_follows_from_what_its_window_left():
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu" / "report.py"
+    spec = importlib.util.spec_from_file_location("gpu_report", script)
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    kept = json.loads((report.KEPT / "window.json").read_text(encoding="utf-8"))
+    lines = (report.KEPT / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert report.page(records, kept["steps"], kept["plans"]) == (report.KEPT.parent / "gpu.md").read_text(
+        encoding="utf-8"
+    )
+    for record in records:  # a plan is worth something where it is near
+        planned = kept["plans"][record["cell_id"]]["peak"]
+        assert abs(planned / record["metrics"]["peak_memory_bytes"] - 1) < 0.11

@@ -169,7 +169,7 @@ def test_a_file_is_read_with_the_standard_library_alone(tmp_path: Path) -> None:
 @given(
     questions=st.lists(st.integers(0, 12), min_size=1, max_size=40),
     test_rows=st.integers(1, 5),
-    seed=st.integers(0, 2**32),
+    seed=st.integers(0, 2**32 - 1),
 )
 def test_no_question_is_on_both_sides(
     tmp_path_factory: pytest.TempPathFactory, questions: list[int], test_rows: int, seed: int
@@ -490,7 +490,7 @@ def test_every_row_is_seen_equally_often(n_rows: int, rows_per_step: int, steps:
         assert sorted(order[start : start + n_rows]) == list(range(n_rows))
 
 
-@given(seed=st.integers(0, 2**32), other=st.integers(0, 2**32))
+@given(seed=st.integers(0, 2**32 - 1), other=st.integers(0, 2**32 - 1))
 def test_another_seed_is_another_order(seed: int, other: int) -> None:
     plans = [list(step_rows(100, rows_per_step=10, steps=10, seed=s)) for s in (seed, other)]
     assert (plans[0] == plans[1]) == (seed == other)

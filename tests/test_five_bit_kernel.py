@@ -148,7 +148,7 @@ def test_without_llvmlite_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     native.look_up.cache_clear()
     try:
-        config.prepare()
+        config.prepare("cpu")
         assert layer.decoded_by == "torch"
         assert torch.equal(layer.dequantize(), torch.eye(64).bfloat16())
     finally:
@@ -156,7 +156,7 @@ def test_without_llvmlite_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_preparing_compiles_all_that_a_run_decodes() -> None:
-    FiveBitConfig(scheme="int5", block_size=160, compute_dtype="bfloat16").prepare()
+    FiveBitConfig(scheme="int5", block_size=160, compute_dtype="bfloat16").prepare("cpu")
     before = native.compiled.cache_info().misses
     layer = Linear5bit(64, 64, False, scheme="int5", block_size=160, compute_dtype=torch.bfloat16)
     layer.quantize_(torch.eye(64))(torch.randn(2, 64, requires_grad=True)).sum().backward()

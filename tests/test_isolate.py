@@ -299,7 +299,8 @@ def test_a_timeout_of_a_real_run_keeps_what_was_measured(tiny_cell, tmp_path):
     record, seen = real(tiny_cell(*ENDLESS, "hardware.timeout=3"), tmp_path / "endless")
     assert record.status == "timeout"
     assert str(record.reason).startswith("ended after hardware.timeout=3 s in phase train after step")
-    assert [phase.name for phase in record.phases] == ["load", "attach"]
+    # beside other tests the peak was disturbed in the first run, and is measured once more
+    assert [phase.name for phase in record.phases if phase.name != "peak"] == ["load", "attach"]
     assert 3 <= record.metrics["wall_seconds"] < 6
     assert len([event for event in seen if event["event"] == "step"]) > 3
 

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from left_bench.cell import Cell
 from left_bench.paths import is_installed
 from left_bench.plan import predict as predicting
 from left_bench.plan.command import BESIDE_TENSORS_BYTES, verdict
-from left_bench.plan.predict import Pass, Plan, predict
+from left_bench.plan.predict import Pass, Plan, largest_pass, predict
 
 RECORDS = Path(__file__).parent.parent / "reports" / "records"
 PARTS = ("weights", "adapter", "gradients", "optimizer")
@@ -91,7 +92,7 @@ def test_a_plan_has_the_chunks_of_its_device(tiny_cell):
         wide = ["peft=lora", "training.batch_size=64", "data.train_rows=64", "model.config.vocab_size=65536"]
         return predict(tiny_cell(*wide, *hardware)).parts["activations_and_workspace"]
 
-    # 128 tokens' logits at a time on a CPU; on a GPU all of this pass at once
+    # 128 tokens' logits at a time on a CPU; on a GPU 512
     assert beyond("hardware=cuda") > beyond("hardware=cpu") + 2**24
 
 
@@ -146,3 +147,23 @@ def test_a_wrong_plan_is_one_line(arguments, words, left_bench, monkeypatch):
     answer = left_bench("plan", *arguments)
     assert answer.code == 2
     assert words in answer.err and len(answer.err.splitlines()) == 1
+
+
+def test_packed_rows_are_planned_end_to_end(tiny_cell):
+    padded = largest_pass(tiny_cell())
+    packed = largest_pass(tiny_cell("training.batching=packed"))
+    assert (packed.rows, packed.packed) == (1, True)
+    assert padded.rows > 1 and not padded.packed
+    assert packed.length <= padded.rows * padded.length
+
+
+def test_what_cuda_widens_is_planned_wider_than_on_a_cpu():
+    """Layer norms under autocast give float32 on CUDA, and bfloat16 on a CPU: torch's lists differ."""
+    from left_bench.plan.predict import _as_on
+
+    states = torch.randn(2, 8, dtype=torch.bfloat16)
+    for device, expected in {"cpu": torch.bfloat16, "cuda": torch.float32}.items():
+        with _as_on(device, autocasting=True):
+            assert torch.nn.functional.layer_norm(states, (8,)).dtype == expected
+    with _as_on("cuda", autocasting=False):
+        assert torch.nn.functional.layer_norm(states, (8,)).dtype == torch.bfloat16

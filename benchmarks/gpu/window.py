@@ -49,7 +49,8 @@ class Step(NamedTuple):
 class Window:
     """What a step is given: where things are, and where its findings go."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, tell: Callable[[dict[str, Any]], None] = print) -> None:
+        self.tell = tell
         self.device: str = arguments.device
         self.tiny = arguments.scale == "tiny"
         self.out: Path = arguments.out.resolve()
@@ -58,12 +59,11 @@ class Window:
         self.data: Path = arguments.data.resolve()
         later = {"3b": "cells_3b", "7b": "cells_7b"}
         self.shapes = [one for one in SHAPES if later.get(one) is None or later[one] in (arguments.only or STEPS)]
-        self.checks: list[dict[str, Any]] = []
         self.runs = self.work / "runs"
 
     def check(self, name: str, value: Any, ok: bool, expected: Any) -> None:
         """Note a claim and whether it holds; a claim that fails ends nothing."""
-        self.checks.append({"name": name, "value": value, "expected": expected, "ok": bool(ok)})
+        self.tell({"check": {"name": name, "value": value, "expected": expected, "ok": bool(ok)}})
         print(f"  {'ok  ' if ok else 'FAIL'} {name}: {value} (expected {expected})", flush=True)
 
     def model(self, shape: str) -> list[str]:
@@ -364,10 +364,7 @@ def cells_3b(window: Window) -> dict[str, Any]:
 def cells_7b(window: Window) -> dict[str, Any]:
     """The usual recipe at its usual size: batches of 4 rows of 512 tokens, activations recomputed."""
     rows = window.work / "long_rows.jsonl"
-    text = [json.loads(line) for line in window.data.read_text(encoding="utf-8").splitlines()]
-    answers = [" ".join(row["answer"] for row in text[start : start + 12]) for start in range(0, 12 * 60, 12)]
-    lines = [json.dumps({"question": f"Part {number}?", "answer": answer}) for number, answer in enumerate(answers)]
-    rows.write_text("\n".join(lines) + "\n")
+    write_long_rows(window.data, rows)
     fast = [
         *(f"data.path={rows}", "data.test_rows=4", "training.batch_size=4", "training.steps=8"),
         *("training.measure_after=3", "training.activation_checkpointing=true", "training.max_length=512"),
@@ -379,6 +376,14 @@ def cells_7b(window: Window) -> dict[str, Any]:
     peak = found["qlora"]["metrics"].get("peak_memory_bytes", 0) / 2**30
     window.check("7b qlora: GiB at 4 x 512", round(peak, 2), 0 < peak < 10, "under 10")
     return {name: _brief(short) for name, short in found.items()}
+
+
+def write_long_rows(data: Path, path: Path) -> None:
+    """Rows longer than 512 tokens: twelve answers to one question."""
+    text = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    answers = [" ".join(row["answer"] for row in text[start : start + 12]) for start in range(0, 12 * 60, 12)]
+    lines = [json.dumps({"question": f"Part {number}?", "answer": answer}) for number, answer in enumerate(answers)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def engine(window: Window) -> dict[str, Any]:
@@ -394,11 +399,10 @@ def engine(window: Window) -> dict[str, Any]:
     ]
     # beside each other they have little room to waste
     kept = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    said = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=window.work, env=kept)
-    print(said.stdout[-6000:] + said.stderr[-3000:])
+    said = subprocess.run(asked, check=False, cwd=window.work, env=kept)  # its progress goes to the window's own log
     window.check("engine ends well", said.returncode, said.returncode == 0, 0)
     path = window.out / "engine" / "engine.json"
-    return json.loads(path.read_text()) if path.exists() else {"error": said.stderr[-3000:]}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def command_line(window: Window) -> dict[str, Any]:
@@ -469,7 +473,7 @@ def profile(window: Window) -> dict[str, Any]:
 
     training.split_passes = counted
     try:
-        short = _cell(window, "1b", *cell)
+        short = _cell(window, "1b", *cell, keep=False)  # a profiled step takes longer
     finally:
         training.split_passes = own
     events = profiler.key_averages()
@@ -568,8 +572,8 @@ STEPS = {
 # --- cells in this process ---
 
 
-def _cell(window: Window, shape: str, *overrides: str) -> dict[str, Any]:
-    """One cell by the code that a worker runs, in this process; its record goes to the window's records."""
+def _cell(window: Window, shape: str, *overrides: str, keep: bool = True) -> dict[str, Any]:
+    """One cell by the code that a worker runs, in this process; its record goes to the window's records (`keep`)."""
     from left_bench.cell import Cell
     from left_bench.events import EventWriter
     from left_bench.failure import status_of
@@ -606,8 +610,9 @@ def _cell(window: Window, shape: str, *overrides: str) -> dict[str, Any]:
         config=cell.sections(),
         **(found | {"metrics": metrics}),
     )
-    with (window.out / "records.jsonl").open("a") as file:
-        file.write(record.model_dump_json(exclude_none=True) + "\n")
+    if keep:
+        with (window.out / "records.jsonl").open("a") as file:
+            file.write(record.model_dump_json(exclude_none=True) + "\n")
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     shutil.rmtree(run_dir, ignore_errors=True)
     _say(cell, status, reason, metrics)
@@ -659,14 +664,12 @@ def _synchronize(window: Window) -> None:
 
 def run_step(name: str, arguments: argparse.Namespace, answer: Any) -> None:
     """The process of one step."""
-    window = Window(arguments)
-    said: dict[str, Any] = {}
+    window = Window(arguments, lambda said: answer.send(json.dumps(said, default=str)))
     try:
-        said["found"] = STEPS[name].run(window)
+        window.tell({"found": STEPS[name].run(window)})
     except BaseException as error:
         traceback.print_exc()
-        said["error"] = f"{type(error).__name__}: {error}"
-    answer.send(json.dumps(said | {"checks": window.checks}, default=str))
+        window.tell({"error": f"{type(error).__name__}: {error}"})
     answer.close()
     sys.stdout.flush()
     os._exit(0)
@@ -695,12 +698,17 @@ def run_window(arguments: argparse.Namespace) -> int:
         process = context.Process(target=run_step, args=(name, arguments, theirs))
         process.start()
         theirs.close()
-        said: dict[str, Any] = {"error": f"ended after {limit:.0f} s"}
-        if mine.poll(limit):
+        said: dict[str, Any] = {"checks": []}
+        while not said.keys() & {"found", "error"}:
+            if not mine.poll(max(0, start + limit - time.perf_counter())):
+                said["error"] = f"ended after {limit:.0f} s"
+                break
             try:
-                said = json.loads(mine.recv())
+                message = json.loads(mine.recv())
             except EOFError:
-                said = {"error": "the process ended without an answer"}
+                message = {"error": "the process ended without an answer"}
+            said["checks"] += [message.pop("check")] if "check" in message else []
+            said |= message
         if process.is_alive() and "found" not in said:
             _kill_all(process)
         process.join(10)

@@ -203,5 +203,6 @@ def verdict(plan: Plan, limit: int | None, *, device: str) -> str:
 
 def _pass_in_words(plan: Plan, cell: Cell) -> str:
     one = plan.largest
-    rows = f"largest pass: {one.rows} rows of {one.length} tokens, {one.answer_tokens} of them answers"
+    shape = f"{one.length} tokens end to end" if one.packed else f"{one.rows} rows of {one.length} tokens"
+    rows = f"largest pass: {shape}, {one.answer_tokens} of them answers"
     return rows if one.measured else f"{rows} (the rows are not on this machine: training.max_length taken for each)"

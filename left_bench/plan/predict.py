@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -54,6 +55,8 @@ class Pass:
     answer_tokens: int
     measured: bool
     """Whether the training rows were looked at; else every row is taken to be as long as `training.max_length` lets."""
+    packed: bool = False
+    """Rows end to end: planned as one row of `length` tokens, whose attention is the memory of its kernel alone."""
 
 
 @dataclass
@@ -129,8 +132,10 @@ def largest_pass(cell: Cell) -> Pass:
     """
     settings, rows = cell.training, _rows_at_hand(cell)
     each = max(1, settings.batch_size // cell.hardware.processes)
+    packed = settings.batching == "packed"
     if rows is None:
-        return Pass(each, settings.max_length, each * settings.max_length, measured=False)
+        tokens = each * settings.max_length
+        return Pass(1, tokens, tokens, False, True) if packed else Pass(each, settings.max_length, tokens, False)
     found = Pass(0, 0, 0, measured=True)
     for indices in step_rows(
         len(rows),
@@ -141,9 +146,10 @@ def largest_pass(cell: Cell) -> Pass:
         examples = [rows[index] for index in indices]
         for one in split_passes(examples, batch_size=settings.batch_size, batching=settings.batching):
             mine = one[:each]
-            longest = max(example.length for example in mine)
-            if len(mine) * longest > found.rows * found.length:
-                found = Pass(len(mine), longest, sum(example.labels for example in mine), measured=True)
+            lengths = [example.length for example in mine]
+            shape = (1, sum(lengths)) if packed else (len(mine), max(lengths))
+            if shape[0] * shape[1] > found.rows * found.length:
+                found = Pass(*shape, sum(example.labels for example in mine), True, packed)
     return found
 
 
@@ -201,7 +207,7 @@ def _take_step(plan: Plan, model: Any, cell: Cell, *, workspace: int) -> None:
         storages.peak = held
         model.train()
         for _ in range(min(2, cell.training.gradient_accumulation)):  # the second pass has the first one's gradients
-            with autocast(cell, device="cpu"):
+            with autocast(cell, device="cpu"), _as_on(cell.hardware.device, autocasting=cell.autocast):
                 total = loss.summed(_batch(plan.largest))
             penalty = regularization(model)
             (total if penalty is None else total + penalty).backward()
@@ -257,7 +263,7 @@ def _batch(largest: Pass) -> Any:
     places = torch.zeros(largest.answer_tokens, dtype=torch.long)
     inputs = {
         "input_ids": torch.zeros(shape, dtype=torch.long),
-        "attention_mask": torch.ones(shape, dtype=torch.long),
+        "attention_mask": None if largest.packed else torch.ones(shape, dtype=torch.long),
         "use_cache": False,
     }
     return SimpleNamespace(
@@ -284,6 +290,33 @@ def _hollow(model: torch.nn.Module) -> None:
             for name, tensor in owned.items():
                 if tensor is not None:
                     owned[name] = fake(tensor)  # type: ignore[assignment]
+
+
+def _as_on(device: str, *, autocasting: bool) -> contextlib.AbstractContextManager[Any]:
+    """Inside, what CUDA's autocast widens to float32 is widened: fake tensors are a CPU's, whose lists are shorter."""
+    return _Widening() if autocasting and device not in ("cpu", "mps") else contextlib.nullcontext()
+
+
+# torch's list for CUDA ("ops that autocast to float32"), of which models use these
+_WIDENED = {
+    *(torch.nn.functional.layer_norm, torch.nn.functional.group_norm, torch.nn.functional.normalize),
+    *(torch.nn.functional.softmax, torch.softmax, torch.nn.functional.log_softmax, torch.log_softmax),
+    *(torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss, torch.nn.functional.softplus),
+    *(torch.pow, torch.Tensor.pow, torch.rsqrt, torch.Tensor.rsqrt, torch.exp, torch.log, torch.cumsum),
+    *(torch.sum, torch.Tensor.sum, torch.norm, torch.reciprocal),
+}
+
+
+class _Widening(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _WIDENED:
+            return func(*args, **(kwargs or {}))
+
+        def wide(value: Any) -> Any:
+            narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+            return value.float() if narrow else value
+
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
 
 
 class _Storages(TorchDispatchMode):
