@@ -106,7 +106,8 @@ def train(
         batches = [objective.batch(team.share(examples)).to(accelerator.device) for examples in passes]
         taken = [example for examples in passes for example in examples]  # by all ranks
         read = objective.sequences(taken)
-        scale = float(scaler.scale(torch.ones((), device=accelerator.device)))  # 1 where it is off
+        # asked where it is on alone: the answer waits for the device
+        scale = float(scaler.scale(torch.ones((), device=accelerator.device))) if scaler.is_enabled() else 1.0
         gain = scale * team.size / objective.count(taken)  # gradients are averaged over the ranks
 
         total = torch.zeros((), device=accelerator.device)
