@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
-from left_bench.fivebit import Linear5bit, native
+import left_bench.fivebit
+from left_bench.fivebit import Linear5bit, blocks, native
 
 SCHEMES = {"nf5": {}, "nf5_dq": {"double_quant": True}, "int5": {"scheme": "int5"}}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -31,10 +35,9 @@ for options in ({}, {"double_quant": True}, {"scheme": "int5"}):
                 layer.weight, layer.constants, scheme=scheme, block_size=block_size, dtype=dtype
             )
             out = torch.full_like(wanted, 7)
-            on_gpu.decode(
-                layer.weight.data, layer.constants, out, scheme=scheme, block_size=block_size,
-                nested_block=blocks.NESTED_BLOCK,
-            )
+            second = layer.constants.get("nested_scale", layer.constants.get("zero_point"))
+            mean = layer.constants.get("nested_mean")
+            on_gpu.decode(layer.weight.data, layer.scale, second, mean, out, scheme=scheme, block_size=block_size)
             assert torch.equal(out.view(torch.uint8), wanted.view(torch.uint8)), (options, block_size, dtype)
 print("same bits")
 """
@@ -54,9 +57,10 @@ def test_the_interpreted_kernel_gives_the_same_bits():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cuda_layer_is_quantized_and_decoded_to_the_cpus_bits(scheme, dtype):
     torch.manual_seed(0)
-    weight = torch.randn(300, 520) * torch.rand(300, 1).pow(20)
+    weight = torch.randn(1200, 1040) * torch.rand(1200, 1).pow(20)  # many scales: their mean depends on the order
     here, there = (
-        Linear5bit(520, 300, False, compute_dtype=dtype, device=device, **SCHEMES[scheme]) for device in ("cpu", "cuda")
+        Linear5bit(1040, 1200, False, compute_dtype=dtype, device=device, **SCHEMES[scheme])
+        for device in ("cpu", "cuda")
     )
     here.quantize_(weight)
     there.quantize_(weight.cuda())
@@ -93,6 +97,101 @@ def test_cuda_products_are_the_cpus():
 def test_older_cards_are_decoded_by_torch(capability, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda _name: object())
-    native._has_triton.cache_clear()
+    monkeypatch.setattr(native, "_launches", lambda *_: True)
+    native._triton_decodes.cache_clear()
     assert native.decoder(block_size=64, dtype=dtype, device=torch.device("cuda", 0)) == expected
-    native._has_triton.cache_clear()
+    native._triton_decodes.cache_clear()
+
+
+def test_where_triton_cannot_launch_torch_decodes(monkeypatch):
+    def decode(*_, **__):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nand more")
+
+    monkeypatch.setitem(sys.modules, "left_bench.fivebit.on_gpu", SimpleNamespace(decode=decode))
+    monkeypatch.setattr(left_bench.fivebit, "on_gpu", sys.modules["left_bench.fivebit.on_gpu"], raising=False)
+    with pytest.warns(
+        UserWarning, match=r"torch decodes 5-bit weights, slowly: Failed to find C compiler\. .*variable\.$"
+    ):
+        assert not native._launches(torch.device("cpu"), torch.bfloat16)
+
+
+# torch.compile
+
+
+@pytest.fixture
+def gpu_for_the_compiler(monkeypatch):
+    """The operation that a GPU decodes by, done on the CPU: a compiler sees what it would see of a GPU's."""
+
+    def decode(packed, scale, second, mean, after, *, scheme, block_size, dtype):
+        constants = {"scale": scale}
+        if mean is not None:
+            constants |= {"nested_scale": second, "nested_mean": mean}
+        elif second is not None:
+            constants["zero_point"] = second
+        return blocks._by_torch(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype)
+
+    library = torch.library.Library("left_bench", "IMPL")
+    library.impl("decode_five_bits", decode, "CPU")
+    monkeypatch.setattr(native, "by_triton", lambda **_: True)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    library._destroy()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gpus_layers_are_compiled_whole_and_keep_nothing_dense(gpu_for_the_compiler, scheme):
+    torch.manual_seed(0)
+    options = {"compute_dtype": torch.bfloat16, **SCHEMES[scheme]}
+    layers = [Linear5bit(64, 128, True, **options), torch.nn.GELU(), Linear5bit(128, 64, False, **options)]
+    for layer in layers[::2]:
+        layer.quantize_(torch.randn(layer.out_features, layer.in_features)).requires_grad_(False)
+    network = torch.nn.Sequential(*layers)
+    graphs = {"forward": [], "backward": []}
+
+    def seen(name):
+        def compiler(graph, _inputs):
+            graphs[name].append(graph.graph)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=seen("forward"), bw_compiler=seen("backward"), partition_fn=min_cut_rematerialization_partition
+    )
+    found = []
+    for call in (network, torch.compile(network, backend=backend, fullgraph=True, dynamic=True)):
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        out = call(x)
+        out.float().square().sum().backward()
+        found.append((out, x.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    for kind, (graph,) in graphs.items():  # ValueError: more than one
+        assert sum("decode_five_bits" in str(node.target) for node in graph.nodes) == 2, kind
+    (kept,) = [node.args[0] for node in graphs["forward"][0].nodes if node.op == "output"]
+    tensors = [node.meta["val"] for node in kept if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert not [each for each in tensors if each.is_floating_point() and each.numel() >= 64 * 128]
+    assert [each for each in tensors if each.dtype == torch.uint8], "the packed weights are what is kept"
+
+
+def test_a_gpus_layer_alone_is_compiled_whole(gpu_for_the_compiler):
+    layer = Linear5bit(64, 32, False).quantize_(torch.eye(64)[:32])
+    x = torch.randn(3, 64, requires_grad=True)
+    out = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)(x)
+    out.sum().backward()
+    assert torch.equal(out, x[:, :32]) and torch.equal(x.grad, torch.eye(64)[:32].sum(0).expand(3, -1))
+
+
+@cuda
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_compiled_cuda_layer_computes_the_same(scheme):
+    torch.manual_seed(0)
+    layer = Linear5bit(256, 128, False, compute_dtype=torch.bfloat16, device="cuda", **SCHEMES[scheme])
+    layer.quantize_(torch.randn(128, 256, device="cuda"))
+    found = []
+    for call in (layer, torch.compile(layer, fullgraph=True, dynamic=True)):
+        x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).to("cuda", torch.bfloat16).requires_grad_()
+        out = call(x)
+        out.float().square().sum().backward()
+        found.append((out, x.grad))
+    torch.testing.assert_close(found[0], found[1])

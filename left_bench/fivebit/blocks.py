@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
-from left_bench.fivebit import native
+from left_bench.fivebit import custom_op, native
 from left_bench.fivebit.codebook import levels, look_up
 from left_bench.fivebit.packing import PLANES, SEGMENTS, pack, unpacked
 
@@ -87,7 +88,6 @@ def quantize(
     return pack(codes.view(-1), together=TOGETHER[scheme]).view(-1), constants
 
 
-@torch.compiler.disable  # it would be traced into Arrow and LLVM, which fails
 def dequantize(
     packed: torch.Tensor,
     constants: Mapping[str, torch.Tensor],
@@ -96,23 +96,32 @@ def dequantize(
     scheme: str,
     block_size: int,
     dtype: torch.dtype,
+    after: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The dense weight that the codes stand for: worked out in float32, rounded once to `dtype`.
 
     In one pass where there is a kernel for it (`native`), else by torch's operations; the bits are the same.
-    """
-    way = native.decoder(block_size=block_size, dtype=dtype, device=packed.device)
-    if way == native.TORCH:
-        out = _by_torch(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype)
-    elif way == native.TRITON:
-        from left_bench.fivebit import on_gpu
 
-        out = torch.empty(packed.numel() * 8 // 5, dtype=dtype, device=packed.device)
-        on_gpu.decode(packed, constants, out, scheme=scheme, block_size=block_size, nested_block=NESTED_BLOCK)
+    Args:
+        after: what a compiled graph works out before (`custom_op.decode`).
+    """
+    if native.by_triton(block_size=block_size, dtype=dtype, device=packed.device):
+        out = custom_op.decode(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype, after=after)
     else:
-        out = torch.empty(packed.numel() * 8 // 5, dtype=dtype)
-        native.decode(packed, constants, out, scheme=scheme, block_size=block_size)
-    return out[: torch.Size(shape).numel()].view(shape)
+        out = _outside_graphs(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype)
+    return out[: math.prod(shape)].view(shape)
+
+
+@torch.compiler.disable  # it would be traced into Arrow and LLVM, which fails
+def _outside_graphs(
+    packed: torch.Tensor, constants: Mapping[str, torch.Tensor], *, scheme: str, block_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """All that is stored, padding included, flat."""
+    if native.decoder(block_size=block_size, dtype=dtype, device=packed.device) == native.TORCH:
+        return _by_torch(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype)
+    out = torch.empty(packed.numel() * 8 // 5, dtype=dtype)
+    native.decode(packed, constants, out, scheme=scheme, block_size=block_size)
+    return out
 
 
 def _by_torch(

@@ -71,8 +71,11 @@ class Linear5bit(nn.Linear):
             setattr(self, name, nn.Parameter(value, requires_grad=False) if name == "weight" else value)
         return self
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None, *, after: torch.Tensor | None = None) -> torch.Tensor:
         """The dense weight [out, in] that this layer computes with, by default in its compute dtype.
+
+        Args:
+            after: what a compiled graph works out before; without it, it may decode all weights of a model at once.
 
         Raises:
             RuntimeError: something was written over the packed weight.
@@ -90,6 +93,7 @@ class Linear5bit(nn.Linear):
             scheme=self.scheme,
             block_size=self.block_size,
             dtype=dtype or self.compute_dtype,
+            after=after,
         )
 
     @property
@@ -182,11 +186,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, layer: Linear5bit) -> torch.Tensor:
         ctx.layer = layer
-        return nn.functional.linear(input, layer.dequantize(input.dtype))
+        return nn.functional.linear(input, layer.dequantize(input.dtype, after=input))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return grad @ ctx.layer.dequantize(grad.dtype), None
+        return grad @ ctx.layer.dequantize(grad.dtype, after=grad), None

@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class Kernel(NamedTuple):
 
 def decoder(*, block_size: int, dtype: torch.dtype, device: torch.device) -> str:
     """Who decodes such weights: `llvm-avx512`, `llvm-avx2`, `llvm`, `triton` or `torch`."""
-    if device.type == "cuda" and dtype in _DTYPES and block_size % 2 == 0 and _has_triton(device.index or 0, dtype):
+    if by_triton(block_size=block_size, dtype=dtype, device=device):
         return TRITON
     if device.type != "cpu" or dtype not in _DTYPES or block_size % (2 * kernel.LANES) or look_up() is None:
         return TORCH
@@ -55,13 +56,43 @@ def decoder(*, block_size: int, dtype: torch.dtype, device: torch.device) -> str
     return "llvm" if way == "plain" else f"llvm-{way}"
 
 
+def by_triton(*, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `decoder` says `triton`; torch.compile can trace the asking."""
+    return device.type == "cuda" and dtype in _DTYPES and block_size % 2 == 0 and _has_triton(device, dtype)
+
+
+@torch.compiler.assume_constant_result  # not traced
+def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    return _triton_decodes(device, dtype)
+
+
 @cache
-def _has_triton(device: int, dtype: torch.dtype) -> bool:
-    """Whether Triton is installed and knows the card; before Ampere it has no bfloat16."""
+def _triton_decodes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton is installed, knows the card (before Ampere it has no bfloat16) and can launch its kernels."""
     if importlib.util.find_spec("triton") is None:
         return False
     oldest = (8, 0) if dtype == torch.bfloat16 else (7, 0)
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= oldest
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < oldest:
+        return False
+    return _launches(device, dtype)
+
+
+def _launches(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tried on the smallest weight: Triton wants a C compiler for what starts its kernels; many images have none."""
+    from left_bench.fivebit import on_gpu
+
+    packed = torch.zeros(320, dtype=torch.uint8, device=device)
+    scale = torch.zeros(8, dtype=torch.bfloat16, device=device)
+    out = torch.empty(512, dtype=dtype, device=device)
+    try:
+        on_gpu.decode(packed, scale, None, None, out, scheme="nf5", block_size=64)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton's own, its compilers', the driver's
+        what = str(error).strip().partition("\n")[0]
+        warnings.warn(f"Triton does not work here, torch decodes 5-bit weights, slowly: {what}", stacklevel=2)
+        return False
+    return True
 
 
 def prepare(*, scheme: str, double_quant: bool, block_size: int, compute_dtype: torch.dtype) -> None:

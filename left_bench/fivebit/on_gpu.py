@@ -7,12 +7,11 @@ needs Triton.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import triton
 import triton.language as tl
 
+from left_bench.fivebit.blocks import NESTED_BLOCK
 from left_bench.fivebit.codebook import levels
 from left_bench.fivebit.packing import PLANES, SEGMENTS
 
@@ -23,37 +22,43 @@ _WARPS = 4
 
 def decode(
     packed: torch.Tensor,
-    constants: Mapping[str, torch.Tensor],
+    scale: torch.Tensor,
+    second: torch.Tensor | None,
+    mean: torch.Tensor | None,
     out: torch.Tensor,
     *,
     scheme: str,
     block_size: int,
-    nested_block: int,
 ) -> None:
-    """Decode all stored weights into `out`, flat, of the dtype wanted, padding included; all on one device."""
+    """Decode all stored weights into `out`, flat, of the dtype wanted, padding included; all on one device.
+
+    Args:
+        scale: as `blocks.constant_shapes` has it, like the next two.
+        second: `nested_scale` or `zero_point`.
+        mean: `nested_mean`; None without double quantization.
+    """
     pairs = scheme != "int5"
     planes = packed.view(torch.int16) if pairs else packed
     words = planes.numel() // PLANES
-    second = constants.get("nested_scale", constants.get("zero_point"))
-    nested = "nested_scale" in constants
-    scale = constants["scale"] if nested else constants["scale"].view(torch.int16)
-    _decode[(triton.cdiv(words, _WORDS),)](
-        planes,
-        levels("nf5", packed.device),
-        scale,
-        scale if second is None else second,
-        constants["nested_mean"] if nested else scale,
-        out,
-        words,
-        words * (2 if pairs else 1) // block_size,
-        BLOCK=block_size,
-        PAIRS=pairs,
-        NESTED=nested,
-        NESTED_BLOCK=nested_block,
-        WORDS=_WORDS,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-    )
+    scale = scale.view(torch.int16) if mean is None else scale
+    with torch.cuda.device_of(out):  # Triton launches on the current device, whichever the tensors' is
+        _decode[(triton.cdiv(words, _WORDS),)](
+            planes,
+            levels("nf5", packed.device),
+            scale,
+            scale if second is None else second,
+            scale if mean is None else mean,
+            out,
+            words,
+            words * (2 if pairs else 1) // block_size,
+            BLOCK=block_size,
+            PAIRS=pairs,
+            NESTED=mean is not None,
+            NESTED_BLOCK=NESTED_BLOCK,
+            WORDS=_WORDS,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+        )
 
 
 @triton.jit
