@@ -67,7 +67,7 @@ def quantize(
     low, high = (edge.float() for edge in torch.aminmax(blocks, dim=1))
     if scheme == "int5":
         low, high = low.clamp(max=0), high.clamp(min=0)
-        constants = {"scale": ((high - low) / 31).to(torch.bfloat16)}
+        constants = {"scale": ((high - low) / _tensor(31, high)).to(torch.bfloat16)}
         stored = decoded_scale(constants)
         zero_point = torch.where(stored > 0, -low / stored, 0.0).round().clamp(0, 31)
         constants["zero_point"] = zero_point.to(torch.uint8)
@@ -151,6 +151,11 @@ def _by_torch(
     return out.view(-1)
 
 
+def _tensor(number: float, like: torch.Tensor) -> torch.Tensor:
+    """A divisor as it is: by a plain number a GPU does not divide, it multiplies by what it rounded 1 / number to."""
+    return torch.tensor(number, dtype=like.dtype, device=like.device)
+
+
 def decoded_scale(constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """One float32 scale per block."""
     scale = constants["scale"].float()
@@ -166,9 +171,9 @@ def _nested(largest: torch.Tensor) -> dict[str, torch.Tensor]:
 
     The 8-bit levels are evenly spaced, where bitsandbytes takes its dynamic map: centred, the scales have no long tail.
     """
-    mean = largest.mean().view(1)
+    mean = largest.cpu().mean().view(1).to(largest.device)  # a GPU adds up in another order
     centred = torch.nn.functional.pad(largest - mean, (0, -len(largest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    nested_scale = centred.abs().amax(dim=1) / 127
+    nested_scale = centred.abs().amax(dim=1) / _tensor(127, largest)
     ratio = torch.where(nested_scale[:, None] > 0, centred / nested_scale[:, None], 0.0)
     codes = ratio.round().clamp(-127, 127).to(torch.int8).view(-1)[: len(largest)]
     # a copy: a slice would keep the padding's storage
