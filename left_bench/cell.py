@@ -22,6 +22,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 _MOST = 10**9
 """Of anything that is counted: a slip of the finger beyond it would run, or fill the memory, for ever."""
 _MOST_PROCESSES = 4096
+_LEAST_MEMORY = 2**20
 
 
 class _Section(BaseModel):
@@ -240,7 +241,14 @@ class Hardware(_Section):
     @field_validator("memory_limit", mode="before")
     @classmethod
     def _in_bytes(cls, value: Any) -> int | None:
-        return None if value is None else parse_bytes(value, key="hardware.memory_limit")
+        if value is None:
+            return None
+        size = parse_bytes(value, key="hardware.memory_limit")
+        if size < _LEAST_MEMORY:
+            raise UserError(
+                f"hardware.memory_limit={value}: {size} bytes are too few for any model; write the unit, as in 24GiB"
+            )
+        return size
 
 
 SECTIONS: dict[str, type[_Section]] = {

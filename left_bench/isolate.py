@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -24,6 +25,8 @@ from left_bench.worker import ADAPTER_NAME, CELL_NAME, NO_OUTCOME, OUTCOME_NAME,
 LOG_NAME = "worker.log"
 _LOOK_EVERY_SECONDS = 0.25
 _TAIL_CHARACTERS = 4000
+# What starting a process fails with where the system has none to give, or its fork server has died.
+_NO_PROCESS = (None, errno.EAGAIN, errno.ENOMEM, errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOENT)
 
 
 def run_isolated(
@@ -67,9 +70,11 @@ def run_isolated(
             command=command,
             fork=cell.hardware.device == "cpu",
         )
-    except (OSError, EOFError):
+    except (OSError, EOFError) as error:
         interrupt.check()  # a terminal's Ctrl-C ends a fork server that is still importing
-        raise
+        if isinstance(error, OSError) and error.errno not in _NO_PROCESS:  # the folder's fault, or one of ours
+            raise
+        return _never_started(cell, error, started_at=started_at, kernel_kills=_kernel_kills() - killed_before)
     try:
         while process.wait(_LOOK_EVERY_SECONDS) is None:
             interrupt.check()
@@ -116,6 +121,24 @@ def run_isolated(
     metrics["overhead_seconds"] = wall - sum(phase.seconds for phase in outcome.phases)
     (run_dir / OUTCOME_NAME).unlink(missing_ok=True)
     return outcome.model_copy(update={"metrics": metrics, "provenance": provenance, "started_at": started_at})
+
+
+def _never_started(cell: Cell, error: Exception, *, started_at: str, kernel_kills: int) -> Record:
+    """The record of a cell whose process could not be had; the next cell gets a new fork server."""
+    told = " ".join(str(error).split()) or type(error).__name__
+    status: Status = "oom" if kernel_kills > 0 or getattr(error, "errno", None) == errno.ENOMEM else "crashed"
+    reason = f"the worker's process could not be started ({told})"
+    if kernel_kills > 0:
+        reason = "the kernel ended the worker's process for want of memory while it was being started"
+    return Record(
+        cell_id=cell.id,
+        status=status,
+        reason=reason,
+        started_at=started_at,
+        finished_at=utc_now(),
+        choices=cell.choices,
+        config=cell.sections(),
+    )
 
 
 def worker_environment(cell: Cell) -> dict[str, str]:

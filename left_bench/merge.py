@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from left_bench.cell import Cell
 from left_bench.data import Example, collate
@@ -34,6 +35,7 @@ def merge(
     if refusal is not None:
         return None, refusal
     attached = answer_logits(model, rows, cell, pad_id=pad_id, device=meter.device.kind)
+    _untie(model)
     tuner: Any = model.base_model
     try:
         merged: torch.nn.Module = tuner.merge_and_unload()
@@ -60,6 +62,25 @@ def why_not(model: torch.nn.Module) -> str | None:
     if not hasattr(model.base_model, "merge_and_unload"):
         return f"not merged: {type(model.base_model).__name__} has no merge"
     return None
+
+
+def _untie(model: Any) -> None:
+    """Give an adapted output head, or an adapted embedding, a weight of its own where the two share one.
+
+    Merged into the shared weight, what was learned for the one would change the other as well.
+    """
+    base = model.get_base_model()
+    ends = (base.get_output_embeddings(), base.get_input_embeddings())
+    parts: list[Any] = [part for part in ends if part is not None]
+    adapted: list[Any] = [part for part in parts if isinstance(part, BaseTunerLayer)]
+    if len(parts) < 2 or len(adapted) != 1:
+        return
+    plain: list[Any] = [part.get_base_layer() if isinstance(part, BaseTunerLayer) else part for part in parts]
+    if plain[0].weight.data_ptr() != plain[1].weight.data_ptr():
+        return
+    owner = adapted[0].get_base_layer()
+    owner.weight = torch.nn.Parameter(owner.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = False
 
 
 def answer_logits(

@@ -296,6 +296,8 @@ def test_unlike_names_of_one_slug_are_told_apart_by_the_sections():
         ({"hardware__timeout": -3}, ["hardware.timeout=-3"]),
         ({"hardware__device": "gpu"}, ["hardware.device='gpu'", "cuda"]),
         ({"hardware__memory_limit": "lots"}, ["hardware.memory_limit='lots'", "6GiB"]),
+        ({"hardware__memory_limit": 24}, ["hardware.memory_limit=24", "write the unit", "24GiB"]),
+        ({"hardware__memory_limit": "24KiB"}, ["hardware.memory_limit=24KiB", "too few for any model"]),
         ({"quantization__bits": 4}, ["quantization.bits", "nominal_bits"]),
         ({"seed": -1}, ["seed=-1"]),
         ({"seed": "one"}, ["seed='one'"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -414,3 +416,51 @@ def test_an_exit_whose_last_words_are_of_memory_is_out_of_memory(cell, tmp_path)
     )
     assert record.status == "oom"
     assert "in phase train" in record.reason and "pythonInterface.cpp" in record.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "kernel_kills", "status", "words"),
+    [
+        (EOFError("unexpected EOF"), [5, 5], "crashed", "could not be started (unexpected EOF)"),
+        (EOFError(), [5, 6], "oom", "want of memory while it was being started"),
+        (
+            BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+            [5, 5],
+            "crashed",
+            "temporarily unavailable",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), [5, 5], "oom", "Cannot allocate memory"),
+    ],
+)
+def test_a_process_that_cannot_be_started_is_a_row(error, kernel_kills, status, words, cell, tmp_path, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise error
+
+    counted = iter(kernel_kills)
+    monkeypatch.setattr(isolate.processes, "start", refuse)
+    monkeypatch.setattr(isolate, "_kernel_kills", lambda: next(counted))
+    record = run_isolated(cell, tmp_path / "run", on_event=lambda event: None)
+    assert record.status == status
+    assert words in record.reason
+    assert record.cell_id == cell.id
+
+
+@linux
+def test_after_a_fork_server_that_died_the_next_cell_gets_a_new_one(tiny_cell, tmp_path):
+    from multiprocessing import forkserver
+
+    cell = tiny_cell("training.steps=1", "eval.generate=false")
+    assert run_isolated(cell, tmp_path / "before", on_event=lambda event: None).status == "ok"
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    records = [run_isolated(cell, tmp_path / f"after-{i}", on_event=lambda event: None) for i in range(2)]
+    assert records[1].status == "ok"
+    assert records[0].status in ("ok", "crashed")  # it may have been asked before it was seen to be dead
+
+
+def test_a_folder_that_cannot_be_written_is_no_crash(cell, tmp_path, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(isolate.processes, "start", refuse)
+    with pytest.raises(PermissionError):
+        run_isolated(cell, tmp_path / "run", on_event=lambda event: None)

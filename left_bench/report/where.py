@@ -15,6 +15,8 @@ from typing import Any
 from left_bench.errors import UserError, nearest
 
 _LONGEST = 4000
+_DEEPEST = 100
+"""Conditions within each other; what Python's own parser takes differs between its versions."""
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -113,16 +115,18 @@ def parse_where(text: str) -> Where:
     return Where(text=text, tree=tree, fields=fields)
 
 
-def _check(node: ast.expr, text: str, fields: dict[str, int]) -> None:
+def _check(node: ast.expr, text: str, fields: dict[str, int], *, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise _error(text, node.col_offset, f"more than {_DEEPEST} conditions within each other; make it simpler")
     match node:
         case ast.BoolOp():
             for part in node.values:
-                _check(part, text, fields)
+                _check(part, text, fields, depth=depth + 1)
         case ast.UnaryOp(op=ast.Not()):
-            _check(node.operand, text, fields)
+            _check(node.operand, text, fields, depth=depth + 1)
         case ast.Compare():
             for part in (node.left, *node.comparators):
-                _check(part, text, fields)
+                _check(part, text, fields, depth=depth + 1)
         case ast.Name() | ast.Attribute():
             name = _dotted(node)
             if name is None:
@@ -137,7 +141,7 @@ def _check(node: ast.expr, text: str, fields: dict[str, int]) -> None:
             for part in node.elts:
                 if isinstance(part, (ast.Name, ast.Attribute)):
                     raise _error(text, part.col_offset, f"'{ast.unparse(part)}' in a list wants quotation marks")
-                _check(part, text, fields)
+                _check(part, text, fields, depth=depth + 1)
         case _:
             allowed = "comparisons, and, or, not, in, fields, numbers and quoted text"
             raise _error(text, node.col_offset, f"'{ast.unparse(node)[:40]}' is not allowed; there are {allowed}")
