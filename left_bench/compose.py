@@ -196,9 +196,11 @@ def check_cell(cell: Cell) -> None:
     """
     from left_bench.data import load_rows
     from left_bench.data.rows import check_generated
+    from left_bench.positions import check_positions
     from left_bench.pretrained import check_model
 
     check_model(cell.model)
+    check_positions(cell)
     if cell.training.sft_steps and cell.training.objective == "sft":
         raise UserError(
             f"training.sft_steps={cell.training.sft_steps} come before preference tuning; set training.objective=dpo "

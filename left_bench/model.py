@@ -274,6 +274,15 @@ def open_pretrained(cell: Cell) -> tuple[str, Any]:
     return folder, load_tokenizer(folder, cell.model)
 
 
+def config_of(cell: Cell, folder: str) -> dict[str, Any]:
+    """The model's configuration, as `config.json` has it."""
+    revision = cell.model.revision if source(cell.model) == "hub" else None
+    code = cell.model.trust_remote_code
+    found = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=code)
+    text: dict[str, Any] = found.get_text_config().to_dict()
+    return text
+
+
 def load_rows_of(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
     """The cell's rows as its model reads them (see `data.load_data` and `data.load_pictures`)."""
     start = None

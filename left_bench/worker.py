@@ -70,6 +70,7 @@ def work(
     from left_bench.measure import Meter, logical_numel, stored_bytes
     from left_bench.neighbours import Neighbours, Quiet
     from left_bench.objective import make_objective, with_reference
+    from left_bench.positions import check_generation
     from left_bench.pretrained import local_files
     from left_bench.quantization import quantization_error
     from left_bench.sharding import put_whole_weights, whole_weights
@@ -94,6 +95,9 @@ def work(
     folder, tokenizer = models.open_pretrained(cell)
     splits = models.load_rows_of(cell, tokenizer, folder=folder)
     test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
+    if splits.classes is None:
+        longest_prompt = max(len(row.prompt_ids) for row in test)
+        check_generation(cell, models.config_of(cell, folder), longest_prompt=longest_prompt)
 
     models.make_ready(cell, device=device.kind)
     meter = Meter(device, events, energy=energy)
