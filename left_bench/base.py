@@ -14,6 +14,7 @@ from left_bench.cell import Cell, fingerprint
 from left_bench.data import Example
 from left_bench.device import describe_machine, matrix_product_peak
 from left_bench.evaluate import Evaluation, evaluate_model
+from left_bench.events import progress_of
 from left_bench.measure import Meter
 from left_bench.neighbours import Quiet, measured_quietly
 from left_bench.paths import versions_of
@@ -46,7 +47,8 @@ def evaluate_base(
             pass
     # without the adapter that autocast may be on for: the file is shared by all methods
     with meter.phase("evaluate_base") as counts:
-        found = evaluate_model(model, tokenizer, rows, cell.without_adapter(), device=meter.device.kind)
+        tell = progress_of(meter.events)
+        found = evaluate_model(model, tokenizer, rows, cell.without_adapter(), device=meter.device.kind, tell=tell)
         counts.tokens = found.tokens
     write_atomically(path, found.model_dump_json())
     return found, "measured here"

@@ -236,7 +236,8 @@ class Hardware(_Section):
     timeout: float | None = Field(default=None, gt=0)
     """Seconds before a cell is ended as `timeout`."""
     phase_timeout: float | None = Field(default=None, gt=0)
-    """Seconds without a finished step or a new phase before a cell counts as hanging and is ended as `timeout`."""
+    """Seconds without a finished step, evaluated rows or a new phase before a cell counts as hanging and is ended as
+    `timeout`."""
 
     @field_validator("memory_limit", mode="before")
     @classmethod

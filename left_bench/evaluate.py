@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from left_bench.answers import SCORES_OF_A_PAIR
 from left_bench.cell import Cell
 from left_bench.data import Example, collate
 from left_bench.device import Device
+from left_bench.events import Tell
 from left_bench.loss import AnswerLoss
 from left_bench.model import NotInForce, autocast
 from left_bench.objective import with_worse_answer
@@ -46,35 +48,57 @@ class Evaluation(BaseModel):
     """Non-padding tokens of the loss passes."""
 
 
+def _untold(*_: object) -> None:
+    """Nobody waits for the rows."""
+
+
 def evaluate_model(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], cell: Cell, *, device: str
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    device: str,
+    tell: Tell = _untold,
 ) -> Evaluation:
     """Loss and greedy answers on `rows`, and the loss on general text where `eval.forgetting` asks for it."""
     model.eval()
+    losses: dict[str, Any] = {"pad_id": pad_of(tokenizer), "device": device}
     with torch.no_grad(), autocast(cell, device=device):
-        found = row_losses(model, rows, cell, pad_id=pad_of(tokenizer), device=device)
+        found = row_losses(model, rows, cell, tell=partial(tell, "loss"), **losses)
         if cell.data.pairs:
             worse = [with_worse_answer(row) for row in rows]
-            found.rejected_nll = row_losses(model, worse, cell, pad_id=pad_of(tokenizer), device=device).nll
+            found.rejected_nll = row_losses(
+                model, worse, cell, tell=partial(tell, "loss of worse answers"), **losses
+            ).nll
         if cell.model.task == "image_classification":
-            found.predictions = classify(model, rows, cell, device=device)
+            found.predictions = classify(model, rows, cell, device=device, tell=partial(tell, "classes"))
         elif cell.generates:
-            answers = greedy_answers(model, tokenizer, rows, cell, device=device)
+            answers = greedy_answers(model, tokenizer, rows, cell, device=device, tell=partial(tell, "answers"))
             check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
             found.predictions = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
         if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
             passages = general_passages(tokenizer)
-            general = row_losses(model, passages, cell, pad_id=pad_of(tokenizer), device=device)
+            general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
             found.general_loss = sum(general.nll) / sum(general.answer_tokens)
     return found
 
 
-def row_losses(model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str) -> Evaluation:
+def row_losses(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    pad_id: int,
+    device: str,
+    tell: Callable[[int, int], None] = _untold,
+) -> Evaluation:
     """Summed loss of each row, batched by length."""
     loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
     nll = [0.0] * len(rows)
     tokens = [0] * len(rows)
     seen = 0
+    done = _Counted(len(rows), tell)
     for indices in batches_by_length([row.length for row in rows], cell.eval.batch_size):
         batch = collate([rows[index] for index in indices], pad_id=pad_id).to(device)
         losses = loss.of_tokens(batch).split(batch.answer_lengths)
@@ -82,11 +106,18 @@ def row_losses(model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, p
             nll[index] = of_row.sum().item()
             tokens[index] = length
         seen += batch.tokens
+        done.add(len(indices))
     return Evaluation(nll=nll, answer_tokens=tokens, tokens=seen)
 
 
 def greedy_answers(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], cell: Cell, *, device: str
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    device: str,
+    tell: Callable[[int, int], None] = _untold,
 ) -> list[list[int]]:
     """Each row's greedy answer, its end token included; batched by prompt length with a key-value cache.
 
@@ -94,16 +125,20 @@ def greedy_answers(
     """
     decode: Any = model.generate
     answers: list[list[int]] = [[]] * len(rows)
+    done, most = _Counted(len(rows), tell), cell.eval.max_new_tokens
+    assert most is not None  # the data's own where null
     for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
         inputs, before = _prompt_inputs([rows[index] for index in indices], pad_of(tokenizer), device=device)
         outputs = decode(
             **inputs,
-            max_new_tokens=cell.eval.max_new_tokens,
+            max_new_tokens=most,
             do_sample=False,
             use_cache=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad_of(tokenizer),
+            stopping_criteria=StoppingCriteriaList([_Watched(done, rows=len(indices), most=most)]),
         )
+        done.add(len(indices))
         for index, output in zip(indices, outputs[:, before:].tolist(), strict=True):
             answers[index] = _until_end(output, tokenizer.eos_token_id)
     return answers
@@ -137,13 +172,51 @@ def check_answers(
         )
 
 
-def classify(model: torch.nn.Module, rows: Sequence[Any], cell: Cell, *, device: str) -> list[str]:
+class _Counted:
+    """Rows that are done, told as they are."""
+
+    def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
+        self._done, self._total, self._tell = 0, total, tell
+        self.add(0)
+
+    def add(self, rows: int) -> None:
+        self._done += rows
+        self.within(0)
+
+    def within(self, rows: int) -> None:
+        """As many rows' worth of the running batch."""
+        self._tell(self._done + rows, self._total)
+
+
+class _Watched(StoppingCriteria):
+    """Stops no row: sees the tokens come, for a batch can take minutes. Answers may end before the longest allowed."""
+
+    def __init__(self, done: _Counted, *, rows: int, most: int) -> None:
+        self._done, self._rows, self._most, self._tokens = done, rows, most, 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        self._tokens += 1
+        self._done.within(self._rows * self._tokens // (self._most + 1))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+
+
+def classify(
+    model: torch.nn.Module,
+    rows: Sequence[Any],
+    cell: Cell,
+    *,
+    device: str,
+    tell: Callable[[int, int], None] = _untold,
+) -> list[str]:
     """The likeliest class of each picture, by name."""
     forward: Any = model
     names, found = forward.config.id2label, []
+    done = _Counted(len(rows), tell)
     for start in range(0, len(rows), cell.eval.batch_size):
-        batch = collate(rows[start : start + cell.eval.batch_size], pad_id=0).to(device)
+        pictures = rows[start : start + cell.eval.batch_size]
+        batch = collate(pictures, pad_id=0).to(device)
         found += forward(**batch.inputs()).logits.argmax(-1).tolist()
+        done.add(len(pictures))
     return [str(names[index]) for index in found]
 
 

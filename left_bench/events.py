@@ -7,12 +7,16 @@ measured process, and a lost tracker can be replayed from disk.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 EVENTS_NAME = "events.jsonl"
+Tell = Callable[[str, int, int], None]
+"""Told what an evaluation is at, how many of the rows it has done, and how many there are."""
+_TOLD_EVERY_SECONDS = 0.5
 
 
 class EventWriter:
@@ -40,6 +44,20 @@ class Unheard(EventWriter):
 
     def close(self) -> None:
         return None
+
+
+def progress_of(events: EventWriter) -> Tell:
+    """Writes `progress` events: one where something begins, and then two a second at most."""
+    told_at, told_of = -math.inf, ""
+
+    def tell(work: str, done: int, total: int) -> None:
+        nonlocal told_at, told_of
+        now = time.monotonic()
+        if work != told_of or now - told_at >= _TOLD_EVERY_SECONDS:
+            told_at, told_of = now, work
+            events.write("progress", work=work, done=done, total=total)
+
+    return tell
 
 
 class EventReader:

@@ -59,7 +59,8 @@ def run_isolated(
         nonlocal last_sign
         for event in reader.new():
             last_sign = time.monotonic()
-            seen.append(event)
+            if event["event"] != "progress":  # a sign of life and no result
+                seen.append(event)
             on_event(event)
 
     try:

@@ -29,6 +29,7 @@ from left_bench.compose import Settings, check_cell, check_folder, compose, pass
 from left_bench.errors import UserError, user_errors
 from left_bench.grid import use_grid_sweeper
 from left_bench.loader import use_sweep_loader
+from left_bench.partial_report import begin_partial, write_partial
 from left_bench.record import RECORD_NAME, KnownParts, Record, write_atomically
 from left_bench.rehearse import is_of_ones_own, rehearse, what_is_tried
 from left_bench.rules import why_unsupported
@@ -110,11 +111,28 @@ def run_job(config: DictConfig) -> Ended:
         record = record or until_done([attempt])[0]
     except KeyboardInterrupt:
         print(f"\n{_left_off(cell, settings.runs_dir, own)}", file=sys.stderr)
+        _report_so_far(settings, own, sweep=sweep, always=True)
         raise
+    _report_so_far(settings, own, sweep=sweep)
     shared = own is None or own.scope.exists()
     if shared and own and searches(hydra):
         note_job(own.jobs, number=number, cell_id=cell.id)
     return Ended.of(record, objective=settings.objective, sent_back=not shared)
+
+
+def _report_so_far(settings: Settings, own: OwnFiles | None, *, sweep: str | None, always: bool = False) -> None:
+    """Let the report grow with the sweep; a search's has no list of cells before its end, and a cell has no report."""
+    if own is None or sweep is None or not own.report.exists():
+        return
+    write_partial(
+        own.report,
+        runs_dir=settings.runs_dir,
+        name=sweep,
+        out=settings.reports_dir,
+        per_kwh=settings.price_per_kwh,
+        per_hour=settings.price_per_hour,
+        always=always,
+    )
 
 
 def _left_off(cell: Cell, runs_dir: Path, own: OwnFiles | None) -> str:
@@ -215,6 +233,8 @@ class Launch(Callback):
             atexit.register(self._own.remove)  # an interrupted launch does not come to its end
             if searches(config.hydra):
                 quiet_optuna()
+            else:
+                begin_partial(self._own.report)
             self._manifest = manifest
 
     def __getstate__(self) -> dict[str, Any]:

@@ -72,25 +72,39 @@ class _Bars:
         self._steps = cell.training.steps
         bars.add_task("cells", total=total, completed=number - 1, facts="")
         self._task = bars.add_task(escape(cell.id), total=self._steps, facts="starting")
+        self._phase, self._counted = "", "steps"
 
     def event(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "step":
-            self._bars.update(self._task, completed=event["step"], facts=_step_facts(event))
+            self._count("steps", event["step"], self._steps, facts=_step_facts(event))
+        elif event["event"] == "progress":
+            work = f"{self._phase}: {event['work']}"
+            self._count(work, event["done"], event["total"], facts=f"rows, {escape(work)}")
         elif event["event"] == "phase":
+            self._phase = event["name"]
             self._bars.update(self._task, facts=event["name"])
+
+    def _count(self, what: str, done: int, total: int, *, facts: str) -> None:
+        if what != self._counted:  # another unit, whose speed the time that remains is to be told by
+            self._counted = what
+            self._bars.reset(self._task, total=total)
+        self._bars.update(self._task, completed=done, facts=facts)
 
 
 class _Lines:
     def __init__(self, console: Console, cell: Cell, *, number: int, total: int) -> None:
         self._console, self._steps, self._said = console, cell.training.steps, time.monotonic()
-        self._count = _count(number, total)
+        self._count, self._phase = _count(number, total), ""
         self._say(f"start {cell.id}")
 
     def event(self, event: Mapping[str, Any]) -> None:
-        if event["event"] != "step":
-            return
-        if time.monotonic() - self._said >= _LINE_EVERY_SECONDS or event["step"] == self._steps:
+        due = time.monotonic() - self._said >= _LINE_EVERY_SECONDS
+        if event["event"] == "phase":
+            self._phase = event["name"]
+        elif event["event"] == "step" and (due or event["step"] == self._steps):
             self._say(f"step {event['step']}/{self._steps} {_step_facts(event)}")
+        elif event["event"] == "progress" and due:
+            self._say(f"{self._phase} {event['work']} {event['done']}/{event['total']} rows")
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()

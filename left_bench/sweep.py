@@ -49,10 +49,12 @@ class OwnFiles(NamedTuple):
     """The manifest as this launch began; one of the same name may have written its own over it meanwhile."""
     jobs: Path
     """A search's cells."""
+    report: Path
+    """When the sweep's report was last written, and how long that took."""
 
     @classmethod
     def of(cls, folder: Path, sweep: str, launch: str) -> OwnFiles:
-        return cls(folder / f"{sweep}.{launch}.scope", folder / f"{sweep}.{launch}.jobs.jsonl")
+        return cls(*(folder / f"{sweep}.{launch}.{what}" for what in ("scope", "jobs.jsonl", "report")))
 
     def remove(self) -> None:
         for path in self:

@@ -24,7 +24,7 @@ from typing import Any
 
 from left_bench import limits, ranks
 from left_bench.cell import Cell
-from left_bench.events import EVENTS_NAME, EventWriter, Unheard
+from left_bench.events import EVENTS_NAME, EventWriter, Unheard, progress_of
 from left_bench.failure import NoRoomToCheck, disk_full, out_of_memory_reason, status_of
 from left_bench.paths import versions_of
 from left_bench.process import LAUNCHER_PID, STACK_SIGNAL
@@ -247,7 +247,8 @@ def work(
     account_for_peak(meter.memory_breakdown, meter.metrics)
 
     with meter.phase("evaluate") as counts:
-        after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind)
+        tell = progress_of(events)
+        after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind, tell=tell)
         counts.tokens = after.tokens
         speed = partial(evaluate.generation_speed, tokenizer=tokenizer, rows=test, device=device)
         if cell.generates:

@@ -162,6 +162,13 @@ def sweep_rows(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem]) -
     return rows
 
 
+def so_far(runs: Sequence[Row], sweep: Sweep) -> str:
+    """What is to be said of a sweep that has not come to its end."""
+    done, total = sum(run.record is not None for run in runs), len(sweep.cells)
+    partial = f"Partial: {done:,} of {total:,} cells so far. " if done < total else ""
+    return f"{partial}The sweep had not finished when this was written."
+
+
 def row_of(run: Run | Record) -> Row:
     record, path = (run, None) if isinstance(run, Record) else run
     return Row(cell_id=record.cell_id, status=record.status, reason=record.reason, record=record, path=path)

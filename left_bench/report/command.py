@@ -37,6 +37,8 @@ class Wanted:
     needs: Sequence[Need] = ()
     claims: bool = False
     prices: Prices = NO_PRICES
+    plots: bool = True
+    """Of the Markdown; the page draws its own."""
 
 
 @dataclass(kw_only=True)
@@ -228,7 +230,8 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
 
 
 def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> str:
-    from left_bench.report.plots import write_plots
+    if wanted.plots:  # matplotlib
+        from left_bench.report.plots import write_plots
 
     axes = find_axes(plan.rows)
     names = labels(plan.rows, axes)
@@ -240,7 +243,7 @@ def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> st
         baseline=baseline,
         sweep=plan.sweep,
         problems=plan.problems,
-        plots=write_plots(plan.rows, names, out=out, name=plan.file_name),
+        plots=write_plots(plan.rows, names, out=out, name=plan.file_name) if wanted.plots else [],
         needs=wanted.needs,
         group_by=wanted.group_by,
         claims=wanted.claims or plan.name == CLAIMS_SWEEP,

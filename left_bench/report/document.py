@@ -10,7 +10,7 @@ from typing import Any
 from left_bench import __version__
 from left_bench.cell import GROUPS
 from left_bench.record import METRICS, Sample
-from left_bench.report.cells import Row, machine_line
+from left_bench.report.cells import Row, machine_line, so_far
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, QUALITY, SPEED, present
@@ -97,7 +97,7 @@ def _what_this_is(report: Report) -> Iterator[str]:
     if report.where:
         parts.append(f"Chosen by `--where`: {code(report.where)}.")
     if report.sweep and report.sweep.finished_at is None:
-        parts.append("**The sweep had not finished when this was written.**")
+        parts.append(f"**{so_far(runs, report.sweep)}**")
     parts.append(f"Written by left_bench {__version__} from the records alone. The command that repeats it:")
     yield " ".join(parts)
     yield fence("\n".join(_commands(report)), "bash")

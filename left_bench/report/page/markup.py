@@ -10,7 +10,7 @@ from typing import Any
 from left_bench import __version__
 from left_bench.cell import GROUPS
 from left_bench.record import METRICS
-from left_bench.report.cells import Row, machine_line, machines_of
+from left_bench.report.cells import Row, machine_line, machines_of, so_far
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
 from left_bench.report.ranking import confounders
@@ -43,7 +43,7 @@ def introduction(rows: Sequence[Row], sweep: Sweep | None) -> str:
     if versions := _versions(rows):
         lines.append(f"<p><b>Versions:</b> {text(versions)}</p>")
     if sweep and sweep.finished_at is None:
-        lines.append('<p class="warning">The sweep had not finished when this was written.</p>')
+        lines.append(f'<p class="warning">{text(so_far(rows, sweep))}</p>')
     return "\n".join(lines)
 
 

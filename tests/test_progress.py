@@ -1,0 +1,164 @@
+"""What the person waiting sees while a cell runs, and what an evaluation tells of how far it is."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from left_bench import evaluate, events, progress
+from left_bench.events import EventReader, EventWriter, progress_of
+from left_bench.progress import watch
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock.now`, which stands still until it is set."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(events.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_progress_is_written_twice_a_second_and_where_something_begins(tmp_path, clock):
+    writer = EventWriter(tmp_path / "events.jsonl")
+    tell = progress_of(writer)
+    for row in range(100):
+        clock.now = 100 + row / 100
+        tell("loss", row, 100)
+    tell("answers", 0, 100)
+    told = [(one["event"], one["work"], one["done"], one["total"]) for one in EventReader(writer.path).new()]
+    assert told == [
+        ("progress", "loss", 0, 100),
+        ("progress", "loss", 50, 100),
+        ("progress", "answers", 0, 100),
+    ]
+
+
+def test_an_evaluation_tells_rows_of_each_work_in_turn(tiny_cell, load_tiny, addition_rows):
+    cell = tiny_cell("eval.batch_size=3", "eval.max_new_tokens=4", "eval.forgetting=true")
+    model, tokenizer = load_tiny(cell)
+    told: list[tuple[str, int, int]] = []
+    found = evaluate.evaluate_model(
+        model, tokenizer, addition_rows, cell, device="cpu", tell=lambda *what: told.append(what)
+    )
+    assert list(dict.fromkeys(work for work, _, _ in told)) == ["loss", "answers", "general text"]
+    assert [done for work, done, _ in told if work == "loss"] == [0, 3, 6, 8]
+    answers = [done for work, done, _ in told if work == "answers"]
+    assert answers == sorted(answers) and answers[0] == 0 and answers[-1] == len(addition_rows)
+    assert {1, 2} & set(answers), "within a batch, too: one of them can take minutes"
+    assert {total for work, _, total in told if work != "general text"} == {len(addition_rows)}
+    untold = evaluate.evaluate_model(model, tokenizer, addition_rows, cell, device="cpu")
+    assert found == untold
+
+
+def test_classes_are_told_too(tiny_cell, load_tiny, monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    told: list[tuple[int, int]] = []
+    batch = SimpleNamespace(inputs=dict, to=lambda device: batch)
+    monkeypatch.setattr(evaluate, "collate", lambda rows, pad_id: batch)
+
+    class Model:
+        config = SimpleNamespace(id2label={0: "a", 1: "b"})
+
+        def __call__(self, **_):
+            return SimpleNamespace(logits=torch.tensor([[0.0, 1.0]]))
+
+    cell = tiny_cell("eval.batch_size=1")
+    found = evaluate.classify(Model(), [1, 2], cell, device="cpu", tell=lambda *what: told.append(what))
+    assert found == ["b", "b"]
+    assert told == [(0, 2), (1, 2), (2, 2)]
+
+
+def told_in(path) -> list[tuple[str, str]]:
+    """Phase and work of each progress event, each once."""
+    phase, told = "", []
+    for event in map(json.loads, path.read_text().splitlines()):
+        phase = event["name"] if event["event"] == "phase" else phase
+        if event["event"] == "progress":
+            told.append((phase, event["work"]))
+    return list(dict.fromkeys(told))
+
+
+def test_a_cell_tells_how_far_its_evaluation_is_and_no_timed_generation(tiny_cell, work_in_process):
+    found = work_in_process(tiny_cell())
+    assert "generate_tokens_per_second" in found["metrics"]
+    assert told_in(found["run_dir"] / "events.jsonl") == [("evaluate", "loss"), ("evaluate", "answers")]
+
+
+def test_the_base_models_evaluation_is_told_too(tiny_cell, load_tiny, addition_rows, tmp_path):
+    from left_bench.base import evaluate_base
+    from left_bench.device import CpuDevice
+    from left_bench.measure import Meter
+
+    cell = tiny_cell()
+    model, tokenizer = load_tiny(cell)
+    meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
+    evaluate_base(model, tokenizer, addition_rows, cell, meter=meter, runs_dir=tmp_path)
+    assert told_in(tmp_path / "events.jsonl") == [("evaluate_base", "loss"), ("evaluate_base", "answers")]
+
+
+def test_an_evaluation_that_goes_on_is_no_hang(tiny_cell, tmp_path):
+    import sys
+
+    from left_bench.isolate import run_isolated
+
+    worker = """
+import json, sys, time
+with open(sys.argv[1] + "/events.jsonl", "w", buffering=1) as file:
+    file.write(json.dumps({"event": "phase", "name": "evaluate_base"}) + "\\n")
+    for done in range(3):
+        time.sleep(0.5)
+        file.write(json.dumps({"event": "progress", "work": "loss", "done": done, "total": 9}) + "\\n")
+    time.sleep(9)
+"""
+    seen = []
+    cell = tiny_cell("hardware.phase_timeout=1")
+    command = [sys.executable, "-I", "-S", "-c", worker]
+    record = run_isolated(cell, tmp_path / "run", on_event=seen.append, command=command)
+    assert record.reason == "no progress for hardware.phase_timeout=1 s in phase evaluate_base"
+    assert [event["event"] for event in seen] == ["phase", *["progress"] * 3]
+    assert record.metrics["wall_seconds"] > 2
+
+
+EVALUATION = [
+    {"event": "phase", "name": "evaluate_base"},
+    {"event": "progress", "work": "loss", "done": 0, "total": 128},
+    {"event": "progress", "work": "answers", "done": 70, "total": 128},
+]
+STEP = {"event": "step", "step": 1, "loss": 2.0, "tokens_per_second": 5.0}
+
+
+def test_plain_lines_tell_of_an_evaluation_every_ten_seconds(tiny_cell, clock):
+    out = io.StringIO()
+    with watch(tiny_cell("training.steps=1"), number=2, total=3, console=Console(file=out)) as view:
+        for event in EVALUATION[:2]:
+            view.event(event)
+        clock.now += progress._LINE_EVERY_SECONDS
+        view.event(EVALUATION[2])
+        view.event(EVALUATION[2] | {"done": 80})
+        view.event(STEP)
+    told = out.getvalue().splitlines()[1:]
+    assert told == ["[2/3] evaluate_base answers 70/128 rows", "[2/3] step 1/1 loss 2.000  5 tokens/s"]
+
+
+def test_bars_count_rows_and_then_steps(tiny_cell):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200)
+    with watch(tiny_cell("training.steps=4"), number=1, total=1, console=console) as view:
+        bars, task = view._bars, view._task
+        for event in EVALUATION:
+            view.event(event)
+        shown = bars.tasks[task]
+        assert (shown.completed, shown.total) == (70, 128)
+        assert "rows, evaluate_base: answers" in shown.fields["facts"]
+        view.event(STEP)
+        assert (shown.completed, shown.total) == (1, 4)
+        assert "loss 2.000" in shown.fields["facts"]
