@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from functools import cache, lru_cache
 from typing import Any
 
@@ -17,6 +19,25 @@ def token_f1(prediction: str, reference: str) -> float:
     predicted, expected = prediction.lower().split(), reference.lower().split()
     shared = sum(min(predicted.count(word), expected.count(word)) for word in set(predicted))
     return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number an answer comes to: what follows the last `####` (GSM8K's mark), else the last number in the text."""
+    marked = text.rpartition("####")[2]
+    for part in (marked, text):
+        found = _NUMBER.findall(part)
+        if found:
+            return Decimal(found[0 if part is marked and marked != text else -1].replace(",", ""))
+    return None
+
+
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+
+
+def number_match(prediction: str, reference: str) -> float:
+    """1 where the answer comes to the reference's number, compared as numbers: `1,000` is `1000.0`."""
+    expected = final_number(reference)
+    return float(expected is not None and final_number(prediction) == expected)
 
 
 @lru_cache(maxsize=2**16)  # a report holds the same answers against those of every other cell
@@ -37,6 +58,7 @@ SCORES_OF_A_ROW: dict[str, Callable[[str, str], float]] = {
     "accuracy": exact_match,
     "rouge_l": rouge_l,
     "f1": token_f1,
+    "number_match": number_match,
 }
 """Metric -> score of (prediction, reference), the metric being the mean over rows. BLEU counts over a whole corpus."""
 

@@ -72,9 +72,18 @@ def shared_peak(
     known = _known_peak(path)
     if known is not None and known.disturbed_by is None and not doubted:
         return known
+    measured = 0
+
+    def measure() -> float:
+        nonlocal measured
+        tell("matrix products, measured", measured, _ATTEMPTS)  # a sign of life: each takes a second or two
+        measured += 1
+        return matrix_product_peak(meter.device.kind, dtype)
+
     with meter.phase("peak"):
+        tell = progress_of(meter.events)
         found = measured_quietly(
-            lambda: matrix_product_peak(meter.device.kind, dtype),
+            measure,
             cores=threads if meter.device.kind == "cpu" else 0,
             attempts=_ATTEMPTS if known is None or doubted else 1,
         )
@@ -114,7 +123,8 @@ def base_key(cell: Cell, rows: Sequence[Example]) -> str:
     identity = cell.identity
     parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
     parts["rows"] = [row.identity for row in rows]
-    parts["generation"] = "greedy, without the checkpoint's penalties"
+    parts["generation"] = "greedy, without the checkpoint's penalties, ended by any of its end tokens"
+    parts["general_text"] = "after the tokenizer's start token, within the model's positions"
     head = "labelled" if cell.training.output_head == "liger" else cell.training.output_head  # to evaluate, ours
     parts["kernels"] = [cell.training.attention, head]
     if cell.training.kernels is not None:

@@ -204,7 +204,7 @@ class Data(_Section):
 class Eval(_Section):
     name: str
     metrics: AnswerMetrics | None = None
-    """Names of METRICS scored on generated answers: exact_match, rouge_l, bleu, f1. None: the data's own."""
+    """Names of METRICS scored on generated answers (exact_match, rouge_l, bleu, f1, number_match); None: the data's."""
     generate: bool = True
     """False: held-out loss alone, nothing is generated."""
     rows: int | None = Field(default=None, ge=1, le=_MOST)

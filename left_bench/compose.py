@@ -94,7 +94,7 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
             f"{architecture[0]}: pretrained weights have their own architecture; give model.weights=random with it"
         )
     cell = cell.model_copy(update={"model": model_with_content(cell.model)})
-    if cell.data.path is not None:
+    if cell.data.path is not None or cell.data.source == "hub":
         cell = cell.model_copy(update={"data": with_content(cell.data)})
     check_arguments(cell)
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())

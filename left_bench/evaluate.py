@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from left_bench.answers import SCORES_OF_A_PAIR
 from left_bench.cell import Cell
-from left_bench.data import Example, collate
+from left_bench.data import Example, collate, start_ids, turn_end
 from left_bench.device import Device
 from left_bench.events import Tell
 from left_bench.loss import AnswerLoss
 from left_bench.model import NotInForce, autocast
 from left_bench.objective import with_worse_answer
+from left_bench.positions import virtual_tokens
 from left_bench.record import Sample, Score
 from left_bench.scores import score_text
 
@@ -76,9 +77,11 @@ def evaluate_model(
         elif cell.generates:
             answers = greedy_answers(model, tokenizer, rows, cell, device=device, tell=partial(tell, "answers"))
             check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
-            found.predictions = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+            ends = end_tokens(model, tokenizer)
+            said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
+            found.predictions = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
         if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
-            passages = general_passages(tokenizer)
+            passages = general_passages(tokenizer, room=_room(model, cell))
             general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
             found.general_loss = sum(general.nll) / sum(general.answer_tokens)
     return found
@@ -125,7 +128,7 @@ def greedy_answers(
     """
     decode: Any = model.generate
     answers: list[list[int]] = [[]] * len(rows)
-    done, most = _Counted(len(rows), tell), cell.eval.max_new_tokens
+    done, most, ends = _Counted(len(rows), tell), cell.eval.max_new_tokens, end_tokens(model, tokenizer)
     assert most is not None  # the data's own where null
     for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
         inputs, before = _prompt_inputs([rows[index] for index in indices], pad_of(tokenizer), device=device)
@@ -134,14 +137,23 @@ def greedy_answers(
             max_new_tokens=most,
             do_sample=False,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
             pad_token_id=pad_of(tokenizer),
             stopping_criteria=StoppingCriteriaList([_Watched(done, rows=len(indices), most=most)]),
         )
         done.add(len(indices))
         for index, output in zip(indices, outputs[:, before:].tolist(), strict=True):
-            answers[index] = _until_end(output, tokenizer.eos_token_id)
+            answers[index] = _until_end(output, ends)
     return answers
+
+
+def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All that ends an answer: the tokenizer's end token, the checkpoint's, and what ends a turn of the template."""
+    config: Any = getattr(model, "generation_config", None)
+    of_checkpoint = getattr(config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer)[-1]}
+    ends |= set(of_checkpoint) if isinstance(of_checkpoint, list) else {of_checkpoint}
+    return {end for end in ends if isinstance(end, int)}
 
 
 def check_answers(
@@ -343,10 +355,22 @@ def general_texts() -> list[str]:
     return [" ".join(passage.split()) for passage in text.split("\n\n") if passage.strip()]
 
 
-def general_passages(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The passages as rows whose every token but the first carries loss."""
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in general_texts()]
+def general_passages(tokenizer: PreTrainedTokenizerBase, *, room: int | None = None) -> list[Example]:
+    """The passages as rows whose every token but the first carries loss, cut to `room` tokens.
+
+    The first is the start token where the tokenizer would put one: models that were trained with it lean on it.
+    """
+    start = start_ids(tokenizer)
+    encoded = [(start + tokenizer(text, add_special_tokens=False)["input_ids"])[:room] for text in general_texts()]
     return [Example(prompt_ids=ids[:1], answer_ids=ids[1:], prompt="", reference="") for ids in encoded]
+
+
+def _room(model: torch.nn.Module, cell: Cell) -> int | None:
+    """Tokens of a text that the model has positions for; None where its configuration names no end."""
+    config: Any = model.config
+    of_text = config.get_text_config()
+    found = getattr(of_text, "max_position_embeddings", None) or getattr(of_text, "n_positions", None)
+    return found - virtual_tokens(cell) if isinstance(found, int) and found > virtual_tokens(cell) + 1 else None
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -378,8 +402,7 @@ def _prompt_inputs(rows: Sequence[Example], pad_id: int, *, device: str) -> tupl
     return inputs, longest if of_decoder else 1
 
 
-def _until_end(output: list[int], end: Any) -> list[int]:
-    ends = set(end) if isinstance(end, list) else {end}
+def _until_end(output: list[int], ends: set[int]) -> list[int]:
     for position, token in enumerate(output):
         if token in ends:
             return output[: position + 1]

@@ -15,7 +15,7 @@ from typing import Any
 
 EVENTS_NAME = "events.jsonl"
 Tell = Callable[[str, int, int], None]
-"""Told what an evaluation is at, how many of the rows it has done, and how many there are."""
+"""Told what a phase is at, how much of it is done, and how much there is: an evaluation's rows, a peak's attempts."""
 _TOLD_EVERY_SECONDS = 0.5
 
 

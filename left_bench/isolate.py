@@ -100,16 +100,7 @@ def run_isolated(
     if outcome is None:
         kernel_kills = _kernel_kills() - killed_before
         status, reason = _why_no_outcome(code, too_long, cell, kernel_kills, seen, run_dir, log_tail=tail)
-        outcome = Record(
-            cell_id=cell.id,
-            status=status,
-            reason=reason,
-            started_at=started_at,
-            finished_at=utc_now(),
-            choices=cell.choices,
-            config=cell.sections(),
-            phases=_finished_phases(seen),
-        )
+        outcome = _without_outcome(cell, status, reason, started_at=started_at, phases=_finished_phases(seen))
     provenance = dict(outcome.provenance)
     if outcome.status != "ok":
         provenance["log_tail"] = tail
@@ -131,6 +122,10 @@ def _never_started(cell: Cell, error: Exception, *, started_at: str, kernel_kill
     reason = f"the worker's process could not be started ({told})"
     if kernel_kills > 0:
         reason = "the kernel ended the worker's process for want of memory while it was being started"
+    return _without_outcome(cell, status, reason, started_at=started_at, phases=[])
+
+
+def _without_outcome(cell: Cell, status: Status, reason: str, *, started_at: str, phases: list[Phase]) -> Record:
     return Record(
         cell_id=cell.id,
         status=status,
@@ -139,6 +134,7 @@ def _never_started(cell: Cell, error: Exception, *, started_at: str, kernel_kill
         finished_at=utc_now(),
         choices=cell.choices,
         config=cell.sections(),
+        phases=phases,
     )
 
 

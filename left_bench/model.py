@@ -26,7 +26,7 @@ from left_bench.pretrained import (
     source,
     unloadable,
 )
-from left_bench.task import TASKS
+from left_bench.task import TASKS, classifier_of
 
 # what quantizations call the modules they leave alone
 _LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert")
@@ -77,8 +77,13 @@ def load_model(
         torch.manual_seed(cell.seed)
     try:
         auto_class = getattr(transformers, TASKS[cell.model.task].auto_class)
-        model: PreTrainedModel = auto_class.from_pretrained(
-            quantized or folder, trust_remote_code=cell.model.trust_remote_code, use_safetensors=True, **arguments
+        model: PreTrainedModel
+        model, loading = auto_class.from_pretrained(
+            quantized or folder,
+            trust_remote_code=cell.model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
         )
     except OSError as error:
         raise unloadable(cell.model, error) from error
@@ -89,6 +94,7 @@ def load_model(
             f"model.task={cell.model.task}: {cell.model.name_or_path} is no such model; "
             f"set model.task to one of {', '.join(sorted(TASKS.keys() - {cell.model.task}))}"
         ) from error
+    unexpected = _all_loaded(model, loading, cell, new_output=classes is not None)
     if model.can_generate():
         model.generation_config = _greedy(model.generation_config)
     _feed_head_contiguous(model)
@@ -97,12 +103,57 @@ def load_model(
         _let_go_of_checkpoint(model, all_of_it=quantized is not None)
     if quantized is not None:
         model.config.name_or_path = model.name_or_path = folder  # an adapter's file names its base model
-    found = _found(model, cell)
+    found = _found(model, cell) | ({"unexpected_weights": unexpected} if unexpected else {})
     if cell.training.kernels is not None:
         from left_bench.liger import replace_layers
 
         found["kernels"] = replace_layers(model)
     return model, found | {"weights_from": "checkpoint" if quantized is None else "quantized_cache"}
+
+
+def _all_loaded(model: PreTrainedModel, loading: dict[str, Any], cell: Cell, *, new_output: bool) -> int:
+    """Refuse a model whose weights are partly those that its class began with; how many of the file's were not used.
+
+    Raises:
+        NotInForce: naming the tensors that the checkpoint lacks.
+    """
+    unexpected = sorted(loading["unexpected_keys"])
+    lacking = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    if new_output:
+        output = classifier_of(model)
+        lacking = {name for name in lacking if output is None or not name.startswith(f"{output}.")}
+    if not lacking:
+        return len(unexpected)
+    first = ", ".join(sorted(lacking)[:3])
+    hint = f"; the file has {unexpected[0]} and others that the model does not know" if unexpected else ""
+    raise NotInForce(
+        f"model.name_or_path={cell.model.name_or_path}: {len(lacking)} tensors of the model are not in its checkpoint "
+        f"and would be random ({first}{', …' if len(lacking) > 3 else ''}){hint}; give a folder whose weights are whole"
+    )
+
+
+def check_causal(model: PreTrainedModel, cell: Cell, *, device: str) -> None:
+    """Refuse a causal language model whose earlier logits change with a later token: its loss would see the answer.
+
+    BERT's classes load as such, and attend to both sides unless their configuration says `is_decoder`.
+
+    Raises:
+        NotInForce: the model reads what comes later.
+    """
+    if cell.model.task != "causal_lm":
+        return
+    last = min(7, model.config.get_text_config().vocab_size - 1)
+    ids = torch.tensor([[1, 2], [1, last]], device=device)
+    with torch.no_grad(), autocast(cell, device=device):
+        one, other = (model(input_ids=row[None], use_cache=False).logits[0, 0].float() for row in ids)
+    moved = (one - other).abs().max() / one.std()
+    # outliers that 8-bit products look for in a whole matrix move a little; else the same sums are done
+    if moved.item() > (0.1 if quantized_weights(model) else 1e-3):
+        raise NotInForce(
+            f"model.name_or_path={cell.model.name_or_path}: {type(model).__name__} is no causal language model as "
+            "configured (a later token changes earlier predictions); give a decoder, or set is_decoder in its "
+            "config.json if it was trained as one"
+        )
 
 
 def _greedy(config: GenerationConfig) -> GenerationConfig:

@@ -79,7 +79,7 @@ class _Bars:
             self._count("steps", event["step"], self._steps, facts=_step_facts(event))
         elif event["event"] == "progress":
             work = f"{self._phase}: {event['work']}"
-            self._count(work, event["done"], event["total"], facts=f"rows, {escape(work)}")
+            self._count(work, event["done"], event["total"], facts=escape(work))
         elif event["event"] == "phase":
             self._phase = event["name"]
             self._bars.update(self._task, facts=event["name"])
@@ -104,7 +104,7 @@ class _Lines:
         elif event["event"] == "step" and (due or event["step"] == self._steps):
             self._say(f"step {event['step']}/{self._steps} {_step_facts(event)}")
         elif event["event"] == "progress" and due:
-            self._say(f"{self._phase} {event['work']} {event['done']}/{event['total']} rows")
+            self._say(f"{self._phase} {event['work']} {event['done']}/{event['total']}")
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()

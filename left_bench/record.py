@@ -35,6 +35,9 @@ METRICS: dict[str, Metric] = {
     "bleu": Metric("fraction", "higher", "quality", "corpus BLEU-4 of greedy answers"),
     "accuracy": Metric("fraction", "higher", "quality", "share of rows with the right class"),
     "f1": Metric("fraction", "higher", "quality", "token-overlap F1 of greedy answers, mean over rows"),
+    "number_match": Metric(
+        "fraction", "higher", "quality", "greedy answers that come to the reference's number, as GSM8K is scored"
+    ),
     "preference_accuracy": Metric(
         "fraction", "higher", "quality", "share of held-out pairs whose right answer is the likelier one"
     ),
@@ -124,7 +127,7 @@ METRICS: dict[str, Metric] = {
 }
 
 
-ANSWER_METRICS = ("exact_match", "accuracy", "rouge_l", "bleu", "f1")
+ANSWER_METRICS = ("exact_match", "accuracy", "rouge_l", "bleu", "f1", "number_match")
 """Those of METRICS that are scored on answers, generated or chosen among classes (`left_bench.scores`)."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from left_bench.answers import exact_match, rouge_l, token_f1
+from left_bench.answers import exact_match, number_match, rouge_l, token_f1
 from left_bench.errors import UserError, nearest
 
 
@@ -77,12 +77,20 @@ class TokenF1(_TextMetric):
     of_row = staticmethod(token_f1)
 
 
+class NumberMatch(_TextMetric):
+    """Share of answers with the right number, as GSM8K is scored (Cobbe et al. 2021)."""
+
+    description = "share of answers whose number (after '####', else the last) equals the reference's"
+    of_row = staticmethod(number_match)
+
+
 TEXT_METRICS: dict[str, type[_TextMetric]] = {
     "exact_match": ExactMatch,
     "accuracy": Accuracy,
     "rouge_l": RougeL,
     "bleu": Bleu,
     "f1": TokenF1,
+    "number_match": NumberMatch,
 }
 
 

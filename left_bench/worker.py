@@ -126,6 +126,7 @@ def work(
     )
     if splits.classes is None:
         models.check_tokenizer(tokenizer, base_model)
+        models.check_causal(base_model, cell, device=device.kind)
     effective |= loaded
     meter.metrics |= models.base_metrics(base_model)
     meter.memory_breakdown["weights"] = int(meter.metrics["weights_bytes"])

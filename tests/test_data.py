@@ -213,7 +213,7 @@ def test_columns_template_numbers_and_blank_answers(tmp_path: Path) -> None:
     train, test = load_rows(data)
     assert {(row.prompt, row.answer) for row in train + test} == {
         ("What?", "4"),
-        ("Who {x}?\nA\u2028text", "Ann"),
+        ("Who {x}?\nA\u2028text", " Ann"),
         ("Why?", "true"),
     }
 
@@ -366,12 +366,12 @@ def test_a_template_that_renders_nothing_is_refused(tmp_path: Path) -> None:
     max_length=st.integers(8, 64),
 )
 def test_fit_keeps_the_answers_start_and_the_prompts_end(prompt: list[int], answer: list[int], max_length: int) -> None:
-    cut_prompt, cut_answer = fit(prompt, answer, max_length=max_length, bos_id=0)
+    head = min(prompt[0], 3) if len(prompt) > 3 else 0  # what a template writes before the user's text
+    cut_prompt, cut_answer = fit(prompt, answer, max_length=max_length, text=(head, len(prompt)))
     assert len(cut_prompt) + len(cut_answer) == min(max_length, len(prompt) + len(answer))
     assert cut_prompt and cut_answer and cut_answer == answer[: len(cut_answer)]
-    tail = cut_prompt[1:] if prompt[0] == 0 else cut_prompt
-    assert tail == prompt[len(prompt) - len(tail) :]
-    assert cut_prompt[0] == 0 or prompt[0] != 0
+    tail = cut_prompt[head:]
+    assert cut_prompt[:head] == prompt[:head] and tail == prompt[len(prompt) - len(tail) :]
     assert len(cut_answer) >= min(len(answer), max_length // 2)
     assert len(cut_prompt) >= min(len(prompt), max_length // 2)
 
@@ -546,3 +546,49 @@ def test_a_batch_moves_whole() -> None:
     batch = collate([Example([1, 2], [3], "p", "r")], pad_id=0).to("meta")
     assert {t.device.type for t in (batch.input_ids, batch.attention_mask, batch.labels)} == {"meta"}
     assert (batch.tokens, batch.answer_tokens) == (3, 1)
+
+
+# --- what ends a turn ---
+
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '<|end|>\n' if m.role == 'assistant' else '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def marked_tokenizer() -> Any:
+    tokenizer = byte_tokenizer(chat_template=MARKED)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    return tokenizer
+
+
+def test_an_answer_ends_as_the_template_ends_an_assistants_turn(tmp_path: Path) -> None:
+    tokenizer = marked_tokenizer()
+    splits = load_data(section(path=jsonl(tmp_path / "r.jsonl", numbered(3))), tokenizer, max_length=64)
+    assert tokenizer.convert_ids_to_tokens(splits.train[0].answer_ids[-1:]) == ["<|end|>"]
+    assert tokenizer.eos_token_id not in splits.train[0].answer_ids
+
+
+def test_a_long_prompt_is_cut_inside_the_users_text_and_the_template_stays_whole(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} " + "x" * 100 + "?", "answer": "yes"} for i in range(6)]
+    data = section(path=jsonl(tmp_path / "r.jsonl", rows), instruction="Be brief.")
+    splits = load_data(data, marked_tokenizer(), max_length=48)
+    text = marked_tokenizer().decode(splits.train[0].prompt_ids)
+    assert splits.train[0].length == 48
+    assert text.startswith("<|system|>Be brief.\n<|user|>x") and text.endswith("x?\n<|assistant|>")
+
+
+def test_code_keeps_its_first_lines_indent(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}", "answer": "\n    return x\n"} for i in range(6)]
+    splits = load_data(section(path=jsonl(tmp_path / "r.jsonl", rows)), byte_tokenizer(), max_length=64)
+    assert splits.train[0].reference == "    return x"
+
+
+def test_a_local_file_behind_a_hub_builder_is_known_by_its_content(tmp_path: Path) -> None:
+    from left_bench.data.rows import with_content
+
+    (tmp_path / "r.csv").write_text("prompt,answer\na,b\n", encoding="utf-8")
+    data = section(source="hub", hub_id="csv", config={"data_files": str(tmp_path / "*.csv")})
+    before = with_content(data).content
+    (tmp_path / "r.csv").write_text("prompt,answer\na,c!\n", encoding="utf-8")
+    assert None is not before != with_content(data).content

@@ -36,6 +36,14 @@ def strike(monkeypatch, tiny_cell, tmp_path):
     return strike
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warm_fork_server(tmp_path_factory):
+    """The fork server has imported what a worker needs: else the first cell's limits would run out meanwhile."""
+    process.start(
+        tmp_path_factory.mktemp("warm"), log=Path(os.devnull), environment=dict(os.environ), command=None, fork=True
+    ).end()
+
+
 def family() -> list[psutil.Process]:
     """Workers of this process that are alive: forks of the server."""
     children = psutil.Process().children(recursive=True)
@@ -88,25 +96,22 @@ def test_the_kernels_kill_names_the_limit(strike, monkeypatch):
     assert "for want of memory in phase train after step 1 (hardware.memory_limit=3072MiB)" in record.reason
 
 
-# before the first step the peak is measured, more than once where the machine is busy
-@pytest.mark.parametrize(
-    ("fault", "where", "patience"), [("hang@load", "in phase load", 3), ("hang@step1", "after step 1", 10)]
-)
-def test_a_hang_is_ended_and_shows_where(fault, where, patience, strike):
+@pytest.mark.parametrize(("fault", "where"), [("hang@load", "in phase load"), ("hang@step1", "after step 1")])
+def test_a_hang_is_ended_and_shows_where(fault, where, strike):
     start = time.monotonic()
-    record, _ = strike(fault, f"hardware.phase_timeout={patience}")
+    record, _ = strike(fault, "hardware.phase_timeout=3")
     assert time.monotonic() - start < 30
     assert record.status == "timeout"
-    assert record.reason.startswith(f"no progress for hardware.phase_timeout={patience} s in phase ")
+    assert record.reason.startswith("no progress for hardware.phase_timeout=3 s in phase ")
     assert record.reason.endswith(where)
     assert "hang_for_ever" in record.provenance["log_tail"]
     assert not family()
 
 
 def test_progress_is_no_hang(tiny_cell, tmp_path):
-    cell = tiny_cell("training.steps=100000", "hardware.phase_timeout=5", "hardware.timeout=10")
+    cell = tiny_cell("training.steps=100000", "hardware.phase_timeout=3", "hardware.timeout=8")
     record = run_isolated(cell, tmp_path / "run", on_event=lambda event: None)
-    assert record.reason.startswith("ended after hardware.timeout=10 s in phase train after step ")
+    assert record.reason.startswith("ended after hardware.timeout=8 s in phase train after step ")
     assert record.metrics["train_steps"] > 1
 
 

@@ -90,7 +90,11 @@ def told_in(path) -> list[tuple[str, str]]:
 def test_a_cell_tells_how_far_its_evaluation_is_and_no_timed_generation(tiny_cell, work_in_process):
     found = work_in_process(tiny_cell())
     assert "generate_tokens_per_second" in found["metrics"]
-    assert told_in(found["run_dir"] / "events.jsonl") == [("evaluate", "loss"), ("evaluate", "answers")]
+    assert told_in(found["run_dir"] / "events.jsonl") == [
+        ("peak", "matrix products, measured"),
+        ("evaluate", "loss"),
+        ("evaluate", "answers"),
+    ]
 
 
 def test_the_base_models_evaluation_is_told_too(tiny_cell, load_tiny, addition_rows, tmp_path):
@@ -146,7 +150,7 @@ def test_plain_lines_tell_of_an_evaluation_every_ten_seconds(tiny_cell, clock):
         view.event(EVALUATION[2] | {"done": 80})
         view.event(STEP)
     told = out.getvalue().splitlines()[1:]
-    assert told == ["[2/3] evaluate_base answers 70/128 rows", "[2/3] step 1/1 loss 2.000  5 tokens/s"]
+    assert told == ["[2/3] evaluate_base answers 70/128", "[2/3] step 1/1 loss 2.000  5 tokens/s"]
 
 
 def test_bars_count_rows_and_then_steps(tiny_cell):
@@ -158,7 +162,7 @@ def test_bars_count_rows_and_then_steps(tiny_cell):
             view.event(event)
         shown = bars.tasks[task]
         assert (shown.completed, shown.total) == (70, 128)
-        assert "rows, evaluate_base: answers" in shown.fields["facts"]
+        assert "evaluate_base: answers" in shown.fields["facts"]
         view.event(STEP)
         assert (shown.completed, shown.total) == (1, 4)
         assert "loss 2.000" in shown.fields["facts"]

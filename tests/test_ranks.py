@@ -228,7 +228,7 @@ def test_a_rank_that_dies_ends_the_cell(fault, status, reason, strike, monkeypat
 
 @linux
 def test_a_hanging_rank_is_ended_with_its_cell(strike):
-    record = strike("hang@step1#1", "hardware.phase_timeout=10")
+    record = strike("hang@step1#1", "hardware.phase_timeout=3")
     assert record.status == "timeout"
     assert not family()
 

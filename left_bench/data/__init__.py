@@ -10,7 +10,7 @@ from __future__ import annotations
 from left_bench.data.batches import Batch, collate, split_passes, step_rows
 from left_bench.data.pictures import Picture, load_pictures
 from left_bench.data.rows import Row, load_rows
-from left_bench.data.tokens import Example, Splits, load_data
+from left_bench.data.tokens import Example, Splits, load_data, start_ids, turn_end
 
 __all__ = [
     "Batch",
@@ -23,5 +23,7 @@ __all__ = [
     "load_pictures",
     "load_rows",
     "split_passes",
+    "start_ids",
     "step_rows",
+    "turn_end",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import json
 import random
 import string
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from left_bench.cell import Data
+from left_bench.cell import Data, fingerprint
 from left_bench.errors import UserError, nearest
 from left_bench.paths import contents_of, file_sha256
 
@@ -67,11 +68,54 @@ def with_content(section: Data) -> Data:
     try:
         if section.image_column is not None and section.path is not None:
             return section.model_copy(update={"content": _of_folder(Path(section.path).expanduser().absolute())})
-        path = data_file(section)
-        stat = path.stat()
-        return section.model_copy(update={"content": _sha256(str(path.absolute()), stat.st_size, stat.st_mtime_ns)})
+        content = content_of(section)
+        return section if content is None else section.model_copy(update={"content": content})
     except (UserError, OSError):
         return section
+
+
+def content_of(section: Data) -> str | None:
+    """A hash of the local files that the rows come from, wherever they lie; None where there are none.
+
+    Raises:
+        UserError, OSError: as `data_file`, or a file that cannot be read.
+    """
+    if section.path is not None or section.source == "jsonl":
+        return _known_sha256(data_file(section))
+    found = _local_files(section)
+    return fingerprint([_known_sha256(path) for path in found]) if found else None
+
+
+def _local_files(section: Data) -> list[Path]:
+    """What `datasets.load_dataset` would read from this machine: a folder in the hub's place, `data_files`, globs."""
+    if section.source != "hub" or not section.hub_id:
+        return []
+    folder = Path(section.hub_id).expanduser()
+    if folder.is_dir():
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    root = Path(str(section.config.get("data_dir") or "."))
+    named: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, str):
+            named.append(value)
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                walk(one)
+        elif isinstance(value, Mapping):
+            walk(list(value.values()))
+
+    walk(section.config.get("data_files"))
+    if not named and "data_dir" in section.config and root.is_dir():
+        return sorted(path for path in root.rglob("*") if path.is_file())
+    patterns = [str(root / Path(name).expanduser()) for name in named]
+    found = {Path(match) for pattern in patterns for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
+    return sorted(path for path in found if path.is_file())
+
+
+def _known_sha256(path: Path) -> str:
+    stat = path.stat()
+    return _sha256(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
@@ -247,8 +291,8 @@ def _rows(section: Data, records: Records, source: str) -> Iterator[Row]:
         prompt = "".join(
             literal + (texts[_column_of(section, field)] if field is not None else "") for literal, field in parts
         ).strip()
-        answer = texts[section.answer_column].strip()
-        rejected = texts[section.rejected_column].strip() if section.pairs and section.rejected_column else None
+        answer = _whole_lines(texts[section.answer_column])
+        rejected = _whole_lines(texts[section.rejected_column]) if section.pairs and section.rejected_column else None
         if prompt and answer and rejected not in ("", answer):
             kept += 1
             yield Row(prompt=prompt, answer=answer, rejected=rejected)
@@ -259,6 +303,13 @@ def _rows(section: Data, records: Records, source: str) -> Iterator[Row]:
             f"data.answer_column={section.answer_column!r}: none of the {seen} rows of {source} has both a prompt"
             " and an answer; name the column that holds the answers"
         )
+
+
+def _whole_lines(answer: str) -> str:
+    """Without blank lines before and white space after; a first line's indent is the answer's own, as in code."""
+    lines = answer.rstrip().splitlines(keepends=True)
+    first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
+    return "".join(lines[first:])
 
 
 def _template_parts(template: str) -> list[tuple[str, str | None]]:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.cell import Data, fingerprint
 from left_bench.data.lazy import LazyRows
-from left_bench.data.rows import Row, data_file, load_rows
+from left_bench.data.rows import Row, content_of, load_rows
 from left_bench.errors import UserError
-from left_bench.paths import cache_dir, file_sha256
+from left_bench.paths import cache_dir
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-_LAYOUT = 2  # raise it when the same rows would give other tokens or files: older folders are then not found
+_LAYOUT = 3  # raise it when the same rows would give other tokens or files: older folders are then not found
 _FACTS_NAME = "splits.json"
 # What a chat template may ask for. Reasoning models would spend the answer's tokens on thoughts, and the date (this
 # one is the Llama templates' own fallback) would make other tokens of the same row tomorrow.
@@ -36,7 +36,7 @@ class Example:
     prompt_ids: list[int]
     """Everything before the answer: template, system message, user's turn, start of the assistant's turn."""
     answer_ids: list[int]
-    """The answer and the end token; without the end token where the answer was cut."""
+    """The answer and what ends a turn (see `turn_end`); without its end where the answer was cut."""
     prompt: str
     """The user's text, uncut."""
     reference: str
@@ -130,21 +130,56 @@ def load_data(
 
 
 def fit(
-    prompt_ids: list[int], answer_ids: list[int], *, max_length: int, bos_id: int | None
+    prompt_ids: list[int], answer_ids: list[int], *, max_length: int, text: tuple[int, int]
 ) -> tuple[list[int], list[int]]:
     """Cut a row to `max_length` tokens: each half may have what the other leaves, and is sure of half.
 
-    The prompt loses its left end, farthest from the answer, but for a start token (models lean on it); the answer
-    loses its right end, and with it the end token, so that nothing teaches to stop in mid-sentence.
+    The prompt loses the left of the user's text, farthest from the answer; start token, system message and the marks of
+    a template stay whole while there is text to cut, for models lean on them. The answer loses its right end, and with
+    it the end token, so that nothing teaches to stop in mid-sentence.
+
+    Args:
+        text: where among the prompt's tokens the user's text begins and ends.
     """
     if len(prompt_ids) + len(answer_ids) <= max_length:
         return prompt_ids, answer_ids
     answer_ids = answer_ids[: max(max_length // 2, max_length - len(prompt_ids))]
-    room = max_length - len(answer_ids)
-    if len(prompt_ids) > room:
-        start = prompt_ids[:1] if prompt_ids[0] == bos_id else []
-        prompt_ids = start + prompt_ids[len(prompt_ids) - room + len(start) :]
+    surplus = len(prompt_ids) + len(answer_ids) - max_length
+    if surplus > 0:
+        begin, end = text
+        cut = min(surplus, end - begin)
+        prompt_ids = prompt_ids[:begin] + prompt_ids[begin + cut :]
+        prompt_ids = prompt_ids[surplus - cut :]  # no text is left, and the rest is still too long
     return prompt_ids, answer_ids
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the tokens that the chat template writes after an assistant's turn, up to its first marker.
+
+    Without a template, or where that writes no marker, the tokenizer's end token.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        from jinja2 import TemplateError
+
+        answer = "An answer."
+        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, **_TEMPLATE_ARGUMENTS))
+        except TemplateError:  # it renders questions alone
+            text = ""
+        after = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"] if answer in text else []
+        markers = {*tokenizer.all_special_ids}
+        markers |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        for position, id in enumerate(after):
+            if id in markers:
+                return list(after[: position + 1])
+    return [tokenizer.eos_token_id]
+
+
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The start token, where the tokenizer itself would put one before a plain text; else nothing."""
+    bos_id = tokenizer.bos_token_id
+    return [bos_id] if bos_id is not None and tokenizer("a")["input_ids"][0] == bos_id else []
 
 
 # --- rows to tokens ---
@@ -164,13 +199,14 @@ def _examples(
     prompts = _prompt_ids(
         [row.prompt for row in rows], instruction=instruction, tokenizer=tokenizer, encoder=shape.encoder
     )
-    answers = _answer_ids([row.answer for row in rows], tokenizer)
-    worse = _answer_ids([row.rejected or "" for row in rows], tokenizer)
+    end = [tokenizer.eos_token_id] if shape.encoder else turn_end(tokenizer)
+    answers = _answer_ids([row.answer for row in rows], tokenizer, end=end)
+    worse = _answer_ids([row.rejected or "" for row in rows], tokenizer, end=end)
     examples, cut = [], 0
-    for row, prompt_ids, answer_ids, rejected_ids in zip(rows, prompts, answers, worse, strict=True):
+    for row, (prompt_ids, text), answer_ids, rejected_ids in zip(rows, prompts, answers, worse, strict=True):
         longer = max(answer_ids, rejected_ids, key=len)  # both answers follow one and the same prompt
         cut += len(prompt_ids) + len(longer) > shape.max_length
-        prompt_ids, longer = fit(prompt_ids, longer, max_length=shape.max_length, bos_id=tokenizer.bos_token_id)
+        prompt_ids, longer = fit(prompt_ids, longer, max_length=shape.max_length, text=text)
         examples.append(
             Example(
                 prompt_ids=prompt_ids,
@@ -184,25 +220,38 @@ def _examples(
     return examples, cut
 
 
-def _answer_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
+def _answer_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase, *, end: list[int]) -> list[list[int]]:
+    return [[*ids, *end] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
 
 
 def _prompt_ids(
     prompts: list[str], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, encoder: bool
-) -> list[list[int]]:
-    if encoder:
-        head = f"{instruction}\n" if instruction else ""
-        return [list(ids) for ids in tokenizer([f"{head}{prompt}" for prompt in prompts])["input_ids"]]
-    if getattr(tokenizer, "chat_template", None):
+) -> list[tuple[list[int], tuple[int, int]]]:
+    """Each prompt's tokens, and where among them the user's text begins and ends."""
+    start: list[int] = []  # a template writes its own start token, and so do an encoder's special tokens
+    if not encoder and getattr(tokenizer, "chat_template", None):
         texts = _chat_texts(prompts, instruction=instruction, tokenizer=tokenizer)
-        start: list[int] = []  # the template writes its own start token
     else:
         head = f"{instruction}\n" if instruction else ""
-        texts = [f"{head}{prompt}\n" for prompt in prompts]
-        bos_id = tokenizer.bos_token_id
-        start = [bos_id] if bos_id is not None and tokenizer("a")["input_ids"][0] == bos_id else []
-    return [start + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        texts = [f"{head}{prompt}" if encoder else f"{head}{prompt}\n" for prompt in prompts]
+        start = [] if encoder else start_ids(tokenizer)
+    offsets = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(texts, add_special_tokens=encoder, return_offsets_mapping=offsets)
+    found = []
+    for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        ids = list(encoded["input_ids"][index])
+        begin, end = 0, len(ids)
+        first = text.rfind(prompt)
+        if offsets and first >= 0:  # a template may have changed the text; then all of the prompt may be cut
+            inside = [
+                position
+                for position, (left, right) in enumerate(encoded["offset_mapping"][index])
+                if left < right and first <= left and right <= first + len(prompt)
+            ]
+            if inside:
+                begin, end = inside[0], inside[-1] + 1
+        found.append((start + ids, (len(start) + begin, len(start) + end)))
+    return found
 
 
 def _chat_texts(prompts: list[str], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -240,13 +289,12 @@ def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape)
     """Everything that changes the tokens, and nothing that costs an import to know."""
     plain = section.model_dump(mode="json", exclude={"name", "metrics", "max_new_tokens", "content"})
     content: dict[str, str] = {}
-    if section.path is not None or section.source == "jsonl":
+    if (found := content_of(section)) is not None:
         plain.pop("path")  # the same file elsewhere is the same data
-        content["sha256"] = file_sha256(data_file(section))
-        if section.content not in (None, content["sha256"]):
-            raise UserError(
-                f"data.path={section.path!r}: the file has changed since this launch composed its cells; start it again"
-            )
+        content["sha256"] = found
+        if section.content not in (None, found):
+            key = f"data.path={section.path!r}" if section.path else f"data.hub_id={section.hub_id!r}"
+            raise UserError(f"{key}: the file has changed since this launch composed its cells; start it again")
     elif section.source == "reasoning_gym":
         content["reasoning_gym"] = metadata.version("reasoning_gym")
     return fingerprint(

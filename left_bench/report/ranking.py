@@ -15,6 +15,7 @@ from left_bench.report.values import COUNTED, format_flops, format_setting, form
 QUALITY = (
     "exact_match",
     "accuracy",
+    "number_match",
     "f1",
     "rouge_l",
     "bleu",

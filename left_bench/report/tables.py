@@ -60,6 +60,7 @@ _HEADINGS = {
     "rouge_l": "ROUGE-L",
     "bleu": "BLEU",
     "f1": "F1",
+    "number_match": "number match",
     "preference_accuracy": "prefers the right answer",
     "preference_margin_nats": "preference margin (nats)",
     "forgetting_nats": "forgetting (nats)",

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 def quality_metric(measured: Sequence[str]) -> str:
     """The metric a sweep is judged by: the first quality of METRICS that is scored on answers, else the loss."""
-    for name in ("exact_match", "accuracy", "rouge_l", "f1", "bleu"):
+    for name in ("exact_match", "accuracy", "number_match", "rouge_l", "f1", "bleu"):
         if name in measured:
             return name
     return "eval_loss"
