@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from left_bench.answers import number_match
 from left_bench.errors import UserError
 from left_bench.record import METRICS
 from left_bench.scores import TEXT_METRICS, score_text
@@ -76,3 +77,19 @@ def test_every_metric_is_in_the_table_and_says_what_it_is():
 def test_an_unknown_metric_is_named():
     with pytest.raises(UserError, match=r"eval\.metrics: unknown metric 'rougel'; did you mean 'rouge_l'"):
         score_text("rougel", ["a"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("so 6 * 7 = 42\n#### 42", "#### 42", 1),
+        ("the answer is 1,000.0.", "#### 1000", 1),
+        ("#### 41 and not 42", "#### 42", 0),
+        ("first 42, then 7", "#### 42", 0),
+        ("forty-two", "#### 42", 0),
+        ("-5", "#### 5", 0),
+        ("nothing", "no number either", 0),
+    ],
+)
+def test_numbers_are_compared_as_numbers(prediction, reference, score):
+    assert number_match(prediction, reference) == score
