@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from left_bench import start
 from left_bench.cell import Cell
 from left_bench.data import Example
-from left_bench.errors import UserError
+from left_bench.errors import Unsupported, UserError
 from left_bench.in_force import check_variant, stored_integers_are_not_read
 from left_bench.instantiate import instantiate
 from left_bench.methods import Method, load_attached, method_in
@@ -43,6 +43,7 @@ def attach_adapter(
 
     Raises:
         UserError: an argument that the method's configuration does not have, or a method that does not fit the model.
+        Unsupported: the method's library does not attach it to this model, or beside what else the cell asks for.
     """
     if cell.training.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -75,8 +76,12 @@ def attach_adapter(
     if isinstance(config, Method):
         return config.attach(model, adapter_dtype=DTYPES[cell.precision.adapter_dtype])
     in_float32 = cell.precision.adapter_dtype == "float32"  # what peft does of itself over half-precision weights
-    with stored_integers_are_not_read(model):  # some methods start from the weight's values
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    try:
+        with stored_integers_are_not_read(model):  # some methods start from the weight's values
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    except ValueError as error:  # peft's word for what it does not do; its mistakes are other exceptions
+        text = " ".join(str(error).split())
+        raise Unsupported(f"peft={cell.peft.name} on {type(model).__name__}: peft refuses it ({text[:300]})") from error
     check_variant(adapted)
     if _is_adalora(adapted):
         for layer in adapted.modules():

@@ -18,6 +18,10 @@ class UserError(Exception):
     """
 
 
+class Unsupported(ValueError):
+    """Options that are right each by itself and cannot go together: a row of the report, and no end of a sweep."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'grid'?"` when a known word is close to `word`, else an empty string."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)

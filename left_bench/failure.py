@@ -8,7 +8,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from left_bench.errors import UserError
+from left_bench.errors import Unsupported, UserError
 from left_bench.record import Status
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,6 +52,8 @@ def status_of(error: Exception, *, limit_bytes: int | None = None, device: str =
         return "failed", f"disk full: {text[:300]}"
     if isinstance(error, UserError):
         return "failed", text
+    if isinstance(error, Unsupported):
+        return "unsupported", text
     return "failed", f"{type(error).__name__}: {text[:500]}"
 
 

@@ -31,7 +31,7 @@ from left_bench.grid import use_grid_sweeper
 from left_bench.loader import use_sweep_loader
 from left_bench.partial_report import begin_partial, write_partial
 from left_bench.record import RECORD_NAME, KnownParts, Record, write_atomically
-from left_bench.rehearse import is_of_ones_own, rehearse, what_is_tried
+from left_bench.rehearse import Trial, is_of_ones_own, rehearse, what_is_tried
 from left_bench.rules import why_unsupported
 from left_bench.run import note_records, previous_record, run_cell
 from left_bench.seats import SCHEDULERS, available_cores, cells_at_once, seated
@@ -159,7 +159,7 @@ class Launch(Callback):
             record = previous_record(settings.runs_dir / cell.id / RECORD_NAME)
             kept = record is not None and record.status == "ok" and not settings.force
             if is_of_ones_own(config.hydra) and not kept:
-                rehearse(_not_refused([cell], settings), cells_follow=True)
+                rehearse(_not_refused([Trial.of(cell, config.hydra)], settings), cells_follow=True)
             if not kept:
                 _say_what_is_emulated([Asked.by(cell)])
 
@@ -179,7 +179,7 @@ class Launch(Callback):
             ids: dict[str, None] = {}
             unlike: dict[str, Cell] = {}
             may_stay: dict[tuple[str, ...], str] = {}
-            own: dict[str, Cell] = {}
+            own: dict[str, Trial] = {}
             slow: dict[str, Asked] = {}
             automatic: dict[str, str] = {}
             for overrides, job in jobs_of(config):  # one at a time: thousands of configurations would fill the memory
@@ -193,7 +193,7 @@ class Launch(Callback):
                 if not settings.force:
                     may_stay[tuple(overrides)] = cell.id
                 if is_of_ones_own(job.hydra):
-                    own.setdefault(what_is_tried(cell), cell)
+                    own.setdefault(what_is_tried(cell), Trial.of(cell, job.hydra))
                 interrupt.check()
                 unlike.setdefault(fingerprint([cell.identity["model"], cell.identity["data"]]), cell)
             if not ids:
@@ -205,7 +205,7 @@ class Launch(Callback):
                     check_objective(cell, settings.objective)
             check_trackers(settings.tracker)
             done = begin(list(ids), settings, later=[], keep={} if searches(config.hydra) else may_stay.values())
-            trials = _not_refused((cell for cell in own.values() if cell.id not in done), settings)
+            trials = _not_refused((trial for trial in own.values() if trial.cell.id not in done), settings)
             rehearse(trials, cells_follow=launcher_of(config.hydra) == "basic")
             if not runs_elsewhere(config.hydra):
                 _say_what_is_emulated(asked for cell_id, asked in slow.items() if cell_id not in done)
@@ -301,9 +301,9 @@ def _carried_along(automatic: Mapping[str, str]) -> str:
     )
 
 
-def _not_refused(cells: Iterable[Cell], settings: Settings) -> list[Cell]:
+def _not_refused(trials: Iterable[Trial], settings: Settings) -> list[Trial]:
     """Those that no rule refuses: the others are no error, but rows that say so."""
-    return [cell for cell in cells if settings.force_unsupported or why_unsupported(cell) is None]
+    return [trial for trial in trials if settings.force_unsupported or why_unsupported(trial.cell) is None]
 
 
 def _go_to(folder: str) -> None:

@@ -8,19 +8,20 @@ numbers), the optimizer is made, and a row goes through. What ships is tried by 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
 from left_bench import interrupt
 from left_bench import process as processes
 from left_bench.cell import Cell, fingerprint
-from left_bench.errors import UserError, nearest
+from left_bench.errors import Unsupported, UserError, nearest
 from left_bench.isolate import worker_environment
 from left_bench.paths import config_root
 
@@ -44,7 +45,27 @@ def is_of_ones_own(hydra: DictConfig) -> bool:
     return any(name is not None and not (shipped[group] / f"{name}.yaml").is_file() for group, name in chosen.items())
 
 
-def rehearse(cells: Iterable[Cell], *, cells_follow: bool) -> None:
+class Trial(NamedTuple):
+    """A cell to try, and whose values it has."""
+
+    cell: Cell
+    own_method: bool = True
+    """Whether the method's arguments are the person's: a refusal is then a mistake; else the method that ships does not
+    go with the rest, which is the cell's row to tell."""
+
+    @classmethod
+    def of(cls, cell: Cell, hydra: DictConfig) -> Trial:
+        given = [str(one).lstrip("+~") for one in hydra.overrides.task]
+        chosen = [hydra.runtime.choices.get(group) for group in ("peft", "recipe")]
+        folders = [config_root() / "conf" / group for group in ("peft", "recipe")]
+        of_own_file = any(
+            name is not None and not (folder / f"{name}.yaml").is_file()
+            for name, folder in zip(chosen, folders, strict=True)
+        )
+        return cls(cell, of_own_file or any(one.startswith(("peft.config", "peft._target_")) for one in given))
+
+
+def rehearse(trials: Iterable[Trial], *, cells_follow: bool) -> None:
     """Try what is unlike in the cells, in a process of its own; one that finds no answer in time is no refusal.
 
     Args:
@@ -53,18 +74,18 @@ def rehearse(cells: Iterable[Cell], *, cells_follow: bool) -> None:
     Raises:
         UserError: what is refused, by whom, and the nearest that is allowed where that is known.
     """
-    unlike = list({what_is_tried(cell): cell for cell in reversed(list(cells))}.values())[::-1][:_AT_MOST]
+    unlike = list({what_is_tried(trial.cell): trial for trial in reversed(list(trials))}.values())[::-1][:_AT_MOST]
     if not unlike:
         return
     with contextlib.suppress(OSError, EOFError), tempfile.TemporaryDirectory() as name:  # no room, no process
         folder = Path(name)
-        lines = [cell.model_dump_json(by_alias=True) for cell in unlike]
+        lines = [json.dumps([trial.cell.model_dump_json(by_alias=True), trial.own_method]) for trial in unlike]
         (folder / _QUESTION).write_text("\n".join(lines), encoding="utf-8")
         process = processes.start(
             folder,
             log=folder / "log",
-            environment=worker_environment(unlike[0]),
-            fork=cells_follow and all(cell.hardware.device == "cpu" for cell in unlike),
+            environment=worker_environment(unlike[0].cell),
+            fork=cells_follow and all(trial.cell.hardware.device == "cpu" for trial in unlike),
             program="left_bench.rehearse",
         )
         end = time.monotonic() + _PATIENCE_SECONDS
@@ -91,19 +112,20 @@ def main(argv: Sequence[str], *, forked: bool = False) -> int:
         die_with_parent()
     folder = Path(argv[0])
     for line in (folder / _QUESTION).read_text(encoding="utf-8").splitlines():
-        refusal = refusal_of(Cell.model_validate_json(line))
+        cell, own_method = json.loads(line)
+        refusal = refusal_of(Cell.model_validate_json(cell), own_method=own_method)
         if refusal is not None:
             (folder / _ANSWER).write_text(refusal, encoding="utf-8")
             break
     return 0
 
 
-def refusal_of(cell: Cell) -> str | None:
+def refusal_of(cell: Cell, *, own_method: bool = True) -> str | None:
     """What is wrong with a cell's values in one sentence; None when nothing is, or shapes alone cannot tell."""
     try:
         _try(cell)
     except UserError as error:
-        return str(error)
+        return str(error) if own_method or not isinstance(error.__cause__, Unsupported) else None
     except Exception:  # something that wants numbers: the worker will see
         return None
     return None
@@ -163,7 +185,8 @@ def _refused(
     except UserError:
         raise
     except by as error:
-        text = " ".join(str(error).split())
+        told = error.__cause__ if isinstance(error, Unsupported) and error.__cause__ is not None else error
+        text = " ".join(str(told).split())
         if "meta" in text or "aten::" in text:  # torch's words for what has no shape without numbers
             return
         targets: Any = cell.peft.config.get("target_modules") if cell is not None else None
@@ -172,7 +195,7 @@ def _refused(
             raise UserError(
                 f"peft.config.target_modules={targets}: no layer of the model is called so{hint}"
             ) from error
-        raise UserError(f"{key}: {whose} refuses it ({type(error).__name__}: {text[:300]})") from error
+        raise UserError(f"{key}: {whose} refuses it ({type(told).__name__}: {text[:300]})") from error
 
 
 if __name__ == "__main__":

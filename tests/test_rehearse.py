@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from left_bench.cli import register_resolvers
-from left_bench.errors import UserError
+from left_bench.errors import Unsupported, UserError
+from left_bench.failure import status_of
 from left_bench.listing import cell_with
-from left_bench.rehearse import is_of_ones_own, refusal_of, rehearse
+from left_bench.rehearse import Trial, is_of_ones_own, refusal_of, rehearse
 from left_bench.rules import why_unsupported
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,13 +102,13 @@ def test_the_first_refusal_of_a_process_of_its_own_is_raised(tiny_cell):
     good, bad = tiny_cell("peft.config.r=3"), tiny_cell("peft.config.target_modules=[q_porj]")
     rehearse([], cells_follow=True)
     with pytest.raises(UserError, match="did you mean 'q_proj'"):
-        rehearse([good, bad], cells_follow=False)
+        rehearse([Trial(good), Trial(bad)], cells_follow=False)
 
 
 def test_a_trial_that_dies_is_no_refusal(tiny_cell, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.devnull)
     monkeypatch.setattr("left_bench.rehearse.worker_environment", lambda cell: {"PATH": "", "PYTHONHOME": os.devnull})
-    rehearse([tiny_cell("peft.config.target_modules=[q_porj]")], cells_follow=False)
+    rehearse([Trial(tiny_cell("peft.config.target_modules=[q_porj]"))], cells_follow=False)
 
 
 def test_the_last_job_of_a_sweep_is_refused_before_the_first_runs(tmp_path):
@@ -118,3 +119,29 @@ def test_the_last_job_of_a_sweep_is_refused_before_the_first_runs(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "peft.config.target_modules=['q_porj']" in done.stderr
     assert not list(tmp_path.glob("runs/*/record.json"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own"),
+    [
+        (["peft=prefix_tuning", "model.name_or_path=./here", "peft.learning_rate=1"], False),
+        (["peft.config.r=3"], True),
+        (["++peft.config.target_modules=[q]"], True),
+    ],
+)
+def test_a_method_with_ones_own_arguments_is_told_from_one_that_ships(overrides, own, composed, tiny_cell):
+    assert Trial.of(tiny_cell(), composed(*overrides).hydra).own_method is own
+
+
+def test_a_method_that_ships_and_does_not_fit_stops_nothing(tiny_cell):
+    """peft's prefixes and activation checkpointing do not go together, and neither is mistyped."""
+    cell = tiny_cell("peft=prefix_tuning", "training=checkpointing")
+    assert refusal_of(cell, own_method=False) is None
+    assert "PREFIX_TUNING does not work with gradient checkpointing" in str(refusal_of(cell))
+
+
+def test_what_peft_does_not_attach_is_an_unsupported_row(tiny_cell, work_in_process):
+    with pytest.raises(Unsupported, match="peft=prefix_tuning on LlamaForCausalLM: peft refuses it") as raised:
+        work_in_process(tiny_cell("peft=prefix_tuning", "training=checkpointing"))
+    status, reason = status_of(raised.value)
+    assert status == "unsupported" and "gradient checkpointing" in reason
