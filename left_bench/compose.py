@@ -67,6 +67,8 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
         raise UserError(f"~{absent[0]}: a cell needs every group; choose another option with {absent[0]}=NAME")
     choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
     choices = with_chosen(choices, plain["precision"])
+    if (whole := _whole_architecture(hydra)) is not None:
+        plain["model"]["config"] = whole
     given = _overridden(hydra, "model.name_or_path")
     if given:
         _check_alone(hydra, str(plain["model"]["name_or_path"]))
@@ -99,6 +101,27 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     check_arguments(cell)
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
     return cell, found
+
+
+def _whole_architecture(hydra: DictConfig) -> dict[str, Any] | None:
+    """`model.config={model_type: ...}` is all of the model: Hydra would keep what it does not name of another's.
+
+    Single keys given after it change it; None where no whole one is given.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    found: dict[str, Any] | None = None
+    for one in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
+        value = one.value() if one.key_or_group.startswith("model.config") else None
+        if one.key_or_group == "model.config" and isinstance(value, dict) and "model_type" in value:
+            found = {str(key): part for key, part in value.items()}
+        elif found is not None and one.key_or_group.startswith("model.config."):
+            inner = found
+            *way, last = one.key_or_group.split(".")[2:]
+            for step in way:
+                inner = inner.setdefault(step, {})
+            inner[last] = value
+    return found
 
 
 def _plain(config: DictConfig, key: str) -> Any:

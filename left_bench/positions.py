@@ -1,6 +1,7 @@
 """How many positions a model has learned: beyond them its embedding has no row, and torch ends in an IndexError.
 
-Rotary and relative positions go on for ever, if not well; they are nobody's limit here.
+Rotary positions go on for ever, if not well: training beyond those that a model is configured for is refused as a
+mistake, and generating is not.
 """
 
 from __future__ import annotations
@@ -38,19 +39,34 @@ def config_at_hand(cell: Cell) -> Mapping[str, Any]:
 
 
 def check_positions(cell: Cell) -> None:
-    """Refuse rows that may be longer than the model has positions.
+    """Refuse rows that may be longer than the model has positions, learned or configured.
 
     Raises:
         UserError: naming the keys, the model and its positions.
     """
-    positions, virtual = positions_of(config_at_hand(cell)), virtual_tokens(cell)
+    config, virtual = config_at_hand(cell), virtual_tokens(cell)
+    learned = positions_of(config)
+    positions = learned or _configured(config)
     if positions is None or cell.training.max_length + virtual <= positions:
         return
     beside = f" and peft.config.num_virtual_tokens={virtual}" if virtual else ""
+    has = "has learned" if learned else "is configured for"
     raise UserError(
-        f"training.max_length={cell.training.max_length}{beside}: {cell.model.name} has learned {positions} positions; "
+        f"training.max_length={cell.training.max_length}{beside}: {cell.model.name} {has} {positions} positions; "
         f"give training.max_length={positions - virtual} or less"
     )
+
+
+def _configured(config: Mapping[str, Any]) -> int | None:
+    """How far a model's rotary positions are meant to go; None where its configuration does not say."""
+    text = config.get("text_config")
+    config = text if isinstance(text, dict) else config
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = scaling.get("factor", 1) if isinstance(scaling, dict) else 1
+    return positions * max(1, int(found)) if isinstance(found, (int, float)) else positions
 
 
 def check_generation(cell: Cell, config: Mapping[str, Any], *, longest_prompt: int) -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from left_bench.cell import Cell
+from left_bench.compose import compose
 from left_bench.paths import is_installed
 from left_bench.plan import predict as predicting
-from left_bench.plan.command import BESIDE_TENSORS_BYTES, verdict
+from left_bench.plan.command import BESIDE_TENSORS_BYTES, NOT_KNOWN, verdict
 from left_bench.plan.predict import Pass, Plan, largest_pass, predict
 
+ROOT = Path(__file__).resolve().parents[1]
 RECORDS = Path(__file__).parent.parent / "reports" / "records"
 PARTS = ("weights", "adapter", "gradients", "optimizer")
 NEEDS = {"hqq": "hqq", "quanto": "optimum.quanto", "torchao": "torchao"}
@@ -167,3 +169,47 @@ def test_what_cuda_widens_is_planned_wider_than_on_a_cpu():
             assert torch.nn.functional.layer_norm(states, (8,)).dtype == expected
     with _as_on("cuda", autocasting=False):
         assert torch.nn.functional.layer_norm(states, (8,)).dtype == torch.bfloat16
+
+
+def test_a_folder_of_ones_own_options_is_planned_too(left_bench, tmp_path):
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    own = (ROOT / "conf/model/tiny_llama.yaml").read_text(encoding="utf-8").replace("tiny_llama", "mine")
+    (tmp_path / "own" / "model" / "mine.yaml").write_text(own, encoding="utf-8")
+    answer = left_bench("plan", "--config-dir", str(tmp_path / "own"), "model=mine", "hardware=cpu")
+    assert answer.code == 0, answer.err
+    assert " yes" in answer.out
+
+
+def test_a_mistyped_layer_is_a_mistake_and_no_limit_of_planning(left_bench):
+    answer = left_bench("plan", "model=tiny_llama", "hardware=cpu", "peft.config.target_modules=[q_porj]")
+    assert answer.code == 2
+    assert "did you mean 'q_proj'" in answer.err
+
+
+def test_what_does_not_go_together_is_planned_as_a_row(left_bench):
+    methods = ["-m", "peft=lora,prefix_tuning", "training=checkpointing"]
+    answer = left_bench("plan", "model=tiny_llama", "hardware=cpu", *methods)
+    assert answer.code == 0
+    assert "unsupported" in answer.out and "gradient checkpointing" in answer.out and " yes" in answer.out
+
+
+def test_what_cannot_be_predicted_has_an_exit_code_of_its_own(left_bench):
+    answer = left_bench("plan", "model=tiny_llama", "hardware=cuda", "quantization=gptq", "hardware.memory_limit=1GiB")
+    assert answer.code == NOT_KNOWN
+
+
+def test_paged_states_are_planned_without_a_gpu_and_beside_the_peak(tiny_cell):
+    large = ["peft=full", "hardware=cuda", "model.config.vocab_size=2048"]  # 2048 x 64 weights are enough to be paged
+    plain = predict(tiny_cell(*large, "optimizer=adamw_8bit"))
+    paged = predict(tiny_cell(*large, "optimizer=paged_adamw_8bit"))
+    assert paged.parts["optimizer"] + paged.paged_optimizer_bytes == plain.parts["optimizer"]
+    assert paged.paged_optimizer_bytes >= 2 * 2 * 2048 * 64  # two states of a byte, for embedding and head
+    few = predict(tiny_cell("peft=lora", "hardware=cuda", "optimizer=paged_adamw_8bit"))
+    assert few.paged_optimizer_bytes == 0 < few.parts["optimizer"]
+
+
+def test_a_whole_architecture_takes_the_place_of_the_options_own(composed):
+    whole = "model.config={model_type:gpt_neox,vocab_size:512,hidden_size:64,num_hidden_layers:2}"
+    config = composed("model=tiny_llama", whole, "model.config.num_hidden_layers=3")
+    cell, _ = compose(config, config.hydra)
+    assert cell.model.config == {"model_type": "gpt_neox", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3}

@@ -64,7 +64,14 @@ def test_rows_longer_than_the_positions_are_refused_before_anything_runs(overrid
 
 def test_rows_that_fit_are_not_refused(tiny_cell, tmp_path):
     check_positions(tiny_cell(*gpt2(tmp_path / "gpt2"), "training.max_length=64"))
-    check_positions(tiny_cell("training.max_length=100000"))  # rotary positions have no end
+
+
+def test_rows_beyond_configured_positions_are_refused(tiny_cell):
+    check_positions(tiny_cell("training.max_length=512"))
+    with pytest.raises(UserError, match=r"max_length=513: tiny_llama is configured for 512 positions; .*=512 or less"):
+        check_positions(tiny_cell("training.max_length=513"))
+    longer = ["training.max_length=1024", "model.config.rope_parameters={rope_type: linear, factor: 2.0}"]
+    check_positions(tiny_cell(*longer))
 
 
 def test_answers_beyond_the_positions_end_the_cell_in_one_sentence(tiny_cell, work_in_process, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from left_bench.cell import Cell, fingerprint
-from left_bench.errors import UserError, in_one_sentence
+from left_bench.errors import Unsupported, UserError, in_one_sentence
 from left_bench.process import output_discarded
 
 if TYPE_CHECKING:
@@ -20,11 +20,13 @@ _HEADINGS = {"activations_and_workspace": "activations"}
 BESIDE_TENSORS_BYTES = {"cpu": 512 * 2**20, "cuda": 1024 * 2**20, "xpu": 1024 * 2**20}
 """What a process may take beyond its tensors: kernels' code and workspaces, slack of the allocator. On the CPU 200 to
 370 MiB were measured (docs/plan.md); on accelerators, where nothing was, a gibibyte is kept clear."""
+NOT_KNOWN = 3
+"""Exit code: a cell's peak is not known, and of the others none is too much."""
 _HELP = """left-bench plan [GROUP=OPTION | KEY=VALUE | +sweep=NAME ...]
 
 Predicts the memory that each cell holds while it trains, from shapes alone: nothing is run, loaded or downloaded but
 a hub model's small configuration. Takes the overrides of a run. Exit code 1 when a cell will not fit in
-hardware.memory_limit, or in the machine where there is none."""
+hardware.memory_limit, or in the machine where there is none; 3 when a peak could not be predicted."""
 
 
 def main(argv: list[str]) -> int:
@@ -55,6 +57,8 @@ def cells_of(argv: list[str]) -> Iterator[Cell]:
     from left_bench.compose import check_cell, compose
     from left_bench.loader import use_sweep_loader
     from left_bench.paths import config_root
+    from left_bench.rehearse import Trial, is_of_ones_own, refusal_of
+    from left_bench.rules import why_unsupported
     from left_bench.sweep import jobs_of
 
     folders = cli.config_dirs(argv)
@@ -67,7 +71,7 @@ def cells_of(argv: list[str]) -> Iterator[Cell]:
     cli.register_sweeps()
     search: Any = create_config_search_path(str(config_root() / "conf"))
     for folder in folders:
-        search.append("command-line", f"file://{folder.absolute()}")
+        search.prepend("command-line", f"file://{folder.absolute()}", anchor="schema")  # Hydra wants that one last
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("plan", search)
     try:
@@ -76,7 +80,12 @@ def cells_of(argv: list[str]) -> Iterator[Cell]:
         use_sweep_loader()
         checked: set[str] = set()
         for _, job in jobs_of(config):
-            cell, _ = compose(job, job.hydra)
+            cell, settings = compose(job, job.hydra)
+            if is_of_ones_own(job.hydra) and (settings.force_unsupported or why_unsupported(cell) is None):
+                with output_discarded():
+                    refusal = refusal_of(cell, own_method=Trial.of(cell, job.hydra).own_method)
+                if refusal is not None:
+                    raise UserError(refusal)
             kind = fingerprint([cell.identity["model"], cell.identity["data"]])
             if kind not in checked:
                 check_cell(cell)
@@ -106,7 +115,7 @@ def print_plans(cells: list[Cell]) -> int:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     said: dict[str, None] = {}
-    worst = 0
+    worst, unknown = 0, False
     for cell, name in zip(cells, _names(cells), strict=True):
         if (refusal := why_unsupported(cell)) is not None:
             table.add_row(Text(name), *[""] * (len(_PARTS) + 2), Text("unsupported", style="yellow"))
@@ -114,6 +123,10 @@ def print_plans(cells: list[Cell]) -> int:
             continue
         try:
             plan = _predict(cell)
+        except Unsupported as error:
+            table.add_row(Text(name), *[""] * (len(_PARTS) + 2), Text("unsupported", style="yellow"))
+            said[f"{name}: {error}"] = None
+            continue
         except UserError as error:
             if len(cells) == 1:
                 raise
@@ -122,11 +135,14 @@ def print_plans(cells: list[Cell]) -> int:
             continue
         limit = limit_of(cell)
         fits = verdict(plan, limit, device=cell.hardware.device)
-        worst = max(worst, int(fits == "no"))
+        worst, unknown = max(worst, int(fits == "no")), unknown or (fits == "?" and plan.peak_bytes is None)
         style = {"yes": "green", "no": "red"}.get(fits, "yellow")
         parts = (text(plan.parts.get(part)) for part in _PARTS)
         table.add_row(Text(name), *parts, text(plan.peak_bytes), text(limit), Text(fits, style=style))
         said |= {f"{name}: not predicted: {one}": None for one in plan.unknown}
+        if plan.paged_optimizer_bytes:
+            paged = text(plan.paged_optimizer_bytes)
+            said[f"{name}: {paged} of optimizer states beside the peak, in memory that CUDA pages to the host"] = None
         said[_pass_in_words(plan, cell)] = None
     console = Console(file=sys.stdout)
     if not console.is_terminal:
@@ -137,7 +153,7 @@ def print_plans(cells: list[Cell]) -> int:
     ] = None
     for line in said:
         console.print(Text(line), soft_wrap=True)
-    return worst
+    return worst or (NOT_KNOWN if unknown else 0)
 
 
 def _names(cells: list[Cell]) -> list[str]:

@@ -31,7 +31,7 @@ from left_bench.adapter import added_parameters, regularization, trainable_param
 from left_bench.cell import Cell
 from left_bench.data import Example, load_data, split_passes, step_rows
 from left_bench.data.batches import at_positions
-from left_bench.errors import UserError
+from left_bench.errors import Unsupported, UserError
 from left_bench.loss import AnswerLoss
 from left_bench.measure import stored_bytes
 from left_bench.model import DTYPES, autocast
@@ -43,6 +43,7 @@ from left_bench.train import make_optimizer, state_tensors
 
 _SHOWN_STEPS = 1000
 _LARGEST_TRIED = 2**26
+_LEAST_PAGED = 100_000  # weights; bitsandbytes keeps the states of smaller parameters as they are (optim/optimizer.py)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Plan:
     total_params: int = 0
     trainable_params: int = 0
     parts: dict[str, int] = field(default_factory=dict)
+    paged_optimizer_bytes: int = 0
+    """Optimizer states in CUDA's managed memory, which no allocator counts: beside the parts and the peak."""
     unknown: list[str] = field(default_factory=list)
     """What was not predicted, and why, in words."""
 
@@ -101,7 +104,7 @@ def predict(cell: Cell) -> Plan:
     of_base = [name for name, _ in model.named_parameters()]
     try:
         model = adapter_of_shapes(model, cell)
-    except UserError:
+    except (UserError, Unsupported):
         raise
     except Exception as error:  # a method that starts from the weights' values, or from data
         plan.unknown.append(f"adapter and all that follows: {cell.peft.name} needs more than shapes ({_short(error)})")
@@ -192,7 +195,7 @@ def _take_step(plan: Plan, model: Any, cell: Cell, *, workspace: int) -> None:
         plan.parts["gradients"] = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
         optimizer = None
         with contextlib.suppress(DataDependentOutputException, UnsupportedFakeTensorException, RuntimeError):
-            optimizer = make_optimizer(model, cell, device="cpu")
+            optimizer = make_optimizer(model, _in_plain_memory(cell), device="cpu")
             optimizer.step()  # makes the states; the step that is followed is one that has them
             plan.parts["optimizer"] = bytes_of(state_tensors(optimizer))
         if "optimizer" not in plan.parts:
@@ -216,15 +219,25 @@ def _take_step(plan: Plan, model: Any, cell: Cell, *, workspace: int) -> None:
         if optimizer is not None:
             optimizer.step()
     if optimizer is None:  # one whose states only numbers make
-        plan.parts["optimizer"] = _states_by_trial(model, cell)
+        plan.parts["optimizer"], _ = _states_by_trial(model, cell)
+    if ".Paged" in cell.optimizer.target:  # counted apart, as a run does: the card's allocator does not hold them
+        states, plan.paged_optimizer_bytes = _states_by_trial(model, cell)
+        plan.parts["optimizer"] = states - plan.paged_optimizer_bytes
     beyond = storages.peak - held + workspace - plan.parts["gradients"]
     plan.parts["activations_and_workspace"] = max(0, beyond)
 
 
-def _states_by_trial(model: torch.nn.Module, cell: Cell) -> int:
+def _in_plain_memory(cell: Cell) -> Cell:
+    """With the optimizer whose states are the same and not paged: paging is CUDA's, and no plan has a CUDA."""
+    target = cell.optimizer.target.replace(".Paged", ".")
+    return cell.model_copy(update={"optimizer": cell.optimizer.model_copy(update={"target": target})})
+
+
+def _states_by_trial(model: torch.nn.Module, cell: Cell) -> tuple[int, int]:
     """Bytes of the optimizer's states, by a real step of it over one or two real parameters of every shape there is.
 
-    Two show what parameters share, such as bitsandbytes' tables of 256 levels.
+    The second number is how many of them a paged optimizer would have paged. Two parameters show what is shared, such
+    as bitsandbytes' tables of 256 levels.
     """
     alike: dict[tuple[Any, ...], int] = {}
     tried = torch.nn.Module()
@@ -241,7 +254,7 @@ def _states_by_trial(model: torch.nn.Module, cell: Cell) -> int:
             real.grad = torch.randn_like(real)
             tried.register_parameter(name.replace(".", "_"), real)
             kinds.append(kind)
-    optimizer = make_optimizer(tried, cell, device="cpu")
+    optimizer = make_optimizer(tried, _in_plain_memory(cell), device="cpu")
     optimizer.step()
     own: dict[tuple[Any, ...], int] = {}
     owners: Counter[int] = Counter()
@@ -254,7 +267,9 @@ def _states_by_trial(model: torch.nn.Module, cell: Cell) -> int:
     shared = [one for tensors in states for one in tensors if owners[one.untyped_storage().data_ptr()] > 1]
     for kind, tensors in zip(kinds, states, strict=True):
         own[kind] = stored_bytes(one for one in tensors if owners[one.untyped_storage().data_ptr()] == 1)
-    return stored_bytes(shared) + sum(count * own[kind] for kind, count in alike.items())
+    each = {kind: count * own[kind] for kind, count in alike.items()}
+    paged = sum(held for kind, held in each.items() if math.prod(kind[0]) >= _LEAST_PAGED)
+    return stored_bytes(shared) + sum(each.values()), paged
 
 
 def _batch(largest: Pass) -> Any:
