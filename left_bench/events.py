@@ -16,6 +16,11 @@ from typing import Any
 EVENTS_NAME = "events.jsonl"
 Tell = Callable[[str, int, int], None]
 """Told what a phase is at, how much of it is done, and how much there is: an evaluation's rows, a peak's attempts."""
+ROW_COUNTS = (
+    *("train_rows", "test_rows", "dropped_rows", "repeated_rows"),
+    *("truncated_rows", "truncated_test_rows", "train_epochs"),
+)
+"""Metrics that the event `data` tells before anything is loaded."""
 _TOLD_EVERY_SECONDS = 0.5
 
 

@@ -50,6 +50,24 @@ def say_end(record: Record, *, number: int, total: int, skipped: bool = False, c
     console.print(f"{text}  {detail}", highlight=False, soft_wrap=True)
 
 
+def rows_in_words(event: Mapping[str, Any], *, max_length: int) -> str:
+    """`train 6, test 4, dropped 10 (no prompt or answer), 2.7 epochs`: what became of the rows, before the steps."""
+    parts = [f"train {event['train_rows']:,}, test {event['test_rows']:,}"]
+    if event["dropped_rows"]:
+        parts.append(f"dropped {event['dropped_rows']:,} (no prompt or answer)")
+    if event["repeated_rows"]:
+        parts.append(f"left out {event['repeated_rows']:,} (a test row asks the same)")
+    if cut := event["truncated_rows"] + event["truncated_test_rows"]:
+        parts.append(f"cut {cut:,} (longer than training.max_length={max_length})")
+    return ", ".join([*parts, f"{event['train_epochs']:.2g} epochs"])
+
+
+def _worth_saying(event: Mapping[str, Any], *, number: int) -> bool:
+    """A sweep's cells mostly share their rows: of the first, and where some are lost."""
+    lost = ("dropped_rows", "repeated_rows", "truncated_rows", "truncated_test_rows")
+    return number == 1 or any(event[name] for name in lost)
+
+
 def _count(number: int, total: int) -> str:
     return escape(f"[{number}/{total}]")
 
@@ -68,7 +86,7 @@ def _bars(console: Console) -> Progress:
 
 class _Bars:
     def __init__(self, bars: Progress, cell: Cell, *, number: int, total: int) -> None:
-        self._bars = bars
+        self._bars, self._number, self._max_length = bars, number, cell.training.max_length
         self._steps = cell.training.steps
         bars.add_task("cells", total=total, completed=number - 1, facts="")
         self._task = bars.add_task(escape(cell.id), total=self._steps, facts="starting")
@@ -80,6 +98,9 @@ class _Bars:
         elif event["event"] == "progress":
             work = f"{self._phase}: {event['work']}"
             self._count(work, event["done"], event["total"], facts=escape(work))
+        elif event["event"] == "data" and _worth_saying(event, number=self._number):
+            told = f"rows: {rows_in_words(event, max_length=self._max_length)}"
+            self._bars.console.print(escape(told), highlight=False, soft_wrap=True)
         elif event["event"] == "phase":
             self._phase = event["name"]
             self._bars.update(self._task, facts=event["name"])
@@ -95,12 +116,15 @@ class _Lines:
     def __init__(self, console: Console, cell: Cell, *, number: int, total: int) -> None:
         self._console, self._steps, self._said = console, cell.training.steps, time.monotonic()
         self._count, self._phase = _count(number, total), ""
+        self._number, self._max_length = number, cell.training.max_length
         self._say(f"start {cell.id}")
 
     def event(self, event: Mapping[str, Any]) -> None:
         due = time.monotonic() - self._said >= _LINE_EVERY_SECONDS
         if event["event"] == "phase":
             self._phase = event["name"]
+        elif event["event"] == "data" and _worth_saying(event, number=self._number):
+            self._say(f"rows: {rows_in_words(event, max_length=self._max_length)}")
         elif event["event"] == "step" and (due or event["step"] == self._steps):
             self._say(f"step {event['step']}/{self._steps} {_step_facts(event)}")
         elif event["event"] == "progress" and due:

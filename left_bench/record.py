@@ -119,7 +119,13 @@ METRICS: dict[str, Metric] = {
     "compiled_graphs": Metric(
         "count", "none", "fact", "pieces of code that torch.compile compiled, recompilations too"
     ),
+    "train_rows": Metric("count", "none", "fact", "training rows there are"),
+    "test_rows": Metric("count", "none", "fact", "test rows that were scored"),
+    "train_epochs": Metric("count", "none", "fact", "times the steps go over the training rows"),
+    "dropped_rows": Metric("count", "none", "fact", "rows of the source without a prompt or an answer"),
+    "repeated_rows": Metric("count", "none", "fact", "rows left out because their question is a test row's"),
     "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
+    "truncated_test_rows": Metric("count", "none", "fact", "test rows cut to training.max_length"),
     "baseline_memory_bytes": Metric("bytes", "none", "fact", "process memory after imports, before the load phase"),
     # merging and saving
     "merge_max_abs_difference": Metric("", "none", "fact", "largest logit difference, merged against attached"),

@@ -24,7 +24,7 @@ from typing import Any
 
 from left_bench import limits, ranks
 from left_bench.cell import Cell
-from left_bench.events import EVENTS_NAME, EventWriter, Unheard, progress_of
+from left_bench.events import EVENTS_NAME, ROW_COUNTS, EventWriter, Unheard, progress_of
 from left_bench.failure import NoRoomToCheck, disk_full, out_of_memory_reason, status_of
 from left_bench.paths import versions_of
 from left_bench.process import LAUNCHER_PID, STACK_SIGNAL
@@ -102,7 +102,8 @@ def work(
     models.make_ready(cell, device=device.kind)
     meter = Meter(device, events, energy=energy)
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
-    meter.metrics["truncated_rows"] = splits.truncated_rows
+    meter.metrics |= counted_rows(splits, scored=len(test), cell=cell)
+    events.write("data", **{name: meter.metrics[name] for name in ROW_COUNTS})
     found["provenance"]["rows"] = splits.fingerprint
     if cell.hardware.memory_limit is not None:
 
@@ -280,6 +281,20 @@ def work(
             if merged is not None and cell.generates:
                 meter.metrics["merged_generate_tokens_per_second"] = speed(merged, cell=cell.without_adapter())
     meter.finish_cell()
+
+
+def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
+    """What became of the data's rows, by the names of METRICS."""
+    rows_per_step = cell.training.batch_size * cell.training.gradient_accumulation
+    return {
+        "train_rows": len(splits.train),
+        "test_rows": scored,
+        "dropped_rows": splits.dropped_rows,
+        "repeated_rows": splits.repeated_rows,
+        "truncated_rows": splits.truncated_rows,
+        "truncated_test_rows": splits.truncated_test_rows,
+        "train_epochs": cell.training.steps * rows_per_step / len(splits.train),
+    }
 
 
 def main(argv: list[str], *, forked: bool = False) -> int:

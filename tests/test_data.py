@@ -592,3 +592,12 @@ def test_a_local_file_behind_a_hub_builder_is_known_by_its_content(tmp_path: Pat
     before = with_content(data).content
     (tmp_path / "r.csv").write_text("prompt,answer\na,c!\n", encoding="utf-8")
     assert None is not before != with_content(data).content
+
+
+def test_rows_that_are_left_out_are_counted_by_their_reason(tmp_path: Path) -> None:
+    rows = [*numbered(6), *({"prompt": f"none {i}", "answer": None} for i in range(10))]
+    splits = load_data(section(path=jsonl(tmp_path / "r.jsonl", rows)), byte_tokenizer(), max_length=64)
+    assert (len(splits.train) + len(splits.test), splits.dropped_rows, splits.repeated_rows) == (6, 10, 0)
+    twice = [{**row, "answer": f"{row['answer']}{end}"} for row in numbered(6) for end in "ab"]
+    again = load_data(section(path=jsonl(tmp_path / "s.jsonl", twice)), byte_tokenizer(), max_length=64)
+    assert again.repeated_rows == len(again.test)  # each test question's other row is not trained on

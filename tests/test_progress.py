@@ -166,3 +166,30 @@ def test_bars_count_rows_and_then_steps(tiny_cell):
         view.event(STEP)
         assert (shown.completed, shown.total) == (1, 4)
         assert "loss 2.000" in shown.fields["facts"]
+
+
+ROWS = {"train_rows": 6, "test_rows": 4, "dropped_rows": 0, "repeated_rows": 0, "truncated_rows": 0}
+ROWS |= {"event": "data", "truncated_test_rows": 0, "train_epochs": 2.6667}
+
+
+@pytest.mark.parametrize(
+    ("number", "lost", "said"),
+    [
+        (1, {}, "rows: train 6, test 4, 2.7 epochs"),
+        (2, {}, None),
+        (2, {"dropped_rows": 10}, "rows: train 6, test 4, dropped 10 (no prompt or answer), 2.7 epochs"),
+        (
+            2,
+            {"repeated_rows": 1, "truncated_rows": 1, "truncated_test_rows": 2},
+            "rows: train 6, test 4, left out 1 (a test row asks the same), "
+            "cut 3 (longer than training.max_length=512), 2.7 epochs",
+        ),
+    ],
+)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_became_of_the_rows_is_said_before_the_steps(number, lost, said, terminal, tiny_cell):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=200)
+    with watch(tiny_cell("training.max_length=512"), number=number, total=3, console=console) as view:
+        view.event(ROWS | lost)
+    assert (f"{said}\n" in out.getvalue()) if said else ("rows:" not in out.getvalue())

@@ -11,7 +11,7 @@ import string
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from left_bench.cell import Data, fingerprint
 from left_bench.errors import UserError, nearest
@@ -35,8 +35,25 @@ class Row:
     """A worse answer to the same question, for preference tuning."""
 
 
+class RowSplits(NamedTuple):
+    """What a source's rows became."""
+
+    train: list[Row]
+    test: list[Row]
+    dropped: int
+    """Rows without a prompt or an answer, or whose worse answer is none."""
+    repeated: int
+    """Rows left out because their question is a test row's."""
+
+
 def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
-    """Training rows and test rows, drawn from one distribution, with no question in both.
+    """The training rows and the test rows of `split_rows`."""
+    found = split_rows(section)
+    return found.train, found.test
+
+
+def split_rows(section: Data) -> RowSplits:
+    """Training rows and test rows, drawn from one distribution, with no question in both, and what was left out.
 
     With `data.pairs` every row has a worse answer: that of `data.rejected_column`, else another row's of its split.
 
@@ -47,20 +64,21 @@ def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
     Raises:
         UserError: a source, column, value or count that cannot be used; the message names the key and the mend.
     """
+    dropped: list[str] = []
     if section.path is not None or section.source == "jsonl":
         path = data_file(section)
         source = f"data.path={path}"
-        rows = list(_rows(section, _file_records(path), source))
+        rows = list(_rows(section, _file_records(path), source, dropped))
     elif section.source == "hub":
         source = f"data.hub_id={section.hub_id}"
-        rows = list(_rows(section, _hub_records(section), source))
+        rows = list(_rows(section, _hub_records(section), source, dropped))
     else:
         source = f"data.task={section.task}"
         rows = _generated_rows(section, source)
-    train, test = _hold_out(section, rows, source)
+    train, test, repeated = _hold_out(section, rows, source)
     if section.pairs and section.rejected_column is None:
         train, test = _mismatched(train, source), _mismatched(test, source)
-    return train, test
+    return RowSplits(train, test, dropped=len(dropped), repeated=repeated)
 
 
 def with_content(section: Data) -> Data:
@@ -277,8 +295,8 @@ def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
 # --- records to rows ---
 
 
-def _rows(section: Data, records: Records, source: str) -> Iterator[Row]:
-    """Rows with a prompt and an answer; at least one, or an error."""
+def _rows(section: Data, records: Records, source: str, dropped: list[str] | None = None) -> Iterator[Row]:
+    """Rows with a prompt and an answer; at least one, or an error. Where the others stood is noted in `dropped`."""
     parts, columns = _template_parts(section.template), _columns(section)
     seen = kept = 0
     for where, record in records:
@@ -296,6 +314,8 @@ def _rows(section: Data, records: Records, source: str) -> Iterator[Row]:
         if prompt and answer and rejected not in ("", answer):
             kept += 1
             yield Row(prompt=prompt, answer=answer, rejected=rejected)
+        elif dropped is not None:
+            dropped.append(where)
     if not seen:
         raise UserError(f"{source}: is empty; it needs rows with a question and an answer")
     if not kept:
@@ -391,8 +411,11 @@ def _mismatched(rows: list[Row], source: str) -> list[Row]:
 # --- the split ---
 
 
-def _hold_out(section: Data, rows: list[Row], source: str) -> tuple[list[Row], list[Row]]:
-    """Shuffle by `data.seed`; the first different questions are the test rows, the other questions the training."""
+def _hold_out(section: Data, rows: list[Row], source: str) -> tuple[list[Row], list[Row], int]:
+    """Shuffle by `data.seed`; the first different questions are the test rows, the other questions the training.
+
+    The number is of the rows that repeat a test row's question.
+    """
     shuffled = random.Random(section.seed).sample(rows, len(rows))
     questions = len({_question(row) for row in rows})
     if questions < section.test_rows + 1:
@@ -413,7 +436,7 @@ def _hold_out(section: Data, rows: list[Row], source: str) -> tuple[list[Row], l
             f"data.train_rows={section.train_rows}: {source} leaves only {len(train)} training rows beside"
             f" {section.test_rows} test rows; set data.train_rows={len(train)} or lower, or null for all"
         )
-    return train[: section.train_rows], list(test.values())
+    return train[: section.train_rows], list(test.values()), len(rows) - len(train) - len(test)
 
 
 def _question(row: Row) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.cell import Data, fingerprint
 from left_bench.data.lazy import LazyRows
-from left_bench.data.rows import Row, content_of, load_rows
+from left_bench.data.rows import Row, RowSplits, content_of, split_rows
 from left_bench.errors import UserError
 from left_bench.paths import cache_dir
 
@@ -94,6 +94,11 @@ class Splits:
     """Training rows cut to the maximum length."""
     fingerprint: str
     """Hash of the tokens and references themselves: equal where two cells saw the same rows, on any machine."""
+    truncated_test_rows: int = 0
+    dropped_rows: int = 0
+    """Rows of the source without a prompt or an answer."""
+    repeated_rows: int = 0
+    """Rows of the source left out because their question is a test row's."""
     classes: list[str] | None = None
     """Names of the classes, where pictures are classified."""
 
@@ -125,7 +130,7 @@ def load_data(
         splits = _read(folder, decoder_start=decoder_start)
         if splits is not None:
             return splits
-        _write(folder, *load_rows(section), section=section, tokenizer=tokenizer, shape=shape)
+        _write(folder, split_rows(section), section=section, tokenizer=tokenizer, shape=shape)
     raise RuntimeError(f"tokenized rows in {folder} vanish as soon as they are written")
 
 
@@ -334,6 +339,9 @@ def _read(folder: Path, *, decoder_start: int | None) -> Splits | None:
             train=Examples(datasets.Dataset.load_from_disk(str(folder / "train")), decoder_start=decoder_start),
             test=Examples(datasets.Dataset.load_from_disk(str(folder / "test")), decoder_start=decoder_start),
             truncated_rows=facts["truncated_rows"],
+            truncated_test_rows=facts["truncated_test_rows"],
+            dropped_rows=facts["dropped_rows"],
+            repeated_rows=facts["repeated_rows"],
             fingerprint=facts["fingerprint"],
         )
     except (OSError, ValueError, KeyError):
@@ -343,8 +351,7 @@ def _read(folder: Path, *, decoder_start: int | None) -> Splits | None:
 
 def _write(
     folder: Path,
-    train: list[Row],
-    test: list[Row],
+    found: RowSplits,
     *,
     section: Data,
     tokenizer: PreTrainedTokenizerBase,
@@ -352,9 +359,15 @@ def _write(
 ) -> None:
     """Write the folder whole or not at all; where another process was first, its folder stays."""
     splits, cut = {}, {}
-    for name, rows in (("train", train), ("test", test)):
+    for name, rows in (("train", found.train), ("test", found.test)):
         splits[name], cut[name] = _examples(rows, instruction=section.instruction, tokenizer=tokenizer, shape=shape)
-    facts = {"truncated_rows": cut["train"], "fingerprint": _content_fingerprint(splits)}
+    facts = {
+        "truncated_rows": cut["train"],
+        "truncated_test_rows": cut["test"],
+        "dropped_rows": found.dropped,
+        "repeated_rows": found.repeated,
+        "fingerprint": _content_fingerprint(splits),
+    }
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
