@@ -14,6 +14,7 @@ from left_bench.cell import GROUPS, slugify
 from left_bench.errors import UserError, nearest
 from left_bench.record import METRICS, Record
 from left_bench.report.load import FlatSections, Problem, Run, Sweep, flat_section, flatten, score_of
+from left_bench.report.uncertainty import Scored, crossed_spread, scored_rows, seeds_spread
 from left_bench.report.values import ABSENT, format_flops, format_setting, format_value, one_line
 
 NOT_RUN = "not run"
@@ -61,6 +62,10 @@ class Row:
     def _means(self) -> dict[str, float | None]:
         return {}
 
+    @cached_property
+    def _errors(self) -> dict[str, float | None]:
+        return {}
+
     @property
     def seed(self) -> Any:
         return self.record.config.get("seed") if self.record else None
@@ -90,15 +95,34 @@ class Row:
         return score.base_value if recorded is None and score else recorded
 
     def stderr(self, metric: str) -> float | None:
-        """One standard error: of the mean over seeds where there are several, else of the score over held-out rows."""
-        if self.members:
-            values = [v for run in self.members if run.ok and (v := run.value(metric)) is not None and math.isfinite(v)]
-            if len(values) > 1:
-                mean = math.fsum(values) / len(values)
-                spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-                return math.sqrt(spread / len(values)) if len(set(values)) > 1 else 0.0
+        """One standard error of the value: over held-out rows and seeds, whichever of them there are.
+
+        Seeds whose rows were not kept are taken as independent of the rows' own scatter, which counts it once more.
+        """
+        if len(self.members) > 1 and metric not in self._errors:
+            self._errors[metric] = self._pooled_stderr(metric)
+        if len(self.members) > 1 and sum(run.ok for run in self.members) > 1:
+            return self._errors[metric]
         score = score_of(self.record, metric) if self.record and self.scored else None
         return score.stderr if score and score.stderr is not None and math.isfinite(score.stderr) else None
+
+    def _pooled_stderr(self, metric: str) -> float | None:
+        scored = self.scored_rows(metric)
+        spread = crossed_spread(scored.values, scored.weights) if scored else None
+        if spread is not None:
+            return math.sqrt(spread.variance)
+        done = [run for run in self.members if run.ok and run.value(metric) is not None]
+        spread = seeds_spread([v for run in done if (v := run.value(metric)) is not None and math.isfinite(v)])
+        if spread is None:
+            return done[0].stderr(metric) if done else None
+        of_rows = [error for run in done if (error := run.stderr(metric)) is not None]
+        return math.hypot(math.sqrt(spread.variance), math.fsum(of_rows) / max(1, len(of_rows)))
+
+    def scored_rows(self, metric: str) -> Scored | None:
+        """What its ok runs kept row by row; None where one kept nothing."""
+        done = [run for run in self.runs if run.ok]
+        paths = [run.path for run in done if run.path is not None]
+        return scored_rows(paths, metric) if paths and len(paths) == len(done) and self.scored else None
 
     def memory_parts(self) -> dict[str, float]:
         """Part of the memory peak -> bytes, means over the seeds."""

@@ -17,7 +17,7 @@ from left_bench.report.ranking import (
     places,
     present,
 )
-from left_bench.report.recommend import recommend, sentence
+from left_bench.report.recommend import how_sure, recommend, sentence
 from left_bench.report.tables import (
     CELLS_NAMED,
     ROWS_SHOWN,
@@ -75,6 +75,8 @@ def recommendation(report: Report) -> Iterator[str]:
     yield "## Recommendation"
     names = dict(report.names)
     yield f"**{escape(sentence(found, report.needs, names, report.rows))}**"
+    if (sure := how_sure(found, names)) is not None:
+        yield escape(sure)
     if not found.front:
         return
     over = ", ".join(heading(metric) for metric in found.metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from left_bench.neighbours import DISTURBED
@@ -219,20 +220,21 @@ def places(rows: Sequence[Row], metric: str) -> dict[int, int] | None:
     """`id(row)` -> one more than the number of rows that are better beyond the noise; None where none may be ranked.
 
     Rows with the same place are not told apart from each other, or from what both are not told apart from: a place by
-    the value alone would rank the noise.
+    the value alone would rank the noise. No place is above that of a row with a better value, however well measured.
     """
     measured = _measured(rows, metric)
     if metric_of(metric).better == "none" or not rankable(rows, metric):
         return None
     ordered = sorted(measured, key=lambda row: row.value(metric) or 0.0, reverse=metric_of(metric).better == "higher")
-    return {id(row): 1 + sum(_beats(other, row, metric) for other in ordered[:i]) for i, row in enumerate(ordered)}
+    beaten_by = [1 + sum(_beats(other, row, metric) for other in ordered[:i]) for i, row in enumerate(ordered)]
+    return {id(row): place for row, place in zip(ordered, accumulate(beaten_by, max), strict=True)}
 
 
 def _beats(better: Row, row: Row, metric: str) -> bool:
     gap = abs((better.value(metric) or 0.0) - (row.value(metric) or 0.0))
     errors = better.stderr(metric), row.stderr(metric)
     if errors[0] and errors[1] and not (better.members or row.members) and gap > 4 * math.hypot(errors[0], errors[1]):
-        return True  # no pairing brings this back: the bootstrap is spared
+        return True  # no pairing brings this back
     return gap > 0 and (metric in COUNTED or tied(better, row, metric) is False)
 
 

@@ -11,12 +11,15 @@ from left_bench.errors import UserError, nearest
 from left_bench.record import METRICS
 from left_bench.report.cells import Row
 from left_bench.report.ranking import headline_quality, pareto_front, rankable
-from left_bench.report.statistics import difference
+from left_bench.report.statistics import best_shares, difference
 from left_bench.report.tables import heading
 from left_bench.report.values import format_value, is_number, metric_of
 
 MEMORY, SPEED = "peak_memory_bytes", "train_tokens_per_second"
 _BUDGET = "--budget-memory"
+_DRAWN = 50
+"""Cells with the highest scores, of which one may be the best."""
+_LEAST_SHARE = 0.01
 
 
 class Need(NamedTuple):
@@ -49,7 +52,7 @@ class Recommendation:
     metrics: Sequence[str]
     """What the front is over; a metric in which the rows may not be ranked is left out."""
     tied: Sequence[Row]
-    """Rows of the front as good as the best one: within one standard error of it, and no interval says otherwise."""
+    """Rows of the front as good as the best one: within one standard error of the paired difference."""
 
 
 def take_needs(argv: Sequence[str]) -> tuple[list[Need], list[str]]:
@@ -82,8 +85,8 @@ def take_needs(argv: Sequence[str]) -> tuple[list[Need], list[str]]:
 def recommend(rows: Sequence[Row], needs: Sequence[Need] = ()) -> Recommendation | None:
     """Of the rows that fit and are as good as the best of them, the one that needs the least memory.
 
-    As good is the one-standard-error rule (Breiman et al. 1984): a tie alone would let a row win that is far behind and
-    only poorly measured.
+    As good is the one-standard-error rule (Breiman et al. 1984) on the paired difference, by which the places go too: a
+    tie alone would let a row win that is far behind and only poorly measured.
 
     None where no ok row has a score that may be ranked.
     """
@@ -149,16 +152,27 @@ def sentence(found: Recommendation, needs: Sequence[Need], names: dict[int, str]
     return f"Take {name(id(chosen), chosen.cell_id)} ({facts}): {among}{why}."
 
 
+def how_sure(found: Recommendation, names: dict[int, str]) -> str | None:
+    """How often each fitting cell is the best when rows and seeds are drawn anew; None where they cannot be."""
+    quality = found.metrics[0]
+    sign = 1.0 if metric_of(quality).better == "higher" else -1.0
+    likeliest = sorted(found.fitting, key=lambda row: -sign * (row.value(quality) or 0.0))[:_DRAWN]
+    shares = best_shares(likeliest, quality)
+    if shares is None:
+        return None
+    told = sorted(shares.items(), key=lambda item: -item[1])
+    kept = [f"{names.get(id_, '?')} {share:.2f}" for id_, share in told if share >= _LEAST_SHARE]
+    return f"P(best) in {heading(quality)}, held-out rows and seeds drawn anew: {', '.join(kept)}."
+
+
 def _first(found: Recommendation) -> str:
     """What the choice among equals went by."""
     return "needs the least memory" if MEMORY in found.metrics else "trains the fastest"
 
 
 def _as_good(row: Row, best: Row, quality: str) -> bool:
-    if abs((best.value(quality) or 0.0) - (row.value(quality) or 0.0)) > (best.stderr(quality) or 0.0):
-        return False
     apart = difference(best, row, quality)
-    return apart is not None and apart.tie
+    return apart is not None and abs(apart.value) <= (apart.error or 0.0)
 
 
 _NOUNS = {MEMORY: "peak memory", SPEED: "training tokens/s"}

@@ -1,4 +1,4 @@
-"""What a difference is worth: means over seeds, paired differences, and their bootstrap intervals."""
+"""What a difference is worth: means over seeds and rows, paired differences, ratios, and their intervals."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from left_bench.answers import SCORES_OF_A_PAIR, SCORES_OF_A_ROW
 from left_bench.report.cells import Row
-from left_bench.report.load import RowResult, read_row_results, read_steps
-from left_bench.report.values import is_number
+from left_bench.report.load import read_steps
+from left_bench.report.uncertainty import CONFIDENCE, Spread, crossed_spread, seeds_spread, sum_of
+from left_bench.report.values import is_number, metric_of
 
 if TYPE_CHECKING:
     import numpy
 
-CONFIDENCE = 0.95
 _RESAMPLES = 2000
 _SHARED_DRAWS = 2048
 """Values up to which one table of draws serves every pair of cells; 32 MiB."""
 
 
 class Interval(NamedTuple):
-    """A 95 % bootstrap interval."""
+    """A 95 % interval."""
 
     low: float
     high: float
@@ -39,6 +38,8 @@ class Difference(NamedTuple):
     """None: one measurement each, and nothing to tell how far the next would be."""
     how: str
     """What the interval is over: `paired rows`, `paired rows and seeds`, `seeds`, `standard errors`, or `none`."""
+    error: float | None = None
+    """One standard error of the difference."""
 
     @property
     def tie(self) -> bool:
@@ -46,13 +47,24 @@ class Difference(NamedTuple):
         return self.value == 0 if self.interval is None else 0 in self.interval
 
 
-def mean_interval(values: Sequence[float]) -> Interval | None:
-    """The interval of the mean by the percentile bootstrap; None below two values.
+def around(value: float, spread: Spread) -> Interval:
+    """Student's interval of an estimate."""
+    return Interval(value - spread.reach, value + spread.reach)
 
-    Of three values, as three seeds give, it spans no more than all of them: it describes them, and is too narrow to
-    judge by (three differences of nothing bear one sign one time in four). `difference` takes Student's t for seeds.
+
+def mean_interval(row: Row, metric: str) -> Interval | None:
+    """The interval of the row's value: over seeds and held-out rows where they were kept, else over the seeds.
+
+    None where there is one measurement alone.
     """
-    return _bootstrap(values, [1.0] * len(values)) if len(values) > 1 else None
+    value = row.value(metric)
+    if value is None or not is_number(value):
+        return None
+    scored = row.scored_rows(metric)
+    spread = crossed_spread(scored.values, scored.weights) if scored else None
+    if spread is None:
+        spread = seeds_spread([*seed_values(row, metric).values()])
+    return None if spread is None else around(value, spread)
 
 
 def seed_values(row: Row, metric: str) -> dict[Any, float]:
@@ -65,22 +77,26 @@ def difference(a: Row, b: Row, metric: str) -> Difference | None:
     """`a` less `b`; None where either has no number.
 
     Where both kept their results row by row, the rows are paired: on one question both cells meet the same difficulty,
-    which the difference is then free of. Where both ran under several seeds, the same ones paired, Student's t says how
-    far they reach, and the interval is as wide as the wider of the two at either end. Else the standard errors are
-    taken as independent.
+    which the difference is then free of. Seeds are paired where both ran under the same. Where both are there they are
+    crossed (`uncertainty.crossed_spread`): all seeds answer the same rows, so neither's scatter holds the other's. Else
+    the standard errors are taken as independent.
     """
     x, y = a.value(metric), b.value(metric)
     if x is None or y is None or not (is_number(x) and is_number(y)):
         return None
-    rows, seeds = _over_rows(a, b, metric), _over_seeds(a, b, metric)
-    found = [interval for interval in (rows, seeds) if interval is not None]
-    if found:
-        how = "paired rows and seeds" if len(found) == 2 else "paired rows" if rows else "seeds"
-        return Difference(x - y, Interval(min(i.low for i in found), max(i.high for i in found)), how)
+    found = _over_rows(a, b, metric)
+    if found is not None:
+        several = len(seed_values(a, metric)) > 1 and len(seed_values(b, metric)) > 1
+        how = "paired rows and seeds" if several else "paired rows"
+        apart, spread = found
+        return Difference(x - y, around(apart, spread), how, math.sqrt(spread.variance))
+    over_seeds = _over_seeds(seed_values(a, metric), seed_values(b, metric))
+    if over_seeds is not None:
+        return Difference(x - y, around(x - y, over_seeds), "seeds", math.sqrt(over_seeds.variance))
     first, second = a.stderr(metric), b.stderr(metric)
     if first is not None and second is not None:
-        reach = 2 * math.hypot(first, second)
-        return Difference(x - y, Interval(x - y - reach, x - y + reach), "standard errors")
+        error = math.hypot(first, second)
+        return Difference(x - y, Interval(x - y - 2 * error, x - y + 2 * error), "standard errors", error)
     return Difference(x - y, None, "none")
 
 
@@ -102,8 +118,12 @@ def ratio(a: Row, b: Row, metric: str) -> tuple[float, Interval | None] | None:
 
 def ratio_of_seeds(x: Mapping[Any, float], y: Mapping[Any, float]) -> Interval | None:
     """Student's interval of a ratio, from values above zero by seed; None where either side has fewer than two."""
-    found = _student(*({seed: math.log(value) for seed, value in side.items() if value > 0} for side in (x, y)))
-    return None if found is None else Interval(math.exp(found.low), math.exp(found.high))
+    logs = [{seed: math.log(value) for seed, value in side.items() if value > 0} for side in (x, y)]
+    found = _over_seeds(*logs)
+    if found is None:
+        return None
+    mean = math.fsum(logs[0].values()) / len(logs[0]) - math.fsum(logs[1].values()) / len(logs[1])
+    return Interval(math.exp(mean - found.reach), math.exp(mean + found.reach))
 
 
 def tied(a: Row, b: Row, metric: str) -> bool | None:
@@ -118,114 +138,63 @@ def tied(a: Row, b: Row, metric: str) -> bool | None:
     return None
 
 
-def _over_seeds(a: Row, b: Row, metric: str) -> Interval | None:
-    return _student(seed_values(a, metric), seed_values(b, metric))
-
-
-def _student(x: dict[Any, float], y: dict[Any, float]) -> Interval | None:
-    """Student's interval of the difference of two means: of the pairs where the seeds are the same, else Welch's."""
-    n, m = len(x), len(y)
-    if min(n, m) < 2:
-        return None
+def _over_seeds(x: Mapping[Any, float], y: Mapping[Any, float]) -> Spread | None:
+    """Of the difference of two means: of the pairs where the seeds are the same, else Welch's; None below two seeds."""
     if x.keys() == y.keys():
-        pairs = [x[seed] - y[seed] for seed in x]
-        mean, spread, freedom = math.fsum(pairs) / n, _variance(pairs) / n, n - 1.0
-    else:
-        parts = _variance([*x.values()]) / n, _variance([*y.values()]) / m
-        mean, spread = math.fsum(x.values()) / n - math.fsum(y.values()) / m, sum(parts)
-        freedom = spread**2 / (parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)) if spread else 1.0
-    reach = _student_quantile(freedom) * math.sqrt(spread) if spread else 0.0
-    return Interval(mean - reach, mean + reach)
+        return seeds_spread([x[seed] - y[seed] for seed in x])
+    sides = [seeds_spread([*side.values()]) for side in (x, y)]
+    known = [side for side in sides if side is not None]
+    return sum_of(known) if len(known) == 2 else None
 
 
-def _variance(values: Sequence[float]) -> float:
-    if len(set(values)) == 1:
-        return 0.0
-    mean = math.fsum(values) / len(values)
-    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
-@lru_cache(maxsize=4096)
-def _student_quantile(freedom: float) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
-
-
-def _over_rows(a: Row, b: Row, metric: str) -> Interval | None:
-    x, y = _row_means(a, metric), _row_means(b, metric)
-    if x is None or y is None or x[0] != y[0]:  # other questions, or another order
+def _over_rows(a: Row, b: Row, metric: str) -> tuple[float, Spread] | None:
+    """The difference over the rows that both were asked, and its spread; None where they were not kept, or differ."""
+    x, y = a.scored_rows(metric), b.scored_rows(metric)
+    if x is None or y is None or x.questions != y.questions:
         return None
-    pairs = zip(x[1], y[1], strict=True)
-    return _bootstrap([p - q for p, q in pairs], x[2])
+    means = x.values.mean(axis=0) - y.values.mean(axis=0)
+    apart = float(means.sum() / x.weights.sum())
+    seeds = [[run.seed for run in row.runs if run.ok] for row in (a, b)]
+    if sorted(map(str, seeds[0])) == sorted(map(str, seeds[1])):
+        order = [sorted(range(len(of)), key=lambda i, of=of: str(of[i])) for of in seeds]  # type: ignore[misc]
+        spread = crossed_spread(x.values[order[0]] - y.values[order[1]], x.weights)
+        return None if spread is None else (apart, spread)
+    # other seeds on the same rows: the rows by the difference of the means, each side's seeds beside them
+    parts = [crossed_spread(means[None], x.weights)]
+    parts += [seeds_spread([*(side.values.sum(axis=1) / side.weights.sum())]) for side in (x, y)]
+    known = [part for part in parts if part is not None]
+    return (apart, sum_of(known)) if parts[0] is not None else None
 
 
-def _row_means(row: Row, metric: str) -> tuple[list[Any], list[float], list[float]] | None:
-    """(the questions, each row's value as a mean over the seeds, each row's weight); None where any run kept none."""
-    if metric not in ("eval_loss", *SCORES_OF_A_PAIR, *SCORES_OF_A_ROW):
-        return None
-    runs = [read_row_results(run.path) if run.path else None for run in row.runs if run.ok]
-    kept = [results for results in runs if results]
-    return _means_of(tuple(kept), metric) if kept and len(kept) == len(runs) else None
+def best_shares(rows: Sequence[Row], metric: str) -> dict[int, float] | None:
+    """`id(row)` -> how often it is the best of them when held-out rows and seeds are drawn anew, 2,000 times.
 
-
-@lru_cache(maxsize=4096)
-def _means_of(
-    runs: tuple[tuple[RowResult, ...], ...], metric: str
-) -> tuple[list[Any], list[float], list[float]] | None:
-    questions = [(r.reference, r.answer_tokens) for r in runs[0]]
-    if any([(r.reference, r.answer_tokens) for r in results] != questions for results in runs[1:]):
-        return None
-    scored = [[value for r in results if (value := _score(r, metric)) is not None] for results in runs]
-    if any(len(values) != len(questions) for values in scored):
-        return None
-    values = [sum(parts) / len(runs) for parts in zip(*scored, strict=True)]
-    weights = [float(tokens) if metric == "eval_loss" else 1.0 for _, tokens in questions]
-    return questions, values, weights
-
-
-def _score(result: RowResult, metric: str) -> float | None:
-    if metric == "eval_loss":
-        return result.nll
-    if metric in SCORES_OF_A_PAIR:
-        return None if result.rejected_nll is None else SCORES_OF_A_PAIR[metric](result.rejected_nll - result.nll)
-    return None if result.prediction is None else SCORES_OF_A_ROW[metric](result.prediction, result.reference)
-
-
-def _bootstrap(values: Sequence[float], weights: Sequence[float]) -> Interval | None:
-    """The interval of sum(values) / sum(weights), values and weights drawn together."""
-    if len(values) < 2 or sum(weights) <= 0:
-        return None
-    if len({value / weight if weight else value for value, weight in zip(values, weights, strict=True)}) == 1:
-        mean = sum(values) / sum(weights)
-        return Interval(mean, mean)
-    if len(values) > _SHARED_DRAWS:
-        return _scipy_bootstrap(values, weights)
+    Both are drawn with replacement and crossed (the pigeonhole bootstrap, Owen 2007), the rows' draws shared by all
+    cells, as their difficulty is. Equals share. None where the cells were not asked the same rows.
+    """
     import numpy as np
 
-    drawn = _draws(len(values))
-    return _middle((drawn @ np.array(values)) / (drawn @ np.array(weights)))
-
-
-def _scipy_bootstrap(values: Sequence[float], weights: Sequence[float]) -> Interval:
-    from scipy.stats import bootstrap
-
-    found = bootstrap(
-        (values, weights),
-        lambda value, weight, axis: value.sum(axis=axis) / weight.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",  # BCa has no answer where resamples are all alike, as they are of three seeds
-        rng=0,  # the same records make the same report
-    ).confidence_interval
-    return Interval(float(found.low), float(found.high))
+    kept = {id(row): scored for row in rows if (scored := row.scored_rows(metric)) is not None}
+    if len(kept) < 2 or len(kept) < len(rows):
+        return None
+    first = next(iter(kept.values()))
+    if len(first.questions) > _SHARED_DRAWS or any(one.questions != first.questions for one in kept.values()):
+        return None
+    counts = _draws(len(first.questions))
+    below = counts @ first.weights
+    drawn = []
+    for scored in kept.values():
+        seeds = len(scored.values)
+        picked = np.random.default_rng(seeds).multinomial(seeds, [1 / seeds] * seeds, size=_RESAMPLES) / seeds
+        drawn.append((picked * (counts @ scored.values.T)).sum(axis=1) / below)
+    values = np.array(drawn) * (1 if metric_of(metric).better == "higher" else -1)
+    best = np.isclose(values, values.max(axis=0), rtol=1e-12, atol=0)
+    return dict(zip(kept, (best / best.sum(axis=0)).mean(axis=1).tolist(), strict=True))
 
 
 @lru_cache(maxsize=4)
 def _draws(n: int) -> numpy.ndarray:
-    """How often each of n values is drawn, resample by resample: those of `scipy.stats.bootstrap` with `rng=0`.
+    """How often each of n values is drawn, resample by resample; the same records make the same report.
 
     A table of cells is thousands of pairs over the same rows; drawing anew for each took longer than all else.
     """

@@ -47,7 +47,7 @@ ROWS_SHOWN = 200
 CELLS_NAMED = 12
 _HOW = {
     "paired rows": "paired by held-out row",
-    "paired rows and seeds": "paired by held-out row and by seed, the wider at either end",
+    "paired rows and seeds": "paired by held-out row and by seed, crossed",
     "seeds": "over the seeds",
     "standard errors": "two standard errors, taken as independent",
 }
@@ -212,7 +212,7 @@ def how_to_read(report: Report) -> Iterator[str]:
     repeated = sorted({len(seeds) for row in report.rows if len(seeds := {run.seed for run in row.runs if run.ok}) > 1})
     if repeated:
         of = " or ".join(map(str, repeated))
-        parts.append(f"± is one standard error of the mean over {of} seeds, else of the score over the held-out rows.")
+        parts.append(f"± is one standard error: of scores over held-out rows and {of} seeds, of the rest over seeds.")
     elif any(row.stderr(metric) is not None for row in report.rows for metric in present(report.rows, QUALITY)):
         parts.append("± is one standard error of the score over the held-out rows.")
     if not repeated and any(row.value("peak_memory_bytes") is not None for row in report.rows):
@@ -221,7 +221,7 @@ def how_to_read(report: Report) -> Iterator[str]:
 
 
 def seeds_table(report: Report) -> Iterator[str]:
-    """Mean, bootstrap interval and every seed's own value of what decides, for the rows that were repeated."""
+    """Mean, interval and every seed's own value of what decides, for the rows that were repeated."""
     rows = [row for row in report.rows if sum(run.ok for run in row.runs) > 1]
     quality = headline_quality(report.rows)
     metrics = present(rows, [*([quality] if quality else []), "peak_memory_bytes", "train_tokens_per_second"])
@@ -229,8 +229,8 @@ def seeds_table(report: Report) -> Iterator[str]:
         return
     yield "## Seeds"
     yield (
-        "Mean over the seeds, the 95 % bootstrap interval of that mean in brackets, and the seeds one by one. "
-        "Of three seeds the interval spans no more than all of them; ties are judged by the wider one of Student's t."
+        "Mean over the seeds, its 95 % interval by Student's t in brackets (of scores over held-out rows and seeds "
+        "crossed, of the rest over the seeds), and the seeds one by one."
     )
     lines = []
     for row in rows[:ROWS_SHOWN]:
@@ -238,7 +238,7 @@ def seeds_table(report: Report) -> Iterator[str]:
         cells = []
         for metric in metrics:
             values = seed_values(row, metric)
-            interval = mean_interval(list(values.values()))
+            interval = mean_interval(row, metric)
             text = format_value(metric, row.value(metric))
             if interval is not None and len({format_value(metric, value) for value in values.values()}) > 1:
                 text += f" [{format_value(metric, interval.low)}, {format_value(metric, interval.high)}]"

@@ -1,0 +1,133 @@
+"""How far a mean over seeds and held-out rows would move under other seeds and other rows.
+
+All seeds of a cell are scored on the same rows, so their scatter says nothing of which rows were drawn, and the scatter
+of the rows says nothing of the seeds: the two are crossed, and both count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from left_bench.answers import SCORES_OF_A_PAIR, SCORES_OF_A_ROW
+from left_bench.report.load import RowResult, read_row_results
+
+if TYPE_CHECKING:
+    import numpy
+
+CONFIDENCE = 0.95
+
+
+class Spread(NamedTuple):
+    """The variance of an estimate, and the degrees of freedom of the Student's t that goes with it."""
+
+    variance: float
+    freedom: float
+
+    @property
+    def reach(self) -> float:
+        """Half the width of the 95 % interval."""
+        return student_quantile(self.freedom) * math.sqrt(self.variance) if self.variance > 0 else 0.0
+
+
+class Scored(NamedTuple):
+    """What a cell's seeds kept row by row of one metric."""
+
+    questions: list[Any]
+    """What was asked: cells are paired where these are equal."""
+    values: numpy.ndarray
+    """(seeds, rows): each row's part of the metric's numerator."""
+    weights: numpy.ndarray
+    """(rows,): each row's part of its denominator: 1, or its answer's tokens for a loss."""
+
+
+def scored_rows(records: Sequence[Path], metric: str) -> Scored | None:
+    """The row-by-row results beside some records, one record a seed.
+
+    None where the metric is no mean over rows, a record has none, or the seeds were asked otherwise.
+    """
+    if metric not in ("eval_loss", *SCORES_OF_A_PAIR, *SCORES_OF_A_ROW) or not records:
+        return None
+    runs = [read_row_results(path) for path in records]
+    kept = [results for results in runs if results]
+    return _scored(tuple(kept), metric) if len(kept) == len(runs) else None
+
+
+@lru_cache(maxsize=4096)
+def _scored(runs: tuple[tuple[RowResult, ...], ...], metric: str) -> Scored | None:
+    import numpy as np
+
+    questions = [(result.reference, result.answer_tokens) for result in runs[0]]
+    if any([(r.reference, r.answer_tokens) for r in results] != questions for results in runs[1:]):
+        return None
+    values = [[value for r in results if (value := _score(r, metric)) is not None] for results in runs]
+    if any(len(of_run) != len(questions) for of_run in values):
+        return None
+    weights = [float(tokens) if metric == "eval_loss" else 1.0 for _, tokens in questions]
+    return Scored(questions, np.array(values, dtype=float), np.array(weights)) if sum(weights) > 0 else None
+
+
+def _score(result: RowResult, metric: str) -> float | None:
+    if metric == "eval_loss":
+        return result.nll
+    if metric in SCORES_OF_A_PAIR:
+        return None if result.rejected_nll is None else SCORES_OF_A_PAIR[metric](result.rejected_nll - result.nll)
+    return None if result.prediction is None else SCORES_OF_A_ROW[metric](result.prediction, result.reference)
+
+
+def crossed_spread(values: numpy.ndarray, weights: numpy.ndarray) -> Spread | None:
+    """Of sum(values) / sum(weights) over seeds and rows (seeds, rows), both drawn at random; None below two rows.
+
+    The two-way random-effects analysis of variance without repetition (Searle, Casella and McCulloch 1992, ch. 4):
+    Var = (MS_seeds + MS_rows - MS_residual) / (seeds x rows), never less than either alone, with Satterthwaite's
+    degrees of freedom. A ratio is taken by its linear part. One seed says nothing of the others: then it is the rows'.
+    """
+    seeds, rows = values.shape
+    if rows < 2:
+        return None
+    ratio = values.sum() / (seeds * weights.sum())
+    apart = (values - ratio * weights) / weights.mean()
+    by_seed, by_row = apart.mean(axis=1), apart.mean(axis=0)
+    mean = apart.mean()
+    of_rows = seeds * float(((by_row - mean) ** 2).sum()) / (rows - 1)
+    if seeds == 1:
+        return Spread(of_rows / rows, rows - 1)
+    of_seeds = rows * float(((by_seed - mean) ** 2).sum()) / (seeds - 1)
+    beside = (seeds - 1) * (rows - 1)
+    residual = float(((apart - by_seed[:, None] - by_row + mean) ** 2).sum()) / beside
+    total = of_seeds + of_rows - residual
+    if total <= max(of_seeds, of_rows):  # a component came out below zero: it is taken as none
+        return Spread(max(of_seeds, of_rows) / (seeds * rows), (seeds if of_seeds > of_rows else rows) - 1)
+    parts = of_seeds**2 / (seeds - 1) + of_rows**2 / (rows - 1) + residual**2 / beside
+    return Spread(total / (seeds * rows), total**2 / parts)
+
+
+def seeds_spread(values: Sequence[float]) -> Spread | None:
+    """Of the mean of one value a seed; None below two."""
+    n = len(values)
+    return Spread(variance(values) / n, n - 1) if n > 1 else None
+
+
+def sum_of(spreads: Sequence[Spread]) -> Spread:
+    """Of the sum or the difference of independent estimates (Welch 1947)."""
+    total = sum(one.variance for one in spreads)
+    parts = sum(one.variance**2 / one.freedom for one in spreads)
+    return Spread(total, total**2 / parts if parts > 0 else 1.0)
+
+
+def variance(values: Sequence[float]) -> float:
+    """The unbiased one; exactly 0 of values that are all the same."""
+    if len(set(values)) == 1:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+@lru_cache(maxsize=4096)
+def student_quantile(freedom: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
