@@ -173,7 +173,14 @@ class Data(_Section):
     config: dict[str, Any] = Field(default_factory=dict)
     """reasoning_gym: the dataset's own arguments. hub: `load_dataset` arguments (name, revision, split)."""
     path: str | None = None
-    """A local JSON-lines file, or for pictures a folder with one of them for each class; takes the hub's place."""
+    """A local file of rows (JSON lines, JSON, CSV, TSV, Parquet, Arrow; gzip or zstd), a glob, a folder of
+    `save_to_disk`, or for pictures a folder with one of them for each class; takes the hub's place."""
+    test_path: str | None = None
+    """Test rows in a file of their own; None: they are held out of `path`, or the data set's own split `test`."""
+    shape: str | None = None
+    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt` or `preference`; None: found by looking at a row."""
+    train_on: Literal["assistant", "last"] = "assistant"
+    """Of a conversation: every assistant turn, each a row that follows what was said before it, or the last alone."""
     content: str | None = None
     """That file's SHA-256 (a fingerprint of the folder's files), filled in when a cell is composed: other rows are
     another cell, a moved file is none."""
@@ -364,6 +371,7 @@ class Cell(BaseModel):
                     section.pop(key, None)
         if self.data.content is not None:
             plain["data"].pop("path", None)
+            plain["data"].pop("test_path", None)
         if self.model.content is not None:
             plain["model"].pop("name_or_path", None)
         return plain

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from left_bench.auto_precision import with_chosen
 from left_bench.cell import GROUPS, Cell, Data, slugify
-from left_bench.data.rows import with_content
+from left_bench.data.files import with_content
 from left_bench.device import find_device
 from left_bench.errors import UserError
 from left_bench.paths import config_root

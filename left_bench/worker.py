@@ -103,7 +103,7 @@ def work(
     meter = Meter(device, events, energy=energy)
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics |= counted_rows(splits, scored=len(test), cell=cell)
-    events.write("data", **{name: meter.metrics[name] for name in ROW_COUNTS})
+    events.write("data", shape=splits.shape, **{name: meter.metrics[name] for name in ROW_COUNTS})
     found["provenance"]["rows"] = splits.fingerprint
     if cell.hardware.memory_limit is not None:
 

@@ -585,7 +585,7 @@ def test_code_keeps_its_first_lines_indent(tmp_path: Path) -> None:
 
 
 def test_a_local_file_behind_a_hub_builder_is_known_by_its_content(tmp_path: Path) -> None:
-    from left_bench.data.rows import with_content
+    from left_bench.data.files import with_content
 
     (tmp_path / "r.csv").write_text("prompt,answer\na,b\n", encoding="utf-8")
     data = section(source="hub", hub_id="csv", config={"data_files": str(tmp_path / "*.csv")})

@@ -181,7 +181,7 @@ ROWS |= {"event": "data", "truncated_test_rows": 0, "train_epochs": 2.6667}
         (
             2,
             {"repeated_rows": 1, "truncated_rows": 1, "truncated_test_rows": 2},
-            "rows: train 6, test 4, left out 1 (a test row asks the same), "
+            "rows: train 6, test 4, left out 1 (a test row's question), "
             "cut 3 (longer than training.max_length=512), 2.7 epochs",
         ),
     ],

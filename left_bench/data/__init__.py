@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from left_bench.data.batches import Batch, collate, split_passes, step_rows
 from left_bench.data.pictures import Picture, load_pictures
-from left_bench.data.rows import Row, load_rows
+from left_bench.data.rows import load_rows
+from left_bench.data.shapes import Row
 from left_bench.data.tokens import Example, Splits, load_data, start_ids, turn_end
 
 __all__ = [

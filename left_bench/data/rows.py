@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import glob
-import json
+import itertools
 import random
 import string
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from left_bench.cell import Data, fingerprint
+from left_bench.cell import Data
+from left_bench.data.files import Records, data_files, file_records, has_test_split, test_split_records
+from left_bench.data.shapes import Row, Shape, in_words, shape_of, text_of, whole_lines
 from left_bench.errors import UserError, nearest
-from left_bench.paths import contents_of, file_sha256
-
-# Named records of a source: `line 3`, and the columns found there.
-Records = Iterable[tuple[str, Mapping[str, Any]]]
 
 _ROUNDS = 50  # draws of a generator, in multiples of the rows asked for, before it counts as exhausted
 _BARREN_ROUNDS = 3  # rounds in a row without one new question: the same
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question and its answer."""
-
-    prompt: str
-    """The user's turn, after `data.template`."""
-    answer: str
-    rejected: str | None = None
-    """A worse answer to the same question, for preference tuning."""
 
 
 class RowSplits(NamedTuple):
@@ -44,6 +27,8 @@ class RowSplits(NamedTuple):
     """Rows without a prompt or an answer, or whose worse answer is none."""
     repeated: int
     """Rows left out because their question is a test row's."""
+    shape: str | None = None
+    """What the records were found to be, in words; None: columns by their names."""
 
 
 def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
@@ -65,141 +50,47 @@ def split_rows(section: Data) -> RowSplits:
         UserError: a source, column, value or count that cannot be used; the message names the key and the mend.
     """
     dropped: list[str] = []
+    held_out: list[Row] | None = None
     if section.path is not None or section.source == "jsonl":
-        path = data_file(section)
-        source = f"data.path={path}"
-        rows = list(_rows(section, _file_records(path), source, dropped))
+        paths = data_files(section)
+        source = f"data.path={section.path if len(paths) > 1 else paths[0]}"
+        records, shape = _looked_at(section, file_records(paths), source)
+        rows = list(_rows(section, records, source, dropped, shape))
+        if section.test_path is not None:
+            files = data_files(section, test=True)
+            apart: Records | None = file_records(files)
+            named = f"data.test_path={section.test_path}"
+        elif len(paths) == 1 and has_test_split(paths[0]):
+            apart, named = test_split_records(paths[0]), f"{source}: split test"
+        else:
+            apart, named = None, ""
+        if apart is not None:
+            apart, shape_apart = _looked_at(section, apart, named)
+            held_out = list(_rows(section, apart, named, dropped, shape_apart))
     elif section.source == "hub":
         source = f"data.hub_id={section.hub_id}"
-        rows = list(_rows(section, _hub_records(section), source, dropped))
+        records, shape = _looked_at(section, _hub_records(section), source)
+        rows = list(_rows(section, records, source, dropped, shape))
     else:
-        source = f"data.task={section.task}"
+        source, shape = f"data.task={section.task}", None
         rows = _generated_rows(section, source)
-    train, test, repeated = _hold_out(section, rows, source)
-    if section.pairs and section.rejected_column is None:
+    train, test, repeated = _hold_out(section, rows, source, held_out=held_out)
+    if section.pairs and section.rejected_column is None and not any(row.rejected for row in rows):
         train, test = _mismatched(train, source), _mismatched(test, source)
-    return RowSplits(train, test, dropped=len(dropped), repeated=repeated)
+    words = None if shape is None else in_words(shape, section)
+    return RowSplits(train, test, dropped=len(dropped), repeated=repeated, shape=words)
 
 
-def with_content(section: Data) -> Data:
-    """The section with its file's SHA-256, where there is such a file; `load_rows` says what is wrong elsewhere."""
-    try:
-        if section.image_column is not None and section.path is not None:
-            return section.model_copy(update={"content": _of_folder(Path(section.path).expanduser().absolute())})
-        content = content_of(section)
-        return section if content is None else section.model_copy(update={"content": content})
-    except (UserError, OSError):
-        return section
-
-
-def content_of(section: Data) -> str | None:
-    """A hash of the local files that the rows come from, wherever they lie; None where there are none.
-
-    Raises:
-        UserError, OSError: as `data_file`, or a file that cannot be read.
-    """
-    if section.path is not None or section.source == "jsonl":
-        return _known_sha256(data_file(section))
-    found = _local_files(section)
-    return fingerprint([_known_sha256(path) for path in found]) if found else None
-
-
-def _local_files(section: Data) -> list[Path]:
-    """What `datasets.load_dataset` would read from this machine: a folder in the hub's place, `data_files`, globs."""
-    if section.source != "hub" or not section.hub_id:
-        return []
-    folder = Path(section.hub_id).expanduser()
-    if folder.is_dir():
-        return sorted(path for path in folder.rglob("*") if path.is_file())
-    root = Path(str(section.config.get("data_dir") or "."))
-    named: list[str] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, str):
-            named.append(value)
-        elif isinstance(value, (list, tuple)):
-            for one in value:
-                walk(one)
-        elif isinstance(value, Mapping):
-            walk(list(value.values()))
-
-    walk(section.config.get("data_files"))
-    if not named and "data_dir" in section.config and root.is_dir():
-        return sorted(path for path in root.rglob("*") if path.is_file())
-    patterns = [str(root / Path(name).expanduser()) for name in named]
-    found = {Path(match) for pattern in patterns for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
-    return sorted(path for path in found if path.is_file())
-
-
-def _known_sha256(path: Path) -> str:
-    stat = path.stat()
-    return _sha256(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.cache
-def _of_folder(folder: Path) -> str:
-    return contents_of((path for path in folder.rglob("*") if path.is_file()), root=folder)
-
-
-@functools.cache  # a sweep composes one file thousands of times
-def _sha256(path: str, size: int, modified: int) -> str:
-    return file_sha256(Path(path))
-
-
-def data_file(section: Data) -> Path:
-    """The local file of `data.path`.
-
-    Raises:
-        UserError: no path, no such file, or a folder.
-    """
-    if not section.path:
-        raise UserError("data.path is missing; set data.path=FILE to a JSON-lines file, one object on each line")
-    path = Path(section.path).expanduser()
-    try:
-        path.stat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:  # longer than a name may be, a null character, no permission
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"data.path={section.path[:200]!r}: cannot be opened ({reason}); check the path") from error
-    if path.is_dir():
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".jsonl", ".json"))
-        hint = f", such as {path / inside[0]}" if inside else ""
-        raise UserError(f"data.path={path}: is a folder; name one JSON-lines file{hint}")
-    if not path.is_file():
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"data.path={path}: no such file{nearest(path.name, beside) or '; check the path'}")
-    return path
+def _looked_at(section: Data, records: Records, source: str) -> tuple[Records, Shape | None]:
+    """The records, and what the first of them is found to be (or `data.shape` says)."""
+    iterator = iter(records)
+    first = next(iterator, None)
+    if first is None:
+        return [], None
+    return itertools.chain([first], iterator), shape_of(section, first[1], f"{first[0]} of {source}")
 
 
 # --- sources: records with named columns ---
-
-
-def _file_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    number = 0
-    try:
-        # Bytes split at "\n" alone: text mode would also end a line at characters that JSON allows inside a string.
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if line:
-                    yield f"line {number}", _json_object(line, path=path, number=number)
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.path={path}: line {number} is not UTF-8 text; save the file as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"data.path={path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _json_object(line: str, *, path: Path, number: int) -> Mapping[str, Any]:
-    form = 'write one JSON object on each line, such as {"prompt": "...", "answer": "..."}'
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"data.path={path}: line {number} is not JSON ({reason}); {form}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"data.path={path}: line {number} is {_kind(value)}, not an object; {form}")
-    return value
 
 
 def _hub_records(section: Data) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -295,41 +186,41 @@ def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
 # --- records to rows ---
 
 
-def _rows(section: Data, records: Records, source: str, dropped: list[str] | None = None) -> Iterator[Row]:
+def _rows(
+    section: Data, records: Records, source: str, dropped: list[str] | None = None, shape: Shape | None = None
+) -> Iterator[Row]:
     """Rows with a prompt and an answer; at least one, or an error. Where the others stood is noted in `dropped`."""
     parts, columns = _template_parts(section.template), _columns(section)
-    seen = kept = 0
-    for where, record in records:
-        seen += 1
+
+    def by_columns(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
         texts: dict[str, str] = {}
         for key, column in columns:
             if column not in record:
-                raise UserError(_missing_column(section, key, column, record, f"{where} of {source}"))
-            texts[column] = _text(record[column], f"{where} of {source}: column '{column}'")
+                raise UserError(_missing_column(section, key, column, record, where))
+            texts[column] = text_of(record[column], f"{where}: column '{column}'")
         prompt = "".join(
             literal + (texts[_column_of(section, field)] if field is not None else "") for literal, field in parts
         ).strip()
-        answer = _whole_lines(texts[section.answer_column])
-        rejected = _whole_lines(texts[section.rejected_column]) if section.pairs and section.rejected_column else None
-        if prompt and answer and rejected not in ("", answer):
-            kept += 1
-            yield Row(prompt=prompt, answer=answer, rejected=rejected)
-        elif dropped is not None:
+        rejected = whole_lines(texts[section.rejected_column]) if section.pairs and section.rejected_column else None
+        yield Row(prompt=prompt, answer=whole_lines(texts[section.answer_column]), rejected=rejected)
+
+    read = by_columns if shape is None else shape.rows
+    seen = kept = 0
+    for where, record in records:
+        seen += 1
+        whole = [row for row in read(record, f"{where} of {source}", section) if row.whole]
+        kept += len(whole)
+        yield from whole
+        if not whole and dropped is not None:
             dropped.append(where)
     if not seen:
         raise UserError(f"{source}: is empty; it needs rows with a question and an answer")
     if not kept:
+        column = f"data.answer_column={section.answer_column!r}" if shape is None else f"data.shape={shape.name}"
         raise UserError(
-            f"data.answer_column={section.answer_column!r}: none of the {seen} rows of {source} has both a prompt"
+            f"{column}: none of the {seen} rows of {source} has both a prompt"
             " and an answer; name the column that holds the answers"
         )
-
-
-def _whole_lines(answer: str) -> str:
-    """Without blank lines before and white space after; a first line's indent is the answer's own, as in code."""
-    lines = answer.rstrip().splitlines(keepends=True)
-    first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
-    return "".join(lines[first:])
 
 
 def _template_parts(template: str) -> list[tuple[str, str | None]]:
@@ -370,26 +261,6 @@ def _missing_column(section: Data, key: str, column: str, record: Mapping[str, A
     return f"{key}={column!r}: no such column in {where}; {there}"
 
 
-def _text(value: Any, where: str) -> str:
-    """Text as it is, numbers and booleans as JSON writes them, null as nothing."""
-    if value is None:
-        return ""
-    if isinstance(value, (bool, int, float)):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise UserError(f"{where} holds {_kind(value)}, not text; write it as a string or name another column")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half a character (a lone surrogate); mend the text") from error
-    return value
-
-
-def _kind(value: Any) -> str:
-    kinds = {list: "a list", dict: "an object", str: "a text", int: "a number", float: "a number", bool: "a boolean"}
-    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
-
-
 # --- worse answers ---
 
 
@@ -411,34 +282,46 @@ def _mismatched(rows: list[Row], source: str) -> list[Row]:
 # --- the split ---
 
 
-def _hold_out(section: Data, rows: list[Row], source: str) -> tuple[list[Row], list[Row], int]:
+def _hold_out(
+    section: Data, rows: list[Row], source: str, *, held_out: list[Row] | None = None
+) -> tuple[list[Row], list[Row], int]:
     """Shuffle by `data.seed`; the first different questions are the test rows, the other questions the training.
 
-    The number is of the rows that repeat a test row's question.
+    Test rows that the source brings itself (`held_out`) are drawn from those alone. The number is of the rows that
+    repeat a test row's question.
     """
     shuffled = random.Random(section.seed).sample(rows, len(rows))
-    questions = len({_question(row) for row in rows})
-    if questions < section.test_rows + 1:
-        if questions == 1:
-            raise UserError(f"{source}: has one question with an answer; two are needed, to train on one and test one")
-        raise UserError(
-            f"data.test_rows={section.test_rows}: {source} has only {questions} different questions with an"
-            f" answer, and one must be left to train on; set data.test_rows={questions - 1} or lower"
-        )
+    if held_out is None:
+        questions = len({_question(row) for row in rows})
+        if questions < section.test_rows + 1:
+            if questions == 1:
+                raise UserError(
+                    f"{source}: has one question with an answer; two are needed, to train on one and test one"
+                )
+            raise UserError(
+                f"data.test_rows={section.test_rows}: {source} has only {questions} different questions with an"
+                f" answer, and one must be left to train on; set data.test_rows={questions - 1} or lower"
+            )
+        drawn = shuffled
+    else:
+        drawn = random.Random(section.seed).sample(held_out, len(held_out))
     test: dict[str, Row] = {}
-    for row in shuffled:
+    for row in drawn:
         if len(test) == section.test_rows:
             break
         test.setdefault(_question(row), row)
     train = [row for row in shuffled if _question(row) not in test]
+    if not train:
+        raise UserError(f"{source}: each of its questions is a test row's too, and none is left to train on")
     if section.train_rows is not None and len(train) < section.train_rows:
         raise UserError(
             f"data.train_rows={section.train_rows}: {source} leaves only {len(train)} training rows beside"
-            f" {section.test_rows} test rows; set data.train_rows={len(train)} or lower, or null for all"
+            f" {len(test)} test rows; set data.train_rows={len(train)} or lower, or null for all"
         )
-    return train[: section.train_rows], list(test.values()), len(rows) - len(train) - len(test)
+    repeated = len(rows) - len(train) - (len(test) if held_out is None else 0)
+    return train[: section.train_rows], list(test.values()), repeated
 
 
 def _question(row: Row) -> str:
     """What makes two questions the same: their words, whatever the spacing and case."""
-    return " ".join(row.prompt.split()).casefold()
+    return " ".join((row.group or row.prompt).split()).casefold()

@@ -6,15 +6,17 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.cell import Data, fingerprint
+from left_bench.data.files import content_of
 from left_bench.data.lazy import LazyRows
-from left_bench.data.rows import Row, RowSplits, content_of, split_rows
+from left_bench.data.rows import RowSplits, split_rows
+from left_bench.data.shapes import Row
 from left_bench.errors import UserError
 from left_bench.paths import cache_dir
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-_LAYOUT = 3  # raise it when the same rows would give other tokens or files: older folders are then not found
+_LAYOUT = 4  # raise it when the same rows would give other tokens or files: older folders are then not found
 _FACTS_NAME = "splits.json"
 # What a chat template may ask for. Reasoning models would spend the answer's tokens on thoughts, and the date (this
 # one is the Llama templates' own fallback) would make other tokens of the same row tomorrow.
@@ -99,6 +101,8 @@ class Splits:
     """Rows of the source without a prompt or an answer."""
     repeated_rows: int = 0
     """Rows of the source left out because their question is a test row's."""
+    shape: str | None = None
+    """What the source's records were found to be, in words; None: columns by their names."""
     classes: list[str] | None = None
     """Names of the classes, where pictures are classified."""
 
@@ -201,9 +205,8 @@ def _examples(
     rows: list[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, shape: _Shape
 ) -> tuple[list[Example], int]:
     """Examples, and how many of them were cut."""
-    prompts = _prompt_ids(
-        [row.prompt for row in rows], instruction=instruction, tokenizer=tokenizer, encoder=shape.encoder
-    )
+    common: dict[str, Any] = {"instruction": instruction, "tokenizer": tokenizer, "encoder": shape.encoder}
+    prompts = _prompt_ids(rows, **common)
     end = [tokenizer.eos_token_id] if shape.encoder else turn_end(tokenizer)
     answers = _answer_ids([row.answer for row in rows], tokenizer, end=end)
     worse = _answer_ids([row.rejected or "" for row in rows], tokenizer, end=end)
@@ -211,6 +214,9 @@ def _examples(
     for row, (prompt_ids, text), answer_ids, rejected_ids in zip(rows, prompts, answers, worse, strict=True):
         longer = max(answer_ids, rejected_ids, key=len)  # both answers follow one and the same prompt
         cut += len(prompt_ids) + len(longer) > shape.max_length
+        shorter = row
+        while len(prompt_ids) + len(longer) > shape.max_length and (shorter := _without_oldest_turn(shorter)).before:
+            [(prompt_ids, text)] = _prompt_ids([shorter], **common)
         prompt_ids, longer = fit(prompt_ids, longer, max_length=shape.max_length, text=text)
         examples.append(
             Example(
@@ -229,21 +235,29 @@ def _answer_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase, *, end: 
     return [[*ids, *end] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
 
 
+def _without_oldest_turn(row: Row) -> Row:
+    """The conversation from its next question on, the system message kept; with `before` None where there is none."""
+    turns = list(row.before or ())
+    head = turns[:1] if turns and turns[0]["role"] == "system" else []
+    asked = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
+    return replace(row, before=(*head, *turns[asked[1] :]) if len(asked) > 1 else None)
+
+
 def _prompt_ids(
-    prompts: list[str], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, encoder: bool
+    rows: Sequence[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, encoder: bool
 ) -> list[tuple[list[int], tuple[int, int]]]:
     """Each prompt's tokens, and where among them the user's text begins and ends."""
     start: list[int] = []  # a template writes its own start token, and so do an encoder's special tokens
     if not encoder and getattr(tokenizer, "chat_template", None):
-        texts = _chat_texts(prompts, instruction=instruction, tokenizer=tokenizer)
+        texts = _chat_texts(rows, instruction=instruction, tokenizer=tokenizer)
     else:
-        head = f"{instruction}\n" if instruction else ""
-        texts = [f"{head}{prompt}" if encoder else f"{head}{prompt}\n" for prompt in prompts]
+        head, tail = f"{instruction}\n" if instruction else "", "" if encoder else "\n"
+        texts = [f"{head}{_said(row)}{tail}" for row in rows]
         start = [] if encoder else start_ids(tokenizer)
     offsets = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(texts, add_special_tokens=encoder, return_offsets_mapping=offsets)
     found = []
-    for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+    for index, (text, prompt) in enumerate(zip(texts, (row.prompt for row in rows), strict=True)):
         ids = list(encoded["input_ids"][index])
         begin, end = 0, len(ids)
         first = text.rfind(prompt)
@@ -259,27 +273,43 @@ def _prompt_ids(
     return found
 
 
-def _chat_texts(prompts: list[str], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _said(row: Row) -> str:
+    """All turns up to the answer, a line each, for a model without a chat template."""
+    return "\n".join(turn["content"] for turn in row.before) if row.before else row.prompt
+
+
+def _chat_texts(rows: Sequence[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     from jinja2 import TemplateError
 
-    def render(user: str, system: str | None) -> str:
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": user})
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **_TEMPLATE_ARGUMENTS)
+    def render(turns: Sequence[Mapping[str, Any]]) -> str:
+        given = [dict(turn) for turn in turns]
+        text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, **_TEMPLATE_ARGUMENTS)
         assert isinstance(text, str)
         return text
 
-    def takes_system(system: str) -> bool:
+    def takes_system() -> bool:
         """Some templates refuse a system message, others drop it without a word."""
+        asked = "A system message."
         try:
-            return system.strip() in render("?", system)
+            return asked in render([{"role": "system", "content": asked}, {"role": "user", "content": "?"}])
         except TemplateError:
             return False
 
+    def turns_of(row: Row, *, system: bool) -> list[dict[str, Any]]:
+        turns = [dict(turn) for turn in row.before] if row.before else [{"role": "user", "content": row.prompt}]
+        if instruction and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": instruction})
+        if turns[0]["role"] == "system" and not system:
+            first = turns.pop(0)["content"]
+            question = next((turn for turn in turns if turn["role"] == "user"), None)
+            if question is not None:
+                question["content"] = f"{first}\n\n{question['content']}"
+        return turns
+
     try:
-        if instruction and not takes_system(instruction):
-            return [render(f"{instruction}\n\n{prompt}", None) for prompt in prompts]
-        return [render(prompt, instruction) for prompt in prompts]
+        wanted = bool(instruction) or any(row.before and row.before[0]["role"] == "system" for row in rows)
+        system = wanted and takes_system()
+        return [render(turns_of(row, system=system)) for row in rows]
     except TemplateError as error:
         raise UserError(
             f"model.name_or_path={tokenizer.name_or_path!r}: its chat template cannot render a user's turn ({error});"
@@ -296,6 +326,7 @@ def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape)
     content: dict[str, str] = {}
     if (found := content_of(section)) is not None:
         plain.pop("path")  # the same file elsewhere is the same data
+        plain.pop("test_path")
         content["sha256"] = found
         if section.content not in (None, found):
             key = f"data.path={section.path!r}" if section.path else f"data.hub_id={section.hub_id!r}"
@@ -342,6 +373,7 @@ def _read(folder: Path, *, decoder_start: int | None) -> Splits | None:
             truncated_test_rows=facts["truncated_test_rows"],
             dropped_rows=facts["dropped_rows"],
             repeated_rows=facts["repeated_rows"],
+            shape=facts["shape"],
             fingerprint=facts["fingerprint"],
         )
     except (OSError, ValueError, KeyError):
@@ -366,6 +398,7 @@ def _write(
         "truncated_test_rows": cut["test"],
         "dropped_rows": found.dropped,
         "repeated_rows": found.repeated,
+        "shape": found.shape,
         "fingerprint": _content_fingerprint(splits),
     }
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"

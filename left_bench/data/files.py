@@ -1,0 +1,266 @@
+"""Local files of rows: which there are, what is in them, and how their content is known."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from left_bench.cell import Data, fingerprint
+from left_bench.errors import UserError, nearest
+from left_bench.paths import contents_of, file_sha256
+
+Records = Iterable[tuple[str, Mapping[str, Any]]]
+"""Named records of a source: `line 3`, and the columns found there."""
+
+_LINES = (".jsonl", ".ndjson", ".jsonlines")
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_KINDS = (*_LINES, ".json", *_BUILDERS)
+_PACKED = (".gz", ".zst")
+_DATASET = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+
+
+def with_content(section: Data) -> Data:
+    """The section with its file's SHA-256, where there is such a file; `load_rows` says what is wrong elsewhere."""
+    try:
+        if section.image_column is not None and section.path is not None:
+            return section.model_copy(update={"content": _of_folder(Path(section.path).expanduser().absolute())})
+        content = content_of(section)
+        return section if content is None else section.model_copy(update={"content": content})
+    except (UserError, OSError):
+        return section
+
+
+def content_of(section: Data) -> str | None:
+    """A hash of the local files that the rows come from, wherever they lie; None where there are none.
+
+    Raises:
+        UserError, OSError: as `data_file`, or a file that cannot be read.
+    """
+    if section.path is not None or section.source == "jsonl":
+        found = [_known_content(path) for path in data_files(section)]
+        if section.test_path is not None:
+            found += ["test", *(_known_content(path) for path in data_files(section, test=True))]
+        return found[0] if len(found) == 1 else fingerprint(found)
+    read = _local_files(section)
+    return fingerprint([_known_sha256(path) for path in read]) if read else None
+
+
+def _local_files(section: Data) -> list[Path]:
+    """What `datasets.load_dataset` would read from this machine: a folder in the hub's place, `data_files`, globs."""
+    if section.source != "hub" or not section.hub_id:
+        return []
+    folder = Path(section.hub_id).expanduser()
+    if folder.is_dir():
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    root = Path(str(section.config.get("data_dir") or "."))
+    named: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, str):
+            named.append(value)
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                walk(one)
+        elif isinstance(value, Mapping):
+            walk(list(value.values()))
+
+    walk(section.config.get("data_files"))
+    if not named and "data_dir" in section.config and root.is_dir():
+        return sorted(path for path in root.rglob("*") if path.is_file())
+    patterns = [str(root / Path(name).expanduser()) for name in named]
+    found = {Path(match) for pattern in patterns for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
+    return sorted(path for path in found if path.is_file())
+
+
+def _known_content(path: Path) -> str:
+    return _of_folder(path.absolute()) if path.is_dir() else _known_sha256(path)
+
+
+def _known_sha256(path: Path) -> str:
+    stat = path.stat()
+    return _sha256(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _of_folder(folder: Path) -> str:
+    return contents_of((path for path in folder.rglob("*") if path.is_file()), root=folder)
+
+
+@functools.cache  # a sweep composes one file thousands of times
+def _sha256(path: str, size: int, modified: int) -> str:
+    return file_sha256(Path(path))
+
+
+def data_files(section: Data, *, test: bool = False) -> list[Path]:
+    """What `data.path` (or `data.test_path`) names: a file, the files of a glob, or a folder of `save_to_disk`.
+
+    Raises:
+        UserError: no path, nothing there, a folder that holds no data set, or a kind of file that is not read.
+    """
+    key, given = ("data.test_path", section.test_path) if test else ("data.path", section.path)
+    if not given:
+        raise UserError(f"{key} is missing; set {key}=FILE to rows of yours: {', '.join(_KINDS)}")
+    path = Path(given).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if any(sign in given for sign in "*?["):
+            found = sorted(Path(one) for one in glob.glob(str(path), recursive=True) if Path(one).is_file())  # noqa: PTH207
+            if found:
+                return [_of_known_kind(one, key) for one in found]
+    except (OSError, ValueError) as error:  # longer than a name may be, a null character, no permission
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}={given[:200]!r}: cannot be opened ({reason}); check the path") from error
+    if path.is_dir():
+        if any((path / name).is_file() for name in _DATASET):
+            return [path]
+        inside = sorted(entry.name for entry in path.iterdir() if _kind_of(entry) in _KINDS)
+        hint = f", such as {path / inside[0]}, or several, {path}/*{_kind_of(Path(inside[0]))}" if inside else ""
+        raise UserError(f"{key}={path}: is a folder; name a file, or what `save_to_disk` has left{hint}")
+    if not path.is_file():
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{key}={path}: no such file{nearest(path.name, beside) or '; check the path'}")
+    return [_of_known_kind(path, key)]
+
+
+def _kind_of(path: Path) -> str:
+    """The suffix, packing aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in _PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _of_known_kind(path: Path, key: str) -> Path:
+    kind = _kind_of(path)
+    if kind in (".xlsx", ".xls", ".bin", ".pkl", ".pickle", ".pt", ".zip", ".docx", ".pdf"):
+        raise UserError(f"{key}={path}: a {kind} file is not read; save the rows as one of {', '.join(_KINDS)}")
+    return path
+
+
+def file_records(paths: Iterable[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The records of some files, in their order, each named by where it stands.
+
+    Raises:
+        UserError: a file that cannot be read as what its name says.
+    """
+    paths = list(paths)
+    for path in paths:
+        for where, record in _records_of(path):
+            yield (where if len(paths) == 1 else f"{path.name} {where}"), record
+
+
+def _records_of(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    kind = _kind_of(path)
+    if path.is_dir() or kind in _BUILDERS or path.suffix.lower() == ".zst":
+        yield from _by_datasets(path, kind)
+    elif kind == ".json":
+        yield from _json_records(path)
+    else:
+        yield from _line_records(path)
+
+
+def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import datasets
+
+    try:
+        if path.is_dir():
+            found: Any = datasets.load_from_disk(str(path))
+        else:
+            more: dict[str, Any] = {"sep": "\t"} if kind == ".tsv" else {}
+            if _BUILDERS.get(kind) == "csv":
+                more |= {"keep_default_na": False}  # an answer of "NA" or "None" is an answer
+            builder = _BUILDERS.get(kind, "json")
+            found = datasets.load_dataset(builder, data_files=[str(path)], split="train", **more)
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, TypeError, ValueError, ImportError) as error:
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        raise UserError(f"data.path={path}: not read as {kind or 'a data set'} ({reason}); mend the file") from error
+    if isinstance(found, dict):  # a DatasetDict
+        if "train" not in found:
+            raise UserError(f"data.path={path}: has no split 'train'; it has {', '.join(map(str, found))}")
+        found = found["train"]
+    for number, record in enumerate(found, start=1):
+        yield f"row {number}", record
+
+
+def has_test_split(path: Path) -> bool:
+    """Whether a folder is a DatasetDict that brings test rows of its own."""
+    listed = path / _DATASET[1]
+    return listed.is_file() and "test" in json.loads(listed.read_text(encoding="utf-8")).get("splits", [])
+
+
+def test_split_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a DatasetDict's split `test`."""
+    import datasets
+
+    found: Any = datasets.load_from_disk(str(path))["test"]
+    for number, record in enumerate(found, start=1):
+        yield f"test row {number}", record
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """An array of objects, such an array under one key, or JSON lines by another name."""
+    try:
+        with _opened(path) as file:
+            text = file.read().decode("utf-8-sig")
+        value = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.path={path}: is not UTF-8 text; save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"data.path={path}: cannot be read ({error}); check the file") from error
+    except (ValueError, RecursionError):
+        yield from _line_records(path)
+        return
+    if isinstance(value, dict):
+        arrays = [one for one in value.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
+        shaped = "messages" in value or "conversations" in value  # one conversation, not many
+        value = arrays[0] if len(arrays) == 1 and not shaped else [value]
+    if not isinstance(value, list):
+        raise UserError(f"data.path={path}: holds {kind_of_value(value)}, not rows; write an array of objects")
+    for number, record in enumerate(value, start=1):
+        if not isinstance(record, dict):
+            raise UserError(f"data.path={path}: row {number} is {kind_of_value(record)}, not an object")
+        yield f"row {number}", record
+
+
+def _line_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    number = 0
+    try:
+        # Bytes split at "\n" alone: text mode would also end a line at characters that JSON allows inside a string.
+        with _opened(path) as file:
+            for number, raw in enumerate(file, start=1):
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if line:
+                    yield f"line {number}", _json_object(line, path=path, number=number)
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.path={path}: line {number} is not UTF-8 text; save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"data.path={path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _json_object(line: str, *, path: Path, number: int) -> Mapping[str, Any]:
+    form = 'write one JSON object on each line, such as {"prompt": "...", "answer": "..."}'
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"data.path={path}: line {number} is not JSON ({reason}); {form}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"data.path={path}: line {number} is {kind_of_value(value)}, not an object; {form}")
+    return value
+
+
+def kind_of_value(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    kinds = {list: "a list", dict: "an object", str: "a text", int: "a number", float: "a number", bool: "a boolean"}
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,246 @@
+"""Files and shapes of people's own rows: found by looking, read alike, and refused in one sentence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from test_data import CHAT, byte_tokenizer, section
+
+from left_bench.data import load_data, load_rows
+from left_bench.data.files import with_content
+from left_bench.data.rows import split_rows
+from left_bench.data.shapes import Row
+from left_bench.errors import UserError
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "First."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "Second."},
+]
+
+
+def written(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def rows_of(path: Path, **keys: Any) -> list[Row]:
+    """All rows of a file, one of them held out."""
+    train, test = load_rows(section(path=str(path), test_rows=1, **keys))
+    return sorted([*train, *test], key=lambda row: (row.prompt, row.answer))
+
+
+def asked(number: int) -> list[dict[str, str]]:
+    """The conversation, with questions of its own."""
+    return [turn | {"content": turn["content"].replace("?", f" {number}?")} for turn in TURNS]
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "answer"),
+    [
+        ({"prompt": "P{}", "completion": "A"}, "P0", "A"),
+        ({"question": "P{}", "answer": 7}, "P0", "7"),
+        ({"instruction": "P{}", "input": "", "output": "A"}, "P0", "A"),
+        ({"instruction": "P{}", "input": "more", "output": "A"}, "P0\n\nmore", "A"),
+        ({"instruction": "P{}", "output": "    indented\n"}, "P0", "    indented"),
+        ({"messages": [{"role": "user", "content": "P{}"}, {"role": "assistant", "content": "A"}]}, "P0", "A"),
+        ({"conversations": [{"from": "human", "value": "P{}"}, {"from": "gpt", "value": "A"}]}, "P0", "A"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "P{}"}]}, TURNS[2]]},
+            "P0",
+            "First.",
+        ),
+        ({"prompt": "P{}", "chosen": "A", "rejected": "B"}, "P0", "A"),
+    ],
+)
+def test_a_shape_is_found_by_looking(record, prompt, answer, tmp_path):
+    lines = [json.loads(json.dumps(record).replace("P{}", f"P{number}")) for number in range(4)]
+    first = rows_of(written(tmp_path / "r.jsonl", lines))[0]
+    assert (first.prompt, first.answer) == (prompt, answer)
+
+
+@pytest.mark.parametrize(("train_on", "answers"), [("assistant", 8), ("last", 4)])
+def test_every_assistant_turn_is_a_row_or_the_last_alone(train_on, answers, tmp_path):
+    path = written(tmp_path / "r.jsonl", [{"messages": asked(number)} for number in range(5)])
+    found = split_rows(section(path=str(path), test_rows=1, train_on=train_on))
+    assert len(found.train) == answers  # none of the held-out conversation
+    assert {row.group for row in found.train}.isdisjoint({found.test[0].group})
+    assert "every assistant turn" in str(found.shape) or train_on == "last"
+    second = next(row for row in found.train if row.answer == "Second.")
+    assert second.before is not None and [turn["role"] for turn in second.before] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
+
+
+def test_a_conversation_is_rendered_as_its_template_has_it(tmp_path):
+    path = written(tmp_path / "r.jsonl", [{"messages": asked(number)} for number in range(3)])
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    splits = load_data(section(path=str(path), test_rows=1, train_on="last"), tokenizer, max_length=512)
+    number = splits.train[0].prompt.split()[1]
+    turns = asked(int(number.rstrip("?")))[:-1]
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(splits.train[0].prompt_ids) == expected
+    assert splits.shape == "conversations (OpenAI's messages), the last assistant turn of each"
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns_whole(tmp_path):
+    lines = []
+    for number in range(3):
+        turns = asked(number)
+        for turn in turns[1:3]:
+            turn["content"] += " " + "x" * 200
+        lines.append({"messages": turns})
+    path = written(tmp_path / "r.jsonl", lines)
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    splits = load_data(section(path=str(path), test_rows=1, train_on="last"), tokenizer, max_length=128)
+    text = tokenizer.decode(splits.train[0].prompt_ids)
+    kept = [TURNS[0], {"role": "user", "content": splits.train[0].prompt}]
+    assert text == tokenizer.apply_chat_template(kept, tokenize=False, add_generation_prompt=True)
+    assert splits.truncated_rows == len(splits.train)
+
+
+def test_pairs_of_conversations_part_at_their_last_turn(tmp_path):
+    lines = [
+        {"chosen": [*asked(n)[:-1], {"role": "assistant", "content": "yes"}],
+         "rejected": [*asked(n)[:-1], {"role": "assistant", "content": "no"}]}
+        for n in range(3)
+    ]  # fmt: skip
+    keys = {"answer_column": "chosen", "rejected_column": "rejected", "pairs": True}
+    row = rows_of(written(tmp_path / "r.jsonl", lines), **keys)[0]
+    assert (row.prompt, row.answer, row.rejected) == ("Two 0?", "yes", "no")
+    assert row.before is not None and len(row.before) == 4
+    lines[1]["rejected"][1]["content"] = "another question"
+    with pytest.raises(UserError, match=r"line 2 of .*'chosen' and 'rejected' must be the same up to their last turn"):
+        rows_of(written(tmp_path / "r.jsonl", lines), **keys)
+
+
+def test_columns_that_a_person_names_are_no_shape(tmp_path):
+    lines = [{"instruction": f"P{n}", "input": "i", "output": "A", "title": f"T{n}"} for n in range(3)]
+    path = written(tmp_path / "r.jsonl", lines)
+    assert rows_of(path, prompt_column="title", answer_column="output")[0].prompt == "T0"
+    assert rows_of(path, shape="alpaca", prompt_column="title")[0].prompt == "P0\n\ni"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"text": "a novel"}, ["line 1 of data.path=", "plain text", "data.prompt_column="]),
+        ({"messages": [{"role": "usr", "content": "x"}]}, ["turn 1 has the role 'usr'", "did you mean 'user'?"]),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, ["turn 1 holds an object, not text"]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}]},
+            ["turn 1 has a part that is no text"],
+        ),
+        ({"messages": [TURNS[1]]}, ["data.shape=messages: none of the 3 rows"]),
+    ],
+)
+def test_what_is_no_such_shape_is_one_sentence(record, words, tmp_path):
+    with pytest.raises(UserError) as raised:
+        rows_of(written(tmp_path / "r.jsonl", [record] * 3))
+    assert all(word in str(raised.value) for word in words), raised.value
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_mistyped_shape_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data\.shape='alpacca': there is no such shape; did you mean 'alpaca'\?"):
+        rows_of(written(tmp_path / "r.jsonl", [{"a": 1}]), shape="alpacca")
+
+
+# ---- files
+
+
+ROWS = [{"prompt": f"P{number}", "answer": "NA" if number == 1 else str(number)} for number in range(4)]
+
+
+def save(kind: str, folder: Path) -> Path:
+    """The rows, in a file of that kind."""
+    path, table = folder / f"rows{kind}", datasets.Dataset.from_list(ROWS)
+    if kind == ".json":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif kind == ".data.json":
+        path.write_text("\ufeff" + json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
+    elif kind == ".lines.json":
+        written(path, ROWS)
+    elif kind == ".jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\r\n" for row in ROWS).encode()))
+    elif kind == ".csv":
+        table.to_csv(path, index=False)
+    elif kind == ".tsv":
+        table.to_csv(path, index=False, sep="\t")
+    elif kind == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", [".json", ".data.json", ".lines.json", ".jsonl.gz", ".csv", ".tsv", ".parquet", "_saved"]
+)
+def test_a_kind_of_file_is_read(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = rows_of(save(kind, tmp_path))
+    assert [(row.prompt, row.answer) for row in found] == [("P0", "0"), ("P1", "NA"), ("P2", "2"), ("P3", "3")]
+
+
+def test_several_files_are_one_set_of_rows_known_by_what_is_in_them(tmp_path):
+    for number in range(2):
+        written(tmp_path / f"part{number}.jsonl", [{"prompt": f"P{number}{n}", "answer": "a"} for n in range(3)])
+    data = section(path=str(tmp_path / "part*.jsonl"), test_rows=1)
+    assert sum(map(len, load_rows(data))) == 6
+    before = with_content(data).content
+    written(tmp_path / "part1.jsonl", [{"prompt": "new", "answer": "a"}])
+    assert None is not before != with_content(data).content
+
+
+def test_test_rows_of_ones_own_are_the_test_rows_and_are_not_trained_on(tmp_path):
+    path = written(tmp_path / "train.jsonl", [{"prompt": f"P{n}", "answer": "a"} for n in range(6)])
+    apart = written(tmp_path / "test.jsonl", [{"prompt": f"P{n}", "answer": "b"} for n in (0, 10, 11)])
+    data = section(path=str(path), test_path=str(apart), test_rows=50)
+    found = split_rows(data)
+    assert sorted(row.prompt for row in found.test) == ["P0", "P10", "P11"]
+    assert sorted(row.prompt for row in found.train) == ["P1", "P2", "P3", "P4", "P5"] and found.repeated == 1
+    before = with_content(data).content
+    written(apart, [{"prompt": "P1", "answer": "b"}])
+    assert before != with_content(data).content
+
+
+def test_a_saved_data_set_brings_its_own_test_split(tmp_path):
+    parts = {"train": ROWS[:3], "test": [{"prompt": "T", "answer": "t"}]}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(
+        tmp_path / "saved"
+    )
+    train, test = load_rows(section(path=str(tmp_path / "saved"), test_rows=5))
+    assert len(train) == 3 and [row.prompt for row in test] == ["T"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.xlsx", b"PK", ["a .xlsx file is not read", ".parquet"]),
+        ("rows.parquet", b"PAR?", ["not read as .parquet"]),
+        ("rows.json", b"[1, 2]", ["row 1 is a number, not an object"]),
+        ("rows.json", b"3", ["holds a number, not rows"]),
+        ("rows.jsonl.gz", b"no gzip", ["cannot be read"]),
+        ("rows.json", b"\xff\xfe", ["is not UTF-8 text"]),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        rows_of(tmp_path / name)
+    assert all(word in str(raised.value) for word in words), raised.value
+    assert f"data.path={tmp_path / name}" in str(raised.value)
