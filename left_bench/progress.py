@@ -36,8 +36,16 @@ def watch(
         yield _Lines(console, cell, number=number, total=total)
 
 
-def say_end(record: Record, *, number: int, total: int, skipped: bool = False, console: Console | None = None) -> None:
-    """One line on how a cell ended."""
+def say_end(
+    record: Record,
+    *,
+    number: int,
+    total: int,
+    skipped: bool = False,
+    seconds_left: float | None = None,
+    console: Console | None = None,
+) -> None:
+    """One line on how a cell ended, and about how long the launch's other cells will take where that is known."""
     console = console or Console()
     style = {"ok": "green", "unsupported": "yellow"}.get(record.status, "red")
     facts = [f"{record.metrics['wall_seconds']:.0f} s"] if "wall_seconds" in record.metrics and not skipped else []
@@ -47,7 +55,15 @@ def say_end(record: Record, *, number: int, total: int, skipped: bool = False, c
         facts.append("kept from an earlier run")
     text = f"{_count(number, total)} [{style}]{record.status}[/] {escape(record.cell_id)}"
     detail = escape(record.reason or "") if record.status != "ok" else ", ".join(facts)
-    console.print(f"{text}  {detail}", highlight=False, soft_wrap=True)
+    left = "" if seconds_left is None else f"  [dim]about {_rounded(seconds_left)} left[/]"
+    console.print(f"{text}  {detail}{left}", highlight=False, soft_wrap=True)
+
+
+def _rounded(seconds: float) -> str:
+    """To what a guess is worth: seconds by tens, minutes, hours by tenths."""
+    if seconds < 90:
+        return f"{max(10, round(seconds, -1)):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def rows_in_words(event: Mapping[str, Any], *, max_length: int) -> str:

@@ -31,6 +31,31 @@ _UNWRITABLE = (
     *(errno.EIO, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 
+
+class Pace:
+    """What is left of a launch, by the cells that it has run: of those that are to come nothing else is known yet."""
+
+    def __init__(self, cells: int = 0) -> None:
+        self._to_run, self._seconds, self._run = cells, 0.0, 0
+
+    def ended(self, record: Record) -> None:
+        """A cell came to its record in this process."""
+        again = sum(phase.seconds for phase in record.phases if phase.name not in _ONCE)
+        if self._run:  # what the first spent outside its phases is imports, which are made once
+            again += max(0.0, record.metrics.get("overhead_seconds", 0.0))
+        self._seconds, self._run = self._seconds + again, self._run + 1
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None before the first cell, after the last, and where cells run in other processes, which tell nobody."""
+        left = self._to_run - self._run
+        return self._seconds / self._run * left if self._run and left > 0 else None
+
+
+_pace = Pace()
+
+# what the first cell of its kind does for all that follow
+_ONCE = ("peak", "evaluate_base", "keep_quantized", "quantization_error")
 # Cell id -> the attempt that was on record when this launch began (0: none); a later one was made by another launch.
 _found_at_start: dict[str, int] = {}
 
@@ -44,6 +69,7 @@ def note_records(cells: Sequence[str], runs_dir: Path, *, keep: Collection[str])
     Raises:
         UserError: a record of a newer left_bench.
     """
+    global _pace
     _found_at_start.clear()
     done = set()
     for number, cell in enumerate(cells, start=1):
@@ -52,6 +78,7 @@ def note_records(cells: Sequence[str], runs_dir: Path, *, keep: Collection[str])
         if record is not None and record.status == "ok" and cell in keep:
             done.add(cell)
             say_end(record, number=number, total=len(cells), skipped=True)
+    _pace = Pace(len(cells) - len(done))
     return done
 
 
@@ -125,7 +152,8 @@ def run_cell(
             f"runs_dir={settings.runs_dir}: {error.filename or run_dir} cannot be written ({error.strerror or error}); "
             "mend that and give the same command again, finished cells are kept"
         ) from error
-    say_end(record, number=number, total=total)
+    _pace.ended(record)
+    say_end(record, number=number, total=total, seconds_left=_pace.seconds_left if bars else None)
     return record
 
 

@@ -6,11 +6,14 @@ import io
 import json
 
 import pytest
+from recorded.build import make_record
 from rich.console import Console
 
 from left_bench import evaluate, events, progress
 from left_bench.events import EventReader, EventWriter, progress_of
-from left_bench.progress import watch
+from left_bench.progress import say_end, watch
+from left_bench.record import Phase, Record
+from left_bench.run import Pace
 
 
 @pytest.fixture
@@ -193,3 +196,30 @@ def test_what_became_of_the_rows_is_said_before_the_steps(number, lost, said, te
     with watch(tiny_cell("training.max_length=512"), number=number, total=3, console=console) as view:
         view.event(ROWS | lost)
     assert (f"{said}\n" in out.getvalue()) if said else ("rows:" not in out.getvalue())
+
+
+def test_what_is_left_of_a_launch_follows_from_its_cells_so_far():
+    def ended(overhead: float, **phases: float) -> Record:
+        record = make_record(metrics={"overhead_seconds": overhead})
+        kept = [Phase(name=name, seconds=seconds, peak_memory_bytes=0) for name, seconds in phases.items()]
+        return record.model_copy(update={"phases": kept})
+
+    pace = Pace(3)
+    assert pace.seconds_left is None
+    pace.ended(ended(25, evaluate_base=40, peak=2, train=8, evaluate=2))  # imports, and what the others share
+    assert pace.seconds_left == 20
+    pace.ended(ended(4, train=10, evaluate=6))
+    assert pace.seconds_left == 15
+    pace.ended(ended(4, train=10))
+    assert pace.seconds_left is None
+    assert Pace().seconds_left is None  # a launcher's process knows of no launch
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(3, "10 s"), (44, "40 s"), (89, "90 s"), (95, "2 min"), (3000, "50 min"), (9000, "2.5 h")]
+)
+def test_the_time_left_is_told_to_what_a_guess_is_worth(seconds, said, tiny_cell):
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    say_end(make_record(), number=1, total=2, seconds_left=seconds, console=console)
+    assert out.getvalue().endswith(f"about {said} left\n")
