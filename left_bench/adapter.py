@@ -81,6 +81,8 @@ def attach_adapter(
             adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     except ValueError as error:  # peft's word for what it does not do; its mistakes are other exceptions
         text = " ".join(str(error).split())
+        if text.startswith("Target modules") and isinstance(arguments.get("target_modules"), list):
+            raise  # layers that somebody named, and no model has: a mistake
         raise Unsupported(f"peft={cell.peft.name} on {type(model).__name__}: peft refuses it ({text[:300]})") from error
     check_variant(adapted)
     if _is_adalora(adapted):
