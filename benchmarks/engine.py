@@ -73,9 +73,9 @@ class Pause:
 def compose_cell(overrides: list[str]) -> Any:
     import hydra
 
-    from left_bench.cli import open_section, register_resolvers, register_sweeps
-    from left_bench.compose import compose
-    from left_bench.paths import config_root
+    from left_bench.core.paths import config_root
+    from left_bench.grid.command_line import open_section, register_resolvers, register_sweeps
+    from left_bench.grid.compose import compose
 
     register_resolvers()
     register_sweeps()
@@ -89,10 +89,10 @@ def contend(name: str, overrides: list[str], connection: Any) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from left_bench import adapter
-    from left_bench import model as models
     from left_bench.data import load_data, step_rows
-    from left_bench.device import open_device
+    from left_bench.measure.device import open_device
+    from left_bench.methods import attach as adapter
+    from left_bench.model import load as models
 
     cell = compose_cell([*overrides, *(CONTENDERS[name] or [])])
     device = open_device(cell.hardware.device)
@@ -130,8 +130,8 @@ def contend(name: str, overrides: list[str], connection: Any) -> None:
 
 
 def _flops(model: Any, facts: dict[str, Any]) -> list[float]:
-    from left_bench.flops import step_flops
-    from left_bench.measure import Step
+    from left_bench.measure.meter import Step
+    from left_bench.training.flops import step_flops
 
     counted = step_flops(model)
     return [
@@ -141,13 +141,14 @@ def _flops(model: Any, facts: dict[str, Any]) -> list[float]:
 
 
 def ours(model: Any, tokenizer: Any, rows: Any, chosen: Any, cell: Any, device: Any, pause: Pause) -> None:
-    from left_bench import evaluate, packing
-    from left_bench import model as models
-    from left_bench.events import EventWriter
-    from left_bench.loss import AnswerLoss
-    from left_bench.measure import Meter, PhaseCounts, Step
-    from left_bench.objective import make_objective
-    from left_bench.train import compile_model, train
+    from left_bench.evaluation import evaluate
+    from left_bench.measure.meter import Meter, PhaseCounts, Step
+    from left_bench.model import load as models
+    from left_bench.spec.events import EventWriter
+    from left_bench.training import packing
+    from left_bench.training.loop import compile_model, train
+    from left_bench.training.loss import AnswerLoss
+    from left_bench.training.objective import make_objective
 
     class Paused(Meter):
         def step(self, step: Step, **extra: float) -> None:
@@ -458,7 +459,7 @@ def main() -> None:
 
     from importlib.metadata import version
 
-    from left_bench.device import describe_machine, matrix_product_peak, open_device
+    from left_bench.measure.device import describe_machine, matrix_product_peak, open_device
 
     machine = describe_machine(open_device(cell.hardware.device))
     dtype = cell.precision.compute_dtype

@@ -78,7 +78,7 @@ def cell_overhead(folder: Path, cells: int, options: list[str]) -> tuple[float, 
 
 def import_seconds(folder: Path) -> float:
     """What every launch pays once: the libraries, imported by the server that cells are forked from."""
-    command = [sys.executable, "-c", "import left_bench.worker_imports"]
+    command = [sys.executable, "-c", "import left_bench.worker.preload"]
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -106,9 +106,9 @@ def resume_seconds(folder: Path) -> float:
 def _cells(runs: Path) -> list[Any]:
     import hydra
 
-    from left_bench.cli import open_section, register_resolvers, register_sweeps
-    from left_bench.compose import compose
-    from left_bench.paths import config_root
+    from left_bench.core.paths import config_root
+    from left_bench.grid.command_line import open_section, register_resolvers, register_sweeps
+    from left_bench.grid.compose import compose
 
     register_resolvers()
     register_sweeps()
@@ -197,7 +197,7 @@ def default_model(figures: dict[str, float]) -> str:
 
 
 def markdown(figures: dict[str, float], arguments: argparse.Namespace) -> str:
-    from left_bench.device import describe_machine, open_device
+    from left_bench.measure.device import describe_machine, open_device
     from left_bench.report.markdown import table
 
     machine = describe_machine(open_device("cpu"))

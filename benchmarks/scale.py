@@ -42,11 +42,11 @@ def overrides(cells: int, folder: Path) -> list[str]:
 
 def run(cells: int, folder: Path) -> dict[str, Any]:
     """One size, in this process."""
-    from left_bench import launch
-    from left_bench import run as one_cell
-    from left_bench.cli import main
-    from left_bench.record import Record
+    from left_bench.cli.main import main
+    from left_bench.launch import hydra_job as launch
+    from left_bench.launch import run_cell as one_cell
     from left_bench.report import main as report
+    from left_bench.spec.record import Record
 
     def stand_in(cell: Any, run_dir: Path, *, on_event: Any) -> Record:
         """A worker that is done at once, with the numbers that a report needs."""

@@ -29,11 +29,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from left_bench import interrupt, launch, run
-from left_bench import record as records
-from left_bench.cell import GROUPS, Cell
-from left_bench.isolate import run_isolated
-from left_bench.record import RECORD_NAME, read_record
+from left_bench.core import interrupt
+from left_bench.launch import hydra_job
+from left_bench.launch import run_cell as run
+from left_bench.launch.supervise import run_isolated
+from left_bench.spec import record as records
+from left_bench.spec.cell import GROUPS, Cell
+from left_bench.spec.record import RECORD_NAME, read_record
 
 JOURNAL = "journal"
 STEP_SECONDS = 0.02
@@ -193,7 +195,7 @@ def start_launch(cells: list[Cell], runs: Path, *, broken: str | None = None) ->
         command = [sys.executable, "-I", "-S", "-c", WORKER, str(STEP_SECONDS * (5 if broken == "claims" else 1))]
         run.run_isolated = partial(run_isolated, command=command)
         run._fetch_model = lambda cell: None
-        settings = launch.Settings(
+        settings = hydra_job.Settings(
             runs_dir=runs,
             reports_dir=runs,
             force=False,
@@ -201,13 +203,13 @@ def start_launch(cells: list[Cell], runs: Path, *, broken: str | None = None) ->
             tracker={},
         )
         with interrupt.noted():
-            launch.begin([cell.id for cell in cells], settings, later=[])
+            hydra_job.begin([cell.id for cell in cells], settings, later=[])
             later = [
                 partial(run.run_cell, cell, settings, overrides=[])
                 for cell in cells
                 if run.run_cell(cell, settings, overrides=[], command="left-bench") is None
             ]
-            launch.until_done(later)
+            hydra_job.until_done(later)
         code = 0
     finally:
         os._exit(code)

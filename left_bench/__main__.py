@@ -2,7 +2,7 @@
 
 import sys
 
-from left_bench.cli import main
+from left_bench.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 
-from left_bench.cell import Cell
+from left_bench.spec.cell import Cell
 
 # setuptools' import hook for old pips trips over pytest-xdist's frames, which have no file
 sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "DistutilsMetaFinder"]
@@ -73,8 +73,8 @@ def composed() -> Callable[..., Any]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    from left_bench.cli import launch_name, open_section, register_resolvers, register_sweeps
-    from left_bench.paths import config_root
+    from left_bench.core.paths import config_root
+    from left_bench.grid.command_line import launch_name, open_section, register_resolvers, register_sweeps
 
     def composed(*overrides: str) -> Any:
         register_resolvers()
@@ -99,7 +99,7 @@ def composed() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def compose_cell(composed: Callable[..., Any]) -> Callable[..., Cell]:
     """`compose_cell(*overrides)` is the cell of `left-bench OVERRIDES`."""
-    from left_bench.compose import compose
+    from left_bench.grid.compose import compose
 
     @functools.cache  # a composition takes a quarter of a second, and cells are frozen
     def compose_cell(*overrides: str) -> Cell:
@@ -125,7 +125,7 @@ def load_tiny() -> Callable[[Cell], tuple[Any, Any]]:
     """`load_tiny(cell)`: a fresh base model and its tokenizer."""
 
     def load_tiny(cell: Cell) -> tuple[Any, Any]:
-        from left_bench import model as models
+        from left_bench.model import load as models
 
         folder, tokenizer = models.open_pretrained(cell)
         return models.load_model(cell, folder=folder, device="cpu")[0], tokenizer
@@ -138,15 +138,15 @@ def work_in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell]
     """`work_in_process(cell)`: the worker's run without its process; what it found, or its exception."""
 
     def work_in_process(cell: Cell) -> dict[str, Any]:
-        from left_bench.events import EVENTS_NAME, EventWriter
-        from left_bench.worker import work
+        from left_bench.spec.events import EVENTS_NAME, EventWriter
+        from left_bench.worker.run import work
 
         run_dir = tmp_path_factory.mktemp("run") / "cell"
         run_dir.mkdir()
         found: dict[str, Any] = {"provenance": {}}
         with pytest.MonkeyPatch.context() as patch:
             # half a second for each phase in a process of pytest's size; peaks are tested elsewhere
-            patch.setattr("left_bench.device._give_back_freed_memory", lambda: None)
+            patch.setattr("left_bench.measure.device._give_back_freed_memory", lambda: None)
             work(cell, run_dir=run_dir, found=found, events=EventWriter(run_dir / EVENTS_NAME))
         return found | {"run_dir": run_dir}
 
@@ -168,11 +168,11 @@ def left_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     """`left_bench(*arguments)`: the command in this process, with its exit code and what it printed."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from left_bench.cli import main
+    from left_bench.cli.main import main
 
     monkeypatch.setattr(sys, "argv", ["left-bench"])
     monkeypatch.setattr(
-        "left_bench.launch.rehearse", lambda cells, **_: None
+        "left_bench.launch.hydra_job.rehearse", lambda cells, **_: None
     )  # a process of its own, see test_rehearse.py
 
     def left_bench(*arguments: str) -> Answer:

@@ -20,11 +20,12 @@ FAULT = "LEFT_BENCH_TEST_FAULT"
 
 def arm() -> None:
     """Make the worker of this process strike as the environment says."""
-    from left_bench import events, worker
+    from left_bench.spec import events
+    from left_bench.worker import run
 
     wanted, _, place = os.environ[FAULT].partition("@")
     where, _, others = place.partition("#")
-    struck = events.Unheard if others else events.EventWriter
+    struck = events.NullEventWriter if others else events.EventWriter
     write = struck.write
 
     def strike_after(self: Any, event: str, **fields: Any) -> None:
@@ -34,7 +35,7 @@ def arm() -> None:
             strike(wanted, self)
 
     struck.write = strike_after  # type: ignore[method-assign]
-    worker.EventWriter = events.EventWriter
+    run.EventWriter = events.EventWriter
 
 
 def strike(wanted: str, writer: Any) -> None:
@@ -58,12 +59,12 @@ def strike(wanted: str, writer: Any) -> None:
     if wanted == "disk_full_once":  # room for the outcome, none for what is written now
         raise OSError(errno.ENOSPC, "No space left on device", str(writer.path))
     if wanted == "disk_full":
-        from left_bench import worker
+        from left_bench.worker import run
 
         def no_room(path: Path, text: str) -> Path:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-        worker.write_atomically = no_room
+        run.write_atomically = no_room
         raise OSError(errno.ENOSPC, "No space left on device", str(writer.path))
 
 
@@ -74,19 +75,20 @@ def hang_for_ever() -> None:
 
 
 def run_forked(program: str, run_dir: str, log: str, environment: dict[str, str]) -> None:
-    """What the fork server runs in place of `left_bench.process._run_forked`."""
-    from left_bench import process
+    """What the fork server runs in place of `left_bench.processes.start_process._run_forked`."""
+    from left_bench.processes import start_process
 
     os.environ[FAULT] = environment[FAULT]
     arm()
-    process._run_forked(program, run_dir, log, environment)
+    start_process._run_forked(program, run_dir, log, environment)
 
 
 def run_forked_with_an_idle_parameter(program: str, run_dir: str, log: str, environment: dict[str, str]) -> None:
     """The same, for a worker whose method has a parameter that takes no part in the loss."""
     import torch
 
-    from left_bench import adapter, process
+    from left_bench.methods import attach as adapter
+    from left_bench.processes import start_process
 
     attach = adapter.attach_adapter
 
@@ -96,11 +98,11 @@ def run_forked_with_an_idle_parameter(program: str, run_dir: str, log: str, envi
         return model
 
     adapter.attach_adapter = attach_and_add
-    process._run_forked(program, run_dir, log, environment)
+    start_process._run_forked(program, run_dir, log, environment)
 
 
 if __name__ == "__main__":
-    from left_bench.worker import main
+    from left_bench.worker.run import main
 
     arm()
     main(sys.argv[1:])

@@ -26,8 +26,10 @@ import hydra._internal.core_plugins.basic_sweeper  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 
 import left_bench.report.plots  # noqa: F401
-from left_bench import cli, interrupt, run
-from left_bench.isolate import run_isolated
+from left_bench.cli.main import main as command
+from left_bench.core import interrupt
+from left_bench.launch import run_cell
+from left_bench.launch.supervise import run_isolated
 
 AT_ONCE = 2
 QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "data.train_rows=8", "training.steps=1"]
@@ -69,8 +71,8 @@ class Launch:
             os.chdir(self.folder)
             for stream, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
-            run._fetch_model = lambda cell: None
-            run.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", WORKER])
+            run_cell._fetch_model = lambda cell: None
+            run_cell.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", WORKER])
             noted = interrupt.noted
 
             @contextlib.contextmanager
@@ -80,7 +82,7 @@ class Launch:
                     yield
 
             interrupt.noted = noted_and_said
-            code = cli.main(["-m", *QUICK, "seed=0,1,2"])
+            code = command(["-m", *QUICK, "seed=0,1,2"])
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else 98
         except BaseException as error:

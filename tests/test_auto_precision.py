@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from left_bench import auto_precision, instruction_sets
-from left_bench.auto_precision import (
+from left_bench.grid.compose import compose
+from left_bench.grid.sweep import jobs_of
+from left_bench.measure import auto_precision, instruction_sets
+from left_bench.measure.auto_precision import (
     CARRIED_VARIABLE,
     advice,
     emulated,
+    emulation_note,
     fast_precision,
     field_of,
-    note_of_emulated,
     product_speeds,
 )
-from left_bench.cell import Cell
-from left_bench.compose import compose
-from left_bench.instruction_sets import FLAGS_VARIABLE, capabilities_in, cuda_capability, flags_of
-from left_bench.sweep import jobs_of
+from left_bench.measure.instruction_sets import FLAGS_VARIABLE, capabilities_in, cuda_capability, flags_of
+from left_bench.spec.cell import Cell
 
 RECORDS = Path(__file__).resolve().parents[1] / "reports" / "records"
 X86 = "fpu sse2 ssse3 fma avx f16c"
@@ -156,13 +156,13 @@ def test_the_note_says_how_much_slower_and_what_to_type(machine, monkeypatch):
     machine("avx2")
     speeds = {"float32": 52e9, "bfloat16": 4e9}
     monkeypatch.setattr(auto_precision, "product_speeds", lambda *_: speeds)
-    note = note_of_emulated("cpu", "bfloat16", ["bf16", "bf16_mixed"])
+    note = emulation_note("cpu", "bfloat16", ["bf16", "bf16_mixed"])
     assert note is not None and "\n" not in note
     assert "precision=bf16,bf16_mixed" in note and "13 times as long" in note and "precision=fp32 is what" in note
     speeds["bfloat16"] = 60e9
-    assert note_of_emulated("cpu", "bfloat16", ["bf16"]) is None, "it is no slower"
+    assert emulation_note("cpu", "bfloat16", ["bf16"]) is None, "it is no slower"
     monkeypatch.setattr(auto_precision, "product_speeds", lambda *_: None)
-    note = note_of_emulated("cpu", "bfloat16", ["bf16"])
+    note = emulation_note("cpu", "bfloat16", ["bf16"])
     assert note is not None and "could not be measured" in note
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from left_bench.cell import GROUPS, SECTIONS, Cell, fingerprint, slugify
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
+from left_bench.spec.cell import GROUPS, SECTIONS, Cell, fingerprint, slugify
 
 PLAIN: dict[str, Any] = {
     "model": {"name": "tiny", "name_or_path": "tiny", "weights": "random", "config": {"model_type": "llama"}},

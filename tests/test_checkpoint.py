@@ -19,14 +19,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from left_bench import checkpoint as checkpoints
-from left_bench.cell import Cell
-from left_bench.checkpoint import CHECKPOINTS_NAME
-from left_bench.energy import NoCounter
-from left_bench.events import EVENTS_NAME, EventWriter
-from left_bench.measure import Meter, Step
-from left_bench.neighbours import Quiet
-from left_bench.record import read_record
+from left_bench.measure.cpu_contention import Quiet
+from left_bench.measure.energy import NoCounter
+from left_bench.measure.meter import Meter, Step
+from left_bench.spec.cell import Cell
+from left_bench.spec.events import EVENTS_NAME, EventWriter
+from left_bench.spec.record import read_record
+from left_bench.training import checkpoint as checkpoints
+from left_bench.training.checkpoint import CHECKPOINTS_NAME
 
 STEPS = 8
 
@@ -41,7 +41,7 @@ def losses_of(tmp_path):
 
     Gives the loss and the gradient's norm of each step, and what the run found.
     """
-    from left_bench.worker import work
+    from left_bench.worker.run import work
 
     def losses_of(
         cell: Cell, folder: str, *, kill_after: int | None = None
@@ -57,7 +57,7 @@ def losses_of(tmp_path):
 
         found: dict[str, Any] = {"provenance": {}}
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr("left_bench.device._give_back_freed_memory", lambda: None)
+            patch.setattr("left_bench.measure.device._give_back_freed_memory", lambda: None)
             work(cell, run_dir=run_dir, found=found, events=Events(run_dir / EVENTS_NAME))
         steps = step_events(run_dir)
         assert [event["step"] for event in steps] == list(range(1, len(steps) + 1))
@@ -108,7 +108,7 @@ def test_what_one_run_draws_before_training_changes_no_loss(tiny_cell, losses_of
         return Quiet(float(torch.rand(3).numel()), None)
 
     first, _ = losses_of(cell, "first")
-    monkeypatch.setattr("left_bench.base.shared_peak", peak)
+    monkeypatch.setattr("left_bench.evaluation.shared_baseline.shared_peak", peak)
     assert losses_of(cell, "another")[0] == first
 
 
@@ -146,7 +146,7 @@ def test_joules_of_earlier_attempts_are_neither_counted_nor_invented(tiny_cell, 
         take(meter, step, **extra)
 
     monkeypatch.setattr(Meter, "step", step)
-    monkeypatch.setattr("left_bench.energy.open_counters", lambda *_, **__: (NoCounter("none"), {"": counter}))
+    monkeypatch.setattr("left_bench.measure.energy.open_counters", lambda *_, **__: (NoCounter("none"), {"": counter}))
     cell = tiny_cell(*QUICK[:1], f"training.steps={STEPS}", "training.checkpoint_every=2", "training.measure_after=1")
     _, killed = losses_of(cell, "run", kill_after=5)
     assert not [name for name in killed["metrics"] if "joules" in name]
@@ -213,7 +213,7 @@ def test_a_failing_write_leaves_the_earlier_checkpoint(failing, tiny_cell, losse
 
 @pytest.mark.skipif(importlib.util.find_spec("galore_torch") is None, reason="extra galore")
 def test_a_state_that_only_pickle_could_hold_is_said(tiny_cell, losses_of):
-    from left_bench.errors import UserError
+    from left_bench.core.errors import UserError
 
     cell = tiny_cell("peft=full", "optimizer=galore", "optimizer.matrices.rank=4", "training.checkpoint_every=1")
     with pytest.raises(UserError, match=r"training\.checkpoint_every=1: the state of optimizer=galore .* pickle"):

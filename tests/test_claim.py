@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from left_bench import claim as claims
-from left_bench.claim import ATTEMPT_NAME, claim, next_attempt, until_done
+from left_bench.launch import cell_lock as claims
+from left_bench.launch.cell_lock import ATTEMPT_NAME, claim, next_attempt, until_done
 
 HOLDER = """
 import pathlib, sys, time
@@ -124,7 +124,7 @@ QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
     """Cells that were run in this launch, in order, by a stand-in for the measured run."""
-    from left_bench.record import Record
+    from left_bench.spec.record import Record
 
     started: list[str] = []
 
@@ -135,13 +135,13 @@ def runs(monkeypatch, tmp_path):
         )
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_isolated)
     return started
 
 
 def taken(left_bench, names: str) -> dict[str, Path]:
     """The folders that the cells of these methods have."""
-    from left_bench.record import read_record
+    from left_bench.spec.record import read_record
 
     assert left_bench("-m", *QUICK, f"peft={names}", "runs_dir=probe").code == 0
     found = [read_record(path) for path in Path("probe").glob("*/record.json")]
@@ -155,7 +155,7 @@ def test_a_launch_takes_other_cells_first_and_picks_the_record_up(runs, left_ben
     # another launch has the first cell, and leaves its (failed) record when the second has one
     program = (
         "import pathlib, sys, time\n"
-        "from left_bench.claim import claim\n"
+        "from left_bench.launch.cell_lock import claim\n"
         "with claim(pathlib.Path(sys.argv[1])):\n"
         "    print(flush=True)\n"
         "    while len(list(pathlib.Path('runs').glob('*/record.json'))) < 1:\n"

@@ -10,14 +10,14 @@ import pytest
 import yaml
 from recorded.build import SERVER, make_record, peft, write_runs, write_steps, write_sweep
 
-from left_bench.cli import options
-from left_bench.paths import config_root
-from left_bench.record import Record
+from left_bench.core.paths import config_root
+from left_bench.grid.command_line import options
 from left_bench.report import main, write_report
 from left_bench.report.cells import row_of
 from left_bench.report.claims import CLAIMS, HOLDS, IN_PART, NOT_HERE, NOT_MEASURED
 from left_bench.report.seeds import pool
 from left_bench.report.verdicts import judge_claims
+from left_bench.spec.record import Record
 
 ISSUE = (
     *("8-bit loading saves up to 4× memory", "4-bit NF4 keeps quality", "double quantization reduces memory further"),

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from left_bench import __version__
-from left_bench.cell import GROUPS
-from left_bench.cli import check_choices, help_text, launch_name, open_section
-from left_bench.errors import UserError
-from left_bench.paths import config_root
+from left_bench.cli.main import help_text
+from left_bench.core.errors import UserError
+from left_bench.core.paths import config_root
+from left_bench.grid.command_line import check_choices, launch_name, open_section
+from left_bench.spec.cell import GROUPS
 
 SWEEPS = ("smoke", "lora_rank", "peft_methods", "precision", "quantization")
 
@@ -51,7 +52,7 @@ def test_an_unknown_sweep(tmp_path):
 @pytest.mark.parametrize("arguments", [["--help"], ["+sweep=nope"], ["+sweep=smoke", "training.schedule=cosin"]])
 def test_torch_is_not_imported(arguments, tmp_path):
     program = (
-        "import sys; from left_bench.cli import main\n"
+        "import sys; from left_bench.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'pandas', 'matplotlib', 'wandb'} & set(sys.modules)\n"
@@ -107,7 +108,7 @@ def test_version_and_help(left_bench):
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, words, left_bench, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.launch.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
     answer = left_bench(*arguments)
     assert answer.code == 2, answer
     assert "Traceback" not in answer.err
@@ -130,7 +131,7 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, words, left
 )
 def test_bad_input_in_the_last_job_runs_nothing(arguments, left_bench, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr("left_bench.launch.run_cell", lambda *a, **k: started.append(a))
+    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", lambda *a, **k: started.append(a))
     monkeypatch.chdir(tmp_path)
     answer = left_bench(*arguments, "tracker=none")
     assert answer.code == 2, answer
@@ -153,8 +154,8 @@ def test_cfg_job(left_bench, tmp_path, monkeypatch):
 )
 def test_multirun(arguments, left_bench, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("left_bench.launch.run_job", lambda config: seen.append(config.seed) or "ok")
-    monkeypatch.setattr("left_bench.launch._finish", lambda *a, **k: None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.run_job", lambda config: seen.append(config.seed) or "ok")
+    monkeypatch.setattr("left_bench.launch.hydra_job._finish", lambda *a, **k: None)
     monkeypatch.chdir(tmp_path)
     answer = left_bench(*arguments, "model=tiny_llama")
     assert answer.code == 0, answer
@@ -177,8 +178,8 @@ def test_config_dir_adds_options_and_sweeps(left_bench, tmp_path, monkeypatch):
     assert yaml.safe_load(answer.out)["peft"]["config"]["r"] == 1
 
     seen = []
-    monkeypatch.setattr("left_bench.launch.run_job", lambda config: seen.append(config.peft.name) or "ok")
-    monkeypatch.setattr("left_bench.launch._finish", lambda *a, **k: None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.run_job", lambda config: seen.append(config.peft.name) or "ok")
+    monkeypatch.setattr("left_bench.launch.hydra_job._finish", lambda *a, **k: None)
     answer = left_bench("--config-dir=mine", "+sweep=two", "model=tiny_llama")
     assert answer.code == 0, answer
     assert seen == ["slim", "lora"]
@@ -191,7 +192,7 @@ def test_interrupted(left_bench, monkeypatch):
     def interrupt(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("left_bench.cli._run", interrupt)
+    monkeypatch.setattr("left_bench.cli.main._run", interrupt)
     answer = left_bench("seed=0")
     assert answer.code == 130
     assert "the same command goes on" in answer.err

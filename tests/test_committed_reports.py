@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from left_bench.record import read_record
 from left_bench.report import read_sweeps, write_report
+from left_bench.spec.record import read_record
 
 REPORTS = Path(__file__).resolve().parents[1] / "reports"
 RECORDS = REPORTS / "records"

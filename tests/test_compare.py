@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from recorded.build import SERVER, make_record, peft, write_rows, write_runs, write_steps
 
-from left_bench.errors import UserError
-from left_bench.record import Record
+from left_bench.core.errors import UserError
 from left_bench.report.changes import compare
 from left_bench.report.compare import failures, main
 from left_bench.report.gate import parse_gate
+from left_bench.spec.record import Record
 
 
 def write_side(
@@ -212,7 +212,7 @@ def test_a_gate_that_is_none_is_refused(
 def test_gates_take_shares_and_differences(
     monkeypatch: pytest.MonkeyPatch, text: str, before: float, after: float, hit: bool
 ) -> None:
-    from left_bench.record import METRICS, Metric
+    from left_bench.spec.record import METRICS, Metric
 
     monkeypatch.setitem(METRICS, "a_metric", Metric("", "higher", "fact", ""))
     assert parse_gate(text).hit(before, after) is hit

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from left_bench.cell import GROUPS, fingerprint
-from left_bench.cli import options
-from left_bench.compose import compose
-from left_bench.errors import UserError
-from left_bench.listing import summary_of
-from left_bench.paths import config_root
-from left_bench.rules import why_unsupported
-from left_bench.sweep import jobs_of, sweep_name
+from left_bench.cli.list_options import summary_of
+from left_bench.core.errors import UserError
+from left_bench.core.paths import config_root
+from left_bench.grid.command_line import options
+from left_bench.grid.compose import compose
+from left_bench.grid.rules import why_unsupported
+from left_bench.grid.sweep import jobs_of, sweep_name
+from left_bench.spec.cell import GROUPS, fingerprint
 from left_bench.tracker import open_tracker
 
 ROOT = config_root()
@@ -96,7 +96,7 @@ def test_custom_alone_is_refused(compose_cell):
 
 @pytest.mark.parametrize("name", PEFT)
 def test_peft_arguments_are_the_upstream_classs_own(name, compose_cell):
-    from left_bench.instantiate import instantiate
+    from left_bench.spec.instantiate import instantiate
 
     cell = compose_cell(f"peft={name}", *NEEDS.get(("peft", name), []))
     if cell.peft.target is None:
@@ -164,7 +164,7 @@ def test_dora_is_lora_but_for_one_switch(compose_cell):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 40, 1000])
 def test_adalora_always_has_its_three_phases(steps, compose_cell):
-    from left_bench.instantiate import instantiate
+    from left_bench.spec.instantiate import instantiate
 
     cell = compose_cell("peft=adalora", f"training.steps={steps}")
     config = cell.peft.config
@@ -176,7 +176,7 @@ def test_adalora_always_has_its_three_phases(steps, compose_cell):
 
 @pytest.mark.parametrize("name", [name for group, name in OPTIONS if group == "quantization"])
 def test_quantization_arguments_are_the_upstream_classs_own(name, compose_cell):
-    from left_bench.instantiate import instantiate
+    from left_bench.spec.instantiate import instantiate
 
     cell = compose_cell(f"quantization={name}", "precision=bf16")
     if cell.quantization.target is None:

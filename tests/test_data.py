@@ -14,11 +14,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from left_bench.cell import Data
+from left_bench.core.errors import UserError
 from left_bench.data import Example, collate, load_data, load_rows, split_passes, step_rows
 from left_bench.data.tokens import fit
-from left_bench.errors import UserError
-from left_bench.record import METRICS
+from left_bench.spec.cell import Data
+from left_bench.spec.record import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = sorted((ROOT / "conf" / "data").glob("*.yaml"))
@@ -157,7 +157,7 @@ def test_generator_errors_name_key_and_mend(changes: dict[str, Any], message: st
 def test_a_file_is_read_with_the_standard_library_alone(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", numbered(10))
     code = (
-        "import sys; from left_bench.cell import Data; from left_bench.data import load_rows;"
+        "import sys; from left_bench.spec.cell import Data; from left_bench.data import load_rows;"
         f"load_rows(Data(name='x', source='jsonl', path={path!r}, test_rows=2));"
         "print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'reasoning_gym') if m in sys.modules])"
     )

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from left_bench import device as devices
-from left_bench.device import AcceleratorDevice, CpuDevice, describe_machine, find_device, open_device, parse_bytes
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
+from left_bench.core.units import parse_bytes
+from left_bench.measure import device as devices
+from left_bench.measure.device import AcceleratorDevice, CpuDevice, describe_machine, find_device, open_device
 
 MB = 10**6
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark")

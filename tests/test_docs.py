@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from left_bench import cli
-from left_bench.record import METRICS
+from left_bench.grid import command_line
+from left_bench.spec.record import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,7 +25,7 @@ def test_options_and_sweeps_named_in_the_docs_exist(page, tmp_path):
     groups = "sweep|model|quantization|peft|precision|optimizer|training|data|eval"
     named = re.findall(rf"(?:^|\s)\+?({groups})=([\w,]+)", text)
     for group, options in named:
-        unknown = set(options.split(",")) - set(cli.options(group)) - {"NAME", "A", "OPTION", "mine"}
+        unknown = set(options.split(",")) - set(command_line.options(group)) - {"NAME", "A", "OPTION", "mine"}
         assert not unknown, f"{page} names {group}={unknown}"
 
 
@@ -56,3 +56,28 @@ def test_the_results_shown_first_are_the_reports_own_lines():
     start = report.index(shown[0])
     assert len(shown) == 7
     assert shown == report[start : start + 7]
+
+
+def room_table() -> str:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    return page.split("| room | module | is |")[1].split("\n\n")[0]
+
+
+def test_the_design_page_draws_the_rooms_in_the_order_import_linter_holds():
+    layers = re.search(
+        r"^layers = \[(.+?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    held = re.findall(r"\w+", layers[1])
+    drawn = [
+        name for cell in re.findall(r"^\| (`.+?) \|", room_table(), re.MULTILINE) for name in re.findall(r"\w+", cell)
+    ]
+    assert drawn == held
+
+
+@pytest.mark.parametrize(
+    "room", ["cli", "launch", "grid", "worker", "evaluation", "training", "model", "measure", "core"]
+)
+def test_the_design_page_names_every_module_of_a_room(room):
+    rows = room_table().split(f"\n| `{room}`")[1].split("\n| `")[0]
+    modules = {path.stem for path in (ROOT / "left_bench" / room).glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"`(\w+)`", rows))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from left_bench import cli
-from left_bench.compose import compose
-from left_bench.sweep import check_launcher, jobs_of
+from left_bench.grid import command_line
+from left_bench.grid.compose import compose
+from left_bench.grid.sweep import check_launcher, jobs_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,7 +41,7 @@ RUNS = [
     pytest.param(arguments, id=f"{page.stem}: {shlex.join(arguments)[:60]}")
     for page in PAGES
     for arguments in commands(page)
-    if cli.is_override(arguments[0]) or arguments[0] == "-m"
+    if command_line.is_override(arguments[0]) or arguments[0] == "-m"
 ]
 
 
@@ -57,7 +57,7 @@ def test_a_printed_command_composes_to_cells(arguments, composed, tmp_path, monk
             pytest.importorskip(f"hydra_plugins.hydra_{plugin}", reason="needs the launcher's extra")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
-    cli.check_choices(arguments)
+    command_line.check_choices(arguments)
     config = composed(*(one for one in arguments if one not in ("--cfg", "job")))
     swept = "-m" in arguments or any(one.startswith("+sweep=") for one in arguments)
     if swept:

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from left_bench import load_records
-from left_bench.cell import Cell, Model
 from left_bench.data import load_rows
 from left_bench.pretrained import model_folder
-from left_bench.record import METRICS, read_record
+from left_bench.spec.cell import Cell, Model
+from left_bench.spec.record import METRICS, read_record
 
 STEPS, ROWS = 3, 4
 LAYERS, HIDDEN, INNER, KEYS, VOCABULARY = 2, 64, 128, 32, 512  # conf/model/tiny_llama.yaml

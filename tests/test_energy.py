@@ -17,17 +17,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorded.build import LAPTOP, make_record, peft, write_runs, write_sweep
 
-from left_bench import energy
-from left_bench.device import CpuDevice
-from left_bench.doctor import main as doctor
-from left_bench.energy import Energy, NoCounter, NvmlGpu, RaplCounter, Stretch, open_counters, open_cpu, open_gpu
-from left_bench.events import EVENTS_NAME, EventWriter
-from left_bench.measure import Meter, Step
+from left_bench.cli.doctor import main as doctor
+from left_bench.measure import energy
+from left_bench.measure.device import CpuDevice
+from left_bench.measure.energy import (
+    Energy,
+    NoCounter,
+    NvmlGpu,
+    RaplCounter,
+    Stretch,
+    open_counters,
+    open_cpu,
+    open_gpu,
+)
+from left_bench.measure.meter import Meter, Step
+from left_bench.processes.resources import AT_ONCE, SHARED, Seat
 from left_bench.report import load_records, main, write_report
 from left_bench.report.cells import row_of
 from left_bench.report.cost import Prices
 from left_bench.report.ranking import confounders, rankable, touching
-from left_bench.seats import AT_ONCE, SHARED, Seat
+from left_bench.spec.events import EVENTS_NAME, EventWriter
 
 UUID = "8b1f0c5e-0000-1111-2222-333344445555"
 
@@ -357,12 +366,12 @@ class TellsTokens(Said):
             save(*arguments)
 
         monkeypatch.setattr(Meter, "step", step)
-        monkeypatch.setattr("left_bench.checkpoint.Checkpoint._save", saving)
+        monkeypatch.setattr("left_bench.training.checkpoint.Checkpoint._save", saving)
         monkeypatch.setattr(energy, "open_counters", lambda *_, **__: (NoCounter("none"), {"": self, "cpu_": Said()}))
 
 
 def energy_of_saving() -> Any:
-    from left_bench.checkpoint import Checkpoint
+    from left_bench.training.checkpoint import Checkpoint
 
     return Checkpoint._save
 
@@ -523,7 +532,7 @@ def test_what_cells_share_is_not_counted(gpu, powercap):
 
 
 def test_the_doctor_says_what_can_be_read_and_why_not(powercap, capsys, monkeypatch):
-    monkeypatch.setattr("left_bench.doctor._CHECKS", {})
+    monkeypatch.setattr("left_bench.cli.doctor._CHECKS", {})
     monkeypatch.setenv("COLUMNS", "400")
     powercap(**{"intel-rapl_0": ("package-0", 100)})
     assert doctor([]) == 0
@@ -624,7 +633,7 @@ def test_another_power_limit_confounds_speed_and_energy():
 
 
 def test_prices_are_settings_and_no_part_of_a_cell(composed):
-    from left_bench.compose import compose
+    from left_bench.grid.compose import compose
 
     plain, priced = (composed(*given) for given in ((), ("price_per_kwh=0.3", "price_per_hour=2")))
     (cell, without), (same, settings) = (compose(one, one.hydra) for one in (plain, priced))

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from left_bench import evaluate
-from left_bench.adapter import attach_adapter, trainable_parameters
+from left_bench.core.errors import NotInForce
 from left_bench.data import Example, collate
-from left_bench.device import CpuDevice
-from left_bench.evaluate import (
+from left_bench.evaluation import evaluate
+from left_bench.evaluation.evaluate import (
     Evaluation,
     batches_by_length,
     check_answers,
@@ -27,7 +26,9 @@ from left_bench.evaluate import (
     scores,
     token_loss,
 )
-from left_bench.model import NotInForce, _feed_head_contiguous
+from left_bench.measure.device import CpuDevice
+from left_bench.methods.attach import attach_adapter, trainable_parameters
+from left_bench.model.load import _feed_head_contiguous
 
 
 def measured(nll: list[float], tokens: list[int], **rest: Any) -> Evaluation:
@@ -304,7 +305,7 @@ def test_random_weights_have_no_scores(tiny_cell, work_in_process):
 
 def test_greedy_is_greedy_whatever_the_checkpoint_says(tiny_cell, tmp_path, load_tiny):
     """Penalties, bans and beams of a `generation_config.json` stay in force without sampling, too."""
-    from left_bench import model as models
+    from left_bench.model import load as models
 
     cell = tiny_cell()
     model, tokenizer = load_tiny(cell)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from left_bench import failure
-from left_bench.failure import NoRoomToCheck, out_of_memory_reason, says_out_of_memory, status_of
+from left_bench.worker import classify_error
+from left_bench.worker.classify_error import NoRoomToCheck, out_of_memory_reason, says_out_of_memory, status_of
 
 GIBIBYTE = 2**30
 
@@ -76,7 +76,7 @@ def test_a_missing_cublas_handle_is_out_of_memory_on_a_full_card_alone(free, sta
 
 
 def test_a_reload_without_room_is_no_verdict_on_what_was_saved():
-    from left_bench.reload import _unusable
+    from left_bench.worker.reload_check import _unusable
 
     assert isinstance(_unusable("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"), NoRoomToCheck)
     other = _unusable("ValueError: shapes differ")
@@ -84,5 +84,7 @@ def test_a_reload_without_room_is_no_verdict_on_what_was_saved():
 
 
 def test_the_last_words_of_bitsandbytes_are_known():
-    assert failure.says_out_of_memory("step 3\nError out of memory at line 380 in file /src/csrc/pythonInterface.cpp\n")
-    assert not failure.says_out_of_memory("the log speaks of an Error out of memory at line 380 in file x")
+    assert classify_error.says_out_of_memory(
+        "step 3\nError out of memory at line 380 in file /src/csrc/pythonInterface.cpp\n"
+    )
+    assert not classify_error.says_out_of_memory("the log speaks of an Error out of memory at line 380 in file x")

@@ -15,9 +15,10 @@ import psutil
 import pytest
 from faulty import FAULT, run_forked
 
-from left_bench import isolate, process
-from left_bench.isolate import run_isolated
-from left_bench.record import Record, read_record
+from left_bench.launch import supervise
+from left_bench.launch.supervise import run_isolated
+from left_bench.processes import start_process
+from left_bench.spec.record import Record, read_record
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 
@@ -28,7 +29,7 @@ def strike(monkeypatch, tiny_cell, tmp_path):
 
     def strike(fault: str, *overrides: str) -> tuple[Record, list[dict[str, Any]]]:
         monkeypatch.setenv(FAULT, fault)
-        monkeypatch.setattr(process, "_run_forked", run_forked)
+        monkeypatch.setattr(start_process, "_run_forked", run_forked)
         seen: list[dict[str, Any]] = []
         cell = tiny_cell("training.steps=4", "training.measure_after=0", "eval.generate=false", *overrides)
         return run_isolated(cell, tmp_path / "run", on_event=seen.append), seen
@@ -39,7 +40,7 @@ def strike(monkeypatch, tiny_cell, tmp_path):
 @pytest.fixture(scope="module", autouse=True)
 def _warm_fork_server(tmp_path_factory):
     """The fork server has imported what a worker needs: else the first cell's limits would run out meanwhile."""
-    process.start(
+    start_process.start(
         tmp_path_factory.mktemp("warm"), log=Path(os.devnull), environment=dict(os.environ), command=None, fork=True
     ).end()
 
@@ -64,7 +65,7 @@ def family() -> list[psutil.Process]:
     ],
 )
 def test_a_fault_while_training(fault, status, words, strike, monkeypatch):
-    monkeypatch.setattr(isolate, "_kernel_kills", lambda: 0)
+    monkeypatch.setattr(supervise, "_kernel_kills", lambda: 0)
     record, seen = strike(fault)
     assert record.status == status, (record.reason, record.provenance["log_tail"])
     for word in words:
@@ -90,7 +91,7 @@ def test_a_fault_while_training(fault, status, words, strike, monkeypatch):
 
 def test_the_kernels_kill_names_the_limit(strike, monkeypatch):
     kills = iter([0, 1])
-    monkeypatch.setattr(isolate, "_kernel_kills", lambda: next(kills))
+    monkeypatch.setattr(supervise, "_kernel_kills", lambda: next(kills))
     record, _ = strike("kill@step1", "hardware.memory_limit=3GiB")
     assert record.status == "oom"
     assert "for want of memory in phase train after step 1 (hardware.memory_limit=3072MiB)" in record.reason
@@ -116,10 +117,10 @@ def test_progress_is_no_hang(tiny_cell, tmp_path):
 
 
 def test_an_exploding_loss_is_divergence(tiny_cell, work_in_process, monkeypatch):
-    from left_bench import train
+    from left_bench.training import loop
 
-    monkeypatch.setattr(train, "EXPLODED", 5.0)  # an untrained model of 512 tokens is at ln 512 = 6.2
-    with pytest.raises(train.Diverged, match=r"^loss 6\.\d+, gradient norm \S+ at step 1 of 2$"):
+    monkeypatch.setattr(loop, "EXPLODED", 5.0)  # an untrained model of 512 tokens is at ln 512 = 6.2
+    with pytest.raises(loop.Diverged, match=r"^loss 6\.\d+, gradient norm \S+ at step 1 of 2$"):
         work_in_process(tiny_cell())
 
 
@@ -214,8 +215,8 @@ def test_an_interrupted_sweep_leaves_nothing_torn_and_goes_on(tmp_path):
 
 def test_a_full_disk_stops_the_launch_and_says_so(left_bench, tmp_path, monkeypatch):
     """The parent's own writes: no traceback, and what is finished stays."""
-    from left_bench import record as records
-    from left_bench.record import write_atomically
+    from left_bench.core.files import write_atomically
+    from left_bench.spec import record as records
 
     monkeypatch.chdir(tmp_path)
 
@@ -229,7 +230,7 @@ def test_a_full_disk_stops_the_launch_and_says_so(left_bench, tmp_path, monkeypa
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return write_atomically(path, text)
 
-    monkeypatch.setattr("left_bench.run.run_isolated", run_at_once)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_at_once)
     monkeypatch.setattr(records, "write_atomically", no_room)
     answer = left_bench(*QUICK)
     assert answer.code == 2, answer

@@ -15,13 +15,13 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
 from left_bench.fivebit import FiveBitConfig, Linear5bit
 from left_bench.fivebit.codebook import levels, normal_float
 from left_bench.fivebit.packing import pack, unpack
-from left_bench.measure import logical_numel, stored_bytes
-from left_bench.model import base_metrics, quantized_weights
-from left_bench.quantization import quantization_error
+from left_bench.measure.meter import logical_numel, stored_bytes
+from left_bench.model.load import base_metrics, quantized_weights
+from left_bench.model.quantization_error import quantization_error
 
 SCHEMES = {
     "nf5": {"scheme": "nf5"},
@@ -186,9 +186,9 @@ def test_bits_per_parameter_are_counted_from_storage(dense_folder: Path, scheme:
 @pytest.mark.slow
 @each_scheme
 def test_error_on_the_real_default_model(scheme: str) -> None:
-    from left_bench.cell import Model
-    from left_bench.paths import config_root
+    from left_bench.core.paths import config_root
     from left_bench.pretrained import model_folder
+    from left_bench.spec.cell import Model
 
     yaml = pytest.importorskip("yaml")
     section = yaml.safe_load((config_root() / "conf/model/smollm2_135m.yaml").read_text(encoding="utf-8"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from left_bench import float8
-from left_bench.model import NotInForce
+from left_bench.core.errors import NotInForce
+from left_bench.training import float8
 
 pytest.importorskip("torchao")
 

@@ -7,10 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from left_bench.adapter import attach_adapter
 from left_bench.data import collate
-from left_bench.flops import step_flops
-from left_bench.measure import Step
+from left_bench.measure.meter import Step
+from left_bench.methods.attach import attach_adapter
+from left_bench.training.flops import step_flops
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox", "tiny_opt"])
@@ -54,7 +54,7 @@ def test_what_else_runs_is_noticed():
     import multiprocessing
     import time
 
-    from left_bench.neighbours import Neighbours
+    from left_bench.measure.cpu_contention import Neighbours
 
     def spin() -> None:
         while True:

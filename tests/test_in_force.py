@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from left_bench.in_force import check_forward, check_gradient, stored_integers_are_not_read
-from left_bench.model import NotInForce, quantized_weights
+from left_bench.core.errors import NotInForce
+from left_bench.methods.verify import check_forward, check_gradient, stored_integers_are_not_read
+from left_bench.model.load import quantized_weights
 
 QUANTIZED = ["int8", "nf4", "nf4_dq", "nf5_dq", "int5"]
 

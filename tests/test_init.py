@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from left_bench.init import main, write_project
+from left_bench.cli.init import main, write_project
 
 QUICK = [
     *("model=tiny_llama", "precision=fp32", "hardware=cpu", "hardware.threads=1", "training.steps=1", "tracker=none"),

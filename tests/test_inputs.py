@@ -15,9 +15,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from left_bench.cell import GROUPS, SECTIONS, Cell, Model
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
 from left_bench.pretrained import check_model, model_folder
+from left_bench.spec.cell import GROUPS, SECTIONS, Cell, Model
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=1", "data.train_rows=8"]
@@ -28,7 +28,7 @@ LONG = "x" * 4096
 def refused(left_bench, tmp_path, monkeypatch):
     """`refused(*overrides)`: the one line that refuses them, with nothing run and nothing written."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.launch.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
 
     def refused(*overrides: str) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -139,8 +139,8 @@ def test_arguments_read_from_source_are_the_classes_own(path):
     """What is refused without an import is what the class itself would refuse."""
     import inspect
 
-    from left_bench.instantiate import locate
-    from left_bench.signatures import arguments_of
+    from left_bench.grid.class_arguments import arguments_of
+    from left_bench.spec.instantiate import locate
 
     target = (yaml.safe_load(path.read_text()) or {}).get("_target_")
     if not target or target == "???" or (read := arguments_of(target)) is None:
@@ -156,7 +156,7 @@ def test_arguments_read_from_source_are_the_classes_own(path):
 
 def test_most_classes_are_read():
     """Or the test above would pass by finding nothing."""
-    from left_bench.signatures import arguments_of
+    from left_bench.grid.class_arguments import arguments_of
 
     assert len(arguments_of("peft.LoraConfig") or ()) > 20
     assert "betas" in (arguments_of("torch.optim.AdamW") or ())
@@ -262,7 +262,7 @@ def test_a_dataset_with_too_few_rows(rows, words, refused, tmp_path):
 
 
 def some_record(left_bench, tmp_path, monkeypatch) -> Path:
-    from left_bench.record import Record
+    from left_bench.spec.record import Record
 
     def run_isolated(cell, run_dir, *, on_event):
         return Record(
@@ -270,7 +270,7 @@ def some_record(left_bench, tmp_path, monkeypatch) -> Path:
         )
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_isolated)
     assert left_bench(*QUICK).code == 0
     [path] = tmp_path.glob("runs/*/record.json")
     return path
@@ -309,9 +309,9 @@ def test_a_damaged_record_is_kept_aside_and_the_cell_run_again(damage, left_benc
 @pytest.mark.parametrize("name", ["../../etc/x", "a\x00b", "\x1b[31mred", LONG, "CON", "a\nb", "..", "ünï/cødé"])
 def test_a_hostile_name_stays_inside_the_runs_folder(name, tiny_cell, tmp_path, monkeypatch):
     """Names come from files of options as well as from the command line."""
-    from left_bench.compose import Settings
-    from left_bench.launch import run_cell
-    from left_bench.record import Record
+    from left_bench.grid.compose import Settings
+    from left_bench.launch.hydra_job import run_cell
+    from left_bench.spec.record import Record
 
     cell = tiny_cell()
     cell = cell.model_copy(
@@ -326,7 +326,7 @@ def test_a_hostile_name_stays_inside_the_runs_folder(name, tiny_cell, tmp_path, 
             cell_id=cell.id, status="ok", started_at="s", finished_at="f", choices=cell.choices, config=cell.sections()
         )
 
-    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_isolated)
     settings = Settings(
         runs_dir=tmp_path / "runs",
         reports_dir=tmp_path,
@@ -410,7 +410,7 @@ def test_a_cells_id_differs_exactly_where_its_result_may(where, one, other):
 def test_nothing_is_imported_to_refuse(tmp_path):
     """A refusal comes before torch is imported, so it comes at once."""
     program = (
-        "import sys; from left_bench.cli import main\n"
+        "import sys; from left_bench.cli.main import main\n"
         "code = main(['model=tiny_llama', 'tracker=none', 'eval.metrics=[nope]'])\n"
         "sys.exit(99 if 'torch' in sys.modules else code)"
     )

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from left_bench.errors import UserError
-from left_bench.instantiate import ALLOWED_PACKAGES, instantiate, locate
+from left_bench.core.errors import UserError
+from left_bench.spec.instantiate import ALLOWED_PACKAGES, instantiate, locate
 
 
 def test_an_upstream_class():
@@ -29,13 +29,13 @@ def test_other_packages_are_refused(target):
     [
         "peft.os.system",  # a module another module imported
         "torch._C.something",
-        "left_bench.isolate.subprocess.run",
+        "left_bench.launch.supervise.subprocess.run",
         "torch.os.system",
         "transformers.utils.os.remove",
-        "left_bench.instantiate.importlib.import_module",
+        "left_bench.spec.instantiate.importlib.import_module",
         "torch.hub.load",
         "torch.load",
-        "left_bench.isolate.Path",
+        "left_bench.launch.supervise.Path",
         "torch.utils.cpp_extension.load_inline",
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from left_bench import interrupt
+from left_bench.core import interrupt
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows interrupts in its own way")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from left_bench.record import RECORD_NAME, Record, read_record
-from left_bench.sweep import command_of, scope_of
+from left_bench.grid.sweep import command_of, scope_of
+from left_bench.spec.record import RECORD_NAME, Record, read_record
 
 QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=1", "data.train_rows=8"]
 
@@ -47,7 +47,7 @@ def runs(monkeypatch):
         )
 
     Runs.status = {}
-    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_isolated)
     return started
 
 
@@ -71,7 +71,7 @@ def test_one_cell(place, runs, left_bench):
 def test_what_is_emulated_is_said_once_and_done(place, runs, left_bench, monkeypatch):
     monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2")
     monkeypatch.setattr(
-        "left_bench.auto_precision.product_speeds", lambda _device, dtype: {"float32": 60e9, dtype: 3e9}
+        "left_bench.measure.auto_precision.product_speeds", lambda _device, dtype: {"float32": 60e9, dtype: 3e9}
     )
     quick = [one for one in QUICK if not one.startswith("precision=")]
     slow = "20 times as long as float32's (measured here); precision=fp32 is what precision=auto takes here"
@@ -90,19 +90,19 @@ def test_what_is_emulated_is_said_once_and_done(place, runs, left_bench, monkeyp
 
 def test_a_sweep_has_the_precision_of_the_machine_that_launches_it(place, runs, left_bench, monkeypatch):
     """Its jobs run where other instruction sets are found: they take what the launch has found."""
-    from left_bench import launch
-    from left_bench.auto_precision import fast_precision
+    from left_bench.launch import hydra_job
+    from left_bench.measure.auto_precision import fast_precision
 
     monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2 avx512_bf16")
     quick = [one for one in QUICK if not one.startswith("precision=")]
-    take = launch.scope_of
+    take = hydra_job.scope_of
 
     def elsewhere(*how):
         monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2")
         assert fast_precision("cpu") == ("bf16", "found where the launch began")
         return take(*how)
 
-    monkeypatch.setattr("left_bench.launch.scope_of", elsewhere)
+    monkeypatch.setattr("left_bench.launch.hydra_job.scope_of", elsewhere)
     answer = left_bench("-m", *quick, "seed=0,1")
     assert answer.code == 0, answer
     assert [cell.choices["precision"] for cell in runs] == ["bf16", "bf16"]
@@ -112,12 +112,12 @@ def test_a_sweep_has_the_precision_of_the_machine_that_launches_it(place, runs, 
 def test_a_sweep_that_may_go_elsewhere_says_what_it_takes_along(composed, monkeypatch, capsys, place):
     from hydra.core.global_hydra import GlobalHydra
 
-    from left_bench.auto_precision import CARRIED_VARIABLE
-    from left_bench.launch import Launch
+    from left_bench.launch.hydra_job import Launch
+    from left_bench.measure.auto_precision import CARRIED_VARIABLE
 
     monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2 avx512_bf16")
-    monkeypatch.setattr("left_bench.launch.rehearse", lambda cells, **_: None)
-    monkeypatch.setattr("left_bench.launch.runs_elsewhere", lambda hydra: True)
+    monkeypatch.setattr("left_bench.launch.hydra_job.rehearse", lambda cells, **_: None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.runs_elsewhere", lambda hydra: True)
     config = composed("-m", *(one for one in QUICK if not one.startswith("precision=")), "seed=0,1")
     Launch().on_multirun_start(config)
     said = capsys.readouterr().err
@@ -156,7 +156,7 @@ def test_a_grid_passes_by_what_is_done(place, runs, left_bench, monkeypatch):
     left_bench("-m", *QUICK, "seed=1,3")
     runs.clear()
     launched = []
-    monkeypatch.setattr("left_bench.launch.scope_of", lambda *a: launched.append(a[2].seed) or scope_of(*a))
+    monkeypatch.setattr("left_bench.launch.hydra_job.scope_of", lambda *a: launched.append(a[2].seed) or scope_of(*a))
     answer = left_bench("-m", *QUICK, "seed=0,1,2,3")
     assert answer.code == 0, answer
     assert [cell.seed for cell in runs] == launched == [0, 2]
@@ -250,7 +250,7 @@ def test_an_unsupported_cell_is_a_record_and_not_started(place, runs, left_bench
 
 
 def test_a_model_that_cannot_be_had_is_a_failed_record(place, runs, left_bench, monkeypatch):
-    from left_bench.errors import UserError
+    from left_bench.core.errors import UserError
 
     def unreachable(model, *, dtype):
         raise UserError("no network\nsecond line")
@@ -274,7 +274,7 @@ def test_a_damaged_record_is_said_and_run_again(damage, place, runs, left_bench)
 
 
 def test_an_interrupted_sweep_goes_on(place, runs, left_bench, monkeypatch):
-    from left_bench import run
+    from left_bench.launch import run_cell as run
 
     whole = run.run_isolated
 
@@ -283,12 +283,12 @@ def test_an_interrupted_sweep_goes_on(place, runs, left_bench, monkeypatch):
             raise KeyboardInterrupt
         return whole(cell, run_dir, on_event=on_event)
 
-    monkeypatch.setattr("left_bench.run.run_isolated", interrupted)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", interrupted)
     answer = left_bench("+sweep=smoke", *QUICK)
     assert answer.code == 130, answer
     assert "the same command goes on" in answer.err
     assert [record.status for record in records(place)] == ["ok"]
-    monkeypatch.setattr("left_bench.run.run_isolated", whole)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", whole)
     assert left_bench("+sweep=smoke", *QUICK).code == 0
     assert [cell.peft.name for cell in runs] == ["lora", "ia3"]
 
@@ -346,9 +346,9 @@ def test_a_report_that_cannot_be_written_is_an_error(place, runs, left_bench):
 
 
 def test_retrained_weights_are_another_cell_and_a_moved_folder_is_none(place, runs, left_bench, compose_cell):
-    from left_bench.cell import Cell
     from left_bench.pretrained import folder as of_folder
     from left_bench.pretrained import model_folder
+    from left_bench.spec.cell import Cell
 
     made = model_folder(compose_cell(*QUICK).model, dtype="float32")
     shutil.copytree(made, place / "mine")
@@ -373,7 +373,7 @@ def test_retrained_weights_are_another_cell_and_a_moved_folder_is_none(place, ru
 
 
 def test_a_model_that_a_sweep_of_ones_own_names_is_that_model(place, runs, left_bench, monkeypatch):
-    monkeypatch.setattr("left_bench.run._fetch_model", lambda cell: None)
+    monkeypatch.setattr("left_bench.launch.run_cell._fetch_model", lambda cell: None)
     (place / "conf" / "sweep").mkdir(parents=True)
     body = "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\nmodel:\n  name_or_path: some/neox\n"
     (place / "conf" / "sweep" / "mine.yaml").write_text("# @package _global_\n" + body)
@@ -414,7 +414,7 @@ def test_an_option_named_as_one_that_ships_is_refused(place, runs, left_bench):
 
 def test_another_launch_of_the_same_sweep_takes_nothing_from_this_one(place, runs, left_bench, monkeypatch):
     """Its manifest comes to lie over this one's while the cells run."""
-    from left_bench import launch as launching
+    from left_bench.launch import hydra_job as launching
 
     inner = launching.run_cell
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from left_bench.record import METRICS, RECORD_NAME, Record, read_record
+from left_bench.spec.record import METRICS, RECORD_NAME, Record, read_record
 
 CELLS = [
     *("peft=lora,full", "quantization=none,nf4", "model=tiny_llama", "precision=fp32", "hardware=cpu"),

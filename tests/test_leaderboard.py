@@ -9,13 +9,13 @@ import pandas
 import pytest
 from recorded.build import LAPTOP, make_record, peft, seeded, write_runs, write_steps, write_sweep
 
-from left_bench.errors import UserError
-from left_bench.record import METRICS, Record
+from left_bench.core.errors import UserError
 from left_bench.report import main, write_report
 from left_bench.report.cells import Row, row_of
 from left_bench.report.recommend import Need, recommend, sentence, take_needs
 from left_bench.report.seeds import pool
 from left_bench.report.values import format_against_both
+from left_bench.spec.record import METRICS, Record
 
 RECORDED = Path(__file__).parent / "recorded"
 MIB = 2**20

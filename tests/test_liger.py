@@ -16,15 +16,14 @@ import torch
 import transformers
 from transformers.models.llama import modeling_llama
 
-from left_bench import liger
-from left_bench.adapter import attach_adapter
-from left_bench.base import base_key
+from left_bench.core.errors import NotInForce, UserError
+from left_bench.core.paths import is_installed
 from left_bench.data import collate
-from left_bench.errors import UserError
-from left_bench.loss import AnswerLoss
-from left_bench.model import NotInForce
-from left_bench.paths import is_installed
-from left_bench.rules import LIGER_FAMILIES
+from left_bench.evaluation.shared_baseline import base_key
+from left_bench.grid.rules import LIGER_FAMILIES
+from left_bench.methods.attach import attach_adapter
+from left_bench.model import liger
+from left_bench.training.loss import AnswerLoss
 
 HERE = Path(__file__)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

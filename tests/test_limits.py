@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from left_bench import limits
-from left_bench.isolate import run_isolated
+from left_bench.launch.supervise import run_isolated
+from left_bench.processes import memory_limit as limits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
 MB = 10**6

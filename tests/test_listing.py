@@ -8,10 +8,11 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from left_bench import cli, listing
-from left_bench.cell import GROUPS
-from left_bench.errors import UserError
-from left_bench.listing import OnlyHydraKnows, cell_with, main
+from left_bench.cli import list_options
+from left_bench.cli.list_options import OnlyHydraKnows, composed_cell, main
+from left_bench.core.errors import UserError
+from left_bench.grid import command_line
+from left_bench.spec.cell import GROUPS
 
 
 def test_every_option_of_every_group_is_one_line(capsys):
@@ -19,13 +20,15 @@ def test_every_option_of_every_group_is_one_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     for group in ("sweep", "recipe", *GROUPS, "tracker"):
         start = lines.index(group)
-        for option in cli.options(group):
-            (line,) = [line for line in lines[start + 1 :][: len(cli.options(group))] if line.split()[0] == option]
+        for option in command_line.options(group):
+            (line,) = [
+                line for line in lines[start + 1 :][: len(command_line.options(group))] if line.split()[0] == option
+            ]
             assert len(line.split()) > 3, f"{group}={option} says nothing of itself"
 
 
 def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
-    monkeypatch.setattr("left_bench.listing.find_device", lambda asked: "cpu")
+    monkeypatch.setattr("left_bench.cli.list_options.find_device", lambda asked: "cpu")
     main(["precision"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert "not here" in lines["tf32"] and "CUDA" in lines["tf32"]
@@ -36,7 +39,7 @@ def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
     ("flags", "told"), [("avx2", "fp32 (no bfloat16 instructions)"), ("amx_bf16", "bf16 (amx_bf16)")]
 )
 def test_auto_says_what_it_is_here(flags, told, capsys, monkeypatch):
-    monkeypatch.setattr("left_bench.auto_precision.find_device", lambda asked: "cpu")
+    monkeypatch.setattr("left_bench.measure.auto_precision.find_device", lambda asked: "cpu")
     monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", flags)
     main(["precision"])
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "auto"]
@@ -50,10 +53,10 @@ def test_a_group_that_is_none():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_is_read_from_the_file_is_what_hydra_composes(group, compose_cell):
-    cli.register_resolvers()
-    for option in cli.options(group):
+    command_line.register_resolvers()
+    for option in command_line.options(group):
         if (group, option) != ("peft", "custom"):  # nothing without the user's own word, by either way
-            assert cell_with(group, option) == compose_cell(f"{group}={option}"), option
+            assert composed_cell(group, option) == compose_cell(f"{group}={option}"), option
 
 
 def test_what_only_hydra_can_read_is_left_to_it(monkeypatch, capsys):
@@ -63,14 +66,14 @@ def test_what_only_hydra_can_read_is_left_to_it(monkeypatch, capsys):
     GlobalHydra.instance().clear()  # other tests leave their composition open
     main(["hardware"])
     expected = capsys.readouterr().out
-    monkeypatch.setattr(listing, "cell_with", refuse)
+    monkeypatch.setattr(list_options, "composed_cell", refuse)
     main(["hardware"])
     assert capsys.readouterr().out == expected
 
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys; from left_bench.cli import main; main(['list']); "
+        "import sys; from left_bench.cli.main import main; main(['list']); "
         "print(sorted({'torch', 'transformers', 'peft', 'hydra', 'pandas', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

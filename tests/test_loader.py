@@ -9,7 +9,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from left_bench.loader import SweepLoader, use_sweep_loader
+from left_bench.grid.loader import SweepLoader, use_sweep_loader
 
 JOBS = [
     ["peft=lora", "quantization=nf4"],

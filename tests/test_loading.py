@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
-from left_bench import model as models
-from left_bench.model import NotInForce
+from left_bench.core.errors import NotInForce
+from left_bench.model import load as models
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-import left_bench.loss
-from left_bench.adapter import attach_adapter, virtual_positions
+import left_bench.training.loss
 from left_bench.data import collate
-from left_bench.loss import AnswerLoss
+from left_bench.methods.attach import attach_adapter, virtual_positions
+from left_bench.training.loss import AnswerLoss
 
 SMALL = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLOSE = {"cpu": 1e-4, "cuda": 1e-3}  # of gradients up to 30; kernels add in another order
@@ -29,7 +29,7 @@ FAMILIES = {
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Five rows of logits at a time, so that a batch takes several chunks and the last is not full."""
-    monkeypatch.setattr(left_bench.loss, "chunk_logits", lambda kind: 5 * 256)
+    monkeypatch.setattr(left_bench.training.loss, "chunk_logits", lambda kind: 5 * 256)
 
 
 def family(name: str) -> torch.nn.Module:

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from left_bench.device import CpuDevice
-from left_bench.events import EventWriter
-from left_bench.measure import Meter, Step, logical_numel, measured_steps, stored_bytes, summarize_steps
-from left_bench.model import base_metrics, quantized_weights
+from left_bench.measure.device import CpuDevice
+from left_bench.measure.meter import Meter, Step, logical_numel, measured_steps, stored_bytes, summarize_steps
+from left_bench.model.load import base_metrics, quantized_weights
+from left_bench.spec.events import EventWriter
 
 MB = 10**6
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark")

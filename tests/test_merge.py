@@ -8,10 +8,10 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from left_bench.data import Example
-from left_bench.device import CpuDevice
-from left_bench.events import EventWriter
-from left_bench.measure import Meter
-from left_bench.merge import answer_logits, merge, why_not
+from left_bench.evaluation.merge_check import answer_logits, merge, why_not
+from left_bench.measure.device import CpuDevice
+from left_bench.measure.meter import Meter
+from left_bench.spec.events import EventWriter
 
 ROWS = [
     Example(prompt_ids=[5, 6, 7], answer_ids=[8, 1], prompt="", reference=""),

@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig, PreTrainedModel
 
-from left_bench.adapter import added_parameters, attach_adapter, load_trained, save_trained, trainable_parameters
-from left_bench.cell import Peft
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
 from left_bench.methods import Attached, BitFitConfig, BottleneckConfig, LayerFreezeConfig, Method
+from left_bench.methods.attach import added_parameters, attach_adapter, load_trained, save_trained, trainable_parameters
+from left_bench.spec.cell import Peft
 
 ROOT = Path(__file__).parents[1]
 WIDTH, INNER, LAYERS, VOCABULARY = 64, 128, 2, 96

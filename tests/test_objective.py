@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-import left_bench.loss
+import left_bench.training.loss
+from left_bench.core.errors import UserError
 from left_bench.data import collate, load_rows
-from left_bench.errors import UserError
-from left_bench.evaluate import Evaluation, scores
-from left_bench.loss import AnswerLoss
-from left_bench.objective import Preferences, with_reference, with_worse_answer
-from left_bench.rules import why_unsupported
+from left_bench.evaluation.evaluate import Evaluation, scores
+from left_bench.grid.rules import why_unsupported
+from left_bench.training.loss import AnswerLoss
+from left_bench.training.objective import Preferences, with_reference, with_worse_answer
 
 DPO = ("training=dpo", "data=chain_sum_pairs")
 
@@ -32,7 +32,7 @@ def pairs(addition_rows):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(left_bench.loss, "chunk_logits", lambda kind: 5 * 512)
+    monkeypatch.setattr(left_bench.training.loss, "chunk_logits", lambda kind: 5 * 512)
 
 
 def plain_dpo(model, rows, *, beta):
@@ -53,7 +53,7 @@ def plain_dpo(model, rows, *, beta):
 @pytest.mark.parametrize("head", ["labelled", "all"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_loss_and_gradients_are_the_papers(head, packed, tiny_cell, load_tiny, pairs, small_chunks):
-    from left_bench.packing import attending_in_segments
+    from left_bench.training.packing import attending_in_segments
 
     model, _ = load_tiny(tiny_cell())
     model.eval()

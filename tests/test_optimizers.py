@@ -9,12 +9,11 @@ import pytest
 import torch
 import yaml
 
-from left_bench.cell import Cell, Optimizer
-from left_bench.errors import UserError
-from left_bench.model import NotInForce
-from left_bench.paths import is_installed
-from left_bench.rules import EXTRAS
-from left_bench.train import embedding_noise, make_optimizer, optimizer_state_dtypes, state_tensors
+from left_bench.core.errors import NotInForce, UserError
+from left_bench.core.paths import is_installed
+from left_bench.grid.rules import EXTRAS
+from left_bench.spec.cell import Cell, Optimizer
+from left_bench.training.loop import embedding_noise, make_optimizer, optimizer_state_dtypes, state_tensors
 
 CONF = sorted((Path(__file__).resolve().parents[1] / "conf" / "optimizer").glob("*.yaml"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from left_bench.paths import is_installed
-from left_bench.quantization import dequantized
+from left_bench.core.paths import is_installed
+from left_bench.model.quantization_error import dequantized
 
 MODULES = {"hqq": "hqq", "quanto": "optimum.quanto", "torchao": "torchao"}
 # groups of 64 with two float32 constants; 3 bits are packed ten in 32; in these small layers constants weigh more

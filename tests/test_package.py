@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from left_bench import __version__
-from left_bench.paths import cache_dir, config_root
+from left_bench.core.paths import cache_dir, config_root
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_option_and_nothing_of_the_tests(wheel):
 def test_the_installed_package_finds_its_own_files(installed, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     where = {"cwd": tmp_path / "elsewhere", "PYTHONPATH": str(installed)}
-    root = shell(sys.executable, "-c", "from left_bench.paths import config_root; print(config_root())", **where)
+    root = shell(sys.executable, "-c", "from left_bench.core.paths import config_root; print(config_root())", **where)
     assert Path(root.stdout.strip()) == installed / "left_bench"
     assert "smoke" in shell(sys.executable, "-m", "left_bench", "--help", **where).stdout
     composed = shell(sys.executable, "-m", "left_bench", "+sweep=smoke", "--cfg", "job", **where)

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from left_bench import packing
-from left_bench.adapter import attach_adapter
 from left_bench.data import collate
 from left_bench.data.tokens import Example
-from left_bench.loss import AnswerLoss
-from left_bench.packing import SEGMENTS, attending_in_segments, laid_out, segment_attention, why_not_packed
-from left_bench.train import embedding_noise
+from left_bench.methods.attach import attach_adapter
+from left_bench.training import packing
+from left_bench.training.loop import embedding_noise
+from left_bench.training.loss import AnswerLoss
+from left_bench.training.packing import SEGMENTS, attending_in_segments, laid_out, segment_attention, why_not_packed
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 

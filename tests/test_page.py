@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded.build import LAPTOP, make_record, peft
 
-from left_bench.record import STATUSES, Record, Sample
 from left_bench.report.cells import Row, find_baseline, row_of, sweep_rows
 from left_bench.report.load import Problem, read_runs, read_sweeps
 from left_bench.report.page import _SCRIPTS, _asset, as_json, write_page
@@ -23,6 +22,7 @@ from left_bench.report.page.data import CURVE_POINTS, status_of, thin_out
 from left_bench.report.page.markup import ROWS_SHOWN
 from left_bench.report.ranking import ties_with_best
 from left_bench.report.values import format_value
+from left_bench.spec.record import STATUSES, Record, Sample
 
 RECORDED = Path(__file__).parent / "recorded"
 HOSTILE = [

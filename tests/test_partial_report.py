@@ -6,8 +6,8 @@ import pytest
 from recorded.build import make_record
 from test_launch import QUICK, place, runs  # noqa: F401
 
-from left_bench import partial_report
-from left_bench.partial_report import begin_partial, write_partial
+from left_bench.launch import partial_report
+from left_bench.launch.partial_report import begin_partial, write_partial
 from left_bench.report.cells import row_of, so_far
 from left_bench.report.load import Sweep
 
@@ -75,15 +75,15 @@ def test_a_sweep_shows_its_report_after_each_cell(place, runs, left_bench, monke
     monkeypatch.setattr(partial_report, "_SHARE", 0)
     seen = []
     report = place / "reports" / "smoke.md"
-    from left_bench import run
+    from left_bench.launch import run_cell
 
-    isolated = run.run_isolated
+    isolated = run_cell.run_isolated
 
     def run_isolated(cell, run_dir, *, on_event):
         seen.append((report.read_text(), report.with_suffix(".html").read_text()) if report.exists() else None)
         return isolated(cell, run_dir, on_event=on_event)
 
-    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_isolated)
     answer = left_bench("+sweep=smoke", *QUICK)
     assert answer.code == 0, answer
     assert seen[0] is None
@@ -96,15 +96,15 @@ def test_a_sweep_shows_its_report_after_each_cell(place, runs, left_bench, monke
 
 
 def test_an_interrupted_sweep_leaves_its_report(place, runs, left_bench, monkeypatch):  # noqa: F811
-    from left_bench import run
+    from left_bench.launch import run_cell
 
-    isolated = run.run_isolated
+    isolated = run_cell.run_isolated
 
     def run_isolated(cell, run_dir, *, on_event):
         if cell.peft.name == "ia3":
             raise KeyboardInterrupt
         return isolated(cell, run_dir, on_event=on_event)
 
-    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_isolated)
     assert left_bench("+sweep=smoke", *QUICK).code == 130
     assert "Partial: 1 of 2 cells so far." in (place / "reports" / "smoke.md").read_text()

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from left_bench.paths import contents_of
+from left_bench.core.paths import contents_of
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_names_and_bytes_decide_and_the_place_does_not(folder, tmp_path):
 
 def test_a_file_is_read_once(folder, monkeypatch):
     first = found(folder)
-    monkeypatch.setattr("left_bench.paths.file_sha256", None)
+    monkeypatch.setattr("left_bench.core.paths.file_sha256", None)
     assert found(folder) == first
     monkeypatch.undo()
 

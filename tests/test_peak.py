@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 from recorded.build import LAPTOP, make_record
 
-from left_bench import base, neighbours
-from left_bench.device import CpuDevice, describe_machine
-from left_bench.events import EventWriter
-from left_bench.instruction_sets import FLAGS_VARIABLE
-from left_bench.measure import Meter
-from left_bench.neighbours import Quiet, measured_quietly
-from left_bench.record import Record, read_record
+from left_bench.evaluation import shared_baseline
+from left_bench.measure import cpu_contention
+from left_bench.measure.cpu_contention import Quiet, measured_quietly
+from left_bench.measure.device import CpuDevice, describe_machine
+from left_bench.measure.instruction_sets import FLAGS_VARIABLE
+from left_bench.measure.meter import Meter
 from left_bench.report import load_records
 from left_bench.report.cells import machine_line, row_of
 from left_bench.report.ranking import best_rows, comparable, confounders, places, rankable
+from left_bench.spec.events import EventWriter
+from left_bench.spec.record import Record, read_record
 
 MODERN = LAPTOP | {"instruction_sets": ["avx2", "avx512f", "avx512_bf16"], "id": "0a0a0a0a"}
 OLDER = LAPTOP | {"instruction_sets": ["avx2"], "id": "0b0b0b0b"}
@@ -34,7 +35,7 @@ def others(monkeypatch):
             def share(self) -> float | None:
                 return left.pop(0)
 
-        monkeypatch.setattr(neighbours, "Neighbours", Others)
+        monkeypatch.setattr(cpu_contention, "Neighbours", Others)
         monkeypatch.setattr("os.cpu_count", lambda: 4)
         return left
 
@@ -69,9 +70,9 @@ def peak_of(tiny_cell, tmp_path, monkeypatch):
     """`peak_of(cells)`: what `shared_peak` gives when a measurement comes to the next of `speeds`."""
 
     def peak_of(speed: float, **how: bool) -> Quiet:
-        monkeypatch.setattr(base, "matrix_product_peak", lambda *_args, **_how: speed)
+        monkeypatch.setattr(shared_baseline, "matrix_product_peak", lambda *_args, **_how: speed)
         meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
-        return base.shared_peak(tiny_cell(), meter=meter, runs_dir=tmp_path, threads=4, at_once=1, **how)
+        return shared_baseline.shared_peak(tiny_cell(), meter=meter, runs_dir=tmp_path, threads=4, at_once=1, **how)
 
     return peak_of
 
@@ -103,7 +104,7 @@ def test_a_damaged_file_is_replaced(peak_of, others, tmp_path):
 
 def test_a_peak_that_a_cell_beats_is_measured_anew_in_it(tiny_cell, work_in_process, monkeypatch):
     speeds = iter([1.0, 1e15])
-    monkeypatch.setattr(base, "measured_quietly", lambda *_args, **_how: Quiet(next(speeds), None))
+    monkeypatch.setattr(shared_baseline, "measured_quietly", lambda *_args, **_how: Quiet(next(speeds), None))
     found = work_in_process(tiny_cell("eval.generate=false"))
     assert 0 < found["metrics"]["model_flops_utilization"] < 1
     effective = found["environment"]["effective"]
@@ -114,7 +115,7 @@ def test_a_peak_that_a_cell_beats_is_measured_anew_in_it(tiny_cell, work_in_proc
 
 
 def test_a_utilization_above_one_is_never_a_number(tiny_cell, work_in_process, monkeypatch):
-    monkeypatch.setattr(base, "measured_quietly", lambda *_args, **_how: Quiet(1.0, 0.4))
+    monkeypatch.setattr(shared_baseline, "measured_quietly", lambda *_args, **_how: Quiet(1.0, 0.4))
     found = work_in_process(tiny_cell("eval.generate=false"))
     assert "model_flops_utilization" not in found["metrics"]
     effective = found["environment"]["effective"]

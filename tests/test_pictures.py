@@ -7,15 +7,15 @@ import pytest
 import torch
 import transformers
 
-from left_bench import reload
-from left_bench.adapter import attach_adapter, trainable_parameters
+from left_bench.core.errors import UserError
 from left_bench.data import collate
-from left_bench.errors import UserError
-from left_bench.loss import AnswerLoss
-from left_bench.model import load_model, load_rows_of, open_pretrained
-from left_bench.rules import why_unsupported
-from left_bench.task import classifier_of
-from left_bench.worker import CELL_NAME
+from left_bench.grid.rules import why_unsupported
+from left_bench.methods.attach import attach_adapter, trainable_parameters
+from left_bench.model.load import load_model, load_rows_of, open_pretrained
+from left_bench.spec.task import classifier_of
+from left_bench.training.loss import AnswerLoss
+from left_bench.worker import reload_check
+from left_bench.worker.run import CELL_NAME
 
 VIT = ("model=tiny_vit", "data=digits")
 METHODS = ["full", "lora", "dora", "vera", "ln_tuning", "bitfit", "layer_freeze", "oft"]
@@ -116,7 +116,7 @@ def test_a_published_model_learns_digits(method, published, tiny_cell, work_in_p
     assert effective["architecture"] == "ViTForImageClassification"
     run_dir = found["run_dir"]
     (run_dir / CELL_NAME).write_text(cell.model_dump_json(by_alias=True), encoding="utf-8")
-    assert reload.compare_losses(run_dir) == reload.EQUAL
+    assert reload_check.compare_losses(run_dir) == reload_check.EQUAL
     if method == "lora":
         assert metrics["quantized_modules"] == 12  # six linear layers in each of two; the output layer is whole
         assert metrics["merge_max_abs_difference"] < 0.5

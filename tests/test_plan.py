@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from left_bench.cell import Cell
-from left_bench.compose import compose
-from left_bench.paths import is_installed
+from left_bench.cli.plan import BESIDE_TENSORS_BYTES, NOT_KNOWN, verdict
+from left_bench.core.paths import is_installed
+from left_bench.grid.compose import compose
 from left_bench.plan import predict as predicting
-from left_bench.plan.command import BESIDE_TENSORS_BYTES, NOT_KNOWN, verdict
 from left_bench.plan.predict import Pass, Plan, largest_pass, predict
+from left_bench.spec.cell import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = Path(__file__).parent.parent / "reports" / "records"
@@ -27,7 +27,7 @@ FORMATS = (
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_formats_bytes_are_those_that_its_library_stores(name, tiny_cell, load_tiny):
-    from left_bench.model import base_metrics
+    from left_bench.model.load import base_metrics
 
     module = NEEDS.get(name.partition("_")[0])
     if module is not None and not is_installed(module):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from left_bench.errors import UserError
-from left_bench.positions import check_generation, check_positions, positions_of
+from left_bench.core.errors import UserError
+from left_bench.model.positions import check_generation, check_positions, positions_of
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
 

@@ -17,8 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from left_bench.cell import Model
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
 from left_bench.pretrained import (
     check_model,
     check_vocabulary,
@@ -29,6 +28,7 @@ from left_bench.pretrained import (
     source,
     unloadable,
 )
+from left_bench.spec.cell import Model
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = sorted((ROOT / "conf" / "model").glob("*.yaml"))
@@ -82,7 +82,7 @@ def test_option_is_a_model_of_the_published_size(path):
     import transformers
 
     from left_bench.pretrained.make import architecture
-    from left_bench.task import TASKS
+    from left_bench.spec.task import TASKS
 
     text = path.read_text()
     model = option(path.stem)
@@ -110,7 +110,7 @@ def test_every_expected_option_is_there():
 
 def test_checks_import_neither_torch_nor_transformers():
     code = (
-        "import sys; from left_bench.cell import Model; from left_bench.pretrained import check_model; "
+        "import sys; from left_bench.spec.cell import Model; from left_bench.pretrained import check_model; "
         "check_model(Model(name='x', name_or_path='a/b')); "
         "print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
@@ -281,7 +281,7 @@ def test_error_of_the_fresh_process_reaches_the_user(cache):
 # --- made once -------------------------------------------------------------------------------------------------------
 
 MAKE = (
-    "import yaml, sys; from left_bench.cell import Model; from left_bench.pretrained import model_folder; "
+    "import yaml, sys; from left_bench.spec.cell import Model; from left_bench.pretrained import model_folder; "
     "print(model_folder(Model.model_validate(yaml.safe_load(open('conf/model/tiny_neox.yaml')))))"
 )
 
@@ -482,7 +482,7 @@ def test_errors_of_loading_name_the_mend():
 
 def test_hub_out_of_reach(tmp_path):
     code = (
-        "from left_bench.cell import Model; from left_bench.errors import UserError\n"
+        "from left_bench.spec.cell import Model; from left_bench.core.errors import UserError\n"
         "from left_bench.pretrained import load_tokenizer, resolved_revision\n"
         "model = Model(name='m', name_or_path='someone/something')\n"
         "try: load_tokenizer('someone/something', model)\n"
@@ -526,7 +526,7 @@ def test_a_hub_model_is_fetched_apart_from_loading(monkeypatch):
 
 def test_a_hub_model_that_cannot_be_had_is_said_before_anything_runs(tmp_path):
     code = (
-        "from left_bench.cell import Model; from left_bench.errors import UserError\n"
+        "from left_bench.spec.cell import Model; from left_bench.core.errors import UserError\n"
         "from left_bench.pretrained import fetch, local_files\n"
         "model = Model(name='m', name_or_path='someone/something')\n"
         "try: fetch(model)\n"

@@ -11,8 +11,8 @@ import time
 import psutil
 import pytest
 
-from left_bench.events import EVENTS_NAME
-from left_bench.isolate import run_isolated
+from left_bench.launch.supervise import run_isolated
+from left_bench.spec.events import EVENTS_NAME
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is used on Linux alone")
 

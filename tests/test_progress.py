@@ -9,11 +9,13 @@ import pytest
 from recorded.build import make_record
 from rich.console import Console
 
-from left_bench import evaluate, events, progress
-from left_bench.events import EventReader, EventWriter, progress_of
-from left_bench.progress import say_end, watch
-from left_bench.record import Phase, Record
-from left_bench.run import Pace
+from left_bench.evaluation import evaluate
+from left_bench.launch import progress
+from left_bench.launch.progress import say_end, watch
+from left_bench.launch.run_cell import Pace
+from left_bench.spec import events
+from left_bench.spec.events import EventReader, EventWriter, progress_of
+from left_bench.spec.record import Phase, Record
 
 
 @pytest.fixture
@@ -101,9 +103,9 @@ def test_a_cell_tells_how_far_its_evaluation_is_and_no_timed_generation(tiny_cel
 
 
 def test_the_base_models_evaluation_is_told_too(tiny_cell, load_tiny, addition_rows, tmp_path):
-    from left_bench.base import evaluate_base
-    from left_bench.device import CpuDevice
-    from left_bench.measure import Meter
+    from left_bench.evaluation.shared_baseline import evaluate_base
+    from left_bench.measure.device import CpuDevice
+    from left_bench.measure.meter import Meter
 
     cell = tiny_cell()
     model, tokenizer = load_tiny(cell)
@@ -115,7 +117,7 @@ def test_the_base_models_evaluation_is_told_too(tiny_cell, load_tiny, addition_r
 def test_an_evaluation_that_goes_on_is_no_hang(tiny_cell, tmp_path):
     import sys
 
-    from left_bench.isolate import run_isolated
+    from left_bench.launch.supervise import run_isolated
 
     worker = """
 import json, sys, time

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from left_bench.fivebit import FiveBitConfig
-from left_bench.model import _keep_trainable, quantized_weights
-from left_bench.quantization import dequantized, quantization_error
+from left_bench.model.load import _keep_trainable, quantized_weights
+from left_bench.model.quantization_error import dequantized, quantization_error
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from left_bench import model as models
-from left_bench import quantized_cache, reload
-from left_bench.measure import plain_parts
-from left_bench.model import base_metrics, quantized_weights
-from left_bench.quantization import quantization_error
-from left_bench.worker import CELL_NAME, ROWS_NAME
+from left_bench.measure.meter import plain_parts
+from left_bench.model import load as models
+from left_bench.model import quantized_cache
+from left_bench.model.load import base_metrics, quantized_weights
+from left_bench.model.quantization_error import quantization_error
+from left_bench.worker import reload_check
+from left_bench.worker.run import CELL_NAME, ROWS_NAME
 
 FORMATS = ["int8", "nf4", "nf4_dq", "fp4", "nf5", "nf5_dq", "int5"]
 SINCE = {"machine": "this one", "threads": 1, "concurrent_cells": 1}
@@ -50,7 +51,7 @@ class Meter:
     def phase(self, name):
         import contextlib
 
-        from left_bench.record import Phase
+        from left_bench.spec.record import Phase
 
         @contextlib.contextmanager
         def measured():
@@ -133,7 +134,7 @@ def test_a_cell_cannot_tell_the_two_apart(name, tiny_cell, work_in_process):
         assert first["metrics"][metric] == second["metrics"][metric]
     for run in (first, second):
         (run["run_dir"] / CELL_NAME).write_text(cell.model_dump_json(by_alias=True))
-        assert reload.compare_losses(run["run_dir"]) == reload.EQUAL
+        assert reload_check.compare_losses(run["run_dir"]) == reload_check.EQUAL
 
 
 def test_off_means_off(tiny_cell, load, own_cache):

@@ -20,19 +20,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorded.build import make_record
 
-from left_bench import isolate, process
-from left_bench.cell import Cell
+from left_bench.core.errors import UserError
 from left_bench.data import load_data, split_passes, step_rows
-from left_bench.errors import UserError
-from left_bench.events import EVENTS_NAME
-from left_bench.isolate import run_isolated
-from left_bench.neighbours import _own_seconds
-from left_bench.ranks import ALONE, RankLost, Team
-from left_bench.record import Record
+from left_bench.grid.rules import why_unsupported
+from left_bench.launch import supervise
+from left_bench.launch.supervise import run_isolated
+from left_bench.measure.cpu_contention import _own_seconds
+from left_bench.processes import start_process as process
+from left_bench.processes.ranks import ALONE, RankLost, Team
 from left_bench.report.cells import row_of
 from left_bench.report.ranking import confounders, rankable, touching
-from left_bench.rules import why_unsupported
-from left_bench.train import some_get_no_gradient
+from left_bench.spec.cell import Cell
+from left_bench.spec.events import EVENTS_NAME
+from left_bench.spec.record import Record
+from left_bench.training.loop import some_get_no_gradient
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="workers and their ranks are forked on Linux")
 STEPS = ["training.steps=3", "training.measure_after=0", "eval.generate=false", "data.train_rows=24"]
@@ -123,7 +124,7 @@ def test_two_processes_lose_what_one_loses(overrides, unlike, tiny_cell, work_in
 
 def test_the_ranks_of_these_cells_have_unlike_answers(unlike, tiny_cell):
     """Else a mean of the ranks' means would pass for the mean over all answer tokens."""
-    from left_bench.model import open_pretrained
+    from left_bench.model.load import open_pretrained
 
     cell = tiny_cell(*unlike)
     rows = load_data(cell.data, open_pretrained(cell)[1], max_length=cell.training.max_length).train
@@ -172,9 +173,9 @@ def test_nobody_waits_for_a_parameter_without_a_gradient(unlike, tiny_cell, work
 
 
 def test_some_get_no_gradient(tiny_cell, load_tiny, addition_rows):
-    from left_bench.adapter import attach_adapter, trainable_parameters
-    from left_bench.loss import AnswerLoss
-    from left_bench.objective import RightAnswers
+    from left_bench.methods.attach import attach_adapter, trainable_parameters
+    from left_bench.training.loss import AnswerLoss
+    from left_bench.training.objective import RightAnswers
 
     cell = tiny_cell("peft=lora")
     model, tokenizer = load_tiny(cell)
@@ -216,8 +217,8 @@ def family() -> list[psutil.Process]:
     ],
 )
 def test_a_rank_that_dies_ends_the_cell(fault, status, reason, strike, monkeypatch, tmp_path):
-    monkeypatch.setattr(isolate, "_kernel_kills", lambda: 0)
-    monkeypatch.setattr("left_bench.ranks._MOMENT_SECONDS", 1.0)
+    monkeypatch.setattr(supervise, "_kernel_kills", lambda: 0)
+    monkeypatch.setattr("left_bench.processes.ranks._MOMENT_SECONDS", 1.0)
     start = time.monotonic()
     record = strike(fault)
     assert time.monotonic() - start < 60
@@ -239,7 +240,7 @@ def test_a_killed_worker_takes_its_ranks_along(tiny_cell, tmp_path):
     cell = tiny_cell("training.steps=1000000", TWO)
     (tmp_path / "cell.json").write_text(cell.model_dump_json(by_alias=True))
     with (tmp_path / "log").open("w") as log:
-        command = [sys.executable, "-m", "left_bench.worker", str(tmp_path)]  # a new interpreter, as on a GPU
+        command = [sys.executable, "-m", "left_bench.worker.run", str(tmp_path)]  # a new interpreter, as on a GPU
         worker = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         end = time.monotonic() + 120

@@ -9,17 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from left_bench.record import (
-    METRICS,
-    RECORD_NAME,
-    STATUSES,
-    Phase,
-    Record,
-    Sample,
-    Score,
-    read_record,
-    write_atomically,
-)
+from left_bench.core.files import write_atomically
+from left_bench.spec.record import METRICS, RECORD_NAME, STATUSES, Phase, Record, Sample, Score, read_record
 
 NAMES = st.text(string.ascii_lowercase + "_", min_size=1, max_size=12)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)

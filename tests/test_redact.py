@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from left_bench.errors import UserError
-from left_bench.record import Record
-from left_bench.redact import redact_file, redacted, redacted_record, refuse_secrets, secret_values
+from left_bench.core.errors import UserError
+from left_bench.spec.record import Record
+from left_bench.spec.redact import redact_file, redacted, redacted_record, refuse_secrets, secret_values
 
 TOKEN = "hf_secretsecretsecretsecret"
 
@@ -25,7 +25,7 @@ TOKEN = "hf_secretsecretsecretsecret"
 )
 def test_a_secret_in_an_override_is_refused_and_never_written(override, key, left_bench, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("left_bench.launch.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
     monkeypatch.chdir(tmp_path)
     answer = left_bench("model=tiny_llama", "tracker=[wandb,jsonl]", override)
     assert answer.code == 2, answer
@@ -37,7 +37,7 @@ def test_a_secret_in_an_override_is_refused_and_never_written(override, key, lef
 
 
 def test_words_like_tokens_are_no_secret(composed):
-    from left_bench.compose import compose
+    from left_bench.grid.compose import compose
 
     config = composed("peft=prompt_tuning", "peft.config.num_virtual_tokens=8", "eval.max_new_tokens=4", "tracker=none")
     assert compose(config, config.hydra)[0].eval.max_new_tokens == 4

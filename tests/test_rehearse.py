@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from left_bench.cli import register_resolvers
-from left_bench.errors import Unsupported, UserError
-from left_bench.failure import status_of
-from left_bench.listing import cell_with
-from left_bench.rehearse import Trial, is_of_ones_own, refusal_of, rehearse
-from left_bench.rules import why_unsupported
+from left_bench.cli.list_options import composed_cell
+from left_bench.core.errors import Unsupported, UserError
+from left_bench.grid.command_line import register_resolvers
+from left_bench.grid.rules import why_unsupported
+from left_bench.launch.preflight import Trial, has_user_values, refusal_of, rehearse
+from left_bench.worker.classify_error import status_of
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = [
@@ -33,7 +33,7 @@ def there(group: str, name: str) -> bool:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_what_ships_passes(group, option, tiny_cell):
     register_resolvers()
-    chosen = getattr(cell_with(group, option), group)
+    chosen = getattr(composed_cell(group, option), group)
     cell = tiny_cell("training.steps=10").model_copy(update={group: chosen})  # AdaLoRA wants more than two
     assert why_unsupported(cell) is not None or refusal_of(cell) is None
 
@@ -94,7 +94,7 @@ def test_a_value_that_fits_nowhere(overrides, words, tiny_cell):
     ],
 )
 def test_values_of_ones_own_are_told_from_what_ships(overrides, own, composed):
-    assert is_of_ones_own(composed(*overrides).hydra) is own
+    assert has_user_values(composed(*overrides).hydra) is own
 
 
 def test_the_first_refusal_of_a_process_of_its_own_is_raised(tiny_cell):
@@ -107,7 +107,9 @@ def test_the_first_refusal_of_a_process_of_its_own_is_raised(tiny_cell):
 
 def test_a_trial_that_dies_is_no_refusal(tiny_cell, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.devnull)
-    monkeypatch.setattr("left_bench.rehearse.worker_environment", lambda cell: {"PATH": "", "PYTHONHOME": os.devnull})
+    monkeypatch.setattr(
+        "left_bench.launch.preflight.worker_environment", lambda cell: {"PATH": "", "PYTHONHOME": os.devnull}
+    )
     rehearse([Trial(tiny_cell("peft.config.target_modules=[q_porj]"))], cells_follow=False)
 
 

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from left_bench import reload
-from left_bench.worker import ADAPTER_NAME, CELL_NAME, ROWS_NAME
+from left_bench.worker import reload_check
+from left_bench.worker.run import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 
 
 @pytest.fixture(scope="module", params=["lora", "dora", "p_tuning"])
@@ -21,12 +21,12 @@ def done(request, tiny_cell, work_in_process):
 
 
 def test_an_adapter_gives_back_its_losses(done):
-    assert reload.asked_of_a_fork()(done)
+    assert reload_check.start_reload_checker()(done)
 
 
 @pytest.mark.parametrize("done", ["dora"], indirect=True)  # of a method, the interpreter makes no difference
 def test_an_adapter_gives_them_back_in_a_new_interpreter(done):
-    assert reload.gives_the_same_loss(done)
+    assert reload_check.gives_the_same_loss(done)
 
 
 def test_another_loss_is_noticed(done, tmp_path):
@@ -35,7 +35,7 @@ def test_another_loss_is_noticed(done, tmp_path):
     lines = [json.loads(line) for line in (run_dir / ROWS_NAME).read_text().splitlines()]
     lines[1]["nll"] += 1e-6
     (run_dir / ROWS_NAME).write_text("\n".join(map(json.dumps, lines)) + "\n")
-    assert not reload.asked_of_a_fork()(run_dir)
+    assert not reload_check.start_reload_checker()(run_dir)
 
 
 def test_what_cannot_be_loaded_says_why(done, tmp_path):
@@ -43,7 +43,7 @@ def test_what_cannot_be_loaded_says_why(done, tmp_path):
     shutil.copytree(done, run_dir)
     shutil.rmtree(run_dir / ADAPTER_NAME)
     with pytest.raises(RuntimeError, match="cannot be used again"):
-        reload.asked_of_a_fork()(run_dir)
+        reload_check.start_reload_checker()(run_dir)
 
 
 @pytest.mark.parametrize("peft", ["lora", "pfeiffer"])
@@ -52,4 +52,4 @@ def test_an_adapter_in_half_precision_comes_back_in_it(peft, tiny_cell, work_in_
     cell = tiny_cell(*overrides, "eval.generate=false")
     run_dir = work_in_process(cell)["run_dir"]
     (run_dir / CELL_NAME).write_text(cell.model_dump_json(by_alias=True))
-    assert reload.compare_losses(run_dir) == reload.EQUAL
+    assert reload_check.compare_losses(run_dir) == reload_check.EQUAL

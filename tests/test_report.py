@@ -18,8 +18,7 @@ from markdown_it import MarkdownIt
 from recorded.build import LAPTOP, SERVER, make_record, peft, write_runs, write_sweep
 from rich.console import Console
 
-from left_bench.errors import UserError
-from left_bench.record import METRICS, Record, Sample
+from left_bench.core.errors import UserError
 from left_bench.report import (
     format_value,
     load_records,
@@ -41,6 +40,7 @@ from left_bench.report.seeds import pool
 from left_bench.report.statistics import tied
 from left_bench.report.tables import Report
 from left_bench.report.values import COUNTED, format_against, format_error, format_share, significant
+from left_bench.spec.record import METRICS, Record, Sample
 
 RECORDED = Path(__file__).parent / "recorded"
 REPORTS = Path(__file__).parents[1] / "reports"

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from left_bench.isolate import run_isolated
-from left_bench.model import NotInForce
-from left_bench.paths import is_installed
-from left_bench.rules import EXTRAS, RULES, model_type, why_unsupported
+from left_bench.core.errors import NotInForce
+from left_bench.core.paths import is_installed
+from left_bench.grid.rules import EXTRAS, RULES, model_type, why_unsupported
+from left_bench.launch.supervise import run_isolated
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux")
 BF16 = ["precision=bf16"]
@@ -58,7 +58,7 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["peft=glora", *NF4], "floating-point weights", ["peft=glora"]),
     (["peft=supertuning", *NF4], "floating-point weights", ["peft=supertuning"]),
     (["peft=velora", *NF4], "floating-point weights", ["peft=velora"]),
-    # silently wrong but for `left_bench.in_force`
+    # silently wrong but for `left_bench.methods.verify`
     (["peft=hra", *INT8], "stored integers", ["peft=hra"]),
     (["peft=hra", *NF4], "stored integers", ["peft=hra"]),
     (["peft=deft", *INT8], "stored integers", ["peft=deft"]),
@@ -77,7 +77,7 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["peft=corda", *INT8], "floating-point weights", ["peft=corda"]),
     (["peft=osf", *INT8], "floating-point weights", ["peft=osf"]),
     (["peft=frod", *NF4], "floating-point weights", ["peft=frod"]),
-    # plain LoRA without a word but for `left_bench.in_force`
+    # plain LoRA without a word but for `left_bench.methods.verify`
     (["peft=kasa", *NF4], "plain LoRA", ["peft=kasa"]),
     (["peft=kasa", *NF5], "plain LoRA", ["peft=kasa"]),
     (["peft=bdlora", *INT8], "plain LoRA", ["peft=bdlora"]),
@@ -307,7 +307,7 @@ def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     cells += [tiny_cell(*CHEAP, f"quantization={method}") for method in CHECKPOINTS]
     cells += [tiny_cell("hardware=cuda", *refused) for refused, _, _ in ON_CUDA]
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
-    monkeypatch.setattr("left_bench.rules.is_installed", lambda module: False)
+    monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: False)
     wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]
     wanting += cells  # what a rule says of a package that is there elsewhere
     refused_by |= {index for index, (refuses, _) in enumerate(RULES) for cell in wanting if refuses(cell)}
@@ -327,7 +327,7 @@ def test_rules_of_the_cpu_do_not_bind_cuda(overrides, tiny_cell):
 def test_what_cuda_runs_it_does_not_run_with_everything(refused, words, allowed, tiny_cell, monkeypatch):
     """What a refused cell would do there, nobody has seen; that the rule is not wider than meant is what is held."""
     there = {"liger_kernel", "torchao"}
-    monkeypatch.setattr("left_bench.rules.is_installed", lambda module: module in there)
+    monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: module in there)
     assert words in str(why_unsupported(tiny_cell("hardware=cuda", *refused)))
     assert why_unsupported(tiny_cell("hardware=cuda", *allowed)) is None
 
@@ -342,16 +342,16 @@ def test_what_cuda_runs_it_does_not_run_with_everything(refused, words, allowed,
 )
 def test_a_training_option_names_its_extra(overrides, package, tiny_cell, monkeypatch):
     cell = tiny_cell("hardware=cuda", *overrides)
-    monkeypatch.setattr("left_bench.rules.is_installed", lambda module: True)
+    monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: True)
     assert why_unsupported(cell) is None
-    monkeypatch.setattr("left_bench.rules.is_installed", lambda module: False)
+    monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: False)
     assert package in str(why_unsupported(cell))
 
 
 def test_flash_attention_is_taken_from_the_package_or_the_hub(tiny_cell, monkeypatch):
     cell = tiny_cell("hardware=cuda", "training.attention=flash_attention_3", *BF16)
     for there in ("flash_attn_interface", "kernels"):
-        monkeypatch.setattr("left_bench.rules.is_installed", lambda module, there=there: module == there)
+        monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module, there=there: module == there)
         assert why_unsupported(cell) is None
 
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from left_bench.answers import number_match
-from left_bench.errors import UserError
-from left_bench.record import METRICS
-from left_bench.scores import TEXT_METRICS, score_text
+from left_bench.core.errors import UserError
+from left_bench.evaluation.text_metrics import TEXT_METRICS, score_text
+from left_bench.spec.record import METRICS
+from left_bench.spec.row_scores import number_match
 
 
 @pytest.mark.parametrize(

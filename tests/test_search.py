@@ -7,9 +7,9 @@ import json
 import pytest
 import yaml
 
-from left_bench import carried
-from left_bench.carried import Ended, store_received
-from left_bench.record import RECORD_NAME, Record, read_record
+from left_bench.launch import remote_results
+from left_bench.launch.remote_results import Ended, store_received
+from left_bench.spec.record import RECORD_NAME, Record, read_record
 
 SEARCH = [
     *("+sweep=learning_rate", "model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none"),
@@ -50,7 +50,7 @@ def runs(monkeypatch):
             metrics={"train_loss": abs(math.log10(cell.learning_rate) + 3)},
         )
 
-    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_isolated)
     return tried
 
 
@@ -96,7 +96,7 @@ def test_a_search_for_what_there_is_not(override, said, runs, left_bench, tmp_pa
 
 
 def test_a_missing_plugin_names_its_extra(left_bench, monkeypatch):
-    monkeypatch.setattr("left_bench.cli.is_installed", lambda module: False)
+    monkeypatch.setattr("left_bench.cli.main.is_installed", lambda module: False)
     for arguments, extra in [
         (["+sweep=learning_rate"], "optuna"),
         (["-m", "seed=0,1", "hydra/launcher=joblib"], "joblib"),
@@ -146,7 +146,7 @@ def test_records_come_back_where_no_storage_is_shared(tmp_path):
     assert store_received(tmp_path) == ["a-cell"]
     assert read_record(tmp_path / "a-cell" / RECORD_NAME) == record
     assert [path.name for path in tmp_path.iterdir()] == ["a-cell"]
-    assert carried._RECEIVED == {}
+    assert remote_results._RECEIVED == {}
     travelled(Ended.of(ended(metrics={}, finished_at="2025-01-01"), objective="x", sent_back=True))
     store_received(tmp_path)
     assert read_record(tmp_path / "a-cell" / RECORD_NAME) == record  # an older one does not take its place

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from left_bench import seats
-from left_bench.errors import UserError
-from left_bench.seats import AT_ONCE, CORES, Seat, cells_at_once, seated, share_of, take, visible_devices
+from left_bench.core.errors import UserError
+from left_bench.processes import resources
+from left_bench.processes.resources import AT_ONCE, CORES, Seat, cells_at_once, seated, share_of, take, visible_devices
 
 
 @pytest.fixture(autouse=True)
 def own_locks(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(seats, "_LOOK_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(resources, "_LOOK_EVERY_SECONDS", 0.01)
     for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", CORES, AT_ONCE, "SLURM_JOB_ID"):
         monkeypatch.delenv(variable, raising=False)
 
@@ -98,7 +98,7 @@ def test_a_lone_cell_on_cpu_has_the_whole_machine():
 
 
 def test_parallel_cells_divide_the_cores(monkeypatch):
-    monkeypatch.setattr(seats, "available_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(resources, "available_cores", lambda: [0, 1, 2, 3])
     with seated("cpu", at_once=2) as first, seated("cpu", at_once=2) as second:
         assert {first.cores, second.cores} == {(0, 1), (2, 3)}
         assert second.environment("cpu") == {CORES: ",".join(map(str, second.cores)), AT_ONCE: "2"}
@@ -111,7 +111,7 @@ def test_no_two_cells_share_a_gpu(monkeypatch):
     import os
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    monkeypatch.setattr(seats, "_named", lambda variables: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(resources, "_named", lambda variables: __import__("contextlib").nullcontext())
     running: list[str] = []
     seen: list[tuple[str, ...]] = []
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from left_bench.cell import Model
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
 from left_bench.pretrained import model_folder
+from left_bench.spec.cell import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "left_bench").rglob("*.py"))
@@ -55,8 +55,8 @@ def test_no_source_evaluates_or_unpickles(path):
         "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler",
         "hydra.utils.instantiate",
         "left_bench_evil.X",
-        "left_bench.process.start",
-        "left_bench.cell.Model",
+        "left_bench.processes.start_process.start",
+        "left_bench.spec.cell.Model",
         "transformers.Trainer",
         "peft.PeftModel",
         "peftx.LoraConfig",
@@ -71,7 +71,7 @@ def test_a_target_outside_the_allow_list_is_refused_before_anything_runs(target,
 
 
 def test_every_shipped_target_is_allowed():
-    from left_bench.instantiate import check_targets
+    from left_bench.spec.instantiate import check_targets
 
     found = 0
     for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").glob("*.yaml")]:
@@ -90,7 +90,7 @@ def test_every_shipped_target_is_allowed():
 def with_option(tmp_path, monkeypatch, left_bench):
     """A folder of options whose model asks for its author's code, and a sweep that does."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.launch.check_cell", lambda cell: None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.check_cell", lambda cell: None)
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "sweep").mkdir()
     option = {"name": "theirs", "name_or_path": "some/body", "trust_remote_code": True}
@@ -103,22 +103,22 @@ def with_option(tmp_path, monkeypatch, left_bench):
 
 @pytest.mark.parametrize("chosen", [["model=theirs"], ["+sweep=sly", "model=tiny_llama"]])
 def test_trust_remote_code_in_a_file_is_refused(chosen, with_option, left_bench, monkeypatch):
-    monkeypatch.setattr("left_bench.launch.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
     answer = left_bench("--config-dir", str(with_option), *chosen, "tracker=none")
     assert answer.code == 2, answer
     assert "model.trust_remote_code=true stands in a file" in answer.err
 
 
 def test_trust_remote_code_on_the_command_line_is_recorded(with_option, left_bench, monkeypatch, tmp_path):
-    from left_bench.record import Record, read_record
+    from left_bench.spec.record import Record, read_record
 
     def run_isolated(cell, run_dir, *, on_event):
         return Record(
             cell_id=cell.id, status="ok", started_at="s", finished_at="f", choices=cell.choices, config=cell.sections()
         )
 
-    monkeypatch.setattr("left_bench.run.run_isolated", run_isolated)
-    monkeypatch.setattr("left_bench.run._fetch_model", lambda cell: None)
+    monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_isolated)
+    monkeypatch.setattr("left_bench.launch.run_cell._fetch_model", lambda cell: None)
     trusted = ["model=theirs", "model.trust_remote_code=true", "tracker=none", "hardware=cpu"]
     answer = left_bench("--config-dir", str(with_option), *trusted)
     assert answer.code == 0, answer
@@ -137,7 +137,7 @@ def test_a_hub_models_pickle_is_not_loaded(tiny_cell, monkeypatch):
     """A hub repository without safetensors is refused by transformers itself, which is told to take nothing else."""
     import transformers
 
-    from left_bench import model as models
+    from left_bench.model import load as models
 
     told = {}
 
@@ -203,8 +203,8 @@ def test_cache_files_have_the_users_permissions(mask, tmp_path, monkeypatch, tin
 
 
 def test_a_report_shows_hostile_text_and_runs_none_of_it(tmp_path, monkeypatch):
-    from left_bench.record import Record, read_record
     from left_bench.report import write_report
+    from left_bench.spec.record import Record, read_record
 
     hostile = "<script>alert(1)</script><img src=x onerror=alert(1)> | [x](javascript:alert(1)) `\n# \x1b[31m\"'&"
     for number, status in enumerate(("ok", "failed")):
@@ -244,7 +244,7 @@ def without_code(markdown: str) -> str:
 
 
 def test_a_file_may_not_write_into_the_command_line(with_option, left_bench, monkeypatch):
-    monkeypatch.setattr("left_bench.launch.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
     (with_option / "recipe").mkdir()
     sly = {"hydra": {"overrides": {"task": ["model.trust_remote_code=true"]}}, "model": {"trust_remote_code": True}}
     (with_option / "recipe" / "sly.yaml").write_text("# @package _global_\n" + yaml.safe_dump(sly))

@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 
-from left_bench import evaluate
-from left_bench.adapter import attach_adapter, virtual_positions
+from left_bench.core.errors import UserError
 from left_bench.data import collate
-from left_bench.errors import UserError
-from left_bench.loss import AnswerLoss
-from left_bench.model import load_model, load_rows_of, open_pretrained
-from left_bench.rules import why_unsupported
+from left_bench.evaluation import evaluate
+from left_bench.grid.rules import why_unsupported
+from left_bench.methods.attach import attach_adapter, virtual_positions
+from left_bench.model.load import load_model, load_rows_of, open_pretrained
+from left_bench.training.loss import AnswerLoss
 
 BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2}
 BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 512}

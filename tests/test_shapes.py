@@ -11,11 +11,11 @@ import datasets
 import pytest
 from test_data import CHAT, byte_tokenizer, section
 
+from left_bench.core.errors import UserError
 from left_bench.data import load_data, load_rows
 from left_bench.data.files import with_content
 from left_bench.data.rows import split_rows
 from left_bench.data.shapes import Row
-from left_bench.errors import UserError
 
 TURNS = [
     {"role": "system", "content": "Be brief."},

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from left_bench.record import RECORD_NAME, read_record
+from left_bench.spec.record import RECORD_NAME, read_record
 
 SBATCH = """#!/bin/bash
 cp "$1" "$SLURM_STAND_IN/submitted.sh"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from left_bench.adapter import (
+from left_bench.core.errors import UserError
+from left_bench.data import Example, collate
+from left_bench.methods.attach import (
     after_optimizer_step,
     attach_adapter,
     let_autocast_convert,
@@ -14,10 +16,8 @@ from left_bench.adapter import (
     save_trained,
     trainable_parameters,
 )
-from left_bench.data import Example, collate
-from left_bench.errors import UserError
-from left_bench.model import autocast
-from left_bench.start import START_NAME, context_of, invocation_of
+from left_bench.methods.data_init import START_NAME, context_of, invocation_of
+from left_bench.model.load import autocast
 
 MOVES_THE_BASE = ["lora_ga", "corda"]
 WITHOUT_ROWS = ["poly", "multitask_prompt_tuning"]
@@ -46,7 +46,7 @@ def logits(model, rows):
 
 
 def learn(model, rows, *, steps: int = 5) -> list[float]:
-    from left_bench.loss import AnswerLoss
+    from left_bench.training.loss import AnswerLoss
 
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-2)
     loss, batch, losses = AnswerLoss(model), collate(rows, pad_id=0), []

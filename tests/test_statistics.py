@@ -12,7 +12,6 @@ import pytest
 import scipy.stats
 from recorded.build import LAPTOP, SERVER, make_record, peft, seeded, write_rows, write_runs, write_steps
 
-from left_bench.record import Record
 from left_bench.report.cells import Row, row_of
 from left_bench.report.load import read_row_results, read_runs, read_steps
 from left_bench.report.ranking import pareto_front, places, ties_with_best
@@ -28,6 +27,7 @@ from left_bench.report.statistics import (
     tied,
 )
 from left_bench.report.uncertainty import crossed_spread
+from left_bench.spec.record import Record
 
 
 def rows_of(*records: Record) -> list[Row]:

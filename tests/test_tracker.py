@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from left_bench.compose import compose
-from left_bench.errors import UserError
-from left_bench.record import Phase, Record, Sample, Score
+from left_bench.core.errors import UserError
+from left_bench.grid.compose import compose
+from left_bench.spec.record import Phase, Record, Sample, Score
 from left_bench.tracker import (
     TRACKERS,
     Attempt,
@@ -237,7 +237,7 @@ def test_weird_names_are_tracked_too(name, compose_cell, offline, capsys):
 def test_without_a_login_nothing_is_asked(tmp_path, tiny_cell, offline):
     """In a process of its own: no environment says offline, and standard input is closed."""
     program = (
-        "import pathlib, sys; from left_bench.record import Record; from left_bench.tracker import Attempt\n"
+        "import pathlib, sys; from left_bench.spec.record import Record; from left_bench.tracker import Attempt\n"
         "from left_bench.tracker.wandb import WandbTracker\n"
         "record = Record.model_validate_json(pathlib.Path(sys.argv[1]).read_text())\n"
         "store = pathlib.Path(sys.argv[2])\n"
@@ -367,7 +367,7 @@ def test_a_missing_package_is_said_before_the_sweep_starts(left_bench, tmp_path,
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
-    monkeypatch.setattr("left_bench.launch.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
     monkeypatch.chdir(tmp_path)
     answer = left_bench("+sweep=smoke", "tracker=[jsonl,mlflow]")
     assert answer.code == 2, answer

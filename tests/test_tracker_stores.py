@@ -19,7 +19,7 @@ import pytest
 from recorded.build import make_record, write_runs
 from test_tracker import contents
 
-from left_bench.record import Record, read_record
+from left_bench.spec.record import Record, read_record
 from left_bench.tracker import TRACKERS, Attempt, replay
 
 PACKAGES = {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "jsonl": ()}

@@ -10,24 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from left_bench.adapter import attach_adapter, regularization, trainable_parameters
-from left_bench.compiling import Compiling
+from left_bench.core.errors import UserError
+from left_bench.core.paths import config_root
 from left_bench.data import collate
-from left_bench.device import CpuDevice
-from left_bench.errors import UserError
-from left_bench.events import EventReader, EventWriter
-from left_bench.loss import AnswerLoss
-from left_bench.measure import Meter, PhaseCounts
-from left_bench.model import autocast
-from left_bench.objective import RightAnswers
-from left_bench.paths import config_root
-from left_bench.rules import why_unsupported
-from left_bench.train import (
-    Diverged,
-    embedding_noise,
-    make_optimizer,
-    train,
-)
+from left_bench.grid.rules import why_unsupported
+from left_bench.measure.compile_timer import Compiling
+from left_bench.measure.device import CpuDevice
+from left_bench.measure.meter import Meter, PhaseCounts
+from left_bench.methods.attach import attach_adapter, regularization, trainable_parameters
+from left_bench.model.load import autocast
+from left_bench.spec.events import EventReader, EventWriter
+from left_bench.training.loop import Diverged, embedding_noise, make_optimizer, train
+from left_bench.training.loss import AnswerLoss
+from left_bench.training.objective import RightAnswers
 
 # what a two-layer model of width 64 is too small for, in the option's own arguments
 SMALLER = {
@@ -86,7 +81,9 @@ def gradients(cell: Any, load_tiny: Any, addition_rows: Any, monkeypatch: Any, t
         def step(self, closure=None):
             kept.extend(p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None)
 
-    monkeypatch.setattr("left_bench.train.make_optimizer", lambda *a, **k: Keep(trainable_parameters(model), lr=0.1))
+    monkeypatch.setattr(
+        "left_bench.training.loop.make_optimizer", lambda *a, **k: Keep(trainable_parameters(model), lr=0.1)
+    )
     meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
     objective = RightAnswers(loss=AnswerLoss(model), pad_id=0)
     train(model, addition_rows, cell, objective=objective, meter=meter, counts=PhaseCounts())
@@ -331,7 +328,7 @@ def test_adaloras_budget_outlives_an_overflow(tiny_cell, run, monkeypatch):
         calls.append(model)
         return regularization(model) * (math.inf if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr("left_bench.train.regularization", overflowing_once)
+    monkeypatch.setattr("left_bench.training.loop.regularization", overflowing_once)
     model, _, events = run(cell)
     assert [event["step"] for event in events if not math.isfinite(event["gradient_norm"])] == [3]
     values = torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_E" in name])

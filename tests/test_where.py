@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recorded.build import make_record, peft, write_runs
 
 from left_bench import load_records
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
 from left_bench.report.where import parse_where
 
 RECORD = {

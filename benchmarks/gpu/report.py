@@ -51,8 +51,8 @@ def gather(folders: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 @contextlib.contextmanager
 def cache_with(tokenizer: Path, records: list[dict[str, Any]]) -> Any:
     """A cache with the tokenizer where the product looks for each model's: a plan then sees the rows as they were."""
-    from left_bench.cell import Model
     from left_bench.pretrained import _made_name
+    from left_bench.spec.cell import Model
 
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("LEFT_BENCH_CACHE")
@@ -71,8 +71,8 @@ def cache_with(tokenizer: Path, records: list[dict[str, Any]]) -> Any:
 
 def plan_of(record: dict[str, Any], data: dict[str, Path]) -> dict[str, Any]:
     """What `left-bench plan` says of the record's cell: bytes by part, and the peak."""
-    from left_bench.cell import Cell
     from left_bench.plan.predict import predict
+    from left_bench.spec.cell import Cell
 
     config = json.loads(json.dumps(record["config"]))
     config["data"]["path"] = str(data[config["data"]["path"]])
@@ -259,7 +259,7 @@ def main() -> int:
     arguments = parser.parse_args()
     KEPT.mkdir(parents=True, exist_ok=True)
     if arguments.chunk:
-        from left_bench import loss
+        from left_bench.training import loss
 
         loss.chunk_logits = lambda _kind: arguments.chunk
     if arguments.folders:

@@ -144,7 +144,7 @@ def kernels(window: Window) -> dict[str, Any]:
     """What our own kernels compute, against the CPU and against float64; and how fast they and the card are."""
     found = {"attention": _attention(window), "five_bits": _five_bits(window), "head": _head(window)}
     if not window.tiny:
-        from left_bench.device import matrix_product_peak
+        from left_bench.measure.device import matrix_product_peak
 
         found["peaks"] = {
             f"{dtype} to {largest}": matrix_product_peak(window.device, dtype, largest=largest, seconds=0.2)
@@ -158,7 +158,7 @@ def kernels(window: Window) -> dict[str, Any]:
 def _attention(window: Window) -> dict[str, Any]:
     import torch
 
-    from left_bench.packing import segment_attention
+    from left_bench.training.packing import segment_attention
 
     lengths = [7, 130, 64, 1, 255]
     total, found = sum(lengths), {}
@@ -237,7 +237,7 @@ def _head(window: Window) -> dict[str, Any]:
     """The chunked loss of a vocabulary of 128k against float64, and its time by size of chunk."""
     import torch
 
-    from left_bench import loss as losses
+    from left_bench.training import loss as losses
 
     found: dict[str, Any] = {}
     vocabulary, width, tokens = (512, 64, 300) if window.tiny else (128256, 2048, 2048)
@@ -454,7 +454,7 @@ def profile(window: Window) -> dict[str, Any]:
     import torch
     from torch.profiler import ProfilerActivity
 
-    from left_bench import train as training
+    from left_bench.training import loop as training
 
     cell = ["training.batch_size=16", "training.steps=9", "training.measure_after=2", "peft=lora"]
     found: dict[str, Any] = {}
@@ -478,11 +478,11 @@ def profile(window: Window) -> dict[str, Any]:
         training.split_passes = own
     events = profiler.key_averages()
     kernels = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
-    of_cpu = sorted(events, key=lambda event: -event.self_cpu_time_total)[:40]
+    precision_of_cpu = sorted(events, key=lambda event: -event.self_cpu_time_total)[:40]
     found["step_seconds_p50"] = short["metrics"].get("step_seconds_p50")
     found["kernel_seconds_a_step"] = sum(event.self_device_time_total for event in kernels) / 2e6
     found["kernels_a_step"] = sum(event.count for event in kernels) / 2
-    found["cpu"] = [[event.key[:60], event.count / 2, event.self_cpu_time_total / 2e3] for event in of_cpu]
+    found["cpu"] = [[event.key[:60], event.count / 2, event.self_cpu_time_total / 2e3] for event in precision_of_cpu]
     longest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:20]
     found["kernels"] = [[event.key[:80], event.count / 2, event.self_device_time_total / 2e3] for event in longest]
     print({key: found[key] for key in ("step_seconds_p50", "kernel_seconds_a_step", "kernels_a_step")})
@@ -574,12 +574,13 @@ STEPS = {
 
 def _cell(window: Window, shape: str, *overrides: str, keep: bool = True) -> dict[str, Any]:
     """One cell by the code that a worker runs, in this process; its record goes to the window's records (`keep`)."""
-    from left_bench.cell import Cell
-    from left_bench.events import EventWriter
-    from left_bench.failure import status_of
-    from left_bench.record import Record
-    from left_bench.rules import why_unsupported
-    from left_bench.worker import utc_now, work
+    from left_bench.core.clock import utc_now
+    from left_bench.grid.rules import why_unsupported
+    from left_bench.spec.cell import Cell
+    from left_bench.spec.events import EventWriter
+    from left_bench.spec.record import Record
+    from left_bench.worker.classify_error import status_of
+    from left_bench.worker.run import work
 
     cell: Cell = window.compose(window.overrides(shape, *overrides))
     refused = why_unsupported(cell)

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from left_bench.cell import Data, fingerprint
-from left_bench.errors import UserError, nearest
-from left_bench.paths import contents_of, file_sha256
+from left_bench.core.errors import UserError, nearest
+from left_bench.core.paths import contents_of, file_sha256
+from left_bench.spec.cell import Data, fingerprint
 
 Records = Iterable[tuple[str, Mapping[str, Any]]]
 """Named records of a source: `line 3`, and the columns found there."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from left_bench.cell import Data
+from left_bench.core.errors import UserError, nearest
 from left_bench.data.lazy import LazyRows
 from left_bench.data.tokens import Splits
-from left_bench.errors import UserError, nearest
+from left_bench.spec.cell import Data
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,10 +9,10 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from left_bench.cell import Data
+from left_bench.core.errors import UserError, nearest
 from left_bench.data.files import Records, data_files, file_records, has_test_split, test_split_records
 from left_bench.data.shapes import Row, Shape, in_words, shape_of, text_of, whole_lines
-from left_bench.errors import UserError, nearest
+from left_bench.spec.cell import Data
 
 _ROUNDS = 50  # draws of a generator, in multiples of the rows asked for, before it counts as exhausted
 _BARREN_ROUNDS = 3  # rounds in a row without one new question: the same
@@ -54,7 +54,7 @@ def split_rows(section: Data) -> RowSplits:
     if section.path is not None or section.source == "jsonl":
         paths = data_files(section)
         source = f"data.path={section.path if len(paths) > 1 else paths[0]}"
-        records, shape = _looked_at(section, file_records(paths), source)
+        records, shape = _detect_shape(section, file_records(paths), source)
         rows = list(_rows(section, records, source, dropped, shape))
         if section.test_path is not None:
             files = data_files(section, test=True)
@@ -65,11 +65,11 @@ def split_rows(section: Data) -> RowSplits:
         else:
             apart, named = None, ""
         if apart is not None:
-            apart, shape_apart = _looked_at(section, apart, named)
+            apart, shape_apart = _detect_shape(section, apart, named)
             held_out = list(_rows(section, apart, named, dropped, shape_apart))
     elif section.source == "hub":
         source = f"data.hub_id={section.hub_id}"
-        records, shape = _looked_at(section, _hub_records(section), source)
+        records, shape = _detect_shape(section, _hub_records(section), source)
         rows = list(_rows(section, records, source, dropped, shape))
     else:
         source, shape = f"data.task={section.task}", None
@@ -81,7 +81,7 @@ def split_rows(section: Data) -> RowSplits:
     return RowSplits(train, test, dropped=len(dropped), repeated=repeated, shape=words)
 
 
-def _looked_at(section: Data, records: Records, source: str) -> tuple[Records, Shape | None]:
+def _detect_shape(section: Data, records: Records, source: str) -> tuple[Records, Shape | None]:
     """The records, and what the first of them is found to be (or `data.shape` says)."""
     iterator = iter(records)
     first = next(iterator, None)

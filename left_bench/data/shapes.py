@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from left_bench.cell import Data
+from left_bench.core.errors import UserError, nearest
 from left_bench.data.files import kind_of_value
-from left_bench.errors import UserError, nearest
+from left_bench.spec.cell import Data
 
 Message = Mapping[str, Any]
 

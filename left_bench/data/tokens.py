@@ -12,13 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from left_bench.cell import Data, fingerprint
+from left_bench.core.errors import UserError
+from left_bench.core.paths import cache_dir
 from left_bench.data.files import content_of
 from left_bench.data.lazy import LazyRows
 from left_bench.data.rows import RowSplits, split_rows
 from left_bench.data.shapes import Row
-from left_bench.errors import UserError
-from left_bench.paths import cache_dir
+from left_bench.spec.cell import Data, fingerprint
 
 if TYPE_CHECKING:
     import datasets

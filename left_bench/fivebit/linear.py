@@ -138,7 +138,7 @@ class Linear5bit(nn.Linear):
         if weight is not None:
             state = QuantState(self)
             weight.quant_state = state  # type: ignore[attr-defined]
-            weight.left_dequantize = state.dequantize  # type: ignore[attr-defined]  # for left_bench.quantization
+            weight.left_dequantize = state.dequantize  # type: ignore[attr-defined]  # for left_bench.model.quantization_error
 
 
 class QuantState:

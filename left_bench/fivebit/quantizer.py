@@ -11,7 +11,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
 from left_bench.fivebit import native
 from left_bench.fivebit.linear import Linear5bit
 

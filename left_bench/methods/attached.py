@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from left_bench.errors import UserError
-from left_bench.task import classifier_of
+from left_bench.core.errors import UserError
+from left_bench.spec.task import classifier_of
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from left_bench.errors import UserError, nearest
+from left_bench.core.errors import UserError, nearest
 from left_bench.methods.attached import Method
 
 Placement = Literal["houlsby", "pfeiffer"]

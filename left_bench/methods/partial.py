@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
 from left_bench.methods.attached import Method
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from left_bench.cell import Cell
 from left_bench.fivebit.blocks import constant_shapes, padded_numel
+from left_bench.spec.cell import Cell
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

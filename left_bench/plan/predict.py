@@ -27,19 +27,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from left_bench.adapter import added_parameters, regularization, trainable_parameters
-from left_bench.cell import Cell
+from left_bench.core.errors import Unsupported, UserError
 from left_bench.data import Example, load_data, split_passes, step_rows
 from left_bench.data.batches import at_positions
-from left_bench.errors import Unsupported, UserError
-from left_bench.loss import AnswerLoss
-from left_bench.measure import stored_bytes
-from left_bench.model import DTYPES, autocast
+from left_bench.measure.meter import stored_bytes
+from left_bench.methods.attach import added_parameters, regularization, trainable_parameters
+from left_bench.model.load import DTYPES, autocast
 from left_bench.plan.formats import stored_bytes_of
 from left_bench.plan.shapes import adapter_of_shapes, model_of_shapes
 from left_bench.pretrained import fetched, load_tokenizer, source
 from left_bench.pretrained.make import byte_tokenizer
-from left_bench.train import make_optimizer, state_tensors
+from left_bench.spec.cell import Cell
+from left_bench.training.loop import make_optimizer, state_tensors
+from left_bench.training.loss import AnswerLoss
 
 _SHOWN_STEPS = 1000
 _LARGEST_TRIED = 2**26

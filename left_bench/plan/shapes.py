@@ -8,11 +8,11 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from left_bench.adapter import attach_adapter
-from left_bench.cell import Cell
-from left_bench.model import DTYPES
+from left_bench.methods.attach import attach_adapter
+from left_bench.model.load import DTYPES
 from left_bench.pretrained import fetched, make, source, unloadable
-from left_bench.task import TASKS
+from left_bench.spec.cell import Cell
+from left_bench.spec.task import TASKS
 
 _STARTS_FROM_NUMBERS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal", "mica")
 """peft's values of `init_lora_weights`, or their beginnings, that look at weights or rows."""

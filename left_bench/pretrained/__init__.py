@@ -8,12 +8,12 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from left_bench.cell import Model, fingerprint, slugify
-from left_bench.errors import UserError
-from left_bench.paths import cache_dir
+from left_bench.core.errors import UserError
+from left_bench.core.paths import cache_dir
 from left_bench.pretrained.cache import in_fresh_process, made_once
 from left_bench.pretrained.folder import check_folder, content_of
 from left_bench.pretrained.wheel import INSTEAD, check_wheel, unpack_wheel
+from left_bench.spec.cell import Model, fingerprint, slugify
 
 # Part of every made folder's name: raise it when what is written changes, and old folders are left behind.
 LAYOUT = 1

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from left_bench.errors import UserError
-from left_bench.paths import cache_dir
+from left_bench.core.errors import UserError
+from left_bench.core.paths import cache_dir
 
 
 def made_once(name: str, build: Callable[[Path], None]) -> Path:

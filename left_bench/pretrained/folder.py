@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from left_bench.errors import UserError
-from left_bench.paths import contents_of
+from left_bench.core.errors import UserError
+from left_bench.core.paths import contents_of
 
 _WITHOUT_DEFAULTS = ("TokenizersBackend", "PreTrainedTokenizerFast", "")
 """Tokenizer classes that bring no special tokens of their own: what the folder does not name is not there."""

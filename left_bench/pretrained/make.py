@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from left_bench.errors import UserError, nearest
+from left_bench.core.errors import UserError, nearest
 
 PAD, EOS = "<pad>", "<eos>"  # the byte-level tokenizer's special tokens, ids 0 and 1; bytes follow
 BYTE_VOCABULARY = 2 + 256
@@ -80,7 +80,7 @@ def _born(settings: Any, task: str, *, dtype: str) -> Any:
     import torch
     import transformers
 
-    from left_bench.task import TASKS
+    from left_bench.spec.task import TASKS
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -10,10 +10,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-from left_bench.cell import Model
-from left_bench.errors import UserError
-from left_bench.paths import file_sha256
+from left_bench.core.errors import UserError
+from left_bench.core.paths import file_sha256
 from left_bench.pretrained.cache import in_fresh_process
+from left_bench.spec.cell import Model
 
 INSTEAD = "or point model.name_or_path= at a local folder with config.json, *.safetensors and a tokenizer"
 

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from left_bench.cell import GROUPS, slugify
-from left_bench.errors import UserError, nearest
-from left_bench.record import METRICS, Record
+from left_bench.core.errors import UserError, nearest
 from left_bench.report.load import FlatSections, Problem, Run, Sweep, flat_section, flatten, score_of
 from left_bench.report.uncertainty import Scored, crossed_spread, scored_rows, seeds_spread
 from left_bench.report.values import ABSENT, format_flops, format_setting, format_value, one_line
+from left_bench.spec.cell import GROUPS, slugify
+from left_bench.spec.record import METRICS, Record
 
 NOT_RUN = "not run"
 UNREADABLE = "unreadable"

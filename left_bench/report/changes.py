@@ -7,14 +7,14 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from left_bench.cell import not_identity
-from left_bench.errors import UserError, nearest
-from left_bench.record import METRICS
+from left_bench.core.errors import UserError, nearest
 from left_bench.report.cells import Row, find_axes, labels, row_of
 from left_bench.report.load import Problem, Run, choose, deciding, flatten, read_runs
 from left_bench.report.seeds import pool
 from left_bench.report.statistics import Interval, difference, speed_ratio
 from left_bench.report.values import COUNTED, is_number, metric_of, one_line
+from left_bench.spec.cell import not_identity
+from left_bench.spec.record import METRICS
 
 _FROM_STEPS = "train_tokens_per_second"
 # Beside a metric that says the same, or of no interest in a comparison.

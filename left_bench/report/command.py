@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from left_bench.cell import slugify
-from left_bench.errors import UserError, nearest
-from left_bench.record import write_atomically
+from left_bench.core.errors import UserError, nearest
+from left_bench.core.files import write_atomically
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
 from left_bench.report.cost import NO_PRICES, Prices, price, with_costs
 from left_bench.report.document import write_document
@@ -20,6 +19,7 @@ from left_bench.report.load import PathLike, Problem, Run, Sweep, choose, frame_
 from left_bench.report.recommend import Need, recommend, sentence, take_needs
 from left_bench.report.seeds import pool
 from left_bench.report.tables import Report
+from left_bench.spec.cell import slugify
 
 LOOSE_NAME = "cells"
 CLAIMS_SWEEP = "claims"

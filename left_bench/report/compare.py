@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from left_bench.errors import UserError
+from left_bench.core.errors import UserError
 from left_bench.report.changes import Change, Comparison, compare
 from left_bench.report.gate import MISSING, Gate, parse_gate
 from left_bench.report.markdown import escape, table

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from left_bench.errors import UserError
-from left_bench.record import Record
+from left_bench.core.errors import UserError
 from left_bench.report.load import Run
 from left_bench.report.values import significant
+from left_bench.spec.record import Record
 
 _JOULES_PER_KWH = 3.6e6
 

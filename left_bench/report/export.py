@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from left_bench import __version__
-from left_bench.errors import UserError, nearest
-from left_bench.record import RECORD_NAME, Record, write_atomically
+from left_bench.core.errors import UserError, nearest
+from left_bench.core.files import write_atomically
 from left_bench.report.load import Problem, Run, choose, frame_of, read_runs
 from left_bench.report.values import format_setting, one_line
+from left_bench.spec.record import RECORD_NAME, Record
 
 if TYPE_CHECKING:
     import pandas

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from left_bench.errors import UserError, nearest
-from left_bench.record import METRICS
+from left_bench.core.errors import UserError, nearest
+from left_bench.spec.record import METRICS
 
 MISSING = "missing"
 _FORM = re.compile(r"\s*([A-Za-z0-9_]+)\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(%?)\s*")

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from left_bench.cell import GROUPS
-from left_bench.errors import UserError, nearest
+from left_bench.core.errors import UserError, nearest
 from left_bench.report.cells import Axis, Row, option, settings
 from left_bench.report.markdown import code, escape, table
 from left_bench.report.ranking import (
@@ -33,6 +32,7 @@ from left_bench.report.tables import (
     told_against,
 )
 from left_bench.report.values import ABSENT, format_setting, format_value, metric_of
+from left_bench.spec.cell import GROUPS
 
 AXES = ("quantization", "peft", "precision", "training", "optimizer")
 CROSSED = ("quantization", "peft")

@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
-from left_bench.errors import UserError
-from left_bench.record import METRICS, RECORD_NAME, KnownParts, Record, Score, read_record
+from left_bench.core.errors import UserError
 from left_bench.report.where import parse_where
+from left_bench.spec.record import METRICS, RECORD_NAME, KnownParts, Record, Score, read_record
 
 if TYPE_CHECKING:
     import pandas

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from left_bench.neighbours import DISTURBED
+from left_bench.measure.cpu_contention import DISTURBED
 from left_bench.report.cells import Row, machines_of, peaks_of
 from left_bench.report.statistics import difference, tied
 from left_bench.report.values import COUNTED, format_flops, format_setting, format_value, is_number, metric_of, one_line

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from left_bench.device import parse_bytes
-from left_bench.errors import UserError, nearest
-from left_bench.record import METRICS
+from left_bench.core.errors import UserError, nearest
+from left_bench.core.units import parse_bytes
 from left_bench.report.cells import Row
 from left_bench.report.ranking import headline_quality, pareto_front, rankable
 from left_bench.report.statistics import best_shares, difference
 from left_bench.report.tables import heading
 from left_bench.report.values import format_value, is_number, metric_of
+from left_bench.spec.record import METRICS
 
 MEMORY, SPEED = "peak_memory_bytes", "train_tokens_per_second"
 _BUDGET = "--budget-memory"

@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from left_bench.answers import SCORES_OF_A_PAIR, SCORES_OF_A_ROW
 from left_bench.report.load import RowResult, read_row_results
+from left_bench.spec.row_scores import SCORES_OF_A_PAIR, SCORES_OF_A_ROW
 
 if TYPE_CHECKING:
     import numpy

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from left_bench.record import METRICS, Metric
+from left_bench.spec.record import METRICS, Metric
 
 ABSENT = "\u2013"  # an en dash
 COUNTED = frozenset(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from left_bench.errors import UserError, nearest
+from left_bench.core.errors import UserError, nearest
 
 _LONGEST = 4000
 _DEEPEST = 100

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from left_bench.cell import fingerprint
-from left_bench.record import Record
+from left_bench.spec.cell import fingerprint
+from left_bench.spec.record import Record
 
 # of a step's event as they are; its `tokens` are added up, for they are an axis
 STEP_METRICS = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from left_bench.errors import UserError, nearest
+from left_bench.core.errors import UserError, nearest
 from left_bench.tracker.base import NoTracker, Tracker
 from left_bench.tracker.several import Shielded, Together
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from left_bench.record import METRICS, RECORD_NAME, Record
+from left_bench.spec.record import METRICS, RECORD_NAME, Record
 from left_bench.tracker.base import Attempt, Comparison, launch_id
 from left_bench.tracker.choose import open_tracker
 

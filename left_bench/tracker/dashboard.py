@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from left_bench.errors import UserError, nearest
-from left_bench.record import METRICS, write_atomically
+from left_bench.core.errors import UserError, nearest
+from left_bench.core.files import write_atomically
+from left_bench.spec.record import METRICS
 
 _PHASES = ("load", "attach", "train", "evaluate", "merge")
 _AXES = ("model", "quantization", "peft", "precision", "optimizer", "data")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from left_bench.record import Record
+from left_bench.spec.record import Record
 from left_bench.tracker.base import Attempt, Comparison, flat_environment, summary_of
 
 

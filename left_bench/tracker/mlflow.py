@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from left_bench.record import RECORD_NAME, Record
+from left_bench.spec.record import RECORD_NAME, Record
 from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from left_bench.errors import UserError, nearest
-from left_bench.events import EVENTS_NAME, EventReader
-from left_bench.record import Record
+from left_bench.core.errors import UserError, nearest
 from left_bench.report.load import PathLike, Run, Sweep, read_runs, read_sweeps
+from left_bench.spec.events import EVENTS_NAME, EventReader
+from left_bench.spec.record import Record
 from left_bench.tracker.base import Attempt, Feed, Tracker
 from left_bench.tracker.choose import TRACKERS, check_trackers, defaults_of, make_tracker
 from left_bench.tracker.comparison import compare

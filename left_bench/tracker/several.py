@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from left_bench.record import Record
+from left_bench.spec.record import Record
 from left_bench.tracker.base import Attempt, Comparison, Tracker
 
 

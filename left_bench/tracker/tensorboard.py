@@ -7,7 +7,7 @@ import time as clock
 from pathlib import Path
 from typing import Any
 
-from left_bench.record import Record
+from left_bench.spec.record import Record
 from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,

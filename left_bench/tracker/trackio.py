@@ -11,7 +11,7 @@ import shutil
 import time as clock
 from typing import Any
 
-from left_bench.record import Record
+from left_bench.spec.record import Record
 from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,

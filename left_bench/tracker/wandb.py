@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from left_bench.record import RECORD_NAME, Record
+from left_bench.spec.record import RECORD_NAME, Record
 from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,

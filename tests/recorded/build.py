@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from left_bench.cell import fingerprint
-from left_bench.record import Phase, Record, Sample, Score
+from left_bench.spec.cell import fingerprint
+from left_bench.spec.record import Phase, Record, Sample, Score
 
 FOLDER = Path(__file__).parent
 MIB = 2**20

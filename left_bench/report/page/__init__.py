@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from left_bench.record import write_atomically
+from left_bench.core.files import write_atomically
 from left_bench.report.cells import Axis, Row, find_axes, find_baseline
 from left_bench.report.cells import labels as name_rows
 from left_bench.report.load import Problem, Sweep

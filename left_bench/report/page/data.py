@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from left_bench.record import METRICS
 from left_bench.report.cells import Axis, Row, settings
 from left_bench.report.load import read_losses
 from left_bench.report.ranking import (
@@ -34,6 +33,7 @@ from left_bench.report.values import (
     metric_of,
     one_line,
 )
+from left_bench.spec.record import METRICS
 
 DETAILED_CELLS = 1000
 """Cells whose answers and logs are in the page, and that are judged beside the baseline; more would be slow."""

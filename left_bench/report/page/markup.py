@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from left_bench import __version__
-from left_bench.cell import GROUPS
-from left_bench.record import METRICS
 from left_bench.report.cells import Row, machine_line, machines_of, so_far
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
 from left_bench.report.ranking import confounders
 from left_bench.report.values import ABSENT, one_line
+from left_bench.spec.cell import GROUPS
+from left_bench.spec.record import METRICS
 
 ROWS_SHOWN = 200
 """Rows of the table at a time, with the script and without it."""

@@ -1,0 +1,410 @@
+"""Evaluate a model on held-out rows: loss, greedy answers and their scores, loss on general text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from left_bench.core.errors import NotInForce
+from left_bench.data import Example, collate, start_ids, turn_end
+from left_bench.evaluation.text_metrics import score_text
+from left_bench.measure.device import Device
+from left_bench.model.load import autocast
+from left_bench.model.positions import virtual_tokens
+from left_bench.spec.cell import Cell
+from left_bench.spec.events import Tell
+from left_bench.spec.record import Sample, Score
+from left_bench.spec.row_scores import SCORES_OF_A_PAIR
+from left_bench.training.loss import AnswerLoss
+from left_bench.training.objective import with_worse_answer
+
+_SPEED_ROWS, _SPEED_TOKENS = 16, 16
+_CHECKED_ROWS = 4
+_LARGEST_SHORTFALL = 0.25  # nats, the mean over an answer's tokens; rounding alone leaves hundredths
+_LARGEST_LOSS = 600.0  # nats; a perplexity beyond it, or its error, overflows a float
+
+
+class Evaluation(BaseModel):
+    """What a model did on the held-out rows, row by row in the rows' order."""
+
+    nll: list[float]
+    """Summed negative log-likelihood of each row's answer, nats."""
+    answer_tokens: list[int]
+    rejected_nll: list[float] | None = None
+    """The same of each row's worse answer; None where rows have none."""
+    predictions: list[str] | None = None
+    """Greedy answers; None when nothing was generated."""
+    general_loss: float | None = None
+    """Mean token loss on the general text, nats."""
+    tokens: int = 0
+    """Non-padding tokens of the loss passes."""
+
+
+def _untold(*_: object) -> None:
+    """Nobody waits for the rows."""
+
+
+def evaluate_model(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    device: str,
+    tell: Tell = _untold,
+) -> Evaluation:
+    """Loss and greedy answers on `rows`, and the loss on general text where `eval.forgetting` asks for it."""
+    model.eval()
+    losses: dict[str, Any] = {"pad_id": pad_of(tokenizer), "device": device}
+    with torch.no_grad(), autocast(cell, device=device):
+        found = row_losses(model, rows, cell, tell=partial(tell, "loss"), **losses)
+        if cell.data.pairs:
+            worse = [with_worse_answer(row) for row in rows]
+            found.rejected_nll = row_losses(
+                model, worse, cell, tell=partial(tell, "loss of worse answers"), **losses
+            ).nll
+        if cell.model.task == "image_classification":
+            found.predictions = classify(model, rows, cell, device=device, tell=partial(tell, "classes"))
+        elif cell.generates:
+            answers = greedy_answers(model, tokenizer, rows, cell, device=device, tell=partial(tell, "answers"))
+            check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
+            ends = end_tokens(model, tokenizer)
+            said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
+            found.predictions = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
+        if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
+            passages = general_passages(tokenizer, room=_room(model, cell))
+            general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
+            found.general_loss = sum(general.nll) / sum(general.answer_tokens)
+    return found
+
+
+def row_losses(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    pad_id: int,
+    device: str,
+    tell: Callable[[int, int], None] = _untold,
+) -> Evaluation:
+    """Summed loss of each row, batched by length."""
+    loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+    nll = [0.0] * len(rows)
+    tokens = [0] * len(rows)
+    seen = 0
+    done = _Counted(len(rows), tell)
+    for indices in batches_by_length([row.length for row in rows], cell.eval.batch_size):
+        batch = collate([rows[index] for index in indices], pad_id=pad_id).to(device)
+        losses = loss.of_tokens(batch).split(batch.answer_lengths)
+        for index, of_row, length in zip(indices, losses, batch.answer_lengths, strict=True):
+            nll[index] = of_row.sum().item()
+            tokens[index] = length
+        seen += batch.tokens
+        done.add(len(indices))
+    return Evaluation(nll=nll, answer_tokens=tokens, tokens=seen)
+
+
+def greedy_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    device: str,
+    tell: Callable[[int, int], None] = _untold,
+) -> list[list[int]]:
+    """Each row's greedy answer, its end token included; batched by prompt length with a key-value cache.
+
+    A batch ends when all its rows have.
+    """
+    decode: Any = model.generate
+    answers: list[list[int]] = [[]] * len(rows)
+    done, most, ends = _Counted(len(rows), tell), cell.eval.max_new_tokens, end_tokens(model, tokenizer)
+    assert most is not None  # the data's own where null
+    for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
+        inputs, before = _prompt_inputs([rows[index] for index in indices], pad_of(tokenizer), device=device)
+        outputs = decode(
+            **inputs,
+            max_new_tokens=most,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad_of(tokenizer),
+            stopping_criteria=StoppingCriteriaList([_Watched(done, rows=len(indices), most=most)]),
+        )
+        done.add(len(indices))
+        for index, output in zip(indices, outputs[:, before:].tolist(), strict=True):
+            answers[index] = _until_end(output, ends)
+    return answers
+
+
+def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All that ends an answer: the tokenizer's end token, the checkpoint's, and what ends a turn of the template."""
+    config: Any = getattr(model, "generation_config", None)
+    of_checkpoint = getattr(config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer)[-1]}
+    ends |= set(of_checkpoint) if isinstance(of_checkpoint, list) else {of_checkpoint}
+    return {end for end in ends if isinstance(end, int)}
+
+
+def check_answers(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    answers: Sequence[list[int]],
+    cell: Cell,
+    *,
+    pad_id: int,
+    device: str,
+) -> None:
+    """Is it this model that answered the rows? A pass over prompt and answer at once must choose the same tokens.
+
+    Generating goes through other code than training does, and that code may pass the adapter by without a word: since
+    transformers 5.24 calls the cache by another name, prefix, prompt and p-tuning of peft 0.21 answer as the base model
+    does. Rounding may decide between two tokens that are as good as equal; it does not make an answer unlikely.
+
+    Raises:
+        NotInForce: the tokens' logits are too far below the greatest.
+    """
+    loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+    answered = [replace(row, answer_ids=ids) for row, ids in zip(rows, answers, strict=False)]
+    short = loss.shortfalls(collate(answered, pad_id=pad_id).to(device)).mean().item()
+    if short > _LARGEST_SHORTFALL:
+        raise NotInForce(
+            f"the generated answers are not this model's: its own pass over them puts their tokens {short:.1f} nats "
+            f"below the likeliest; the installed transformers and peft do not generate with peft={cell.peft.name}"
+        )
+
+
+class _Counted:
+    """Rows that are done, told as they are."""
+
+    def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
+        self._done, self._total, self._tell = 0, total, tell
+        self.add(0)
+
+    def add(self, rows: int) -> None:
+        self._done += rows
+        self.within(0)
+
+    def within(self, rows: int) -> None:
+        """As many rows' worth of the running batch."""
+        self._tell(self._done + rows, self._total)
+
+
+class _Watched(StoppingCriteria):
+    """Stops no row: sees the tokens come, for a batch can take minutes. Answers may end before the longest allowed."""
+
+    def __init__(self, done: _Counted, *, rows: int, most: int) -> None:
+        self._done, self._rows, self._most, self._tokens = done, rows, most, 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        self._tokens += 1
+        self._done.within(self._rows * self._tokens // (self._most + 1))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+
+
+def classify(
+    model: torch.nn.Module,
+    rows: Sequence[Any],
+    cell: Cell,
+    *,
+    device: str,
+    tell: Callable[[int, int], None] = _untold,
+) -> list[str]:
+    """The likeliest class of each picture, by name."""
+    forward: Any = model
+    names, found = forward.config.id2label, []
+    done = _Counted(len(rows), tell)
+    for start in range(0, len(rows), cell.eval.batch_size):
+        pictures = rows[start : start + cell.eval.batch_size]
+        batch = collate(pictures, pad_id=0).to(device)
+        found += forward(**batch.inputs()).logits.argmax(-1).tolist()
+        done.add(len(pictures))
+    return [str(names[index]) for index in found]
+
+
+def generation_speed(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], cell: Cell, *, device: Device
+) -> float:
+    """New tokens per second of greedy decoding: one batch, every row decoded for the same number of tokens.
+
+    The length is fixed because answers end where the model ends them: a method that learned to answer briefly would be
+    timed on fewer, costlier steps. The first, short call is not timed: it chooses kernels and fills caches.
+    """
+    decode: Any = model.generate
+    asked = rows[:_SPEED_ROWS]
+    inputs, _ = _prompt_inputs(asked, pad_of(tokenizer), device=device.kind)
+    model.eval()
+    with torch.no_grad(), autocast(cell, device=device.kind):
+        for tokens in (2, _SPEED_TOKENS):
+            device.synchronize()
+            start = time.perf_counter()
+            decode(
+                **inputs,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=pad_of(tokenizer),
+            )
+            device.synchronize()
+    return len(asked) * _SPEED_TOKENS / (time.perf_counter() - start)
+
+
+def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Score]:
+    """The scores of an evaluation, each beside the base model's."""
+    task = cell.data.name
+    loss, stderr = token_loss(found)
+    base_loss = token_loss(base)[0] if base else None
+    made = [
+        Score(task=task, metric="eval_loss", value=loss, stderr=stderr, n=len(rows), base_value=base_loss),
+    ]
+    if loss < _LARGEST_LOSS:
+        made.append(
+            Score(
+                task=task,
+                metric="eval_perplexity",
+                value=math.exp(loss),
+                stderr=math.exp(loss) * stderr,  # delta method
+                n=len(rows),
+                base_value=None if base_loss is None or base_loss >= _LARGEST_LOSS else math.exp(base_loss),
+            )
+        )
+    if found.rejected_nll is not None:
+        pairs_before = (base.nll, base.rejected_nll) if base and base.rejected_nll else None
+        made += _preference_scores((found.nll, found.rejected_nll), pairs_before, task=task)
+    references = [row.reference for row in rows]
+    if found.predictions is not None:
+        for name in cell.eval.metrics or []:
+            value, per_row = score_text(name, found.predictions, references)
+            before = score_text(name, base.predictions, references)[0] if base and base.predictions else None
+            made.append(
+                Score(
+                    task=task,
+                    metric=name,
+                    value=value,
+                    stderr=None if per_row is None else float(np.std(per_row) / math.sqrt(len(per_row))),
+                    n=len(rows),
+                    base_value=before,
+                )
+            )
+    if found.general_loss is not None and base and base.general_loss is not None:
+        passages = len(general_texts())
+        rise = found.general_loss - base.general_loss
+        made.append(Score(task="general_text", metric="forgetting_nats", value=rise, n=passages))
+    return made
+
+
+def _preference_scores(
+    losses: tuple[list[float], list[float]], base: tuple[list[float], list[float]] | None, *, task: str
+) -> list[Score]:
+    """Scores of pairs from the losses of their right and of their worse answers, nats."""
+
+    def margins(right: list[float], worse: list[float]) -> list[float]:
+        return [q - p for p, q in zip(right, worse, strict=True)]
+
+    found, before = margins(*losses), margins(*base) if base else None
+    made = []
+    for metric, of_pair in SCORES_OF_A_PAIR.items():
+        of_rows = np.array([of_pair(margin) for margin in found])
+        made.append(
+            Score(
+                task=task,
+                metric=metric,
+                value=float(of_rows.mean()),
+                stderr=float(of_rows.std() / math.sqrt(len(of_rows))),
+                n=len(of_rows),
+                base_value=None if before is None else float(np.mean([of_pair(margin) for margin in before])),
+            )
+        )
+    return made
+
+
+def token_loss(found: Evaluation) -> tuple[float, float]:
+    """Mean loss per answer token and its standard error, rows taken as the independent draws (ratio estimator)."""
+    nll, tokens = np.array(found.nll), np.array(found.answer_tokens)
+    mean = nll.sum() / tokens.sum()
+    n = len(nll)
+    spread = math.sqrt(((nll - mean * tokens) ** 2).sum() * n / max(1, n - 1))
+    return float(mean), float(spread / tokens.sum())
+
+
+def samples(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Sample]:
+    """The first rows as they were answered."""
+    if found.predictions is None:
+        return []
+    before = base.predictions if base and base.predictions else [None] * len(rows)
+    return [
+        Sample(prompt=row.prompt, reference=row.reference, prediction=prediction, base_prediction=old)
+        for row, prediction, old in list(zip(rows, found.predictions, before, strict=True))[: cell.eval.samples]
+    ]
+
+
+def general_texts() -> list[str]:
+    """Passages of general prose shipped with the package: what the model should not unlearn."""
+    text = files("left_bench").joinpath("general_text.txt").read_text(encoding="utf-8")
+    return [" ".join(passage.split()) for passage in text.split("\n\n") if passage.strip()]
+
+
+def general_passages(tokenizer: PreTrainedTokenizerBase, *, room: int | None = None) -> list[Example]:
+    """The passages as rows whose every token but the first carries loss, cut to `room` tokens.
+
+    The first is the start token where the tokenizer would put one: models that were trained with it lean on it.
+    """
+    start = start_ids(tokenizer)
+    encoded = [(start + tokenizer(text, add_special_tokens=False)["input_ids"])[:room] for text in general_texts()]
+    return [Example(prompt_ids=ids[:1], answer_ids=ids[1:], prompt="", reference="") for ids in encoded]
+
+
+def _room(model: torch.nn.Module, cell: Cell) -> int | None:
+    """Tokens of a text that the model has positions for; None where its configuration names no end."""
+    config: Any = model.config
+    of_text = config.get_text_config()
+    found = getattr(of_text, "max_position_embeddings", None) or getattr(of_text, "n_positions", None)
+    return found - virtual_tokens(cell) if isinstance(found, int) and found > virtual_tokens(cell) + 1 else None
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row indices in batches of rows of like length, longest first so that running out of memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding id; `pretrained.load_tokenizer` made sure there is one. Pictures are not padded: 0."""
+    pad = getattr(tokenizer, "pad_token_id", 0)
+    assert isinstance(pad, int)
+    return pad
+
+
+def _prompt_inputs(rows: Sequence[Example], pad_id: int, *, device: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Arguments of `generate` for the rows' prompts, and how many tokens come before the new ones in its output.
+
+    A decoder goes on with its prompt, so padding stands at the left; an encoder's prompt is padded as in training.
+    """
+    longest = max(len(row.prompt_ids) for row in rows)
+    of_decoder = rows[0].decoder_start is None
+    ids, mask = [], []
+    for row in rows:
+        padding, ones = [pad_id] * (longest - len(row.prompt_ids)), [1] * len(row.prompt_ids)
+        ids.append(padding + row.prompt_ids if of_decoder else row.prompt_ids + padding)
+        mask.append([0] * len(padding) + ones if of_decoder else ones + [0] * len(padding))
+    inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    return inputs, longest if of_decoder else 1
+
+
+def _until_end(output: list[int], ends: set[int]) -> list[int]:
+    for position, token in enumerate(output):
+        if token in ends:
+            return output[: position + 1]
+    return output

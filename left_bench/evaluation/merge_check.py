@@ -1,0 +1,97 @@
+"""Merge an adapter into the base weights, and what that changes: the logits, and later the speed of generating."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from left_bench.data import Example, collate
+from left_bench.measure.meter import Meter
+from left_bench.model.load import autocast, quantized_weights
+from left_bench.spec.cell import Cell
+from left_bench.training.loss import AnswerLoss
+
+_COMPARED_TOKENS = 8
+"""Answer tokens of each row whose logits are compared; a long answer's later ones would say no more."""
+
+
+def merge(
+    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, meter: Meter, pad_id: int
+) -> tuple[torch.nn.Module | None, str]:
+    """Fold the adapter into the base weights and compare the logits of both on `rows`.
+
+    `model` must not be used afterwards. `merge_max_abs_difference` goes into `meter`.
+
+    Returns:
+        The merged model and `merged`, or `merged and quantized again`, with the rounding that the dtype allows; or
+        None and why there is no merge.
+    """
+    refusal = why_not(model)
+    if refusal is not None:
+        return None, refusal
+    attached = answer_logits(model, rows, cell, pad_id=pad_id, device=meter.device.kind)
+    _untie(model)
+    tuner: Any = model.base_model
+    try:
+        merged: torch.nn.Module = tuner.merge_and_unload()
+        # some merges leave weights of a shape that does not compute
+        logits = answer_logits(merged, rows, cell, pad_id=pad_id, device=meter.device.kind)
+    except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        return None, f"not merged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    difference = (logits - attached).abs().max().item()
+    meter.metrics["merge_max_abs_difference"] = difference
+    dtype = next(p.dtype for p in merged.parameters() if p.is_floating_point())
+    rounding = torch.finfo(dtype).eps * attached.abs().max().item()
+    how = "merged and quantized again" if quantized_weights(merged) else "merged"  # its rounding is in the difference
+    return merged, f"{how}; one rounding of the largest logit in {str(dtype).removeprefix('torch.')} is {rounding:.2g}"
+
+
+def why_not(model: torch.nn.Module) -> str | None:
+    """Why the method has no merge, or None."""
+    if not isinstance(model, PeftModel):
+        return "not merged: the method is no peft adapter"
+    if model.active_peft_config.is_prompt_learning:
+        return "not merged: virtual tokens are no weights"
+    if any(hasattr(parameter, "left_dequantize") for parameter in model.parameters()):
+        return "not merged: these quantized layers hold no dense weight to merge into"
+    if not hasattr(model.base_model, "merge_and_unload"):
+        return f"not merged: {type(model.base_model).__name__} has no merge"
+    return None
+
+
+def _untie(model: Any) -> None:
+    """Give an adapted output head, or an adapted embedding, a weight of its own where the two share one.
+
+    Merged into the shared weight, what was learned for the one would change the other as well.
+    """
+    base = model.get_base_model()
+    ends = (base.get_output_embeddings(), base.get_input_embeddings())
+    parts: list[Any] = [part for part in ends if part is not None]
+    adapted: list[Any] = [part for part in parts if isinstance(part, BaseTunerLayer)]
+    if len(parts) < 2 or len(adapted) != 1:
+        return
+    plain: list[Any] = [part.get_base_layer() if isinstance(part, BaseTunerLayer) else part for part in parts]
+    if plain[0].weight.data_ptr() != plain[1].weight.data_ptr():
+        return
+    owner = adapted[0].get_base_layer()
+    owner.weight = torch.nn.Parameter(owner.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = False
+
+
+def answer_logits(
+    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str
+) -> torch.Tensor:
+    """Float32 logits that predict each row's first answer tokens (a picture's class), shape (tokens, vocabulary)."""
+    if cell.model.task != "image_classification":
+        rows = [replace(row, answer_ids=row.answer_ids[:_COMPARED_TOKENS]) for row in rows]
+    model.eval()
+    with torch.no_grad(), autocast(cell, device=device):
+        loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+        starts = range(0, len(rows), cell.eval.batch_size)
+        batches = [collate(rows[start : start + cell.eval.batch_size], pad_id=pad_id) for start in starts]
+        return torch.cat([loss.logits_of_tokens(batch.to(device)) for batch in batches])

@@ -1,0 +1,133 @@
+"""What a sweep's cells share, measured once and kept beside the runs: the base model's scores, the machine's peak."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from left_bench.core.files import write_atomically
+from left_bench.core.paths import versions_of
+from left_bench.data import Example
+from left_bench.evaluation.evaluate import Evaluation, evaluate_model
+from left_bench.measure.cpu_contention import Quiet, measured_quietly
+from left_bench.measure.device import describe_machine, matrix_product_peak
+from left_bench.measure.meter import Meter
+from left_bench.spec.cell import Cell, fingerprint
+from left_bench.spec.events import progress_of
+
+BASE_FOLDER = "base"
+_ATTEMPTS = 3  # to measure the peak while nothing else runs, a second or two each
+_DECIDING = ("torch", "transformers", "bitsandbytes", "torchao", "hqq", "optimum-quanto", "llvmlite")
+
+
+def evaluate_base(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    meter: Meter,
+    runs_dir: Path,
+) -> tuple[Evaluation, str]:
+    """The evaluation of the model before training, from `runs_dir/base/` where an earlier cell left it.
+
+    Returns:
+        The evaluation, and where it comes from: `measured here` or the shared file's name.
+    """
+    path = runs_dir / BASE_FOLDER / f"{base_key(cell, rows)}.json"
+    if path.exists():
+        try:
+            return Evaluation.model_validate_json(path.read_text(encoding="utf-8")), f"{BASE_FOLDER}/{path.name}"
+        except ValueError:  # an older or damaged file: measure again and replace it
+            pass
+    # without the adapter that autocast may be on for: the file is shared by all methods
+    with meter.phase("evaluate_base") as counts:
+        tell = progress_of(meter.events)
+        found = evaluate_model(model, tokenizer, rows, cell.without_adapter(), device=meter.device.kind, tell=tell)
+        counts.tokens = found.tokens
+    write_atomically(path, found.model_dump_json())
+    return found, "measured here"
+
+
+def shared_peak(
+    cell: Cell, *, meter: Meter, runs_dir: Path, threads: int, at_once: int, doubted: bool = False
+) -> Quiet:
+    """FLOP/s of this machine's matrix products in the cell's compute dtype, from `runs_dir/base/` or measured now.
+
+    Shared among cells with as many threads that run as many at once: beside others a machine gives less. One that was
+    measured while something else took the cores is measured again by the next cell, until none did.
+
+    Args:
+        doubted: measure again whatever is known, for it turned out too low.
+    """
+    machine = describe_machine(meter.device)["id"]
+    dtype = cell.precision.compute_dtype
+    rounding = "tf32" if cell.precision.tf32 else dtype  # two speeds of one dtype
+    path = runs_dir / BASE_FOLDER / f"peak-{machine}-{rounding}-{threads}x{at_once}.json"
+    known = _known_peak(path)
+    if known is not None and known.disturbed_by is None and not doubted:
+        return known
+    measured = 0
+
+    def measure() -> float:
+        nonlocal measured
+        tell("matrix products, measured", measured, _ATTEMPTS)  # a sign of life: each takes a second or two
+        measured += 1
+        return matrix_product_peak(meter.device.kind, dtype)
+
+    with meter.phase("peak"):
+        tell = progress_of(meter.events)
+        found = measured_quietly(
+            measure,
+            cores=threads if meter.device.kind == "cpu" else 0,
+            attempts=_ATTEMPTS if known is None or doubted else 1,
+        )
+    if known is not None:
+        found = found._replace(value=max(found.value, known.value))  # load makes a peak lower, nothing makes it higher
+    facts = {"machine": machine, "dtype": rounding, "threads": threads, "concurrent_cells": at_once}
+    facts |= {"flops_per_second": found.value, "other_cpu_share": found.disturbed_by}
+    write_atomically(path, json.dumps(facts) + "\n")
+    return found
+
+
+def _known_peak(path: Path) -> Quiet | None:
+    """What an earlier cell has left; None where there is nothing, or a damaged file: measure and replace it."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Quiet(float(facts["flops_per_second"]), facts["other_cpu_share"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def peak_facts(peak: Quiet, *, processes: int, above: float | None) -> dict[str, Any]:
+    """What a record says of the peak (`environment.effective`).
+
+    Args:
+        above: how many times the peak the steps came to, where that is more than once.
+    """
+    told: dict[str, Any] = {"peak_flops_per_second": processes * peak.value}
+    if peak.disturbed_by is not None:
+        told["peak_other_cpu_share"] = peak.disturbed_by
+    if above is not None:
+        told["utilization_withheld"] = f"the steps came to {above:.2f} times the measured peak, which must be wrong"
+    return told
+
+
+def base_key(cell: Cell, rows: Sequence[Example]) -> str:
+    """Fingerprint of all that decides the base model's scores on these rows."""
+    identity = cell.identity
+    parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
+    parts["rows"] = [row.identity for row in rows]
+    parts["generation"] = "greedy, without the checkpoint's penalties, ended by any of its end tokens"
+    parts["general_text"] = "after the tokenizer's start token, within the model's positions"
+    head = "labelled" if cell.training.output_head == "liger" else cell.training.output_head  # to evaluate, ours
+    parts["kernels"] = [cell.training.attention, head]
+    if cell.training.kernels is not None:
+        parts["kernels"].append(cell.training.kernels)
+    parts["versions"] = versions_of(_DECIDING)
+    return fingerprint(parts)

@@ -1,0 +1,151 @@
+"""Which arguments a configured class takes, read from its source: nothing is imported, so a typing error costs no run.
+
+Importing peft or torch takes seconds and belongs to the worker. What cannot be told from the source (a class that
+takes any keyword, one made at run time) is left to it, and fails there.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from left_bench.core.errors import UserError, nearest
+from left_bench.spec.cell import Cell
+
+_CLASS = re.compile(r"^class (\w+)\b", re.MULTILINE)
+_TOO_LARGE = ("torchao",)
+"""Packages of many files, whose configurations take any keyword besides."""
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int, float), "float": (int, float), "bool": (bool,), "str": (str,)}
+"""Annotations plain enough to hold a value against; some that say `int` mean any number (DeLoRA's lambda)."""
+_WITHOUT_FIELDS = ("object", "PushToHubMixin", "ABC", "Generic", "Protocol")
+
+
+def check_arguments(cell: Cell) -> None:
+    """Refuse arguments that the cell's adapter, quantization or optimizer is known not to take.
+
+    Raises:
+        UserError: naming the key and the nearest argument there is.
+    """
+    for name, instead in (("lr", "training.learning_rate"), ("params", "peft")):
+        if name in cell.optimizer.config:
+            raise UserError(
+                f"optimizer.config.{name}={cell.optimizer.config[name]!r}: that is set with {instead}=, for all "
+                "optimizers alike"
+            )
+    for group in ("quantization", "peft", "optimizer"):
+        section: Any = getattr(cell, group)
+        known = arguments_of(section.target) if section.target and section.config else None
+        if known is None:
+            continue
+        for name in section.config:
+            if name not in known:
+                hint = nearest(name, known) or f"; it takes {', '.join(known)}"
+                raise UserError(f"{group}.config.{name}: {section.target} has no such argument{hint}")
+            value, kind = section.config[name], _KINDS.get(known[name])
+            if (
+                kind is not None
+                and value is not None
+                and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind))
+            ):
+                raise UserError(f"{group}.config.{name}={value!r}: {section.target} takes {known[name]} here")
+    rank = cell.peft.config.get("r", 1)
+    if cell.peft.target in ("peft.LoraConfig", "peft.AdaLoraConfig") and isinstance(rank, int) and rank < 1:
+        raise UserError(f"peft.config.r={rank}: a rank is at least 1; give peft.config.r=8")
+
+
+@functools.cache
+def arguments_of(target: str) -> dict[str, str] | None:
+    """The arguments of the class that a dotted name means, with their annotations; None where the source is silent."""
+    parts = target.split(".")
+    if (
+        parts[0] == "transformers"
+    ):  # its quantizations take any keyword, and leave out without a word what they know not
+        return _named_in(_folder_of("transformers"), parts[-1])
+    if parts[0] in _TOO_LARGE:
+        return None
+    folder = _folder_of(parts[0])
+    while folder is not None and len(parts) > 2 and (folder / parts[1]).is_dir():
+        folder, parts = folder / parts[1], parts[1:]
+    return None if folder is None else _arguments(folder, parts[-1])
+
+
+def _named_in(transformers: Path | None, name: str) -> dict[str, str] | None:
+    path = transformers and transformers / "utils" / "quantization_config.py"
+    if path is None or not path.is_file():
+        return None
+    for one in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(one, ast.ClassDef) and one.name == name:
+            for made in one.body:
+                if isinstance(made, ast.FunctionDef) and made.name == "__init__":
+                    arguments = made.args
+                    named = [kind for kind in [*arguments.args, *arguments.kwonlyargs] if kind.arg != "self"]
+                    return {kind.arg: ast.unparse(kind.annotation) if kind.annotation else "" for kind in named}
+    return None
+
+
+def _arguments(folder: Path, name: str) -> dict[str, str] | None:
+    found = _class_of(folder, name)
+    if found is None:
+        return None
+    for statement in found.body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
+            arguments = statement.args
+            if arguments.kwarg is not None or arguments.vararg is not None:
+                return None
+            own = [one for one in [*arguments.args, *arguments.kwonlyargs] if one.arg != "self"]
+            return {one.arg: ast.unparse(one.annotation) if one.annotation else "" for one in own}
+    fields: dict[str, str] = {}
+    for base in found.bases:
+        if isinstance(base, ast.Name) and base.id in _WITHOUT_FIELDS:
+            continue
+        above = _arguments(folder, base.id) if isinstance(base, ast.Name) else None
+        if above is None:
+            return None
+        fields |= above
+    is_dataclass = any("dataclass" in ast.dump(decorator) for decorator in found.decorator_list)
+    for one in found.body if is_dataclass else ():
+        if (
+            isinstance(one, ast.AnnAssign)
+            and isinstance(one.target, ast.Name)
+            and "ClassVar" not in ast.dump(one.annotation)
+            and not (isinstance(one.value, ast.Call) and _made_without(one.value))
+        ):
+            fields[one.target.id] = ast.unparse(one.annotation)
+    return fields
+
+
+def _made_without(call: ast.Call) -> bool:
+    """Whether it is `field(init=False)`."""
+    return any(
+        keyword.arg == "init" and isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+        for keyword in call.keywords
+    )
+
+
+def _class_of(folder: Path, name: str) -> ast.ClassDef | None:
+    """A class of a package by its name; None where there is none, or there are several."""
+    paths = _classes(folder).get(name, [])
+    if len(paths) != 1:
+        return None
+    tree = ast.parse(paths[0].read_text(encoding="utf-8"))
+    return next(one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == name)
+
+
+@functools.cache
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """Class name -> the files of a package that define it."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        for name in _CLASS.findall(path.read_text(encoding="utf-8", errors="replace")):
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def _folder_of(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)  # a package of the top: its parents need no import
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(places[0]) if places else None

@@ -1,0 +1,234 @@
+"""What is typed after `left-bench`: options, overrides and choices, checked before Hydra reads them.
+
+Nothing here imports torch: a mistyped sweep is answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from left_bench.core.errors import UserError, in_one_sentence, nearest
+from left_bench.core.paths import config_root, is_installed
+
+GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
+
+
+# files with defaults of their own, package _global_: a named set of cells, a named choice in several groups
+PRESETS = ("sweep", "recipe")
+
+
+_ROOT_KEYS = (
+    *(*PRESETS, "seed", "runs_dir", "reports_dir", "force", "force_unsupported"),
+    *("objective", "at_once", "share_devices", "price_per_kwh", "price_per_hour", "hydra"),
+)
+
+
+def options(group: str, extra: list[Path] | None = None) -> list[str]:
+    """The options of a group: files of conf/GROUP (or sweeps/), and of the user's --config-dir."""
+    root = config_root()
+    folders = [root / "sweeps" if group == "sweep" else root / "conf" / group]
+    folders += [folder / group for folder in extra or []]
+    return sorted({path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.yaml")})
+
+
+@contextlib.contextmanager
+def hydra_errors() -> Iterator[None]:
+    """What Hydra and OmegaConf refuse becomes one sentence.
+
+    Raises:
+        UserError: with their words.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines of its own and exits with 1
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(in_one_sentence(error)) from error
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def launch_name(argv: list[str]) -> str:
+    """The sweep's name; for a multirun of one's own a name made of its overrides."""
+    named = [argument.partition("=")[2] for argument in argv if argument.lstrip("+").startswith("sweep=")]
+    if named:
+        return named[-1]
+    text = "\n".join(sorted(argument for argument in argv if "=" in argument))
+    return f"multirun_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def is_override(argument: str) -> bool:
+    """Whether an argument is Hydra's `key=value`, `+key=value` or `~key`, and not an option or an option's value."""
+    return argument.startswith(("+", "~")) or ("=" in argument and not argument.startswith("-"))
+
+
+def check_options(argv: list[str]) -> None:
+    """Refuse what begins with a dash and is no option of Hydra's, and a folder of options that cannot be read.
+
+    Raises:
+        UserError: naming option and mend.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    known = [one for one in get_args_parser()._option_string_actions if one not in ("--config-path", "-cp")]
+    for argument in argv:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and name not in known:
+            hint = nearest(name, known) or f"; options are {', '.join(known)}"
+            raise UserError(f"{name}: no such option{hint}")
+    for folder in config_dirs(argv):
+        check_config_dir(folder)
+
+
+def check_config_dir(folder: Path) -> None:
+    """Refuse a `--config-dir` that is none, or holds a file that is no YAML: Hydra would show its own stack.
+
+    Raises:
+        UserError: naming the file and the line.
+    """
+    import yaml
+
+    if folder == Path() or is_override(str(folder)) or not folder.is_dir():
+        what = "is a file, not a folder" if folder.is_file() else "is no folder"
+        raise UserError(f"--config-dir: '{folder}' {what}; give the folder that holds your groups, such as ./conf")
+    for path in sorted(folder.rglob("*.yaml")):
+        group = path.parent.relative_to(folder).as_posix()
+        if group in (*GROUPS, *PRESETS) and path.stem in options(group):
+            raise UserError(
+                f"--config-dir: {path}: an option of this name ships with left_bench, and one of the two would be "
+                "passed over in silence; give yours another name"
+            )
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise UserError(f"--config-dir: {path}{line} is no YAML ({error.problem}); mend the file") from error
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"--config-dir: {path} cannot be read ({error}); mend the file") from error
+
+
+def check_choices(argv: list[str]) -> None:
+    """Refuse an option that no group has, with the options there are and the nearest; likewise keys and spelling.
+
+    Raises:
+        UserError: naming group, option and mend.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    extra = config_dirs(argv)
+    swept = bool({"-m", "--multirun"} & set(argv)) or any(
+        argument.lstrip("+").startswith(("sweep=", "hydra.mode=")) for argument in argv
+    )
+    for argument in filter(is_override, argv):
+        key, separator, value = argument.partition("=")
+        group = key.lstrip("+")
+        root = re.split(r"[.@/]", group.lstrip("~"))[0]
+        if root not in (*GROUPS, *_ROOT_KEYS):
+            hint = nearest(root, (*GROUPS, *_ROOT_KEYS)) or f"; keys are {', '.join((*GROUPS, *_ROOT_KEYS))}"
+            raise UserError(f"{root}: no such key{hint}")
+        try:
+            parsed = OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            raise UserError(f"{argument}: {str(error).splitlines()[0]}; quote what is special to Hydra") from error
+        if parsed.is_sweep_override() and not swept:
+            raise UserError(f"{argument}: several values are a sweep; add -m, or write '{key}=[...]' for a list")
+        if not separator or group not in (*GROUPS, *PRESETS):
+            continue
+        if group == "tracker" and "," in value and not value.startswith("["):
+            raise UserError(f"tracker={value}: that would run every cell once for each; write 'tracker=[{value}]'")
+        known = options(group, extra)
+        for option in value.split(","):
+            # several trackers are a list of one option, `tracker=[a,b]`; any other list is Hydra's business
+            name = option.strip(" []'\"") if group == "tracker" else option.strip().strip("'\"")
+            if name not in known and not any(mark in name for mark in "()[]{}$*"):
+                hint = nearest(name, known).removesuffix("?")
+                there_are = f"there are {', '.join(known)}"
+                raise UserError(f"unknown {group} '{name}'{f'{hint}?' if hint else ''} ({there_are})")
+
+
+# Hydra's plugins: option -> (module, extra)
+_PLUGINS = {
+    "hydra/launcher=joblib": ("hydra_joblib_launcher", "joblib"),
+    "hydra/launcher=submitit_local": ("hydra_submitit_launcher", "slurm"),
+    "hydra/launcher=submitit_slurm": ("hydra_submitit_launcher", "slurm"),
+    "hydra/launcher=ray": ("hydra_ray_launcher", "ray"),
+    "hydra/sweeper=optuna": ("hydra_optuna_sweeper", "optuna"),
+}
+
+
+def check_plugins(argv: list[str]) -> None:
+    """Refuse a launcher or a search whose package is missing, whether the command line names it or a sweep's file.
+
+    Raises:
+        UserError: naming the extra.
+    """
+    import yaml
+
+    wanted = [argument for argument in argv if argument in _PLUGINS]
+    for name in (argument.partition("=")[2] for argument in argv if argument.startswith("+sweep=")):
+        path = config_root() / "sweeps" / f"{name}.yaml"
+        defaults = (
+            (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", []) if path.is_file() else []
+        )
+        for entry in filter(lambda one: isinstance(one, dict), defaults):
+            wanted += [f"{key.removeprefix('override /')}={value}" for key, value in entry.items()]
+    for choice in wanted:
+        module, extra = _PLUGINS.get(choice, ("", ""))
+        if module and not is_installed(f"hydra_plugins.{module}"):
+            raise UserError(f"{choice}: its package is not installed; pip install 'left-bench[{extra}]'")
+
+
+def open_section(argument: str) -> str:
+    """`peft.config.r=8` as `++peft.config.r=8`.
+
+    A key may be allowed without standing in the option's file (an upstream class's argument, a field left at its
+    default); `Cell` knows which are, and refuses the others with the nearest that is.
+    """
+    group, dot, _ = argument.partition("=")[0].partition(".")
+    return f"++{argument}" if dot and group in GROUPS else argument
+
+
+def register_resolvers() -> None:
+    """Arithmetic for YAML: `${share:40,0.2}` is 8 (at least 1), `${twice:8}` is 16; and what `precision=auto` asks."""
+    from omegaconf import OmegaConf
+
+    from left_bench.measure.auto_precision import field_of
+
+    OmegaConf.register_new_resolver("share", lambda total, part: max(1, round(total * part)), replace=True)
+    OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
+    OmegaConf.register_new_resolver("fast_precision", field_of, replace=True)
+
+
+def register_sweeps() -> None:
+    """Offer every file of sweeps/ to Hydra as the group `sweep`, which lies outside its search path."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    for path in sorted((config_root() / "sweeps").glob("*.yaml")):
+        node: Any = OmegaConf.load(path)
+        parameters = OmegaConf.select(node, "hydra.sweeper.params")
+        if parameters:  # the same spelling as on the command line, so that an override there replaces the sweep's
+            node.hydra.sweeper.params = {open_section(key): value for key, value in parameters.items()}
+        ConfigStore.instance().store(group="sweep", name=path.stem, node=node, package="_global_", provider=str(path))
+
+
+def config_dirs(argv: list[str]) -> list[Path]:
+    found = []
+    for index, argument in enumerate(argv):
+        if argument in ("--config-dir", "-cd"):
+            found.append(Path(next(iter(argv[index + 1 :]), "")))
+        elif argument.startswith("--config-dir="):
+            found.append(Path(argument.partition("=")[2]))
+    return found

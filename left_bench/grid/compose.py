@@ -1,0 +1,260 @@
+"""What Hydra has composed as a cell and settings, and what can be refused before anything runs."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from left_bench.core.errors import UserError
+from left_bench.core.paths import config_root
+from left_bench.data.files import with_content
+from left_bench.grid.class_arguments import check_arguments
+from left_bench.measure.auto_precision import resolved_choices
+from left_bench.measure.device import find_device
+from left_bench.pretrained import with_content as model_with_content
+from left_bench.spec.cell import GROUPS, Cell, Data, slugify
+from left_bench.spec.redact import refuse_secrets
+
+
+class Settings(BaseModel):
+    """What steers a launch and changes no result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runs_dir: Path
+    reports_dir: Path
+    force: bool
+    force_unsupported: bool
+    objective: str = "eval_loss"
+    """The metric that a search (Optuna) is after."""
+    at_once: int | None = Field(default=None, ge=1)
+    """Cells that run at the same time on one machine; None: what the launcher's settings say."""
+    share_devices: bool = False
+    """Let parallel cells use the same accelerator."""
+    tracker: dict[str, Any]
+    price_per_kwh: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Turns joules into money in a sweep's report."""
+    price_per_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Of an accelerator, or of the machine without one: turns wall time into money there."""
+
+
+def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
+    """The cell and the settings of a composed configuration; nothing below this sees OmegaConf.
+
+    Raises:
+        UserError: a value is missing or not allowed.
+    """
+    try:
+        plain: dict[str, Any] = {key: _plain(config, key) for key in map(str, config) if key not in ("hydra", "sweep")}
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: no value; give {error.full_key}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    absent = [group for group in GROUPS if group not in hydra.runtime.choices]
+    if absent and any(one.startswith(f"{absent[0]}=[") for one in hydra.overrides.task):
+        raise UserError(
+            f"{absent[0]}=[...]: a cell has one; for a cell of each write them with commas, {absent[0]}=A,B"
+        )
+    if absent:
+        raise UserError(f"~{absent[0]}: a cell needs every group; choose another option with {absent[0]}=NAME")
+    choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
+    choices = resolved_choices(choices, plain["precision"])
+    if (whole := _whole_architecture(hydra)) is not None:
+        plain["model"]["config"] = whole
+    given = _overridden(hydra, "model.name_or_path")
+    if given:
+        _check_alone(hydra, str(plain["model"]["name_or_path"]))
+    if given or _renamed(plain["model"], choices["model"], hydra):
+        plain["model"], choices["model"] = _named_model(plain["model"], given=given)
+    plain["hardware"] = plain["hardware"] | {"device": find_device(plain["hardware"]["device"])}
+    if plain["model"].get("trust_remote_code") and not _on_command_line(hydra, "model.trust_remote_code"):
+        raise UserError(
+            "model.trust_remote_code=true stands in a file; code of a model's author runs only where the command line "
+            "says so: give model.trust_remote_code=true there"
+        )
+    settings = {name: plain.pop(name) for name in Settings.model_fields}
+    unknown = sorted(set(plain) - {*GROUPS, "seed"})
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such key; groups are {', '.join(GROUPS)}")
+    try:
+        cell, found = Cell.from_config(plain, choices=choices), Settings.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg'].lower()}") from error
+    architecture = [one.lstrip("+").partition("=")[0] for one in hydra.overrides.task if ".config." in one]
+    architecture = [key for key in architecture if key.startswith("model.config.")]
+    if architecture and cell.model.weights != "random":
+        raise UserError(
+            f"{architecture[0]}: pretrained weights have their own architecture; give model.weights=random with it"
+        )
+    cell = cell.model_copy(update={"model": model_with_content(cell.model)})
+    if cell.data.path is not None or cell.data.source == "hub":
+        cell = cell.model_copy(update={"data": with_content(cell.data)})
+    check_arguments(cell)
+    refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
+    return cell, found
+
+
+def _whole_architecture(hydra: DictConfig) -> dict[str, Any] | None:
+    """`model.config={model_type: ...}` is all of the model: Hydra would keep what it does not name of another's.
+
+    Single keys given after it change it; None where no whole one is given.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    found: dict[str, Any] | None = None
+    for one in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
+        value = one.value() if one.key_or_group.startswith("model.config") else None
+        if one.key_or_group == "model.config" and isinstance(value, dict) and "model_type" in value:
+            found = {str(key): part for key, part in value.items()}
+        elif found is not None and one.key_or_group.startswith("model.config."):
+            inner = found
+            *way, last = one.key_or_group.split(".")[2:]
+            for step in way:
+                inner = inner.setdefault(step, {})
+            inner[last] = value
+    return found
+
+
+def _plain(config: DictConfig, key: str) -> Any:
+    value = config[key]
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+
+
+def _overridden(hydra: DictConfig, key: str) -> bool:
+    return any(override.lstrip("+").startswith(f"{key}=") for override in hydra.overrides.task)
+
+
+def _on_command_line(hydra: DictConfig, key: str) -> bool:
+    """Whether a person gave the key, and not a file of options or a sweep's parameters."""
+    parameters = OmegaConf.select(hydra, "sweeper.params") or {}
+    if _given is not None and not any(one.lstrip("+").startswith(f"{key}=") for one in _given):
+        return False  # a file may write into Hydra's list of overrides
+    return _overridden(hydra, key) and not any(str(one).lstrip("+") == key for one in parameters)
+
+
+_given: tuple[str, ...] | None = None
+
+
+@contextmanager
+def command_line(overrides: Sequence[str]) -> Iterator[None]:
+    """What a person has typed; in a launcher's processes, whose jobs were checked before, nobody has."""
+    global _given
+    _given = tuple(overrides)
+    try:
+        yield
+    finally:
+        _given = None
+
+
+def _named_model(section: dict[str, Any], *, given: bool) -> tuple[dict[str, Any], str]:
+    """A model by hub id or folder, `given` on the command line or in a file of one's own.
+
+    The chosen option's wheel and architecture are not its.
+    """
+    name_or_path = str(section["name_or_path"])
+    name = {"name": slugify(Path(name_or_path).name or name_or_path)}
+    if not given and section.get("weights") == "random":
+        return section | name, name_or_path
+    return section | name | {"wheel": None, "config": None, "weights": "pretrained"}, name_or_path
+
+
+def _check_alone(hydra: DictConfig, name_or_path: str) -> None:
+    """Refuse what says otherwise than that the weights are those of the model that is named beside it."""
+    for override in (one.lstrip("+~") for one in hydra.overrides.task):
+        if override.startswith(("model.weights=", "model.config")) and override != "model.weights=pretrained":
+            raise UserError(
+                f"{override}: model.name_or_path={name_or_path} names weights, which have their own architecture; "
+                "leave one of the two out"
+            )
+
+
+def _renamed(section: dict[str, Any], option: str, hydra: DictConfig) -> bool:
+    """Whether a sweep or recipe names another model than the option's file does."""
+    folders = tuple(str(one.path) for one in hydra.runtime.config_sources if one.schema == "file")
+    in_file = _name_in_file(option, folders)
+    return in_file is not None and section.get("name_or_path") != in_file
+
+
+@functools.cache
+def _name_in_file(option: str, folders: tuple[str, ...]) -> str | None:
+    for folder in folders:
+        path = Path(folder) / "model" / f"{option}.yaml"
+        if path.is_file():
+            return OmegaConf.select(OmegaConf.load(path), "name_or_path")
+    return None
+
+
+def ignored_choices(config: DictConfig) -> Iterator[str]:
+    """What an option that was chosen on the command line says and the sweep, whose word is the last, says otherwise."""
+    given = [one.lstrip("+") for one in config.hydra.overrides.task]
+    set_alone = {one.partition("=")[0] for one in given}
+    for group, _, option in (one.partition("=") for one in given):
+        path = config_root() / "conf" / group / f"{option}.yaml"
+        if group not in GROUPS or not path.is_file():  # several options, or one of the user's own
+            continue
+        says: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for key, value in says.items():
+            found = OmegaConf.select(config, f"{group}.{key}", throw_on_resolution_failure=False)
+            if isinstance(value, (int, float)) and found != value and f"{group}.{key}" not in set_alone:
+                yield (
+                    f"note: {group}.{key}={found} is the sweep's, not the {value} of {group}={option}; "
+                    f"give {group}.{key}={value} to have that"
+                )
+
+
+def check_cell(cell: Cell) -> None:
+    """Refuse, before anything runs, what can be seen to be wrong without loading a model.
+
+    Raises:
+        UserError: naming the key, the value and the mend.
+    """
+    from left_bench.data import load_rows
+    from left_bench.data.rows import check_generated
+    from left_bench.model.positions import check_positions
+    from left_bench.pretrained import check_model
+
+    check_model(cell.model)
+    check_positions(cell)
+    if cell.training.sft_steps and cell.training.objective == "sft":
+        raise UserError(
+            f"training.sft_steps={cell.training.sft_steps} come before preference tuning; set training.objective=dpo "
+            "(training=dpo), or leave them out"
+        )
+    if cell.data.image_column is None and (cell.data.path is not None or cell.data.source == "jsonl"):
+        load_rows(cell.data)
+    elif cell.data.source == "reasoning_gym" and not _as_shipped(cell):
+        check_generated(cell.data)  # importing the library takes a second, and what ships is tested
+
+
+def _as_shipped(cell: Cell) -> bool:
+    path = config_root() / "conf" / "data" / f"{cell.choices.get('data')}.yaml"
+    shipped: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    deciding = ("task", "config", "template", "prompt_column", "answer_column")
+    return all(getattr(cell.data, key) == shipped.get(key, Data.model_fields[key].default) for key in deciding)
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written.
+
+    Raises:
+        UserError: naming the key, the part of the path in the way, and the mend.
+    """
+    where = f"{key}={str(folder)!r}" if len(str(folder)) < 200 else f"{key}={str(folder)[:200]!r}…"
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # too long a name, a null character
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: cannot be a folder's name ({reason}); give another") from error
+    if not there.is_dir():
+        raise UserError(f"{where}: {there} is a file, not a folder; give another folder with {key}=")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{where}: no permission to write to {there}; give a folder of yours with {key}=")

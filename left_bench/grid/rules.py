@@ -1,0 +1,356 @@
+"""What cannot be combined: one table of rules, asked once for each cell before anything runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from left_bench.core.paths import is_installed
+from left_bench.spec.cell import Cell
+
+# Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
+_BITSANDBYTES = "transformers.BitsAndBytesConfig"
+_FOR_TEXT = ("PromptTuning", "PrefixTuning", "PromptEncoder", "Cartridge", "AdaptionPrompt", "TrainableTokens")
+BOTTLENECK_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "bert"}
+_FAMILIES_WITHOUT_BIAS = {"llama", "mistral", "t5"}
+_SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
+# option -> the module it needs, and the package that brings it
+_FLASH_ATTENTION = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+# Families whose layers liger-kernel replaces (0.8.5: liger_kernel.transformers.monkey_patch).
+LIGER_FAMILIES = {
+    *("deepseek_v2", "deepseek_v3", "deepseek_v4", "exaone4", "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text"),
+    *("gemma4", "gemma4_text", "glm4", "glm4v", "glm4v_moe", "gpt_oss", "granite", "hunyuan_v1_dense"),
+    *("hunyuan_v1_moe", "internvl", "llama", "llama4", "llama4_text", "llava", "ministral", "mistral", "mixtral"),
+    *("mllama", "mllama_text_model", "muse_glimmer", "nemotron", "olmo2", "olmo3", "paligemma", "phi3", "pixtral"),
+    *("qwen2", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl", "qwen2_vl_text", "qwen3", "qwen3_5", "qwen3_5_moe"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_text"),
+    *("qwen3_vl_text", "smollm3", "smolvlm"),
+}
+_ADAPTION_PROMPT_FAMILIES = {"llama", "mistral", "gpt2"}
+
+
+def model_type(cell: Cell) -> str | None:
+    """The architecture's family, where it can be known without loading anything."""
+    if cell.model.config is not None:
+        return cell.model.config.get("model_type")
+    config = Path(cell.model.name_or_path).expanduser() / "config.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such folder, or a broken file: loading will say
+        found: str | None = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        return found
+    return None
+
+
+# What an option needs beyond the project's own dependencies: (the target's beginning, module, extra).
+EXTRAS = (
+    ("transformers.TorchAoConfig", "torchao", "torchao"),
+    ("left_bench.hqq.", "hqq", "hqq"),
+    ("transformers.QuantoConfig", "optimum.quanto", "quanto"),
+    ("galore_torch.", "galore_torch", "galore"),
+    ("apollo_torch.", "apollo_torch", "apollo"),
+)
+
+
+def _wants(cell: Cell, target: str) -> bool:
+    named = (cell.quantization.target, cell.peft.target, cell.optimizer.target)
+    return any((one or "").startswith(target) for one in named)
+
+
+def _quantized(cell: Cell) -> bool:
+    return cell.quantization.target is not None or cell.quantization.checkpoint_method is not None
+
+
+def _is(cell: Cell, *names: str) -> bool:
+    return cell.peft.target in {f"peft.{name}Config" for name in names}
+
+
+def _int8(cell: Cell) -> bool:
+    return cell.quantization.target == _BITSANDBYTES and bool(cell.quantization.config.get("load_in_8bit"))
+
+
+def _four_bit(cell: Cell) -> bool:
+    return cell.quantization.target == _BITSANDBYTES and bool(cell.quantization.config.get("load_in_4bit"))
+
+
+def _lora_with(cell: Cell, key: str, *values: object) -> bool:
+    value = cell.peft.config.get(key)
+    return _is(cell, "Lora") and (value in values if values else bool(value))
+
+
+def _starts_from_text(cell: Cell) -> bool:
+    return _lora_with(cell, "init_lora_weights", "lora_ga", "corda") or "alora_invocation_tokens" in cell.peft.config
+
+
+def _sharded(cell: Cell) -> bool:
+    return cell.hardware.sharding is not None
+
+
+def _liger(cell: Cell) -> bool:
+    return "liger" in (cell.training.kernels, cell.training.output_head)
+
+
+RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
+    *(
+        (
+            lambda cell, target=target, module=module: _wants(cell, target) and not is_installed(module),
+            f"needs the package {module.split('.')[0]}, which is not installed: pip install 'left-bench[{extra}]'",
+        )
+        for target, module, extra in EXTRAS
+    ),
+    (
+        lambda cell: cell.quantization.checkpoint_method is not None and cell.hardware.device != "cuda",
+        "kernels for checkpoints that come quantized (GPTQ, AWQ, SpQR, FP8) run on CUDA alone",
+    ),
+    (
+        lambda cell: cell.peft.target is None and _quantized(cell),
+        "full fine-tuning needs unquantized weights: integer storage takes no gradient",
+    ),
+    (
+        lambda cell: cell.precision.tf32 and cell.hardware.device != "cuda",
+        "TF32 is a rounding mode of CUDA matrix products; this device has none",
+    ),
+    (
+        lambda cell: _is(cell, "AdaptionPrompt") and model_type(cell) not in _ADAPTION_PROMPT_FAMILIES | {None},
+        "peft's LLaMA-Adapter knows the attention of Llama, Mistral and GPT-2 models alone",
+    ),
+    (
+        lambda cell: ".Paged" in cell.optimizer.target and cell.hardware.device != "cuda",
+        "optimizer states are paged by CUDA alone; bitsandbytes would do without, silently",
+    ),
+    (
+        lambda cell: cell.training.attention in _FLASH_ATTENTION and cell.hardware.device != "cuda",
+        "FlashAttention 2 and 3 run on CUDA alone",
+    ),
+    *(
+        (
+            # transformers takes the hub's own build where `kernels` is there to fetch it
+            lambda cell, name=name, module=module: (
+                cell.training.attention == name and not is_installed(module) and not is_installed("kernels")
+            ),
+            f"training.attention={name} needs the package {package}, which is not installed",
+        )
+        for name, (module, package) in _FLASH_ATTENTION.items()
+    ),
+    (
+        lambda cell: _liger(cell) and cell.hardware.device not in ("cuda", "xpu"),
+        "Liger's kernels are Triton's: they run on CUDA and XPU alone",
+    ),
+    (
+        lambda cell: _liger(cell) and not is_installed("liger_kernel"),
+        "needs the package liger-kernel, which is not installed: pip install 'left-bench[liger]'",
+    ),
+    (
+        lambda cell: cell.training.kernels == "liger" and model_type(cell) not in LIGER_FAMILIES | {None},
+        "training.kernels=liger: Liger has no kernels for models of this family (seen with liger-kernel 0.8.5)",
+    ),
+    (
+        lambda cell: cell.training.output_head == "liger" and cell.model.task == "image_classification",
+        "training.output_head=liger is a loss over a vocabulary, and pictures have classes",
+    ),
+    (
+        lambda cell: cell.training.output_head == "liger" and cell.training.objective != "sft",
+        "Liger's loss sums tokens and cannot weigh pairs; training.output_head=labelled is chunked as well",
+    ),
+    (
+        lambda cell: cell.training.output_head == "liger" and cell.precision.compute_dtype == "float16",
+        "Liger's loss rounds float16 gradients before they are scaled up; training.output_head=labelled does not",
+    ),
+    (
+        lambda cell: cell.training.output_head == "liger" and _sharded(cell),
+        "Liger's loss wants the head's whole weight, and hardware.sharding leaves each process a part",
+    ),
+    (
+        lambda cell: cell.training.float8 and cell.hardware.device != "cuda",
+        "products in 8-bit floating point are made by CUDA GPUs alone",
+    ),
+    (
+        lambda cell: cell.training.float8 and not is_installed("torchao"),
+        "needs the package torchao, which is not installed: pip install 'left-bench[torchao]'",
+    ),
+    (
+        lambda cell: cell.training.float8 and cell.peft.target is not None,
+        "training.float8=true is for full fine-tuning: an adapter's matrices are too small to gain by it",
+    ),
+    (
+        lambda cell: cell.training.float8 and cell.precision.weights_dtype != "bfloat16",
+        "training.float8=true rounds the products of bfloat16 weights; precision=bf16",
+    ),
+    (
+        lambda cell: cell.training.float8 and _sharded(cell),
+        "training.float8=true is not written for hardware.sharding; DDP (sharding=null) has it",
+    ),
+    (
+        lambda cell: _lora_with(cell, "init_lora_weights", "loftq") and cell.hardware.device not in ("cuda", "xpu"),
+        f"peft's LoftQ rounds weights on CUDA or XPU alone {_SEEN}",
+    ),
+    (
+        lambda cell: _int8(cell) and _lora_with(cell, "use_dora"),
+        f"DoRA over bitsandbytes int8 weights fails inside peft {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            _quantized(cell)
+            and (
+                _is(cell, "Psoft", "Delora", "Adamss", "TinyLora", "Glora", "Supertuning", "OSF", "Frod")
+                or _lora_with(cell, "init_lora_weights", "pissa", "corda", "lora_ga", "mica", "orthogonal")
+                or (_is(cell, "Lora") and cell.peft.config.get("velora_config") is not None)  # {}: its defaults
+            )
+        ),
+        f"peft's implementation of this method needs floating-point weights {_SEEN}",
+    ),
+    (
+        lambda cell: _quantized(cell) and _is(cell, "HRA", "Deft", "Peanut", "UniLora"),
+        f"over quantized weights peft runs this method on the stored integers or trains nothing {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            (_quantized(cell) and (_lora_with(cell, "kasa_config") or _lora_with(cell, "use_bdlora")))
+            or ((_int8(cell) or _four_bit(cell)) and _lora_with(cell, "monteclora_config"))
+        ),
+        f"peft's quantized layers do not know this variant of LoRA and would be plain LoRA {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            cell.quantization.target in ("left_bench.fivebit.FiveBitConfig", "left_bench.hqq.HqqConfig")
+            and (_is(cell, "LoHa", "LoKr", "Shira", "Hira") or _lora_with(cell, "init_lora_weights", "olora"))
+        ),
+        f"peft reads this method's shape or values from the dense weight, which 5-bit and HQQ layers lack {_SEEN}",
+    ),
+    (
+        lambda cell: _four_bit(cell) and _is(cell, "LoHa", "LoKr"),
+        f"peft reads the packed 4-bit weight's shape for the layer's {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            not cell.autocast
+            and cell.precision.weights_dtype != "float32"
+            and (
+                ((_int8(cell) or _four_bit(cell)) and _is(cell, "IA3", "RandLora"))
+                or (_int8(cell) and _is(cell, "Shira"))
+            )
+        ),
+        f"peft mixes dtypes here unless autocast is on; precision.adapter_dtype=float32 turns it on {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            (_int8(cell) or _four_bit(cell)) and _is(cell, "C3A", "Gralora") and model_type(cell) == "gpt_neox"
+        ),
+        f"peft's in-place update of this method fails over bitsandbytes layers that have a bias {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            (cell.model.task != "causal_lm" and (_lora_with(cell, "init_lora_weights", "eva") or _is(cell, "CPT")))
+            or (cell.model.task == "image_classification" and _starts_from_text(cell))
+        ),
+        f"this method starts from training rows as a decoder alone reads them {_SEEN}",
+    ),
+    (
+        lambda cell: (cell.model.task == "image_classification") != (cell.data.image_column is not None),
+        "pictures go with a model that classifies them (model=vit_base, data=digits), text with one that writes",
+    ),
+    (
+        lambda cell: cell.model.task == "image_classification" and _is(cell, *_FOR_TEXT),
+        "this method puts virtual tokens before a text or attends to them, and pictures have none",
+    ),
+    (
+        lambda cell: (
+            cell.model.task == "image_classification"
+            and (_is(cell, "IA3") or _is(cell, "Lora"))
+            and cell.peft.config.get("target_modules") is None
+        ),
+        f"peft knows no usual modules of this method in a model of pictures; name peft.config.target_modules {_SEEN}",
+    ),
+    (
+        lambda cell: (
+            cell.model.task == "image_classification" and cell.quantization.target == "left_bench.hqq.HqqConfig"
+        ),
+        "HQQ cannot be told to leave the new output layer alone; bitsandbytes' and the 5-bit quantizations can",
+    ),
+    (
+        lambda cell: cell.training.objective == "dpo" and not cell.data.pairs,
+        "training.objective=dpo needs rows with a better and a worse answer: data.pairs=true, as in data=preferences",
+    ),
+    (
+        lambda cell: (
+            cell.peft.target == "left_bench.methods.BottleneckConfig"
+            and model_type(cell) not in BOTTLENECK_FAMILIES | {None}
+        ),
+        "bottleneck adapters know the sublayers of Llama, Mistral, Qwen, GPT-NeoX, OPT and BERT, and of no others",
+    ),
+    (
+        lambda cell: cell.peft.target == "left_bench.methods.LayerFreezeConfig" and _quantized(cell),
+        "training whole layers needs unquantized weights: integer storage takes no gradient",
+    ),
+    (
+        lambda cell: (
+            cell.peft.target == "left_bench.methods.BitFitConfig" and model_type(cell) in _FAMILIES_WITHOUT_BIAS
+        ),
+        "BitFit trains bias terms, and this model's layers have none",
+    ),
+    (
+        lambda cell: cell.training.batch_size % cell.hardware.processes != 0,
+        "training.batch_size counts the rows of all hardware.processes and must be a multiple of their number",
+    ),
+    (
+        lambda cell: cell.hardware.processes > 1 and cell.hardware.device == "mps",
+        "several processes want an accelerator each, and MPS is one; hardware.processes=1 or hardware=cpu",
+    ),
+    (
+        lambda cell: _sharded(cell) and cell.hardware.processes == 1,
+        "hardware.sharding divides a model over processes; set hardware.processes to more than one",
+    ),
+    (
+        lambda cell: cell.hardware.sharding == "deepspeed" and not is_installed("deepspeed"),
+        "needs the package deepspeed, which is not installed: pip install 'left-bench[deepspeed]'",
+    ),
+    (
+        lambda cell: cell.hardware.sharding == "deepspeed" and cell.hardware.device != "cuda",
+        "DeepSpeed is asked for on CUDA alone; hardware.sharding=fsdp2 shards on other devices",
+    ),
+    (
+        lambda cell: cell.hardware.sharding == "deepspeed" and cell.hardware.sharding_config.get("zero_stage") == 3,
+        "DeepSpeed's third stage takes the model's loading over; hardware.sharding=fsdp2 shards the weights too",
+    ),
+    (
+        lambda cell: (
+            _sharded(cell)
+            and _quantized(cell)
+            and (
+                cell.hardware.sharding == "deepspeed"
+                or _int8(cell)
+                or cell.quantization.target == "transformers.TorchAoConfig"
+                or cell.quantization.checkpoint_method is not None
+            )
+        ),
+        "hardware.sharding cannot divide these quantized weights (seen with torch 2.13); sharding=null can train",
+    ),
+    (
+        lambda cell: _sharded(cell) and cell.training.checkpoint_every is not None,
+        "training.checkpoint_every is saved by one process, and none holds all of a sharded state; leave it out",
+    ),
+    (
+        lambda cell: _sharded(cell) and (_is(cell, "AdaLora") or cell.optimizer.target.startswith("apollo_torch.")),
+        "AdaLoRA and APOLLO look at whole gradients, and hardware.sharding leaves each process a part",
+    ),
+    (
+        lambda cell: _sharded(cell) and cell.optimizer.target.startswith("bitsandbytes."),
+        "bitsandbytes' optimizers do not know sharded weights (seen with bitsandbytes 0.50.2, torch 2.13)",
+    ),
+    (
+        lambda cell: _sharded(cell) and (cell.precision.loss_scaling or cell.training.compile),
+        "float16 loss scaling and compiled layers are not written for hardware.sharding; DDP (sharding=null) has both",
+    ),
+    (
+        lambda cell: cell.hardware.sharding == "deepspeed" and cell.training.gradient_accumulation > 1,
+        "DeepSpeed counts passes by itself and would step at each; training.gradient_accumulation=1",
+    ),
+)
+
+
+def why_unsupported(cell: Cell) -> str | None:
+    """The first rule that refuses the cell, or None."""
+    return next((reason for refuses, reason in RULES if refuses(cell)), None)

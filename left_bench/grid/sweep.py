@@ -1,0 +1,235 @@
+"""The jobs of a sweep: which there are, and what their launcher can do with them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel
+
+from left_bench.core.clock import utc_now
+from left_bench.core.errors import UserError, nearest
+from left_bench.core.files import write_atomically
+from left_bench.processes.resources import SCHEDULERS
+from left_bench.spec.cell import Cell, slugify
+from left_bench.spec.record import METRICS, Record
+
+SWEEPS_FOLDER = "sweeps"
+LAUNCH_VARIABLE = "LEFT_BENCH_LAUNCH"
+
+
+class Manifest(BaseModel):
+    """`runs/sweeps/<name>.json`: which cells a sweep is made of, in its order."""
+
+    name: str
+    command: str
+    overrides: list[str]
+    started_at: str
+    finished_at: str | None = None
+    cells: list[str]
+
+    def path(self, runs_dir: Path) -> Path:
+        return runs_dir / SWEEPS_FOLDER / f"{self.name}.json"
+
+    def write(self, runs_dir: Path) -> None:
+        write_atomically(self.path(runs_dir), self.model_dump_json(indent=1) + "\n")
+
+
+class OwnFiles(NamedTuple):
+    """What a launch tells its jobs, wherever they run, and they tell it: no other launch of the sweep writes here."""
+
+    scope: Path
+    """The manifest as this launch began; one of the same name may have written its own over it meanwhile."""
+    jobs: Path
+    """A search's cells."""
+    report: Path
+    """When the sweep's report was last written, and how long that took."""
+
+    @classmethod
+    def of(cls, folder: Path, sweep: str, launch: str) -> OwnFiles:
+        return cls(*(folder / f"{sweep}.{launch}.{what}" for what in ("scope", "jobs.jsonl", "report")))
+
+    def remove(self) -> None:
+        for path in self:
+            path.unlink(missing_ok=True)
+
+
+def launch_of(hydra: DictConfig) -> str:
+    """Which launch a job belongs to, as the loader has written it into the job's environment."""
+    return str(OmegaConf.select(hydra, f"job.env_set.{LAUNCH_VARIABLE}") or "")
+
+
+def command_of(overrides: Iterable[str], *, multirun: bool = False, config_dir: str | None = None) -> str:
+    """The command line that repeats a run or, where there is no sweep among the overrides, a multirun."""
+    plain = [override.removeprefix("++") for override in overrides]
+    folder = ["--config-dir", config_dir] if config_dir else []
+    return shlex.join(["left-bench", *folder, *(["-m"] if multirun else []), *plain])
+
+
+def config_dir_of(hydra: DictConfig) -> str | None:
+    """The user's `--config-dir`, from where the command was given if it lies below."""
+    found = [str(one.path) for one in hydra.runtime.config_sources if one.provider == "command-line"]
+    if not found:
+        return None
+    below = Path(found[0]).is_relative_to(hydra.runtime.cwd)
+    return str(Path(found[0]).relative_to(hydra.runtime.cwd)) if below else found[0]
+
+
+def jobs_of(config: DictConfig) -> Iterator[tuple[list[str], DictConfig]]:
+    """Every job's overrides and configuration of a multirun, as Hydra's basic sweeper will compose them.
+
+    A search's jobs are not known before: one stands for them, with the middle of every range.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    loader = GlobalHydra.instance().config_loader()
+    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(
+        [*parameters, *config.hydra.overrides.task]
+    )
+    if searches(config.hydra):
+        alone = standing_for(overrides)
+        yield alone, loader.load_sweep_config(config, alone)
+        return
+    split = getattr(BasicSweeper, "whole_grid", BasicSweeper.split_arguments)  # `grid` may have replaced it
+    [batch] = split(overrides, None)
+    for job in batch:
+        yield job, loader.load_sweep_config(config, list(job))
+
+
+def standing_for(overrides: Iterable[Override]) -> list[str]:
+    """One job of a search: the lower end of every range, the first of every choice."""
+    chosen: dict[str, str] = {}
+    for override in overrides:
+        key, value = override.get_key_element(), override.value()
+        if isinstance(value, IntervalSweep):
+            chosen[key] = f"{key}={value.start}"
+        elif override.is_sweep_override():
+            chosen[key] = f"{key}={next(override.sweep_string_iterator())}"
+        else:
+            chosen[key] = f"{key}={override.get_value_element_as_str()}"
+    return list(chosen.values())
+
+
+def check_launcher(config: DictConfig) -> None:
+    """Refuse, before anything runs, what a launcher or a search cannot do with the cells as they are set.
+
+    Raises:
+        UserError: naming the key and the mend.
+    """
+    launcher, hydra = launcher_of(config.hydra), config.hydra
+    device = str(OmegaConf.select(config, "hardware.device"))
+    if device == "auto" and runs_elsewhere(hydra):
+        raise UserError(
+            f"hardware.device=auto: hydra/launcher={launcher} may run the cells on other machines than this one; "
+            "name the device with hardware=cpu or hardware=cuda"
+        )
+    if (
+        launcher == "ray"
+        and device not in ("auto", "cpu")
+        and not OmegaConf.select(hydra, "launcher.ray.remote.num_gpus")
+    ):
+        raise UserError(
+            f"hardware.device={device}: Ray hides GPUs from a task that asks for none; "
+            "add +hydra.launcher.ray.remote.num_gpus=1"
+        )
+    if searches(hydra):
+        objective, direction = str(config.objective), hydra.sweeper.get("direction")
+        if objective not in METRICS:
+            raise UserError(f"objective={objective}: no such metric{nearest(objective, METRICS)}")
+        wanted = {"lower": "minimize", "higher": "maximize"}.get(METRICS[objective].better)
+        if wanted is not None and str(getattr(direction, "name", direction)) != wanted:
+            raise UserError(
+                f"objective={objective}: {METRICS[objective].better} is better; set hydra.sweeper.direction={wanted}"
+            )
+
+
+def check_objective(cell: Cell, objective: str) -> None:
+    """Refuse a search for what its cells will not have.
+
+    Raises:
+        UserError: random weights are not scored.
+    """
+    if cell.model.weights == "random" and METRICS[objective].kind == "quality":
+        raise UserError(f"objective={objective}: random weights are not scored; search for objective=train_loss")
+
+
+def best_trial(records: Sequence[Record], *, objective: str) -> str:
+    """A search's best trial in one line: what it had chosen, its value, and how many trials had none."""
+    scored = [one for one in records if one.status == "ok" and objective in one.metrics]
+    without = f"{len(records) - len(scored)} of {len(records)} without a value"
+    if not scored:
+        return f"best: none; {without}"
+    pick = max if METRICS[objective].better == "higher" else min
+    best = pick(scored, key=lambda one: one.metrics[objective])
+    told = [list(map(str, one.provenance.get("overrides", []))) for one in records]
+    shared = set(told[0]).intersection(*told[1:])
+    chosen = [one.lstrip("+") for one in best.provenance.get("overrides", []) if len(records) == 1 or one not in shared]
+    return f"best: {' '.join(chosen)} ({objective} {best.metrics[objective]:.6g}); {without}"
+
+
+def quiet_optuna() -> None:
+    """Its warnings alone: a study that has no name is no news."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def launcher_of(hydra: DictConfig) -> str:
+    """The launcher's option: `basic`, `joblib`, `submitit_slurm`, ..."""
+    return str(hydra.runtime.choices.get("hydra/launcher", "basic"))
+
+
+def searches(hydra: DictConfig) -> bool:
+    """Whether the sweeper chooses each job from the results of those before it."""
+    return str(hydra.runtime.choices.get("hydra/sweeper", "basic")) != "basic"
+
+
+def runs_elsewhere(hydra: DictConfig) -> bool:
+    """Whether the launcher may carry the cells to other machines than this one."""
+    launcher = launcher_of(hydra)
+    here = launcher == "ray" and OmegaConf.select(hydra, "launcher.ray.init.address") in (None, "local")
+    return launcher in SCHEDULERS and not here
+
+
+def scope_of(manifest: Path, hydra: DictConfig, cell: Cell) -> tuple[int, int, str]:
+    """A job's place in its sweep, how many cells that has, and when it began; no storage shared, no manifest.
+
+    Raises:
+        UserError: the job's cell is not one of them.
+    """
+    number = int(hydra.job.num) + 1
+    places: dict[str, int] = {}
+    started_at = utc_now()
+    if manifest.exists():
+        places, started_at = _read_manifest(manifest, manifest.stat().st_mtime_ns)
+    if searches(hydra):
+        return number, int(hydra.sweeper.n_trials), started_at
+    if not places:
+        return number, number, started_at
+    if cell.id not in places:
+        raise UserError(
+            f"this job's cell {cell.id} is not one of the sweep's: this machine resolves it otherwise than the one "
+            "that started the sweep (device, files or version); name hardware= and use the same left-bench"
+        )
+    return places[cell.id], len(places), started_at
+
+
+@functools.lru_cache(maxsize=1)
+def _read_manifest(manifest: Path, changed: int) -> tuple[dict[str, int], str]:
+    """Its cells' places and its start; read anew only when the file has changed, not for each of ten thousand jobs."""
+    raw = json.loads(manifest.read_text(encoding="utf-8"))
+    return {cell: place for place, cell in enumerate(raw["cells"], start=1)}, str(raw["started_at"])
+
+
+def sweep_name(hydra: DictConfig) -> str:
+    """What names a sweep's manifest and report: Hydra's job name, which `cli` sets to the sweep's."""
+    return slugify(str(hydra.job.name))

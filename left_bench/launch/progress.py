@@ -1,0 +1,156 @@
+"""What a person sees while cells run: bars on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from left_bench.spec.cell import Cell
+from left_bench.spec.record import Record
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+class CellView(Protocol):
+    """Shows one running cell."""
+
+    def event(self, event: Mapping[str, Any]) -> None: ...
+
+
+@contextmanager
+def watch(
+    cell: Cell, *, number: int, total: int, console: Console | None = None, bars: bool = True
+) -> Iterator[CellView]:
+    """Show a cell while it runs, as the `number`-th (from 1) of `total`; without `bars` in plain lines."""
+    console = console or Console()
+    if bars and console.is_terminal:
+        with _bars(console) as shown:
+            yield _Bars(shown, cell, number=number, total=total)
+    else:
+        yield _Lines(console, cell, number=number, total=total)
+
+
+def say_end(
+    record: Record,
+    *,
+    number: int,
+    total: int,
+    skipped: bool = False,
+    seconds_left: float | None = None,
+    console: Console | None = None,
+) -> None:
+    """One line on how a cell ended, and about how long the launch's other cells will take where that is known."""
+    console = console or Console()
+    style = {"ok": "green", "unsupported": "yellow"}.get(record.status, "red")
+    facts = [f"{record.metrics['wall_seconds']:.0f} s"] if "wall_seconds" in record.metrics and not skipped else []
+    scored = [name for name in ("exact_match", "rouge_l", "eval_loss") if name in record.metrics]
+    facts += [f"{name} {record.metrics[name]:.3f}" for name in scored]
+    if skipped:
+        facts.append("kept from an earlier run")
+    text = f"{_count(number, total)} [{style}]{record.status}[/] {escape(record.cell_id)}"
+    detail = escape(record.reason or "") if record.status != "ok" else ", ".join(facts)
+    left = "" if seconds_left is None else f"  [dim]about {_rounded(seconds_left)} left[/]"
+    console.print(f"{text}  {detail}{left}", highlight=False, soft_wrap=True)
+
+
+def _rounded(seconds: float) -> str:
+    """To what a guess is worth: seconds by tens, minutes, hours by tenths."""
+    if seconds < 90:
+        return f"{max(10, round(seconds, -1)):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def rows_in_words(event: Mapping[str, Any], *, max_length: int) -> str:
+    """`train 6, test 4, dropped 10 (no prompt or answer), 2.7 epochs`: what became of the rows, before the steps."""
+    found = f"{event['shape']}: " if event.get("shape") else ""
+    parts = [f"{found}train {event['train_rows']:,}, test {event['test_rows']:,}"]
+    if event["dropped_rows"]:
+        parts.append(f"dropped {event['dropped_rows']:,} (no prompt or answer)")
+    if event["repeated_rows"]:
+        parts.append(f"left out {event['repeated_rows']:,} (a test row's question)")
+    if cut := event["truncated_rows"] + event["truncated_test_rows"]:
+        parts.append(f"cut {cut:,} (longer than training.max_length={max_length})")
+    return ", ".join([*parts, f"{event['train_epochs']:.2g} epochs"])
+
+
+def _worth_saying(event: Mapping[str, Any], *, number: int) -> bool:
+    """A sweep's cells mostly share their rows: of the first, and where some are lost."""
+    lost = ("dropped_rows", "repeated_rows", "truncated_rows", "truncated_test_rows")
+    return number == 1 or any(event[name] for name in lost)
+
+
+def _count(number: int, total: int) -> str:
+    return escape(f"[{number}/{total}]")
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+class _Bars:
+    def __init__(self, bars: Progress, cell: Cell, *, number: int, total: int) -> None:
+        self._bars, self._number, self._max_length = bars, number, cell.training.max_length
+        self._steps = cell.training.steps
+        bars.add_task("cells", total=total, completed=number - 1, facts="")
+        self._task = bars.add_task(escape(cell.id), total=self._steps, facts="starting")
+        self._phase, self._counted = "", "steps"
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            self._count("steps", event["step"], self._steps, facts=_step_facts(event))
+        elif event["event"] == "progress":
+            work = f"{self._phase}: {event['work']}"
+            self._count(work, event["done"], event["total"], facts=escape(work))
+        elif event["event"] == "data" and _worth_saying(event, number=self._number):
+            told = f"rows: {rows_in_words(event, max_length=self._max_length)}"
+            self._bars.console.print(escape(told), highlight=False, soft_wrap=True)
+        elif event["event"] == "phase":
+            self._phase = event["name"]
+            self._bars.update(self._task, facts=event["name"])
+
+    def _count(self, what: str, done: int, total: int, *, facts: str) -> None:
+        if what != self._counted:  # another unit, whose speed the time that remains is to be told by
+            self._counted = what
+            self._bars.reset(self._task, total=total)
+        self._bars.update(self._task, completed=done, facts=facts)
+
+
+class _Lines:
+    def __init__(self, console: Console, cell: Cell, *, number: int, total: int) -> None:
+        self._console, self._steps, self._said = console, cell.training.steps, time.monotonic()
+        self._count, self._phase = _count(number, total), ""
+        self._number, self._max_length = number, cell.training.max_length
+        self._say(f"start {cell.id}")
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        due = time.monotonic() - self._said >= _LINE_EVERY_SECONDS
+        if event["event"] == "phase":
+            self._phase = event["name"]
+        elif event["event"] == "data" and _worth_saying(event, number=self._number):
+            self._say(f"rows: {rows_in_words(event, max_length=self._max_length)}")
+        elif event["event"] == "step" and (due or event["step"] == self._steps):
+            self._say(f"step {event['step']}/{self._steps} {_step_facts(event)}")
+        elif event["event"] == "progress" and due:
+            self._say(f"{self._phase} {event['work']} {event['done']}/{event['total']}")
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        self._console.print(f"{self._count} {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _step_facts(event: Mapping[str, Any]) -> str:
+    return f"loss {event['loss']:.3f}  {event['tokens_per_second']:.0f} tokens/s"

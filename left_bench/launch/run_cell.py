@@ -1,0 +1,248 @@
+"""One cell to its record: claimed, refused or run in a process of its own, tracked, and written.
+
+`run_cell` is what a launch does for every cell, wherever its launcher has taken it.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from left_bench.core import interrupt
+from left_bench.core.clock import utc_now
+from left_bench.core.errors import UserError
+from left_bench.grid.compose import Settings
+from left_bench.grid.rules import why_unsupported
+from left_bench.launch.cell_lock import claim, next_attempt
+from left_bench.launch.progress import say_end, watch
+from left_bench.launch.supervise import LOG_NAME, run_isolated
+from left_bench.spec.cell import Cell
+from left_bench.spec.record import RECORD_NAME, KnownParts, NewerSchema, Record, Status, read_record
+from left_bench.spec.redact import redact_file, redacted_record
+from left_bench.tracker import Attempt, Feed, open_tracker
+from left_bench.training.checkpoint import forget_checkpoints
+
+_UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+
+
+class Pace:
+    """What is left of a launch, by the cells that it has run: of those that are to come nothing else is known yet."""
+
+    def __init__(self, cells: int = 0) -> None:
+        self._to_run, self._seconds, self._run = cells, 0.0, 0
+
+    def ended(self, record: Record) -> None:
+        """A cell came to its record in this process."""
+        again = sum(phase.seconds for phase in record.phases if phase.name not in _ONCE)
+        if self._run:  # what the first spent outside its phases is imports, which are made once
+            again += max(0.0, record.metrics.get("overhead_seconds", 0.0))
+        self._seconds, self._run = self._seconds + again, self._run + 1
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None before the first cell, after the last, and where cells run in other processes, which tell nobody."""
+        left = self._to_run - self._run
+        return self._seconds / self._run * left if self._run and left > 0 else None
+
+
+_pace = Pace()
+
+# what the first cell of its kind does for all that follow
+_ONCE = ("peak", "evaluate_base", "keep_quantized", "quantization_error")
+# Cell id -> the attempt that was on record when this launch began (0: none); a later one was made by another launch.
+_found_at_start: dict[str, int] = {}
+
+
+def note_records(cells: Sequence[str], runs_dir: Path, *, keep: Collection[str]) -> set[str]:
+    """Note which attempts are on record before a launch's first cell runs.
+
+    Returns:
+        Those of `keep` that are done; it is said of each.
+
+    Raises:
+        UserError: a record of a newer left_bench.
+    """
+    global _pace
+    _found_at_start.clear()
+    done = set()
+    for number, cell in enumerate(cells, start=1):
+        record = previous_record(runs_dir / cell / RECORD_NAME)
+        _found_at_start[cell] = record.attempt if record is not None else 0
+        if record is not None and record.status == "ok" and cell in keep:
+            done.add(cell)
+            say_end(record, number=number, total=len(cells), skipped=True)
+    _pace = Pace(len(cells) - len(done))
+    return done
+
+
+def run_cell(
+    cell: Cell,
+    settings: Settings,
+    *,
+    overrides: list[str],
+    command: str,
+    number: int = 1,
+    total: int = 1,
+    sweep: str | None = None,
+    launch: str | None = None,
+    take_seat: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    bars: bool = True,
+) -> Record | None:
+    """Take one cell to its record; None when another launch is running it just now.
+
+    An `ok` record that is there already is kept, and so is any record that another launch has made since this one
+    began.
+
+    Args:
+        take_seat: waits for cores and accelerators, given the device kind.
+        bars: bars on a terminal; cells that run beside each other would draw over each other's.
+
+    Raises:
+        UserError: the cell's folder cannot be written, or holds a record of a newer left_bench.
+    """
+    run_dir = settings.runs_dir / cell.id
+    try:
+        with claim(run_dir) as mine:
+            if not mine:
+                return None
+            for unfinished in run_dir.glob(".*.*"):  # what a killed process was still writing
+                unfinished.unlink()
+            previous = previous_record(run_dir / RECORD_NAME)
+            recorded = previous.attempt if previous is not None else 0
+            made_elsewhere = recorded > _found_at_start.get(cell.id, recorded)
+            if previous is not None and (made_elsewhere or (previous.status == "ok" and not settings.force)):
+                say_end(previous, number=number, total=total, skipped=True)
+                return previous
+            attempt = next_attempt(run_dir, recorded=recorded)
+            if previous is not None:  # from here on the cell counts as not done
+                Path(run_dir / RECORD_NAME).replace(run_dir / f"record.{recorded}.json")
+            if settings.force:
+                forget_checkpoints(run_dir)
+            told_of = Attempt(
+                cell_id=cell.id,
+                number=attempt,
+                choices=cell.choices,
+                config=cell.sections(),
+                sweep=sweep,
+                launch=launch,
+                run_dir=run_dir,
+            )
+            record = _run_claimed(
+                cell,
+                settings,
+                attempt=told_of,
+                overrides=overrides,
+                command=command,
+                number=number,
+                total=total,
+                take_seat=take_seat,
+                bars=bars,
+            )
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:  # a closed pipe, no process to be had: not the folder's fault
+            raise
+        raise UserError(
+            f"runs_dir={settings.runs_dir}: {error.filename or run_dir} cannot be written ({error.strerror or error}); "
+            "mend that and give the same command again, finished cells are kept"
+        ) from error
+    _pace.ended(record)
+    say_end(record, number=number, total=total, seconds_left=_pace.seconds_left if bars else None)
+    return record
+
+
+def _run_claimed(
+    cell: Cell,
+    settings: Settings,
+    *,
+    attempt: Attempt,
+    overrides: list[str],
+    command: str,
+    number: int,
+    total: int,
+    take_seat: Callable[[str], AbstractContextManager[Any]],
+    bars: bool,
+) -> Record:
+    run_dir = attempt.run_dir
+    tracker = open_tracker(settings.tracker, store=settings.runs_dir)
+    tracker.start(attempt)
+    feed = Feed(tracker)
+    refusal = None if settings.force_unsupported else why_unsupported(cell)
+    if refusal is not None:
+        record = _ended(cell, "unsupported", refusal)
+    elif (wanting := _fetch_model(cell)) is not None:
+        record = _ended(cell, "failed", wanting)
+    else:
+        try:
+            with take_seat(cell.hardware.device), watch(cell, number=number, total=total, bars=bars) as view:
+
+                def on_event(event: dict[str, Any]) -> None:
+                    view.event(event)
+                    feed.event(event)
+
+                record = run_isolated(cell, run_dir, on_event=on_event)
+        except UserError as error:  # this machine has no such seat
+            record = _ended(cell, "failed", str(error))
+    if record.status != "ok":  # a terminal's Ctrl-C goes to the children as well, and what they say of it is no result
+        interrupt.check()
+    told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command}
+    provenance = record.provenance | told
+    record = redacted_record(record.model_copy(update={"attempt": attempt.number, "provenance": provenance}))
+    redact_file(run_dir / LOG_NAME)
+    record.write(run_dir)
+    tracker.finish(record)
+    return record
+
+
+def _fetch_model(cell: Cell) -> str | None:
+    """Make the base model's files before the cell's clock starts; what is wrong when they cannot be had."""
+    from left_bench.pretrained import fetch
+
+    try:
+        fetch(cell.model, dtype=cell.precision.weights_dtype)
+    except (UserError, MemoryError, RuntimeError, OSError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _ended(cell: Cell, status: Status, reason: str) -> Record:
+    """The record of a cell whose worker was never started."""
+    now = utc_now()
+    return Record(
+        cell_id=cell.id,
+        status=status,
+        reason=reason,
+        started_at=now,
+        finished_at=now,
+        choices=cell.choices,
+        config=cell.sections(),
+    )
+
+
+def previous_record(path: Path, *, known: KnownParts | None = None) -> Record | None:
+    """The record that is there; a damaged one is said, put aside, and counts as none.
+
+    Raises:
+        UserError: it was written by a newer left_bench, and running the cell again would lose it.
+    """
+    if not path.exists():
+        return None
+    try:
+        return read_record(path, known=known)
+    except NewerSchema as error:
+        raise UserError(f"{error}; upgrade left_bench or give another runs_dir=") from error
+    except ValueError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # put aside by another launch just now
+            return None
+        if isinstance(error.__cause__, OSError):
+            raise UserError(f"{error}; make it readable or give another runs_dir=") from error
+        aside = path.with_name("record.damaged.json")
+        path.replace(aside)
+        print(f"warning: {error}; kept as {aside.name}, the cell is run again", file=sys.stderr)
+        return None

@@ -1,0 +1,249 @@
+"""A cell in a fresh process: started, watched, ended if need be, and always turned into a record."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from left_bench.core import interrupt
+from left_bench.core.clock import utc_now
+from left_bench.core.files import write_atomically
+from left_bench.processes import memory_limit as limits
+from left_bench.processes import start_process as processes
+from left_bench.processes.ranks import Team, folder_of
+from left_bench.spec.cell import Cell
+from left_bench.spec.events import EVENTS_NAME, EventReader
+from left_bench.spec.record import Phase, Record, Status
+from left_bench.training.checkpoint import forget_checkpoints
+from left_bench.worker.classify_error import says_out_of_memory
+from left_bench.worker.run import ADAPTER_NAME, CELL_NAME, NO_OUTCOME, OUTCOME_NAME, ROWS_NAME
+
+LOG_NAME = "worker.log"
+_LOOK_EVERY_SECONDS = 0.25
+_TAIL_CHARACTERS = 4000
+# What starting a process fails with where the system has none to give, or its fork server has died.
+_NO_PROCESS = (None, errno.EAGAIN, errno.ENOMEM, errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOENT)
+
+
+def run_isolated(
+    cell: Cell, run_dir: Path, *, on_event: Callable[[dict[str, Any]], None], command: list[str] | None = None
+) -> Record:
+    """Run the cell's worker and wait for it, asleep but for a look at its events four times a second.
+
+    The worker's process group is ended whatever happens, also when this process is interrupted. What it had measured
+    by then is in the record: finished phases, steps, losses, the peak of memory so far.
+
+    Args:
+        on_event: is given every event of `events.jsonl` as it appears.
+        command: what to start in place of the worker (tests); it is given the run's folder.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (OUTCOME_NAME, EVENTS_NAME, ROWS_NAME):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)  # an earlier attempt's adapter is not this one's
+    if cell.training.checkpoint_every is None:
+        forget_checkpoints(run_dir)
+    write_atomically(run_dir / CELL_NAME, cell.model_dump_json(by_alias=True, indent=1))
+    reader = EventReader(run_dir / EVENTS_NAME)
+    killed_before = _kernel_kills()
+    started_at, start = utc_now(), time.monotonic()
+    too_long: str | None = None
+    seen: list[dict[str, Any]] = []
+    last_sign = start
+
+    def look() -> None:
+        nonlocal last_sign
+        for event in reader.new():
+            last_sign = time.monotonic()
+            if event["event"] != "progress":  # a sign of life and no result
+                seen.append(event)
+            on_event(event)
+
+    try:
+        process = processes.start(
+            run_dir,
+            log=run_dir / LOG_NAME,
+            environment=worker_environment(cell),
+            command=command,
+            fork=cell.hardware.device == "cpu",
+        )
+    except (OSError, EOFError) as error:
+        interrupt.check()  # a terminal's Ctrl-C ends a fork server that is still importing
+        if isinstance(error, OSError) and error.errno not in _NO_PROCESS:  # the folder's fault, or one of ours
+            raise
+        return _never_started(cell, error, started_at=started_at, kernel_kills=_kernel_kills() - killed_before)
+    try:
+        while process.wait(_LOOK_EVERY_SECONDS) is None:
+            interrupt.check()
+            look()
+            too_long = _too_long(cell, running=time.monotonic() - start, silent=time.monotonic() - last_sign)
+            if too_long is not None:
+                if process.wait(0) is None:
+                    process.show_stack()  # where it hangs, for the log
+                else:
+                    too_long = None
+                break
+    finally:
+        code = process.end()
+        for rank in range(cell.hardware.processes):
+            limits.remove_group(folder_of(run_dir, rank))
+        Team(run_dir, size=cell.hardware.processes).sweep()
+    look()
+    wall = time.monotonic() - start
+
+    tail = log_tail(run_dir / LOG_NAME)
+    outcome = _read_outcome(run_dir / OUTCOME_NAME)
+    if outcome is None:
+        kernel_kills = _kernel_kills() - killed_before
+        status, reason = _why_no_outcome(code, too_long, cell, kernel_kills, seen, run_dir, log_tail=tail)
+        outcome = _without_outcome(cell, status, reason, started_at=started_at, phases=_finished_phases(seen))
+    provenance = dict(outcome.provenance)
+    if outcome.status != "ok":
+        provenance["log_tail"] = tail
+    metrics = dict(outcome.metrics)
+    if outcome.status == "ok":
+        forget_checkpoints(run_dir)
+    else:
+        metrics = _measured_so_far(seen, cell) | metrics
+    metrics["wall_seconds"] = wall
+    metrics["overhead_seconds"] = wall - sum(phase.seconds for phase in outcome.phases)
+    (run_dir / OUTCOME_NAME).unlink(missing_ok=True)
+    return outcome.model_copy(update={"metrics": metrics, "provenance": provenance, "started_at": started_at})
+
+
+def _never_started(cell: Cell, error: Exception, *, started_at: str, kernel_kills: int) -> Record:
+    """The record of a cell whose process could not be had; the next cell gets a new fork server."""
+    told = " ".join(str(error).split()) or type(error).__name__
+    status: Status = "oom" if kernel_kills > 0 or getattr(error, "errno", None) == errno.ENOMEM else "crashed"
+    reason = f"the worker's process could not be started ({told})"
+    if kernel_kills > 0:
+        reason = "the kernel ended the worker's process for want of memory while it was being started"
+    return _without_outcome(cell, status, reason, started_at=started_at, phases=[])
+
+
+def _without_outcome(cell: Cell, status: Status, reason: str, *, started_at: str, phases: list[Phase]) -> Record:
+    return Record(
+        cell_id=cell.id,
+        status=status,
+        reason=reason,
+        started_at=started_at,
+        finished_at=utc_now(),
+        choices=cell.choices,
+        config=cell.sections(),
+        phases=phases,
+    )
+
+
+def worker_environment(cell: Cell) -> dict[str, str]:
+    """The parent's environment, with what a measured run needs."""
+    environment = os.environ | {
+        "TOKENIZERS_PARALLELISM": "false",  # the tokenizer's threads would compete with the measured ones
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if cell.hardware.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(cell.hardware.threads)
+    if cell.hardware.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # libraries that look for a GPU must not find one
+    return environment
+
+
+def log_tail(path: Path) -> str:
+    """The end of a log, without the list of imported modules that follows the stack of a segmentation fault."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 16 * _TAIL_CHARACTERS))
+        end = file.read().decode("utf-8", errors="replace")
+    told = [line for line in end.splitlines(keepends=True) if not line.startswith("Extension modules: ")]
+    return "".join(told)[-_TAIL_CHARACTERS:]
+
+
+def _too_long(cell: Cell, *, running: float, silent: float) -> str | None:
+    """Why the worker's patience is over, if it is; seconds since its start, and since its last event."""
+    limits = cell.hardware
+    if limits.timeout is not None and running > limits.timeout:
+        return f"ended after hardware.timeout={limits.timeout:g} s"
+    if limits.phase_timeout is not None and silent > limits.phase_timeout:
+        return f"no progress for hardware.phase_timeout={limits.phase_timeout:g} s"
+    return None
+
+
+def _why_no_outcome(
+    code: int | None,
+    too_long: str | None,
+    cell: Cell,
+    kernel_kills: int,
+    seen: list[dict[str, Any]],
+    run_dir: Path,
+    *,
+    log_tail: str,
+) -> tuple[Status, str]:
+    where = next((f" in phase {event['name']}" for event in reversed(seen) if event["event"] == "phase"), "")
+    where += next((f" after step {event['step']}" for event in reversed(seen) if event["event"] == "step"), "")
+    if too_long is not None:
+        return "timeout", too_long + where
+    if code == NO_OUTCOME:
+        free = shutil.disk_usage(run_dir).free
+        return "failed", f"the worker could not write its outcome, {free / 2**20:.0f} MiB are free there now{where}"
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        if -code == signal.SIGKILL and kernel_kills > 0:
+            limit = cell.hardware.memory_limit
+            limited = f" (hardware.memory_limit={limit / 2**20:.0f}MiB)" if limit is not None else ""
+            return "oom", f"the kernel ended the worker for want of memory{where}{limited}"
+        return "crashed", f"the worker was ended by {name}{where}"
+    if says_out_of_memory(log_tail):  # bitsandbytes leaves the process where an allocation of its own fails
+        last = log_tail.strip().splitlines()[-1]
+        return "oom", f"the worker left with exit code {code}{where}, its last words: {last[:200]}"
+    return "crashed", f"the worker left with exit code {code} and no outcome{where}"
+
+
+def _read_outcome(path: Path) -> Record | None:
+    if not path.exists():
+        return None
+    try:
+        return Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError:  # not this package's writing, which is whole or not there
+        return None
+
+
+def _finished_phases(seen: list[dict[str, Any]]) -> list[Phase]:
+    return [
+        Phase.model_validate({key: value for key, value in event.items() if key in Phase.model_fields})
+        for event in seen
+        if event["event"] == "phase_end"
+    ]
+
+
+def _measured_so_far(seen: list[dict[str, Any]], cell: Cell) -> dict[str, float]:
+    """The metrics of the steps that were taken, by the same definitions as a finished run's."""
+    from left_bench.measure.meter import step_of_event, summarize_steps
+
+    events = [event for event in seen if event["event"] == "step"]
+    steps = [step for event in events if (step := step_of_event(event)) is not None]
+    found: dict[str, float | None] = dict(summarize_steps(steps, measure_after=cell.training.measure_after))
+    peaks = [event["peak_memory_bytes"] for event in events if event.get("peak_memory_bytes") is not None]
+    if peaks:
+        found["peak_memory_bytes"] = max(peaks)
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _kernel_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it started (Linux), else 0."""
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return 0

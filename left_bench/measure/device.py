@@ -1,0 +1,322 @@
+"""The one interface to the hardware: clocks, peaks, limits. Everything else is device-neutral.
+
+`find_device` is for the parent and imports no torch; the classes are for the worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from left_bench.measure.instruction_sets import cpu_model, instruction_sets
+from left_bench.processes import memory_limit
+
+# What a machine has whose torch answers to the name cuda.
+_CUDA_SIGNS = (
+    "/proc/driver/nvidia/gpus",
+    "/usr/lib/wsl/lib/libcuda.so.1",  # WSL2 shows the card through /dev/dxg, which an Intel or AMD card has too
+    "/dev/nvhost-gpu",  # Jetson up to JetPack 5; 6 and later have the first
+    "/dev/nvgpu/igpu0",
+    "/dev/kfd",  # ROCm
+)
+
+
+def find_device(asked: str) -> str:
+    """The device kind a cell will run on: `asked`, or for `auto` the accelerator whose driver this machine shows."""
+    if asked != "auto":
+        return asked
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not hidden and any(Path(path).exists() for path in _CUDA_SIGNS):
+        return "cuda"
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return "mps"
+    return "cpu"
+
+
+class Device(Protocol):
+    """What a run needs of the hardware. Bytes are over the baseline taken after imports."""
+
+    kind: str
+    peak_source: str
+    """How the peak is measured, in words."""
+
+    def synchronize(self) -> None:
+        """Wait for queued work, so that a clock read afterwards is honest."""
+
+    def set_baseline(self) -> int:
+        """Take what is in use now as zero; returns it in bytes."""
+
+    def reset_peak(self) -> None:
+        """Forget earlier peaks."""
+
+    def peak_bytes(self) -> int | None:
+        """Highest use since `reset_peak`, over the baseline."""
+
+    def peak_reserved_bytes(self) -> int | None:
+        """The allocator's own peak, where there is an allocator."""
+
+    def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
+        """Make use beyond the baseline plus `limit_bytes` fail as out-of-memory; returns how, in words.
+
+        `exceeded` is called with the bytes in use, from another thread, where use can be seen but not refused.
+        """
+
+    def name(self) -> str | None:
+        """The accelerator's name."""
+
+
+def open_device(kind: str) -> Device:
+    """The device of that kind.
+
+    Raises:
+        RuntimeError: torch cannot see such a device.
+    """
+    if kind == "cpu":
+        return CpuDevice()
+    return AcceleratorDevice(kind)
+
+
+class CpuDevice:
+    """Memory of this process as the kernel counts it: the resident set's high-water mark, reset at each phase."""
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        self._baseline = 0
+        self._sampler: _PeakSampler | None = None
+        self.peak_source = "kernel high-water mark of the resident set (VmHWM)"
+        if not _reset_high_water_mark():
+            self._sampler = _PeakSampler()
+            self.peak_source = "resident set sampled every 5 ms"
+
+    def synchronize(self) -> None:
+        return None
+
+    def set_baseline(self) -> int:
+        _give_back_freed_memory()
+        self._baseline = _resident_bytes()
+        return self._baseline
+
+    def reset_peak(self) -> None:
+        _give_back_freed_memory()  # freed heap that glibc keeps would pass for use in the next phase
+        if self._sampler is None:
+            _reset_high_water_mark()
+        else:
+            self._sampler.reset()
+
+    def peak_bytes(self) -> int | None:
+        peak = _status_bytes("VmHWM") if self._sampler is None else self._sampler.peak
+        return max(0, peak - self._baseline)
+
+    def peak_reserved_bytes(self) -> int | None:
+        return None
+
+    def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
+        grouped = memory_limit.enter_group(run_dir, limit_bytes)
+        memory_limit.limit_data(limit_bytes)
+        memory_limit.watch(limit_bytes, baseline_bytes=self._baseline, exceeded=exceeded)
+        return "RLIMIT_DATA, control group, watchdog" if grouped else "RLIMIT_DATA, watchdog"
+
+    def name(self) -> str | None:
+        return None
+
+
+class AcceleratorDevice:
+    """CUDA (ROCm too), XPU or MPS; peaks are the caching allocator's.
+
+    Everything is asked of `torch.accelerator`, which is the same for every kind, where it knows this device's
+    allocator, and else of the kind's own module (torch before 2.9; MPS, whose allocator keeps no peak).
+    """
+
+    def __init__(self, kind: str) -> None:
+        import torch
+
+        self.kind = kind
+        self._module: Any = getattr(torch, kind)
+        if not self._module.is_available():
+            raise RuntimeError(f"hardware.device={kind}: torch {torch.__version__} sees no such device here")
+        self._places: list[Any] = [*_neutral_interface(kind), self._module]
+        self.peak_source = f"{getattr(self._places[0], '__name__', f'torch.{kind}')} allocator peak"
+        self._baseline = 0
+
+    def synchronize(self) -> None:
+        self._ask("synchronize")
+
+    def set_baseline(self) -> int:
+        gc.collect()
+        self._ask("empty_cache")
+        self._baseline = int(self._ask("memory_allocated", "current_allocated_memory") or 0)
+        return self._baseline
+
+    def reset_peak(self) -> None:
+        gc.collect()
+        self._ask("empty_cache")  # what an earlier phase left reserved would pass for this one's
+        self._ask("reset_peak_memory_stats")  # MPS keeps no peak
+
+    def peak_bytes(self) -> int | None:
+        peak = self._ask("max_memory_allocated")
+        return None if peak is None else int(peak) - self._baseline
+
+    def peak_reserved_bytes(self) -> int | None:
+        peak = self._ask("max_memory_reserved")
+        return None if peak is None else int(peak)
+
+    def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
+        if hasattr(self._module, "get_device_properties"):
+            total = self._module.get_device_properties(0).total_memory
+        else:
+            total = self._module.recommended_max_memory()
+        self._module.set_per_process_memory_fraction(min(1.0, (self._baseline + limit_bytes) / total))
+        return f"torch.{self.kind} allocator fraction: of what it reserves, unused blocks included"
+
+    def name(self) -> str | None:
+        return str(self._module.get_device_name(0)) if hasattr(self._module, "get_device_name") else self.kind
+
+    def _ask(self, *names: str) -> Any:
+        """The answer of the first interface that has one of the functions; None where none has."""
+        for place in self._places:
+            for name in names:
+                if hasattr(place, name):
+                    return getattr(place, name)()
+        return None
+
+
+def _neutral_interface(kind: str) -> list[Any]:
+    """`torch.accelerator` where it stands for this kind and counts its memory: of other allocators it answers 0."""
+    import torch
+
+    neutral = getattr(torch, "accelerator", None)
+    if neutral is None or not hasattr(neutral, "memory_stats"):
+        return []
+    current = neutral.current_accelerator()
+    if current is None or current.type != kind:
+        return []
+    torch.empty(1, device=kind)  # statistics begin with the first allocation
+    return [neutral] if neutral.memory_stats() else []
+
+
+def describe_machine(device: Device) -> dict[str, Any]:
+    """The machine, from an allow-list of facts: no user, host name, path or environment variable among them."""
+    import psutil
+
+    facts: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "device": device.kind,
+        "device_name": device.name(),
+    }
+    sets = instruction_sets()
+    if sets is not None:
+        facts["instruction_sets"] = list(sets)
+    # the same machine has the same id: the kernel's version and the exact memory size may change under it
+    # instruction sets are in it, for virtual machines of one name have them or not, and are 50 times apart in speed
+    stable = [facts["cpu"], facts["cores"], round(facts["memory_bytes"] / 2**30), facts["device_name"], sets]
+    facts["id"] = hashlib.sha256(repr(stable).encode()).hexdigest()[:8]
+    return facts
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset VmHWM alone (proc(5))
+    except OSError:
+        return False
+    return True
+
+
+def _give_back_freed_memory() -> None:
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+
+
+class _PeakSampler:
+    """Where the kernel keeps no resettable mark: a thread that looks every 5 ms and may miss short peaks."""
+
+    def __init__(self) -> None:
+        self.peak = _resident_bytes()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def reset(self) -> None:
+        self.peak = _resident_bytes()
+
+    def _watch(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(0.005):
+            self.peak = max(self.peak, _resident_bytes())
+
+
+def matrix_product_peak(kind: str, dtype: str, *, largest: int | None = None, seconds: float = 0.25) -> float:
+    """FLOP/s of square matrix products: the best of repetitions at growing sizes, about `seconds` at each.
+
+    The ladder ends at `largest`; None: 2048 on a CPU, and 8192 on an accelerator, where a product of 2048 ends before
+    the next can be launched. A dtype without fast kernels here (float16 on most CPUs) stays at a small size: a large
+    one would take minutes. float32 is rounded as the process is set to (TF32).
+    """
+    import time
+
+    import torch
+
+    largest = largest or (2048 if kind == "cpu" else 8192)
+    # beside a launch's cost and a clock's resolution one product is nothing; on a CPU the best of single ones is told
+    together = 1 if kind == "cpu" else 10
+    device, best, size = open_device(kind), 0.0, min(256, largest)
+    while True:
+        left, right = (torch.randn(size, size, device=kind, dtype=getattr(torch, dtype)) for _ in range(2))
+        product = left @ right  # the first call chooses kernels
+        device.synchronize()
+        end, took = time.perf_counter() + seconds, float("inf")
+        while time.perf_counter() < end:
+            took = min(took, _seconds_of(partial(torch.mm, left, right, out=product), kind, times=together) / together)
+        best = max(best, 2 * size**3 / took)
+        size *= 2
+        if size > largest or took * 8 * together > max(seconds, 1.0 if kind != "cpu" else 0.0):
+            return best
+
+
+def _seconds_of(work: Callable[[], object], kind: str, *, times: int) -> float:
+    """Seconds of so many calls, one after the other; on CUDA by its own clock, which no launch is in."""
+    import time
+
+    import torch
+
+    if kind == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+    device = open_device(kind)
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    device.synchronize()
+    return time.perf_counter() - began

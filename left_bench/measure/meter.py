@@ -1,0 +1,316 @@
+"""Meter: seconds, tokens and peaks of a run; and the bytes that tensors really occupy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from left_bench.measure.device import Device
+from left_bench.measure.energy import Energy
+from left_bench.spec.record import Phase
+
+if TYPE_CHECKING:
+    import torch
+
+    from left_bench.processes.ranks import Team
+    from left_bench.spec.events import EventWriter
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One optimizer step as measured."""
+
+    seconds: float
+    tokens: int
+    answer_tokens: int
+    rows: int
+    loss: float
+    pairs: int = 0
+    """Sum over the rows of tokens squared."""
+
+
+def step_of_event(event: Mapping[str, Any]) -> Step | None:
+    """The step that a line of `events.jsonl` tells of; None when a part of it is missing."""
+    try:
+        # what has a default came later: events of before are still steps
+        return Step(**{p.name: event[p.name] for p in fields(Step) if p.default is MISSING or p.name in event})
+    except KeyError:
+        return None
+
+
+@dataclass(kw_only=True)
+class PhaseCounts:
+    """What a phase's own code may count while it runs."""
+
+    steps: int | None = None
+    tokens: int | None = None
+
+
+@dataclass
+class Meter:
+    """Collects phases, steps and metrics of one run; every clock is read after the device is synchronized."""
+
+    device: Device
+    events: EventWriter
+    phases: list[Phase] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    memory_breakdown: dict[str, int] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=lambda: [0])
+    """Steps before which a process began: 0, and wherever a later attempt went on from a checkpoint."""
+    peak_before: int = 0
+    """The highest memory of the steps taken over from earlier attempts."""
+    energy: Energy = field(default_factory=Energy)
+    joules_of_others: float | None = 0.0
+    """What the accelerators of the other ranks used up to the end of their part; None: not known."""
+
+    above_peak: float | None = None
+    """Work done over work possible, where that is more than 1: the peak is wrong, and no utilization is told."""
+
+    _close: Callable[[], None] | None = None
+    _told_as: str = "step"
+    _counted: tuple[int, int] = (0, 0)
+    """First and past the last of the steps that joules were counted for."""
+
+    def __post_init__(self) -> None:
+        self.metrics["baseline_memory_bytes"] = self.device.set_baseline()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[PhaseCounts]:
+        """Measure a stretch of the run, also when it ends in an exception."""
+        counts = PhaseCounts()
+        self.events.write("phase", name=name)
+        self.device.reset_peak()  # peaks persist across phases unless reset
+        self.device.synchronize()
+        start = time.perf_counter()
+
+        def close() -> None:
+            phase = Phase(
+                name=name,
+                seconds=time.perf_counter() - start,
+                steps=counts.steps,
+                tokens=counts.tokens,
+                peak_memory_bytes=self.device.peak_bytes(),
+                peak_reserved_bytes=self.device.peak_reserved_bytes(),
+            )
+            self.phases.append(phase)
+            self.events.write("phase_end", **phase.model_dump(exclude_none=True))
+
+        self._close = close
+        try:
+            yield counts
+        finally:
+            self.device.synchronize()
+            self.close_phase()
+
+    def close_phase(self) -> None:
+        """End the running phase here: its own code does, or a watchdog that is about to end the process."""
+        close, self._close = self._close, None
+        if close is not None:
+            close()
+
+    @contextmanager
+    def apart(self, name: str) -> Iterator[None]:
+        """Inside, steps are told to the outside as `name`, and count for no metric."""
+        steps, self.steps, self._told_as = self.steps, [], name
+        energy, self.energy = self.energy, Energy()
+        try:
+            yield
+        finally:
+            self.steps, self._told_as, self.energy = steps, "step", energy
+
+    def begin_measured(self) -> None:
+        """Joules are counted from here: the first step that counts for speed begins."""
+        self.device.synchronize()
+        self._counted = len(self.steps), len(self.steps)
+        self.energy.start()
+
+    def end_measured(self) -> None:
+        """The last step has been taken in: joules are counted to here."""
+        self.energy.stop()
+        self._counted = self._counted[0], len(self.steps)
+
+    def step(self, step: Step, **extra: float) -> None:
+        """Take in one optimizer step and tell the outside."""
+        self.steps.append(step)
+        peak = self.device.peak_bytes()
+        self.events.write(
+            self._told_as,
+            step=len(self.steps),
+            **asdict(step),
+            tokens_per_second=step.tokens / step.seconds,
+            **({} if peak is None else {"peak_memory_bytes": peak}),  # of the phase so far, should the run be killed
+            **extra,
+        )
+
+    def take_over(
+        self, events: Sequence[Mapping[str, Any]], *, starts: Sequence[int], memory_breakdown: Mapping[str, int]
+    ) -> None:
+        """Count the steps of earlier attempts as taken, from their events; they are told to the outside again."""
+        for event in events:
+            self.events.write(**event)
+        self.steps = [step for event in events if (step := step_of_event(event)) is not None]
+        self.starts = [*starts, len(events)]
+        self.peak_before = max((event.get("peak_memory_bytes", 0) for event in events), default=0)
+        self.memory_breakdown |= memory_breakdown
+
+    def take_in_peaks(self, team: Team) -> list[int]:
+        """Let the peaks be those of the rank that has the highest; returns the train phase's of every rank."""
+        names = ("load_peak_memory_bytes", "peak_memory_bytes")
+        of_ranks = team.gather(*(self.metrics.get(name, math.nan) for name in names))
+        found: list[int] = []
+        for name, numbers in zip(names, zip(*of_ranks, strict=True), strict=True):
+            found = [int(number) for number in numbers if not math.isnan(number)]  # some devices keep no peak
+            if found:
+                self.metrics[name] = max(found)
+        return found
+
+    def take_in_energy(self, team: Team) -> None:
+        """Let the joules of the steps be those of all ranks' accelerators; the CPU packages' are counted by the first.
+
+        What one rank could not read is not known of all.
+        """
+        if self.device.kind == "cpu":
+            return
+        names = ("train_joules", "joules_per_1000_tokens", "train_watts")
+        mine = [self.metrics.get(name, math.nan) for name in names]
+        of_ranks = team.gather(*mine, self.energy.of_cell().get("cell_joules", math.nan))
+        *sums, _ = (sum(numbers) for numbers in zip(*of_ranks, strict=True))
+        for name, total in zip(names, sums, strict=True):
+            self.metrics.pop(name, None)
+            if not math.isnan(total):
+                self.metrics[name] = total
+        others = sum(numbers[-1] for number, numbers in enumerate(of_ranks) if number != team.rank)
+        self.joules_of_others = None if math.isnan(others) else others
+
+    def finish_cell(self) -> None:
+        """The joules of the whole cell up to here; none where an earlier attempt's part of them is not known."""
+        if self.starts[1:]:
+            return
+        found = self.energy.of_cell()
+        if (own := found.pop("cell_joules", None)) is not None and self.joules_of_others is not None:
+            found["cell_joules"] = own + self.joules_of_others
+        self.metrics |= found
+
+    def finish(
+        self, *, measure_after: int, flops: Callable[[list[Step]], float] | None = None, peak_flops: float | None = None
+    ) -> dict[str, float]:
+        """All metrics of the run, phases and steps summed up.
+
+        Args:
+            flops: of steps, for `model_flops_utilization` against `peak_flops` (FLOP/s).
+        """
+        by_name = {phase.name: phase for phase in self.phases}
+        found: dict[str, float | None] = {}
+        if train := by_name.get("train"):
+            before = sum(step.seconds for step in self.steps[: self.starts[-1]])
+            found["train_seconds"] = before + train.seconds
+            if train.peak_memory_bytes is not None:
+                found["peak_memory_bytes"] = max(train.peak_memory_bytes, self.peak_before)
+        if load := by_name.get("load"):
+            found["load_seconds"] = load.seconds
+            found["load_peak_memory_bytes"] = load.peak_memory_bytes
+        found.update(summarize_steps(self.steps, measure_after=measure_after, starts=self.starts))
+        if self.steps and flops is not None and peak_flops is not None:
+            measured = measured_steps(self.steps, measure_after=measure_after, starts=self.starts)
+            seconds = sum(step.seconds for step in measured)
+            utilization = flops(measured) / seconds / peak_flops
+            self.above_peak = utilization if utilization > 1 else None
+            found["model_flops_utilization"] = None if utilization > 1 else utilization
+        first, end = self._counted
+        found |= self.energy.of_steps(tokens=sum(step.tokens for step in self.steps[first:end]))
+        if self.starts[1:]:  # earlier attempts took measured steps too, whose joules nobody knows
+            found |= {"train_joules": None, "cpu_train_joules": None}
+        self.metrics.update({name: value for name, value in found.items() if value is not None})
+        return self.metrics
+
+
+def measured_steps(steps: list[Step], *, measure_after: int, starts: Sequence[int] = (0,)) -> list[Step]:
+    """The steps that count for speed: all but the warm-up, which is at most half of them.
+
+    A process warms up wherever it begins, so an attempt that went on from a checkpoint leaves out as many again.
+    """
+    counted: list[Step] = []
+    for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
+        counted += steps[start + warm_up(end - start, measure_after=measure_after) : end]
+    return counted
+
+
+def warm_up(steps: int, *, measure_after: int) -> int:
+    """How many of a process's steps are warm-up."""
+    return min(measure_after, steps // 2)
+
+
+def summarize_steps(steps: list[Step], *, measure_after: int, starts: Sequence[int] = (0,)) -> dict[str, float | None]:
+    """Throughput and percentiles over the measured steps, totals over all of them."""
+    if not steps:
+        return {}
+    measured = measured_steps(steps, measure_after=measure_after, starts=starts)
+    seconds = np.array([step.seconds for step in measured])
+    last = steps[-max(1, len(steps) // 10) :]
+    return {
+        # totals over totals: the mean of per-step rates would overweight short steps
+        "train_tokens_per_second": sum(step.tokens for step in measured) / float(seconds.sum()),
+        "train_samples_per_second": sum(step.rows for step in measured) / float(seconds.sum()),
+        "step_seconds_p50": float(np.percentile(seconds, 50)),
+        "step_seconds_p95": float(np.percentile(seconds, 95)),
+        "train_steps": len(steps),
+        "train_tokens": sum(step.tokens for step in steps),
+        "train_answer_tokens": sum(step.answer_tokens for step in steps),
+        "first_train_loss": steps[0].loss,
+        "train_loss": float(np.mean([step.loss for step in last])),
+    }
+
+
+def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes the tensors' storages really occupy: constants and subclass parts counted, shared storage once.
+
+    Nothing is taken from a nominal dtype: bitsandbytes keeps its constants in `quant_state` (4-bit) or `SCB` (8-bit)
+    beside the weight, and tensor subclasses hold inner tensors whose dtype is not the one they report.
+    """
+    seen: dict[tuple[str, int], int] = {}
+    for tensor in tensors:
+        for part in plain_parts(tensor):
+            storage = part.untyped_storage()
+            seen[(str(part.device), storage.data_ptr())] = storage.nbytes()
+    return sum(seen.values())
+
+
+def logical_numel(parameter: torch.Tensor) -> int:
+    """Elements of the weight as the model means it, also where 4-bit storage packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None and getattr(state, "shape", None) is not None:
+        return int(np.prod(tuple(state.shape)))
+    return parameter.numel()
+
+
+def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The ordinary tensors that a parameter is made of: itself, a subclass's inner ones, its quantization constants."""
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is not None:
+        for part in (getattr(tensor, name) for name in inner()[0]):
+            if hasattr(part, "untyped_storage"):  # a sharded tensor's mesh is a part and no tensor
+                yield from plain_parts(part)
+    elif tensor.device.type != "meta":
+        yield tensor
+    for owner, name in constants(tensor):
+        yield getattr(owner, name)
+
+
+def constants(parameter: torch.Tensor) -> Iterator[tuple[Any, str]]:
+    """Where bitsandbytes keeps a parameter's constants: object and attribute, double quantization's included."""
+    state = getattr(parameter, "quant_state", None)
+    owners: list[tuple[Any, tuple[str, ...]]] = [(parameter, ("SCB", "CB"))]
+    while state is not None:
+        owners.append((state, ("absmax", "code", "offset")))
+        state = getattr(state, "state2", None)
+    for owner, names in owners:
+        for name in names:
+            if hasattr(getattr(owner, name, None), "untyped_storage"):
+                yield owner, name

@@ -1,0 +1,266 @@
+"""Attach a PEFT method to a base model, train-time hooks of methods that have them, and save what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    PeftModel,
+    PeftType,
+    PromptLearningConfig,
+    get_peft_model,
+    initialize_kv_prefix_from_text,
+)
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
+from peft.tuners.poly.layer import PolyLayer
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from left_bench.core.errors import Unsupported, UserError
+from left_bench.data import Example
+from left_bench.methods import Method, data_init, load_attached, method_in
+from left_bench.methods.verify import check_variant, stored_integers_are_not_read
+from left_bench.model.load import DTYPES, quantized_weights
+from left_bench.spec.cell import Cell
+from left_bench.spec.instantiate import instantiate
+from left_bench.spec.task import TASKS, classifier_of
+
+_KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+
+
+def attach_adapter(
+    model: PreTrainedModel, cell: Cell, *, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]
+) -> torch.nn.Module:
+    """Freeze the base model and attach the cell's method; full fine-tuning attaches nothing and freezes nothing.
+
+    `rows` are the training rows, for a method that is initialized from data (`start`).
+
+    Raises:
+        UserError: an argument that the method's configuration does not have, or a method that does not fit the model.
+        Unsupported: the method's library does not attach it to this model, or beside what else the cell asks for.
+    """
+    if cell.training.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.config.use_cache = False
+    if cell.peft.target is None:
+        # a quantized weight cannot take a gradient; torch says so here when such a cell is forced
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return model
+    arguments = dict(cell.peft.config)
+    if cell.peft.target.startswith("peft."):
+        arguments.setdefault("task_type", TASKS[cell.model.task].peft_type)
+        if (head := classifier_of(model)) is not None:  # new, so every method trains it whole
+            arguments.setdefault("modules_to_save", [head])
+            if arguments.get("target_modules") == "all-linear":  # peft would adapt the output layer too
+                linear = [name for name, one in model.named_modules() if hasattr(one, "in_features")]
+                arguments["target_modules"] = [name for name in linear if name != head]
+    if arguments.get("adapter_layers", 0) is None:
+        arguments["adapter_layers"] = model.config.num_hidden_layers
+    arguments = data_init.arguments_from_rows(cell.peft.target, arguments, rows)
+    if cell.peft.target == "peft.PrefixTuningConfig" and hasattr(model.config, "d_kv"):
+        # peft takes the model's width for that of all heads together, which T5's need not be
+        arguments.setdefault("token_dim", model.config.d_kv * model.config.num_heads)
+    config = instantiate(cell.peft.target, arguments, key="peft")
+    if quantized_weights(model):
+        _prepare_quantized(model)
+    few: dict[str, Any] = {"batch_size": cell.training.batch_size, "pad_id": getattr(tokenizer, "pad_token_id", 0)}
+    data_init.look_at_rows(model, config, rows, **few)
+    torch.manual_seed(cell.seed)  # the adapter's initialization is the seed's, whatever was drawn before
+    if isinstance(config, Method):
+        return config.attach(model, adapter_dtype=DTYPES[cell.precision.adapter_dtype])
+    in_float32 = cell.precision.adapter_dtype == "float32"  # what peft does of itself over half-precision weights
+    try:
+        with stored_integers_are_not_read(model):  # some methods start from the weight's values
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    except ValueError as error:  # peft's word for what it does not do; its mistakes are other exceptions
+        text = " ".join(str(error).split())
+        if text.startswith("Target modules") and isinstance(arguments.get("target_modules"), list):
+            raise  # layers that somebody named, and no model has: a mistake
+        raise Unsupported(f"peft={cell.peft.name} on {type(model).__name__}: peft refuses it ({text[:300]})") from error
+    check_variant(adapted)
+    if _is_adalora(adapted):
+        for layer in adapted.modules():
+            for ranks in getattr(layer, "ranknum", {}).values():
+                ranks.requires_grad_(False)  # peft lets it be trained, and does not save it
+    _give_one_task(adapted)
+    data_init.start_from_rows(adapted, config, rows, **few)
+    if not in_float32:
+        for parameter in trainable_parameters(adapted):
+            parameter.data = parameter.data.to(DTYPES[cell.precision.adapter_dtype])
+    if cell.autocast:
+        let_autocast_convert(adapted)
+    if cell.peft.init_text is not None and not model.config.is_encoder_decoder:
+        initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
+    return adapted
+
+
+def let_autocast_convert(model: torch.nn.Module) -> None:
+    """Keep LoRA's layers from widening their inputs to the adapter's float32.
+
+    Autocast would round the copies back before the product; without them a step of SmolLM2 in bfloat16 takes a fifth
+    less time, and the losses are the same numbers.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def _give_one_task(model: torch.nn.Module) -> None:
+    """Methods for several tasks (Poly, multitask prompt tuning) are told with every pass that there is one."""
+
+    def every_row_is_of_task_0(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        first = arguments[0]  # Poly: hidden states; prompt tuning: the virtual tokens' numbers
+        return arguments[:1], named | {"task_ids": first.new_zeros(len(first), dtype=torch.long)}
+
+    for module in model.modules():
+        if isinstance(module, (PolyLayer, MultitaskPromptEmbedding)):
+            module.register_forward_pre_hook(every_row_is_of_task_0, with_kwargs=True)
+
+
+def _prepare_quantized(model: PreTrainedModel) -> None:
+    """Freeze a quantized base model and keep what is left of it in the dtype it was loaded in.
+
+    peft's `prepare_model_for_kbit_training` casts every unquantized parameter to float32; that doubles the bytes of a
+    tied embedding (a fifth of a small model) and would make the quantized cell look larger than it is.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def virtual_positions(model: torch.nn.Module) -> int:
+    """Positions that the method puts before the input and that appear in the logits.
+
+    0 for key-value prefixes, and where virtual tokens are an encoder's.
+    """
+    if not isinstance(model, PeftModel) or model.config.is_encoder_decoder:
+        return 0
+    config = model.active_peft_config
+    if not isinstance(config, PromptLearningConfig) or config.peft_type in _KEY_VALUE_PREFIX:
+        return 0
+    return int(config.num_virtual_tokens)
+
+
+def regularization(model: torch.nn.Module) -> torch.Tensor | None:
+    """The term that a method adds to the loss, else None: our loss is computed outside the model, where peft adds none.
+
+    AdaLoRA (Zhang et al. 2023, eq. 4): the mean over the factors P, Q of ||P P^T - I||_F, times `orth_reg_weight`.
+    KaSA (Wang et al. 2024, eq. 9 to 12) and MonteCLoRA: peft's own sums, with the weights of their configurations.
+    """
+    tuner: Any = model.base_model if isinstance(model, PeftModel) else None
+    if not isinstance(tuner, LoraModel):
+        return None
+    if not isinstance(tuner, AdaLoraModel):
+        config: Any = tuner.peft_config[tuner.active_adapters[0]]
+        if config.kasa_config is not None:
+            return tuner._get_kasa_loss()  # type: ignore[return-value]
+        return None if config.monteclora_config is None else tuner._get_monteclora_loss()  # type: ignore[return-value]
+    name = tuner.trainable_adapter_name
+    distances = []
+    for key, parameter in tuner.model.named_parameters():
+        if name in key and ("lora_A" in key or "lora_B" in key):
+            gram = parameter @ parameter.T if "lora_A" in key else parameter.T @ parameter
+            distances.append(
+                torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+            )
+    own: Any = tuner.peft_config[name]
+    return own.orth_reg_weight * torch.stack(distances).mean()
+
+
+def after_optimizer_step(model: torch.nn.Module, step: int) -> None:
+    """What a method does between the optimizer's step and zeroing the gradients: AdaLoRA moves its rank budget."""
+    if _is_adalora(model):
+        tuner: Any = model.base_model
+        tuner.update_and_allocate(step)
+
+
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that receive a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def added_parameters(model: torch.nn.Module, *, base: Collection[str]) -> list[torch.nn.Parameter]:
+    """The trainable parameters that a method has added, and not those of the base model that it trains in place.
+
+    Args:
+        base: the names of the base model's parameters, before anything was attached.
+    """
+
+    def in_base(name: str) -> bool:
+        own = name.removeprefix("base_model.").replace(".base_layer.", ".")
+        return own in known or own.removeprefix("model.") in known  # peft's wrapper has one more level than ours
+
+    known = set(base)
+    return [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and not in_base(name)]
+
+
+def save_trained(model: torch.nn.Module, folder: Path) -> int:
+    """Save what training produced (the adapter, or the whole model) as safetensors.
+
+    Returns:
+        Bytes of the weight files on disk.
+    """
+    save: Any = model.save_pretrained
+    save(folder)
+    data_init.save_start(model, folder)
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def load_trained(
+    model: PreTrainedModel, folder: Path, *, adapter_dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """Give a fresh base model what `save_trained` left in `folder`: an adapter, a part, or all of the weights.
+
+    `adapter_dtype` is `precision.adapter_dtype` of the cell that saved it.
+
+    Raises:
+        UserError: what was saved does not fit this base model.
+    """
+    method = method_in(folder)
+    if method is not None:
+        return load_attached(model, folder, method=method, adapter_dtype=adapter_dtype)
+    if (folder / "adapter_config.json").is_file():
+        data_init.start_again(model, folder)
+        adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=adapter_dtype == torch.float32)
+        if _is_adalora(adapted):
+            _load_unrounded(adapted, folder)
+        _give_one_task(adapted)
+        return adapted
+    absent = {name for name, _ in model.named_parameters()}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights = load_file(path)
+        unexpected = set(weights) - set(model.state_dict())
+        if unexpected and (folder / "config.json").is_file():
+            # transformers saves some families under the names of their first checkpoints, and reads them back so (ViT)
+            load: Any = type(model).from_pretrained
+            saved, found = load(folder, dtype=model.dtype, output_loading_info=True)
+            if not any(found.values()):  # nothing missing, left over or of another shape
+                weights = saved.state_dict()
+                unexpected = set(weights) - set(model.state_dict())
+        if unexpected:
+            raise UserError(f"{path}: this base model has no '{min(unexpected)}'; load the model it was saved from")
+        model.load_state_dict(weights, strict=False)
+        absent -= weights.keys()
+    if absent:
+        raise UserError(f"{folder}: no weights for '{min(absent)}'; load the folder that save_trained wrote")
+    return model
+
+
+def _load_unrounded(model: torch.nn.Module, folder: Path) -> None:
+    """Give AdaLoRA's matrices the saved values: peft, loading, cuts them to their ranks in the weights' own dtype."""
+    for name, saved in load_file(folder / "adapter_model.safetensors").items():
+        layer, _, kind = name.rpartition(".")
+        tuned: Any = model.get_submodule(layer)
+        parameter = getattr(tuned, kind)["default"]
+        parameter.data = saved.to(parameter.device)
+        ranks = tuned.ranknum["default"]
+        ranks.data = ranks.data.to(saved.dtype)
+
+
+def _is_adalora(model: torch.nn.Module) -> bool:
+    return isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel)

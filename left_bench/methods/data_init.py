@@ -1,0 +1,193 @@
+"""Where an adapter starts that is initialized from training rows: EVA, LoRA-GA, CorDA, and the context of CPT.
+
+LoRA-GA and CorDA take their first product B A out of the base weights, so that the adapted model begins as the base
+model. What they took out is not worked out again when the adapter is loaded: it is saved beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.corda import CordaEigens, preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+from safetensors.torch import load_file, save
+from transformers import PreTrainedModel
+
+from left_bench.core.errors import UserError
+from left_bench.data import Batch, Example, collate
+
+START_NAME = "start.safetensors"
+_PREFIX = "base_model.model."
+_EIGENS = ("S_WC", "U_WC", "V_WC")
+_EVA_ROWS = 256
+_GRADIENT_ROWS = 64
+_COVARIANCE_ROWS = 64
+_CONTEXT_ROWS = 4
+_INPUT, _ANSWER, _KINDS = 2, 4, 4  # CPT's kinds of token, counted on from example to example
+
+
+def context_of(rows: Sequence[Example]) -> dict[str, list[int]]:
+    """CPT's arguments: the first training rows as examples in the context (Blau et al. 2024).
+
+    The embeddings of their prompts are trained, those of their answers stay as they are.
+    """
+    ids: list[int] = []
+    kinds: list[int] = []
+    for number, row in enumerate(rows[:_CONTEXT_ROWS]):
+        ids += [*row.prompt_ids, *row.answer_ids]
+        kinds += [_INPUT + _KINDS * number] * len(row.prompt_ids) + [_ANSWER + _KINDS * number] * len(row.answer_ids)
+    return {"cpt_token_ids": ids, "cpt_mask": [1] * len(ids), "cpt_tokens_type_mask": kinds}
+
+
+def invocation_of(rows: Sequence[Example]) -> list[int]:
+    """aLoRA's invocation: the tokens that every prompt ends in, such as a chat template's `assistant` header.
+
+    Raises:
+        UserError: the prompts of the training rows have no common end.
+    """
+    ends = zip(*(reversed(row.prompt_ids) for row in rows), strict=False)
+    common = list(itertools.takewhile(lambda ids: len(set(ids)) == 1, ends))
+    if not common:
+        raise UserError(
+            "peft.config.alora_invocation_tokens: the prompts of the training rows have no common end to take them "
+            "from; give the token ids, or a data.template that ends alike in every row"
+        )
+    return [ids[0] for ids in reversed(common)]
+
+
+def arguments_from_rows(target: str, arguments: dict[str, Any], rows: Sequence[Example]) -> dict[str, Any]:
+    """A method's arguments with those that are token ids of the rows, where the option leaves them open."""
+    if target == "peft.CPTConfig" and arguments.get("cpt_token_ids") is None:
+        return arguments | context_of(rows)
+    if arguments.get("alora_invocation_tokens", 0) is None:
+        return arguments | {"alora_invocation_tokens": invocation_of(rows)}
+    return arguments
+
+
+def asks_for_rows(target: str | None, arguments: dict[str, Any]) -> bool:
+    """Whether the training rows decide a method's arguments, so that it has no shape before they are there."""
+    return target == "peft.CPTConfig" or arguments.get("alora_invocation_tokens", 0) is None
+
+
+def look_at_rows(model: PreTrainedModel, config: Any, rows: Sequence[Example], *, batch_size: int, pad_id: int) -> None:
+    """What LoRA-GA (gradients of the weights) and CorDA (covariance of the inputs) want to know before attaching."""
+    forward: Any = model
+    kind = getattr(config, "init_lora_weights", None)
+
+    def gradients() -> None:
+        for batch in _batches(rows[:_GRADIENT_ROWS], batch_size, pad_id=pad_id, device=model.device):
+            forward(**_inputs(batch)).loss.backward()
+
+    def inputs() -> None:
+        with torch.no_grad():  # a row at a time, and whole: padding would count as input
+            for batch in _batches(rows[:_COVARIANCE_ROWS], 1, pad_id=pad_id, device=model.device):
+                forward(**_inputs(batch))
+
+    if kind in ("lora_ga", "corda") and config.target_modules == "all-linear":  # a word that attaching alone knows
+        head = model.get_output_embeddings()
+        linear = {name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one is not head}
+        config.target_modules = linear
+    if kind == "lora_ga":
+        preprocess_loraga(model, config, gradients)
+    elif kind == "corda":
+        training = model.training
+        preprocess_corda(model, config, inputs)
+        model.train(training)
+        found = {name: module.eigens for name, module in model.named_modules() if hasattr(module, "eigens")}
+        _keep(model, {f"{name}.{part}": getattr(eigens, part) for name, eigens in found.items() for part in _EIGENS})
+
+
+def start_from_rows(
+    adapted: torch.nn.Module, config: Any, rows: Sequence[Example], *, batch_size: int, pad_id: int
+) -> None:
+    """EVA: A becomes the leading directions of each layer's inputs. LoRA-GA: its A and B are kept for saving."""
+    kind = getattr(config, "init_lora_weights", None)
+    if kind == "eva":
+        directions = math.ceil(config.r * config.eva_config.rho)
+        device = next(adapted.parameters()).device
+        batches = _first_batches(
+            rows[:_EVA_ROWS], batch_size=batch_size, answer_tokens=directions, pad_id=pad_id, device=device
+        )
+        initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
+    elif kind == "lora_ga":
+        start: dict[str, torch.Tensor] = {}
+        for name, layer in adapted.named_modules():
+            if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
+                a, b = (factor["default"].get_parameter("weight") for factor in (layer.lora_A, layer.lora_B))
+                dtype = layer.get_base_layer().get_parameter("weight").dtype  # where peft has rounded them to
+                start |= {f"{name}.A": a.detach().to(dtype), f"{name}.B": b.detach().to(dtype)}
+                start[f"{name}.scaling"] = torch.tensor(layer.scaling["default"], dtype=torch.float64)
+        _keep(adapted, {key.removeprefix(_PREFIX): value for key, value in start.items()})
+
+
+def save_start(model: torch.nn.Module, folder: Path) -> None:
+    """Put beside the saved adapter what its start took out of the base weights, if anything."""
+    kept: Any = getattr(model, "left_start", None)
+    if kept is not None:
+        kept.seek(0)
+        with (folder / START_NAME).open("wb") as file:
+            shutil.copyfileobj(kept, file)
+
+
+def start_again(model: PreTrainedModel, folder: Path) -> None:
+    """Prepare a fresh base model for loading an adapter that `save_start` left something beside.
+
+    The sums are peft's own, in its order, so that the base weights come out bit for bit as they were in training.
+    """
+    if not (folder / START_NAME).is_file():
+        return
+    start = load_file(folder / START_NAME)
+    for name in sorted({key.rpartition(".")[0] for key in start}):
+        module: Any = model.get_submodule(name)
+        parts = {key.rpartition(".")[2]: value for key, value in start.items() if key.rpartition(".")[0] == name}
+        if "S_WC" in parts:
+            module.eigens = CordaEigens(**parts)  # peft finds it there, as it does after `preprocess_corda`
+            continue
+        a, b = (parts[part].float().to(module.weight.device) for part in ("A", "B"))
+        dense = module.weight.data.float() - parts["scaling"].item() * (b @ a)
+        module.weight.data = dense.to(module.weight.dtype)
+
+
+def _keep(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """In a file that ends with the process: in memory they would count as the method's."""
+    model.left_start = tempfile.TemporaryFile()  # noqa: SIM115 - closed by whoever drops the model
+    model.left_start.write(save({name: value.contiguous() for name, value in tensors.items()}))
+
+
+def _batches(rows: Sequence[Example], size: int, *, pad_id: int, device: torch.device) -> Iterator[Batch]:
+    for first in range(0, len(rows), size):
+        yield collate(rows[first : first + size], pad_id=pad_id).to(device)
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+
+
+def _first_batches(
+    rows: Sequence[Example], *, batch_size: int, answer_tokens: int, pad_id: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """The training rows in their own order, as many as EVA's decompositions may ask for.
+
+    Every batch has at least so many answer tokens: peft skips a smaller one, and would go on skipping for ever.
+    """
+    batches, taken = [], []
+    for row in rows:
+        taken.append(row)
+        if len(taken) >= batch_size and sum(len(row.answer_ids) for row in taken) >= answer_tokens:
+            batches.append(_inputs(collate(taken, pad_id=pad_id).to(device)))
+            taken = []
+    if not batches:
+        raise UserError(
+            f"peft.config.r: EVA looks for {answer_tokens} directions in the inputs of answer tokens, and the training "
+            "rows have fewer; lower the rank or give more rows"
+        )
+    return batches

@@ -1,0 +1,127 @@
+"""Is what was attached really at work? What would be silently wrong becomes a failed cell.
+
+A method that does not know a quantized layer may read the stored integers as if they were the weight, or cast its own
+matrices to the weight's integer dtype, where they round to zero. Nothing raises; the run ends with numbers that mean
+something else. Both are looked for here, whatever the method: the first in a forward pass before training, the second
+in the first step's gradient. And peft's quantized layers drop the variants of LoRA that they do not know: what trains
+then is plain LoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from left_bench.core.errors import NotInForce
+from left_bench.measure.meter import plain_parts
+from left_bench.model.load import quantized_weights
+from left_bench.spec.task import probe_inputs
+
+# whose code may read the stored integers: they know the constants that belong to them
+_OWNERS = ("bitsandbytes", "left_bench.fivebit", "left_bench.methods.verify", "hqq", "optimum", "torchao", "torch")
+_PROBE_TOKENS = 8
+
+
+@contextmanager
+def stored_integers_are_not_read(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, code other than the quantization's own may not turn the stored integers into floating-point values.
+
+    Raises:
+        NotInForce: it did, naming the layer and the module of the code.
+    """
+    with _Watch(stored) if (stored := _stored(model)) else nullcontext():
+        yield
+
+
+def _stored(model: torch.nn.Module) -> dict[int, str]:
+    """Address of every quantized layer's integers -> the layer's name."""
+    return {
+        part.untyped_storage().data_ptr(): name
+        for name, weight in quantized_weights(model).items()
+        if not hasattr(weight, "__tensor_flatten__")  # a tensor subclass answers for itself, as the dense weight
+        for part in plain_parts(weight)
+        if not part.is_floating_point()
+    }
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, stored: dict[int, str]) -> None:
+        super().__init__()
+        self.stored = stored
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and isinstance(found, torch.Tensor) and found.is_floating_point():
+            for argument in args:
+                if isinstance(argument, torch.Tensor) and not argument.is_floating_point():
+                    name = self.stored.get(argument.untyped_storage().data_ptr())
+                    if name is not None and not (reader := _reader()).startswith(_OWNERS):
+                        raise NotInForce(
+                            f"{reader} reads the stored integers of '{name}' as if they were its weight; "
+                            "this method does not know this quantization"
+                        )
+        return found
+
+
+def _reader() -> str:
+    """The module of the code that called torch."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch."):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "?"))
+
+
+def check_forward(model: torch.nn.Module) -> None:
+    """One short forward pass under `stored_integers_are_not_read`, where there are such.
+
+    It draws no random number that training would draw.
+    """
+    if not _stored(model):
+        return
+    network: Any = model
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), stored_integers_are_not_read(model):
+            network(**probe_inputs(model, tokens=_PROBE_TOKENS))
+    finally:
+        model.train(training)
+
+
+def check_variant(model: Any) -> None:
+    """Refuse a variant of LoRA (DoRA, KaSA, ...) that one of the layers does not have.
+
+    Raises:
+        NotInForce: naming the variant, the layer and its kind.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for adapter in layer.lora_A.keys() - layer.lora_variant.keys():
+            config = model.peft_config[adapter]
+            asked = [one.name for one in dataclasses.fields(config) if one.metadata.get("is_lora_variant")]
+            for variant in asked:
+                if getattr(config, variant):
+                    raise NotInForce(
+                        f"peft's layer {type(layer).__module__}.{type(layer).__name__} at '{name}' does not know "
+                        f"{variant} and is plain LoRA"
+                    )
+
+
+def check_gradient(norm: float) -> None:
+    """Refuse a first step whose gradient is zero in every trainable parameter: such a run learns nothing.
+
+    Raises:
+        NotInForce: the gradient's norm is zero.
+    """
+    if norm == 0:
+        raise NotInForce(
+            "no trainable parameter received a gradient in the first step; what is attached has no effect on the loss"
+        )

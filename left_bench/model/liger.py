@@ -1,0 +1,90 @@
+"""Liger's Triton kernels (Hsu et al. 2024, arXiv 2410.10989) in place of a model's own layers, and its loss.
+
+Both are options; nothing of the package is imported before one of them is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+
+from left_bench.core.errors import NotInForce, UserError
+from left_bench.core.paths import is_installed
+from left_bench.spec.cell import Cell
+
+DEVICES = ("cuda", "xpu")
+"""Where Triton's kernels run."""
+
+
+def check(cell: Cell, *, device: str) -> None:
+    """Refuse what the rules refuse, where a cell was forced past them.
+
+    Raises:
+        NotInForce: the device has no Triton.
+        UserError: the package is not installed.
+    """
+    asked = [f"training.{key}=liger" for key in ("kernels", "output_head") if getattr(cell.training, key) == "liger"]
+    if not asked:
+        return
+    if not is_installed("liger_kernel"):
+        raise UserError(f"{asked[0]} needs the package liger-kernel: pip install 'left-bench[liger]'")
+    if device not in DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
+        raise NotInForce(f"{asked[0]}: Liger's kernels are Triton's and do not run on {device}")
+
+
+def replace_layers(model: Any) -> str:
+    """Give a loaded model Liger's RMSNorm, rotary positions and SwiGLU (GeGLU, LayerNorm where the model has those).
+
+    The modules stay what they are, with their weights and names; their forward passes are Liger's. Its losses are left
+    out: the loss is ours, or `summed_loss`.
+
+    Returns:
+        What was replaced, counted: `liger: 33 LigerRMSNorm, 16 LigerSwiGLUMLP, rotary positions`.
+
+    Raises:
+        NotInForce: Liger does not know the architecture.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    # an unknown architecture is passed by with a line in a log that is off
+    found = Counter(module._get_name() for module in model.modules() if _is_ligers(vars(module).get("forward")))
+    replaced = [f"{count} {name}" for name, count in sorted(found.items())]
+    if _is_ligers(getattr(inspect.getmodule(type(model)), "apply_rotary_pos_emb", None)):
+        replaced.append("rotary positions")
+    if not replaced:
+        raise NotInForce(f"training.kernels=liger: Liger knows no {model.config.model_type} models")
+    return f"liger: {', '.join(replaced)}"
+
+
+def _is_ligers(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("liger_kernel.")
+
+
+def summed_loss(
+    states: torch.Tensor, targets: torch.Tensor, head: torch.nn.Linear, *, softcap: float | None
+) -> torch.Tensor:
+    """The summed cross-entropy, nats, of `head` on states [n, width], its logits never whole; differentiable.
+
+    Liger divides the tokens so that a chunk's logits take about as much room as the states. It waits for the device
+    twice: to count the targets, and to see whether the loss is scaled.
+    """
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    if torch.is_grad_enabled() and not states.requires_grad:
+        # else Liger would work out no gradient for the head either
+        states = states.detach().requires_grad_()
+    loss: torch.Tensor = liger_fused_linear_cross_entropy(
+        states,
+        head.weight,
+        targets,
+        bias=head.bias,
+        reduction="sum",
+        softcap=softcap,
+        accum_dtype=torch.float32,  # of the head's gradient: adding bfloat16 parts would round at every chunk
+    )
+    return loss

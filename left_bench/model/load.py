@@ -1,0 +1,365 @@
+"""Load a base model with its quantization and precision, and assert that it is what was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from left_bench.core.errors import NotInForce, UserError
+from left_bench.data import Splits, load_data, load_pictures
+from left_bench.measure.meter import constants, logical_numel, plain_parts, stored_bytes
+from left_bench.pretrained import (
+    check_vocabulary,
+    load_processor,
+    load_tokenizer,
+    model_folder,
+    resolved_revision,
+    source,
+    unloadable,
+)
+from left_bench.spec.cell import Cell
+from left_bench.spec.instantiate import instantiate
+from left_bench.spec.task import TASKS, classifier_of
+
+# what quantizations call the modules they leave alone
+_LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert")
+_CLASSIFIERS = ["classifier", "cls_classifier", "distillation_classifier", "head"]  # the names of output layers
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    cell: Cell, *, folder: str, device: str, quantized: Path | None = None, classes: Sequence[str] | None = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load the base model from `folder` (see `pretrained.model_folder`) onto `device`.
+
+    Args:
+        quantized: a folder with the same model's weights as quantizing left them (see `quantized_cache`).
+        classes: of pictures; the output layer is made new for them, by the cell's seed.
+
+    Returns:
+        The model, and what was found after loading: dtypes, attention kernel, quantized modules.
+
+    Raises:
+        NotInForce: the quantization or the dtype asked for is not what was loaded.
+    """
+    arguments: dict[str, Any] = {"dtype": DTYPES[cell.precision.weights_dtype]}
+    if cell.quantization.target is not None:
+        config = instantiate(cell.quantization.target, cell.quantization.config, key="quantization")
+        if quantized is None:  # else it is in the folder's own configuration
+            arguments["quantization_config"] = config
+            if classes is not None:  # what is trained whole is left whole
+                named = set(_LEFT_ALONE) & vars(config).keys()
+                if not named:
+                    raise NotInForce(f"quantization={cell.quantization.name} would quantize the new output layer too")
+                for key in named:
+                    setattr(config, key, list(_CLASSIFIERS))
+    if cell.training.attention is not None:
+        arguments["attn_implementation"] = cell.training.attention
+    if device != "cpu":
+        arguments["device_map"] = {"": device}  # weights go straight to the device, no copy on the host
+    if source(cell.model) == "hub" and quantized is None:
+        arguments["revision"] = cell.model.revision
+    if classes is not None:
+        names = dict(enumerate(classes))
+        arguments |= {"id2label": names, "label2id": {name: label for label, name in names.items()}}
+        arguments["ignore_mismatched_sizes"] = True
+        torch.manual_seed(cell.seed)
+    try:
+        auto_class = getattr(transformers, TASKS[cell.model.task].auto_class)
+        model: PreTrainedModel
+        model, loading = auto_class.from_pretrained(
+            quantized or folder,
+            trust_remote_code=cell.model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    except OSError as error:
+        raise unloadable(cell.model, error) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise UserError(
+            f"model.task={cell.model.task}: {cell.model.name_or_path} is no such model; "
+            f"set model.task to one of {', '.join(sorted(TASKS.keys() - {cell.model.task}))}"
+        ) from error
+    unexpected = _all_loaded(model, loading, cell, new_output=classes is not None)
+    if model.can_generate():
+        model.generation_config = _greedy(model.generation_config)
+    _feed_head_contiguous(model)
+    _keep_trainable(model)
+    if device == "cpu" and quantized_weights(model):
+        _let_go_of_checkpoint(model, all_of_it=quantized is not None)
+    if quantized is not None:
+        model.config.name_or_path = model.name_or_path = folder  # an adapter's file names its base model
+    found = _found(model, cell) | ({"unexpected_weights": unexpected} if unexpected else {})
+    if cell.training.kernels is not None:
+        from left_bench.model.liger import replace_layers
+
+        found["kernels"] = replace_layers(model)
+    return model, found | {"weights_from": "checkpoint" if quantized is None else "quantized_cache"}
+
+
+def _all_loaded(model: PreTrainedModel, loading: dict[str, Any], cell: Cell, *, new_output: bool) -> int:
+    """Refuse a model whose weights are partly those that its class began with; how many of the file's were not used.
+
+    Raises:
+        NotInForce: naming the tensors that the checkpoint lacks.
+    """
+    unexpected = sorted(loading["unexpected_keys"])
+    lacking = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    if new_output:
+        output = classifier_of(model)
+        lacking = {name for name in lacking if output is None or not name.startswith(f"{output}.")}
+    if not lacking:
+        return len(unexpected)
+    first = ", ".join(sorted(lacking)[:3])
+    hint = f"; the file has {unexpected[0]} and others that the model does not know" if unexpected else ""
+    raise NotInForce(
+        f"model.name_or_path={cell.model.name_or_path}: {len(lacking)} tensors of the model are not in its checkpoint "
+        f"and would be random ({first}{', …' if len(lacking) > 3 else ''}){hint}; give a folder whose weights are whole"
+    )
+
+
+def check_causal(model: PreTrainedModel, cell: Cell, *, device: str) -> None:
+    """Refuse a causal language model whose earlier logits change with a later token: its loss would see the answer.
+
+    BERT's classes load as such, and attend to both sides unless their configuration says `is_decoder`.
+
+    Raises:
+        NotInForce: the model reads what comes later.
+    """
+    if cell.model.task != "causal_lm":
+        return
+    last = min(7, model.config.get_text_config().vocab_size - 1)
+    ids = torch.tensor([[1, 2], [1, last]], device=device)
+    with torch.no_grad(), autocast(cell, device=device):
+        one, other = (model(input_ids=row[None], use_cache=False).logits[0, 0].float() for row in ids)
+    moved = (one - other).abs().max() / one.std()
+    # outliers that 8-bit products look for in a whole matrix move a little; else the same sums are done
+    if moved.item() > (0.1 if quantized_weights(model) else 1e-3):
+        raise NotInForce(
+            f"model.name_or_path={cell.model.name_or_path}: {type(model).__name__} is no causal language model as "
+            "configured (a later token changes earlier predictions); give a decoder, or set is_decoder in its "
+            "config.json if it was trained as one"
+        )
+
+
+def _greedy(config: GenerationConfig) -> GenerationConfig:
+    """The checkpoint's special tokens alone: its penalties, bans, beams and sampling would pass for greedy decoding."""
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    return GenerationConfig(do_sample=False, **{name: getattr(config, name, None) for name in kept})
+
+
+def make_ready(cell: Cell, *, device: str) -> None:
+    """What a quantization compiles, compiled before the baseline: its seconds and bytes are no phase's."""
+    if cell.quantization.target == "left_bench.fivebit.FiveBitConfig":
+        instantiate(cell.quantization.target, cell.quantization.config, key="quantization").prepare(device)
+
+
+def apply_precision(cell: Cell, *, device: str) -> None:
+    """Set the matrix products' rounding; raises NotInForce where the device has no such mode."""
+    if cell.precision.tf32 and device != "cuda":
+        raise NotInForce(f"precision.tf32=true has no effect on {device}: it is a mode of CUDA matrix products")
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = cell.precision.tf32
+        torch.backends.cudnn.allow_tf32 = cell.precision.tf32
+
+
+def autocast(cell: Cell, *, device: str) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in the compute dtype, where it is not that of all weights."""
+    if not cell.autocast:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device, dtype=DTYPES[cell.precision.compute_dtype])
+
+
+def layers_of(model: Any) -> list[torch.nn.Module]:
+    """The model's repeated blocks, by the class names that transformers keeps for placing them on devices."""
+    names = set(getattr(model, "_no_split_modules", None) or [])
+    return [module for module in model.modules() if type(module).__name__ in names] or [model]
+
+
+def quantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Module name -> the weight parameter of every layer that is stored quantized."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        # tensor subclasses (torchao, quanto) report the dtype they stand for; what they hold tells
+        if isinstance(weight, torch.Tensor) and any(not part.is_floating_point() for part in plain_parts(weight)):
+            found[name] = weight
+    return found
+
+
+def base_metrics(model: torch.nn.Module) -> dict[str, float]:
+    """`weights_bytes`, `total_params`, bits per parameter: of the base model, before anything is attached."""
+    tensors = [*model.parameters(), *model.buffers()]
+    total = sum(logical_numel(parameter) for parameter in model.parameters())
+    weights = stored_bytes(tensors)
+    metrics: dict[str, float] = {
+        "total_params": total,
+        "weights_bytes": weights,
+        "stored_bits_per_param": 8 * weights / total,
+    }
+    quantized = list(quantized_weights(model).values())
+    if quantized:
+        numel = sum(logical_numel(weight) for weight in quantized)
+        metrics["quantized_modules"] = len(quantized)
+        metrics["quantized_bits_per_param"] = 8 * stored_bytes(quantized) / numel
+    return metrics
+
+
+def _let_go_of_checkpoint(model: PreTrainedModel, *, all_of_it: bool) -> None:
+    """Copy what is not quantized out of the memory-mapped checkpoint, so that the mapping can go.
+
+    One embedding that is a view of it keeps every page resident that quantizing has read: all the unquantized weights,
+    203 MiB beside SmolLM2's 107 MiB of NF4, would count as the quantized model's memory. Where the quantized weights
+    are views too (`all_of_it`) they are copied as well: a half-copied file would count twice, and products of weights
+    that begin at other boundaries may round otherwise.
+    """
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+        return tensor.data_ptr(), tensor.dtype, tensor.shape
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if place(tensor) not in copies:  # int8 weights have two names for one storage
+            copied = tensor.data.clone()
+            copies[place(tensor)] = copies[place(copied)] = copied
+        return copies[place(tensor)]
+
+    def stays(tensor: torch.Tensor) -> bool:
+        return not all_of_it and any(not part.is_floating_point() for part in plain_parts(tensor))
+
+    # replaced where they are referred to: a view that is given other data keeps its base, and that the mapping
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not stays(buffer):
+                setattr(module, name, copy(buffer))
+    for parameter in model.parameters():
+        if not stays(parameter):
+            parameter.data = copy(parameter)
+            for owner, name in constants(parameter):
+                constant = getattr(owner, name)
+                if copy(constant) is not constant:  # a 5-bit layer's are its buffers
+                    setattr(owner, name, copy(constant))
+
+
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    It does so at the first forward pass in eval mode, for good: afterwards no gradient flows through the layer, and its
+    weights can no longer be dequantized, so a model that was evaluated before training silently learns next to nothing
+    (seen with bitsandbytes 0.50.2: gradient norm 0.28 in place of 1.67 for LoRA over NF4).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (mypy knows no such attribute)
+
+
+def _feed_head_contiguous(model: PreTrainedModel) -> None:
+    """Give the output head a contiguous input.
+
+    The first step of generation hands it a strided slice, and torch's `linear` on a three-dimensional strided input
+    with a frozen weight becomes a batched product over a copy of the weight for every row: 3.4 GiB and 10 s for 64 rows
+    of SmolLM2 (torch 2.13, CPU), which a base model whose weights still require gradients does not pay.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+
+def _found(model: PreTrainedModel, cell: Cell) -> dict[str, Any]:
+    quantized = quantized_weights(model)
+    asked_for = cell.quantization.target or cell.quantization.checkpoint_method
+    if asked_for is not None and not quantized:
+        raise NotInForce(
+            f"quantization={cell.quantization.name}: no module of the loaded model is quantized; "
+            "is the quantization's library installed and the model's linear layers of a kind it knows?"
+        )
+    if cell.quantization.target is None and cell.quantization.checkpoint_method is None and quantized:
+        raise NotInForce(f"quantization=none: {len(quantized)} modules of the checkpoint came quantized")
+    dtypes: Counter[str] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    asked = cell.precision.weights_dtype
+    main = dtypes.most_common(1)[0][0] if dtypes else asked
+    if not quantized and main != asked:
+        raise NotInForce(f"precision.weights_dtype={asked}: the weights were loaded as {main}")
+    found = {
+        "weights_dtype": "+".join(name for name, _ in sorted(dtypes.items())) or None,
+        "attention": model.config._attn_implementation,
+        "five_bit_decoder": "+".join(sorted(_decoders(model))) or None,
+        "architecture": type(model).__name__,
+        "model_type": model.config.model_type,
+        "revision": resolved_revision(cell.model),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _decoders(model: torch.nn.Module) -> set[str]:
+    """Who decodes the weights of its 5-bit layers."""
+    found = (getattr(module, "decoded_by", None) for module in model.modules())
+    return {name for name in found if isinstance(name, str)}
+
+
+def open_pretrained(cell: Cell) -> tuple[str, Any]:
+    """Make sure the base model's files are there, and load the tokenizer, or for pictures the image processor.
+
+    Nothing of it is a measured phase.
+    """
+    folder = model_folder(cell.model, dtype=cell.precision.weights_dtype)
+    if cell.model.task == "image_classification":
+        return folder, load_processor(folder, cell.model)
+    return folder, load_tokenizer(folder, cell.model)
+
+
+def config_of(cell: Cell, folder: str) -> dict[str, Any]:
+    """The model's configuration, as `config.json` has it."""
+    revision = cell.model.revision if source(cell.model) == "hub" else None
+    code = cell.model.trust_remote_code
+    found = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=code)
+    text: dict[str, Any] = found.get_text_config().to_dict()
+    return text
+
+
+def load_rows_of(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
+    """The cell's rows as its model reads them (see `data.load_data` and `data.load_pictures`)."""
+    start = None
+    if cell.model.task != "causal_lm":
+        revision = cell.model.revision if source(cell.model) == "hub" else None
+        code = cell.model.trust_remote_code
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=code)
+        if cell.model.task == "image_classification":
+            return load_pictures(cell.data, tokenizer, patches=_patches(config))
+        start = config.decoder_start_token_id
+        if start is None:
+            raise UserError(
+                f"model.task=seq2seq_lm: {cell.model.name_or_path} names no decoder_start_token_id in its config.json; "
+                "set it there, or model.task=causal_lm for a model without an encoder"
+            )
+    return load_data(
+        cell.data,
+        tokenizer,
+        max_length=cell.training.max_length,
+        decoder_start=start,
+    )
+
+
+def _patches(config: Any) -> int:
+    """The squares a vision transformer cuts a picture into; 1 where the model cuts nothing."""
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 1
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer whose ids the embedding does not hold."""
+    embedding: Any = model.get_input_embeddings()
+    check_vocabulary(tokenizer, embedding.weight.shape[0])

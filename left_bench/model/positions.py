@@ -1,0 +1,91 @@
+"""How many positions a model has learned: beyond them its embedding has no row, and torch ends in an IndexError.
+
+Rotary positions go on for ever, if not well: training beyond those that a model is configured for is refused as a
+mistake, and generating is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from left_bench.core.errors import UserError
+from left_bench.spec.cell import Cell
+
+_LEARNED = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "bart", "mbart"}
+"""Families, by `model_type`, whose positions are rows of an embedding."""
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """The positions that a model's configuration (config.json) has room for; None where they are not learned."""
+    if config.get("model_type") not in _LEARNED:
+        return None
+    found = config.get("max_position_embeddings", config.get("n_positions"))
+    return found if isinstance(found, int) else None
+
+
+def config_at_hand(cell: Cell) -> Mapping[str, Any]:
+    """The model's configuration where it can be read without a download; else empty."""
+    if cell.model.config is not None:
+        return cell.model.config
+    path = Path(cell.model.name_or_path).expanduser() / "config.json"
+    with contextlib.suppress(OSError, ValueError):  # no such folder, or a broken file: loading will say
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def check_positions(cell: Cell) -> None:
+    """Refuse rows that may be longer than the model has positions, learned or configured.
+
+    Raises:
+        UserError: naming the keys, the model and its positions.
+    """
+    config, virtual = config_at_hand(cell), virtual_tokens(cell)
+    learned = positions_of(config)
+    positions = learned or _configured(config)
+    if positions is None or cell.training.max_length + virtual <= positions:
+        return
+    beside = f" and peft.config.num_virtual_tokens={virtual}" if virtual else ""
+    has = "has learned" if learned else "is configured for"
+    raise UserError(
+        f"training.max_length={cell.training.max_length}{beside}: {cell.model.name} {has} {positions} positions; "
+        f"give training.max_length={positions - virtual} or less"
+    )
+
+
+def _configured(config: Mapping[str, Any]) -> int | None:
+    """How far a model's rotary positions are meant to go; None where its configuration does not say."""
+    text = config.get("text_config")
+    config = text if isinstance(text, dict) else config
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = scaling.get("factor", 1) if isinstance(scaling, dict) else 1
+    return positions * max(1, int(found)) if isinstance(found, (int, float)) else positions
+
+
+def check_generation(cell: Cell, config: Mapping[str, Any], *, longest_prompt: int) -> None:
+    """Refuse answers that may run beyond the model's positions.
+
+    Raises:
+        UserError: naming the key, the longest prompt and the model's positions.
+    """
+    positions, longest = positions_of(config), longest_prompt + virtual_tokens(cell)
+    wanted = cell.eval.max_new_tokens or 0
+    if positions is None or not cell.generates or longest + wanted <= positions:
+        return
+    raise UserError(
+        f"eval.max_new_tokens={wanted}: the longest prompt has {longest} tokens and {cell.model.name} has learned "
+        f"{positions} positions; give eval.max_new_tokens={max(1, positions - longest)} or less, or shorter prompts"
+    )
+
+
+def virtual_tokens(cell: Cell) -> int:
+    """Positions that the method itself takes up before a row."""
+    found = cell.peft.config.get("num_virtual_tokens", 0)
+    return found if isinstance(found, int) else 0

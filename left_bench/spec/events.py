@@ -1,0 +1,89 @@
+"""What a running cell tells the outside: one JSON line an event, written by the worker and read by its parent.
+
+Trackers and progress bars live in the parent and are fed from this file, so that neither can harm or slow the
+measured process, and a lost tracker can be replayed from disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+EVENTS_NAME = "events.jsonl"
+Tell = Callable[[str, int, int], None]
+"""Told what a phase is at, how much of it is done, and how much there is: an evaluation's rows, a peak's attempts."""
+ROW_COUNTS = (
+    *("train_rows", "test_rows", "dropped_rows", "repeated_rows"),
+    *("truncated_rows", "truncated_test_rows", "train_epochs"),
+)
+"""Metrics that the event `data` tells before anything is loaded."""
+_TOLD_EVERY_SECONDS = 0.5
+
+
+class EventWriter:
+    """Appends events to a file; each line is whole before the next begins."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+
+    def write(self, event: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class NullEventWriter(EventWriter):
+    """Writes nothing: what the ranks beside the first would tell, it tells."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: str, **fields: Any) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+def progress_of(events: EventWriter) -> Tell:
+    """Writes `progress` events: one where something begins, and then two a second at most."""
+    told_at, told_of = -math.inf, ""
+
+    def tell(work: str, done: int, total: int) -> None:
+        nonlocal told_at, told_of
+        now = time.monotonic()
+        if work != told_of or now - told_at >= _TOLD_EVERY_SECONDS:
+            told_at, told_of = now, work
+            events.write("progress", work=work, done=done, total=total)
+
+    return tell
+
+
+class EventReader:
+    """Reads what has been appended since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):  # still being written
+                    break
+                self._offset += len(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:  # torn by a killed writer
+                    continue
+                if isinstance(event, dict):
+                    yield event

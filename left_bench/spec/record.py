@@ -1,0 +1,273 @@
+"""Record: what came of one cell, as one JSON file; and METRICS, the meaning of every number in it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from left_bench.core.files import write_atomically
+
+SCHEMA_VERSION = 1
+STATUSES = ("ok", "unsupported", "oom", "diverged", "failed", "crashed", "timeout")
+Status = Literal["ok", "unsupported", "oom", "diverged", "failed", "crashed", "timeout"]
+RECORD_NAME = "record.json"
+
+
+class Metric(NamedTuple):
+    """How one number of a record is read."""
+
+    unit: str  # "bytes", "seconds", "tokens/s", "params", "bits", "nats", "fraction", "count", "samples/s", "joules", …
+    better: Literal["lower", "higher", "none"]
+    kind: Literal["quality", "memory", "speed", "energy", "cost", "size", "fact"]
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    # quality, on held-out rows; `base_<name>` is the same before training
+    "eval_loss": Metric("nats", "lower", "quality", "mean negative log-likelihood per answer token, held-out rows"),
+    "eval_perplexity": Metric("", "lower", "quality", "exp(eval_loss)"),
+    "exact_match": Metric("fraction", "higher", "quality", "greedy answers equal to the reference"),
+    "rouge_l": Metric("fraction", "higher", "quality", "ROUGE-L F1 of greedy answers, mean over rows"),
+    "bleu": Metric("fraction", "higher", "quality", "corpus BLEU-4 of greedy answers"),
+    "accuracy": Metric("fraction", "higher", "quality", "share of rows with the right class"),
+    "f1": Metric("fraction", "higher", "quality", "token-overlap F1 of greedy answers, mean over rows"),
+    "number_match": Metric(
+        "fraction", "higher", "quality", "greedy answers that come to the reference's number, as GSM8K is scored"
+    ),
+    "preference_accuracy": Metric(
+        "fraction", "higher", "quality", "share of held-out pairs whose right answer is the likelier one"
+    ),
+    "preference_margin_nats": Metric(
+        "nats",
+        "higher",
+        "quality",
+        "log-probability of the right answer less the worse one's, mean over rows",
+    ),
+    "forgetting_nats": Metric(
+        "nats", "lower", "quality", "rise in mean token loss on general text the training never saw"
+    ),
+    # memory
+    "peak_memory_bytes": Metric(
+        "bytes", "lower", "memory", "highest device memory in the train phase, over the baseline after imports"
+    ),
+    "load_peak_memory_bytes": Metric("bytes", "lower", "memory", "the same for the load phase"),
+    "paged_optimizer_bytes": Metric(
+        "bytes", "lower", "memory", "optimizer states in CUDA's managed memory, which the peak does not hold"
+    ),
+    "weights_bytes": Metric(
+        "bytes", "lower", "memory", "bytes the base weights occupy, quantization constants counted"
+    ),
+    "stored_bits_per_param": Metric("bits", "lower", "memory", "8 x weights_bytes / base parameters"),
+    # speed
+    "train_tokens_per_second": Metric(
+        "tokens/s", "higher", "speed", "non-padding tokens / summed step seconds, warm-up steps left out"
+    ),
+    "train_samples_per_second": Metric("samples/s", "higher", "speed", "rows / summed step seconds, same steps"),
+    "step_seconds_p50": Metric("seconds", "lower", "speed", "median optimizer step, same steps"),
+    "step_seconds_p95": Metric("seconds", "lower", "speed", "95th percentile of the same steps"),
+    "train_seconds": Metric("seconds", "lower", "speed", "the whole train phase, warm-up steps included"),
+    "load_seconds": Metric("seconds", "lower", "speed", "loading the checkpoint, quantizing included"),
+    "compile_seconds": Metric("seconds", "lower", "speed", "torch.compile at work, before training and within it"),
+    "generate_tokens_per_second": Metric(
+        "tokens/s", "higher", "speed", "new tokens / seconds of greedy decoding, adapter attached"
+    ),
+    "merged_generate_tokens_per_second": Metric(
+        "tokens/s", "higher", "speed", "the same with the adapter merged into the base weights"
+    ),
+    "model_flops_utilization": Metric(
+        "fraction", "higher", "speed", "model FLOP/s reached / measured matrix-product peak in the compute dtype"
+    ),
+    "wall_seconds": Metric("seconds", "lower", "speed", "the whole cell, process start to record"),
+    "overhead_seconds": Metric("seconds", "lower", "speed", "wall seconds outside every phase"),
+    # energy; `cpu_` is the CPU packages' beside an accelerator, never added to it
+    "train_joules": Metric(
+        "joules", "lower", "energy", "joules of the device that trains, over the steps that count for speed"
+    ),
+    "joules_per_1000_tokens": Metric("joules", "lower", "energy", "1,000 x train_joules / non-padding tokens"),
+    "train_watts": Metric("watts", "none", "energy", "train_joules / seconds that they were counted over"),
+    "cell_joules": Metric("joules", "lower", "energy", "joules of the same device over the whole cell, after imports"),
+    "cpu_train_joules": Metric("joules", "lower", "energy", "the CPU packages' joules over the same steps"),
+    "cpu_joules_per_1000_tokens": Metric("joules", "lower", "energy", "1,000 x cpu_train_joules / the same tokens"),
+    "cpu_train_watts": Metric("watts", "none", "energy", "cpu_train_joules / seconds that they were counted over"),
+    "cpu_cell_joules": Metric("joules", "lower", "energy", "the CPU packages' joules over the whole cell"),
+    # cost: of a report that is given prices; no record has them
+    "cell_cost": Metric("money", "lower", "cost", "what the cell costs by the prices given: energy, hours, or both"),
+    "cell_energy_cost": Metric("money", "lower", "cost", "price per kWh x joules of the cell, the CPU packages' too"),
+    "cell_hours_cost": Metric("money", "lower", "cost", "price per hour x wall time x accelerators"),
+    # size
+    "trainable_params": Metric("params", "lower", "size", "parameters that receive a gradient"),
+    "total_params": Metric("params", "none", "size", "logical parameters, also where storage is packed"),
+    "adapter_file_bytes": Metric("bytes", "lower", "size", "bytes on disk of what training produced"),
+    # facts
+    "train_loss": Metric("nats", "none", "fact", "mean loss of the last tenth of the steps"),
+    "first_train_loss": Metric("nats", "none", "fact", "loss of the first step, before any update"),
+    "train_steps": Metric("count", "none", "fact", "optimizer steps taken"),
+    "train_tokens": Metric("count", "none", "fact", "non-padding tokens trained on, all steps"),
+    "train_answer_tokens": Metric("count", "none", "fact", "tokens that carried loss, all steps"),
+    "quantized_modules": Metric("count", "none", "fact", "linear layers whose weight is stored quantized"),
+    "quantized_bits_per_param": Metric("bits", "lower", "memory", "stored bits over the quantized layers alone"),
+    "quantization_error": Metric(
+        "fraction", "lower", "quality", "mean relative Frobenius error of the quantized weights"
+    ),
+    "other_cpu_share": Metric(
+        "fraction", "none", "fact", "share of the machine's CPU time that other processes took in the train phase"
+    ),
+    "compiled_graphs": Metric(
+        "count", "none", "fact", "pieces of code that torch.compile compiled, recompilations too"
+    ),
+    "train_rows": Metric("count", "none", "fact", "training rows there are"),
+    "test_rows": Metric("count", "none", "fact", "test rows that were scored"),
+    "train_epochs": Metric("count", "none", "fact", "times the steps go over the training rows"),
+    "dropped_rows": Metric("count", "none", "fact", "rows of the source without a prompt or an answer"),
+    "repeated_rows": Metric("count", "none", "fact", "rows left out because their question is a test row's"),
+    "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
+    "truncated_test_rows": Metric("count", "none", "fact", "test rows cut to training.max_length"),
+    "baseline_memory_bytes": Metric("bytes", "none", "fact", "process memory after imports, before the load phase"),
+    # merging and saving
+    "merge_max_abs_difference": Metric("", "none", "fact", "largest logit difference, merged against attached"),
+    "reload_ok": Metric("", "none", "fact", "1 when the saved adapter, reloaded, gives the same evaluation loss"),
+}
+
+
+ANSWER_METRICS = ("exact_match", "accuracy", "rouge_l", "bleu", "f1", "number_match")
+"""Those of METRICS that are scored on answers, generated or chosen among classes (`evaluation.text_metrics`)."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Phase(_Frozen):
+    """A measured stretch of a run."""
+
+    name: str
+    seconds: float
+    steps: int | None = None
+    tokens: int | None = None
+    """Non-padding tokens that went through the model in the phase."""
+    peak_memory_bytes: int | None = None
+    """Highest memory in the phase, over the baseline after imports."""
+    peak_reserved_bytes: int | None = None
+    """The allocator's own peak, where the device has one."""
+
+
+class Score(_Frozen):
+    """One quality metric on one task."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    """Standard error over test rows; absent where the metric has none (corpus metrics)."""
+    n: int
+    """Rows scored."""
+    base_value: float | None = None
+    """The same metric of the same base model before training."""
+
+
+class Sample(_Frozen):
+    """One held-out row as the model answered it."""
+
+    prompt: str
+    reference: str
+    prediction: str
+    base_prediction: str | None = None
+
+
+class Record(_Frozen):
+    """What came of one cell, whatever happened."""
+
+    schema_version: int = SCHEMA_VERSION
+    cell_id: str
+    status: Status
+    reason: str | None = None
+    """One line: which rule, which error, how much memory; None when ok."""
+    attempt: int = 1
+    started_at: str
+    """ISO 8601, UTC."""
+    finished_at: str
+    choices: dict[str, str]
+    """Group -> option: model, quantization, peft, precision, training, data, eval, hardware."""
+    config: dict[str, Any]
+    """The resolved cell, section by section, with `seed`."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Flat, name -> number; see METRICS. What was not measured is absent."""
+    phases: list[Phase] = Field(default_factory=list)
+    memory_breakdown: dict[str, int] = Field(default_factory=dict)
+    """Part -> bytes: weights, adapter, gradients, optimizer, activations_and_workspace."""
+    scores: list[Score] = Field(default_factory=list)
+    samples: list[Sample] = Field(default_factory=list)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    """Machine and versions, from an allow-list; `effective` holds what was found after loading."""
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    """sweep, command, overrides, notes (list of confounders), log_tail of a failed cell."""
+
+    def write(self, run_dir: Path) -> Path:
+        """Write `record.json` into `run_dir` whole or not at all."""
+        return write_atomically(run_dir / RECORD_NAME, self.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+class NewerSchema(ValueError):
+    """A record that a newer left_bench has written."""
+
+
+KnownParts: TypeAlias = dict[tuple[type, str], Any]
+"""Parts of records by type and text, so that equal ones become one object."""
+
+
+def read_record(path: Path, *, known: KnownParts | None = None) -> Record:
+    """Read one record.
+
+    Args:
+        known: parts of the records read before, and filled with this one's. Ten thousand records hold a few dozen
+            different sections, versions and prompts between them; each for itself would be 1 GiB. None: share nothing.
+
+    Raises:
+        NewerSchema: it was written by a newer left_bench; a ValueError too.
+        ValueError: the file is no record of this schema; the message is one line with the file's name.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: unreadable ({error})") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        kind = NewerSchema if isinstance(version, int) and version > SCHEMA_VERSION else ValueError
+        raise kind(f"{path}: schema version {version!r}, this left_bench reads {SCHEMA_VERSION}")
+    if known is not None:
+        _share(raw, known)
+    try:
+        return _without_impossible(Record.model_validate(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _without_impossible(record: Record) -> Record:
+    """The record without a utilization above 1: earlier versions kept a peak that was measured beside other load."""
+    utilization = record.metrics.get("model_flops_utilization", 0.0)
+    if utilization <= 1:
+        return record
+    metrics = {name: value for name, value in record.metrics.items() if name != "model_flops_utilization"}
+    told = {"utilization_withheld": f"the steps came to {utilization:.2f} times the measured peak, which must be wrong"}
+    environment = record.environment | {"effective": record.environment.get("effective", {}) | told}
+    return record.model_copy(update={"metrics": metrics, "environment": environment})
+
+
+def _share(raw: dict[str, Any], known: KnownParts) -> None:
+    """Put what is known already in the place of its equals; the texts tell 1 from 1.0 and keep the order of keys."""
+
+    def same(value: Any) -> Any:
+        if isinstance(value, (dict, list)):
+            return known.setdefault((type(value), json.dumps(value)), value)
+        return known.setdefault((str, value), value) if isinstance(value, str) else value
+
+    for part, value in raw.items():
+        if isinstance(value, dict):
+            raw[part] = {sys.intern(key): same(inner) for key, inner in value.items()}
+        elif isinstance(value, list):  # phases, scores, samples
+            raw[part] = [{k: same(v) for k, v in one.items()} if isinstance(one, dict) else one for one in value]

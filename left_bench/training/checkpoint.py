@@ -1,0 +1,275 @@
+"""Checkpoints inside a cell: a killed run goes on where it was, and ends with the numbers it would have had.
+
+What training changes is saved: trainable tensors, optimizer, schedule, loss scaling, AdaLoRA's rank budget, random
+state, and the steps as they were measured. The order of the rows needs no saving: it follows from the seed. Tensors go
+into one safetensors file and everything else into JSON beside it; nothing is pickled, so nothing that lies in a runs
+folder can run code. A checkpoint is a folder that appears by a rename, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from left_bench.core.errors import UserError
+from left_bench.core.paths import versions_of
+from left_bench.spec.cell import Cell, fingerprint
+
+if TYPE_CHECKING:
+    import torch
+
+    from left_bench.measure.meter import Meter
+
+CHECKPOINTS_NAME = "checkpoints"
+_STATE, _TENSORS = "state.json", "tensors.safetensors"
+_SAME = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+"""Packages whose other version could compute other numbers: a checkpoint is not gone on from across one."""
+
+
+def forget_checkpoints(run_dir: Path) -> None:
+    """Delete a cell's checkpoints."""
+    shutil.rmtree(run_dir / CHECKPOINTS_NAME, ignore_errors=True)
+
+
+class Checkpoint:
+    """Saves and restores one training loop, beside its events; does nothing where `checkpoint_every` is null."""
+
+    def __init__(
+        self, cell: Cell, *, model: torch.nn.Module, optimizer: Any, schedule: Any, scaler: Any, meter: Meter
+    ) -> None:
+        self._every = cell.training.checkpoint_every
+        self._optimizer_name = cell.optimizer.name
+        self._key = fingerprint([cell.identity, versions_of(_SAME)])
+        self._model, self._optimizer, self._schedule, self._scaler = model, optimizer, schedule, scaler
+        self._meter = meter
+
+    def resume(self) -> int:
+        """Put back the newest state there is; returns how many steps it holds, 0 when there is none to go on from."""
+        if self._every is None:
+            return 0
+        for folder in sorted(self._folder().glob("step-*[0-9]"), reverse=True):
+            try:
+                state = _read(folder)
+            except (OSError, ValueError, LookupError) as error:  # not this package's writing, which is whole
+                print(f"checkpoint {folder.name} cannot be read ({error}); it is passed over", flush=True)
+                continue
+            if state["key"] != self._key:
+                print(f"checkpoint {folder.name} is of another cell or of other package versions; passed over")
+                continue
+            self._restore(state)
+            return int(state["step"])
+        return 0
+
+    def save(self, step: int) -> None:
+        """Save after every so many steps.
+
+        Raises:
+            UserError: the optimizer keeps something that cannot be written without pickle.
+        """
+        if self._every is None or step % self._every != 0:
+            return
+        with self._meter.energy.paused():
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        state = {
+            "key": self._key,
+            "step": step,
+            "trainable": {name: p.data for name, p in self._model.named_parameters() if p.requires_grad},
+            "optimizer": _optimizer_state(self._optimizer),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "adalora": _adalora_state(self._model),
+            "random": _random_state(),
+            "starts": self._meter.starts,
+            "memory_breakdown": self._meter.memory_breakdown,
+        }
+        try:
+            _write(self._folder() / f"step-{step:09d}", state, steps=_step_lines(self._meter.events.path))
+        except TypeError as error:
+            raise UserError(
+                f"training.checkpoint_every={self._every}: the state of optimizer={self._optimizer_name} cannot be "
+                f"written without pickle ({error}); leave checkpoint_every out"
+            ) from error
+
+    def _folder(self) -> Path:
+        return self._meter.events.path.parent / CHECKPOINTS_NAME
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        import torch
+
+        parameters = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in state["trainable"].items():
+                parameters[name].copy_(tensor)
+        _restore_optimizer(self._optimizer, state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        _restore_adalora(self._model, state["adalora"])
+        _restore_random(state["random"])
+        self._meter.take_over(
+            state["steps"][: state["step"]], starts=state["starts"], memory_breakdown=state["memory_breakdown"]
+        )
+
+
+def _optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """The states as the optimizer holds them, by their parameter's place; `state_dict` may wrap them (bitsandbytes)."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    states = [dict(inner.state.get(parameter, {})) for parameter in _parameters(inner)]
+    return {"groups": inner.state_dict()["param_groups"], "states": states}
+
+
+def _restore_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
+    """torch's own loading casts states to their parameter's dtype; here they keep the dtype they had."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    inner.load_state_dict({"state": {}, "param_groups": saved["groups"]})
+    for parameter, state in zip(_parameters(inner), saved["states"], strict=True):
+        if state:
+            inner.state[parameter] = state
+
+
+def _parameters(optimizer: Any) -> list[Any]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _adalora_state(model: Any) -> dict[str, Any] | None:
+    """The importance scores by which AdaLoRA moves its budget, and the pattern of ranks it last chose."""
+    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
+    if allocator is None:
+        return None
+    scores = {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+    return scores | {"rank_pattern": allocator.peft_config.rank_pattern}
+
+
+def _restore_adalora(model: Any, state: dict[str, Any] | None) -> None:
+    if state is not None:
+        allocator = model.base_model.rankallocator
+        allocator.peft_config.rank_pattern = state.pop("rank_pattern")
+        for name, scores in state.items():
+            setattr(allocator, name, scores)
+
+
+def _random_state() -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    state: Any = np.random.get_state()
+    algorithm, keys, *rest = state
+    found: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [algorithm, torch.from_numpy(keys.astype("int64")), *rest],
+    }
+    found["torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    return found
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    import numpy as np
+    import torch
+
+    algorithm, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((algorithm, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _step_lines(events: Path) -> list[str]:
+    lines = events.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.startswith('{"event": "step"')]
+
+
+def _write(folder: Path, state: dict[str, Any], *, steps: list[str]) -> None:
+    """Write a checkpoint beside the earlier one, flush it to disk, rename it into place, and let the earlier one go."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    plain = _plain(state, tensors, {})
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # a killed attempt's
+    unfinished.mkdir(parents=True)
+    try:
+        # safetensors writes storages: a view or a shared one is copied first, and nothing else is
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / _TENSORS)
+        (unfinished / _STATE).write_text(json.dumps(plain), encoding="utf-8")
+        (unfinished / "steps.jsonl").write_text("".join(f"{line}\n" for line in steps), encoding="utf-8")
+        for path in [*unfinished.iterdir(), unfinished]:
+            _flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    for other in folder.parent.glob("step-*"):
+        if other.name != folder.name:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(folder / _TENSORS)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    state: dict[str, Any] = _restored(json.loads((folder / _STATE).read_text(encoding="utf-8")), tensors)
+    lines = (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+    return state | {"steps": [json.loads(line) for line in lines]}
+
+
+def _plain(value: Any, tensors: dict[str, torch.Tensor], seen: dict[int, dict[str, Any]]) -> Any:
+    """JSON for `value`, its tensors taken out into `tensors`; one that is there twice is stored once.
+
+    Raises:
+        TypeError: something that is neither a tensor nor plain data; its class is named.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if id(value) not in seen:
+            name = f"{len(tensors):06d}"
+            seen[id(value)] = {"tensor": name, "device": str(value.device)}
+            held = value.detach()
+            part = held.numel() * held.element_size() != held.untyped_storage().nbytes()
+            tensors[name] = held.clone() if part else held
+        return seen[id(value)]
+    if isinstance(value, dict):
+        return {"dict": [[_plain(one, tensors, seen) for one in pair] for pair in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_plain(one, tensors, seen) for one in value]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _restored(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """What `_plain` was given."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        name = value["tensor"]
+        tensors[name] = tensors[name].to(value["device"])  # kept, so that what was one tensor is one again
+        return tensors[name]
+    if "dict" in value:
+        return {_restored(key, tensors): _restored(one, tensors) for key, one in value["dict"]}
+    if "tuple" in value:
+        return tuple(_restored(one, tensors) for one in value["tuple"])
+    return [_restored(one, tensors) for one in value["list"]]

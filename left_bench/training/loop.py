@@ -1,0 +1,307 @@
+"""The training loop: optimizer steps over passes, measured one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from left_bench.core.errors import NotInForce, UserError
+from left_bench.data import Example, split_passes, step_rows
+from left_bench.measure.compile_timer import Compiling
+from left_bench.measure.meter import Meter, PhaseCounts, Step, stored_bytes, warm_up
+from left_bench.methods.attach import after_optimizer_step, regularization, trainable_parameters
+from left_bench.methods.verify import check_gradient
+from left_bench.model.load import autocast, layers_of
+from left_bench.processes.ranks import ALONE, Team
+from left_bench.spec.cell import Cell
+from left_bench.spec.instantiate import instantiate
+from left_bench.training.checkpoint import Checkpoint
+from left_bench.training.objective import Objective
+from left_bench.training.sharding import clip_gradient, fingerprint_of, make_accelerator, wrap
+
+EXPLODED = 100.0
+"""Nats per token beyond which a finite loss has exploded too: a uniform guess over 50,000 tokens costs 11."""
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient stopped being a finite number, or the loss exploded."""
+
+
+def train(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    objective: Objective,
+    meter: Meter,
+    counts: PhaseCounts,
+    compiling: Compiling | None = None,
+    team: Team = ALONE,
+    earlier: bool = False,
+) -> str:
+    """Take `training.steps` optimizer steps; measurements go into `meter`.
+
+    Every answer token of a step (every pair, in preference tuning) weighs the same, in whichever pass it comes: the
+    passes' summed losses are divided by the count of the whole step, that of all ranks.
+
+    Args:
+        objective: of `model`.
+        compiling: of `compile_model`; what is compiled again in a step, for a shape not met before, is not the step's.
+        earlier: another training of the same model follows.
+        team: the processes that train together; what is measured is the same on each of them, but for memory.
+
+    Returns:
+        The dtypes of the optimizer's states.
+
+    Raises:
+        Diverged: a loss or gradient that is not finite, or a loss that exploded, with the step.
+        RankLost: the ranks do not hold the same gradient or weights.
+    """
+    settings, device = cell.training, meter.device.kind
+    compiling = compiling or Compiling()
+    optimizer = make_optimizer(model, cell, device=device)
+    # transformers' plain `constant` knows no warm-up
+    shape = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    schedule = get_scheduler(shape, optimizer, math.ceil(settings.steps * settings.warmup_ratio), settings.steps)
+    scaler = torch.amp.GradScaler(device, enabled=cell.precision.loss_scaling)
+    accelerator = make_accelerator(
+        model,
+        cell,
+        team=team,
+        unused=lambda: some_get_no_gradient(model, rows, cell, objective=objective, device=device),
+    )
+    network, optimizer = wrap(accelerator, model, optimizer)
+    objective = objective.through(network)
+    parameters = trainable_parameters(model)  # sharding has put others in their place
+    if cell.hardware.sharding is not None:
+        meter.memory_breakdown |= held_weights(model, attached=cell.peft.target is not None)
+    network.train()
+    torch.manual_seed(cell.seed)  # dropout and noise are the seed's, whatever this process alone has drawn before
+
+    order = step_rows(
+        len(rows),
+        rows_per_step=settings.batch_size * settings.gradient_accumulation,
+        steps=settings.steps,
+        seed=cell.seed,
+    )
+    checkpoint = Checkpoint(cell, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, meter=meter)
+    done = checkpoint.resume()
+    team.check_alike("the step to go on from", [float(step) for (step,) in team.gather(done)])
+    counts.steps = counts.tokens = 0
+    first_measured = 1 + done + warm_up(settings.steps - done, measure_after=settings.measure_after)
+    for step, indices in enumerate(islice(order, done, None), start=done + 1):
+        if step == first_measured:
+            meter.begin_measured()
+        start = time.perf_counter()
+        passes = split_passes(
+            [rows[index] for index in indices], batch_size=settings.batch_size, batching=settings.batching
+        )
+        batches = [objective.batch(team.share(examples)).to(accelerator.device) for examples in passes]
+        taken = [example for examples in passes for example in examples]  # by all ranks
+        read = objective.sequences(taken)
+        # asked where it is on alone: the answer waits for the device
+        scale = float(scaler.scale(torch.ones((), device=accelerator.device))) if scaler.is_enabled() else 1.0
+        gain = scale * team.size / objective.count(taken)  # gradients are averaged over the ranks
+
+        total = torch.zeros((), device=accelerator.device)
+        with team.own_draws(device, seed=cell.seed, step=step):
+            for batch in batches:
+                # gradients go round once a step
+                last = batch is batches[-1]
+                with contextlib.nullcontext() if last else accelerator.no_sync(network):
+                    with autocast(cell, device=device):
+                        part = objective.summed(batch, gain=gain)
+                    total += part.detach() / (scale * team.size)
+                    penalty = regularization(model)
+                    accelerator.backward(part if penalty is None else part + scale * penalty / len(batches))
+
+        scaler.unscale_(optimizer) if scaler.is_enabled() else None
+        norm = clip_gradient(accelerator, parameters, settings.max_grad_norm or math.inf)
+        if step == 1:
+            check_gradient(norm.item())
+            meter.memory_breakdown["gradients"] = stored_bytes(p.grad for p in parameters if p.grad is not None)
+        learning_rate = schedule.get_last_lr()[0]
+        scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
+        scaler.update() if scaler.is_enabled() else None
+        schedule.step()
+        if scaler.is_enabled() and not math.isfinite(norm.item()):  # skipped: its gradients tell AdaLoRA nothing
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+        # AdaLoRA's rank budget is of the last training alone: step 0 leaves it as it is
+        after_optimizer_step(model, 0 if earlier else step - 1)
+        optimizer.zero_grad(set_to_none=True)
+
+        parts = team.gather(total.item(), norm.item())
+        meter.device.synchronize()
+        measured = Step(
+            seconds=time.perf_counter() - start - compiling.take(),
+            tokens=sum(example.length for example in read),
+            answer_tokens=sum(example.labels for example in read),
+            rows=len(indices),
+            loss=sum(part for part, _ in parts),
+            pairs=sum(example.length**2 for example in read),
+        )
+        team.check_alike(f"the gradient's norm at step {step}", [norm for _, norm in parts])
+        counts.steps += 1
+        counts.tokens += measured.tokens
+        meter.step(measured, learning_rate=learning_rate, gradient_norm=norm.item())
+        # under loss scaling an overflowing gradient is expected: the scaler skips the step and lowers the scale
+        finite = math.isfinite(measured.loss) and (math.isfinite(norm.item()) or scaler.is_enabled())
+        if not finite or measured.loss > EXPLODED:
+            raise Diverged(f"loss {measured.loss:g}, gradient norm {norm.item():g} at step {step} of {settings.steps}")
+        if step == settings.steps:
+            meter.end_measured()
+        if team.first:  # all ranks hold the same
+            checkpoint.save(step)
+    if team.size > 1 and cell.hardware.sharding is None:
+        team.check_alike("what was trained", [one for (one,) in team.gather(fingerprint_of(parameters))])
+    states = state_tensors(optimizer)
+    meter.memory_breakdown["optimizer"] = stored_bytes(one for one in states if not is_paged(one))
+    if paged := stored_bytes(one for one in states if is_paged(one)):
+        meter.metrics["paged_optimizer_bytes"] = paged
+    return optimizer_state_dtypes(optimizer)
+
+
+def some_get_no_gradient(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    objective: Objective,
+    device: str,
+) -> bool:
+    """Whether a pass over one row leaves a trainable parameter without a gradient: DDP then has to look for such."""
+    model.train()
+    with autocast(cell, device=device):
+        objective.summed(objective.batch(rows[:1]).to(device), gain=1.0).backward()
+    found = any(parameter.grad is None for parameter in trainable_parameters(model))
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def held_weights(model: torch.nn.Module, *, attached: bool) -> dict[str, int]:
+    """The parts `weights` and `adapter` of the memory breakdown, as this rank holds them."""
+    trained = trainable_parameters(model) if attached else []
+    ids = {id(parameter) for parameter in trained}
+    others = [tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in ids]
+    return {"weights": stored_bytes(others)} | ({"adapter": stored_bytes(trained)} if attached else {})
+
+
+def compile_model(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    objective: Objective,
+    device: str,
+) -> Compiling:
+    """Compile the model's layers in place with dynamic shapes; run them both ways so that training compiles nothing.
+
+    Layer by layer: they are alike, so one is compiled and all are served, in a fraction of the whole model's time.
+    """
+    compiling = Compiling()
+    compiling.watch()
+    for layer in layers_of(model):
+        layer.compile(dynamic=True)
+    model.train()
+    count = cell.training.batch_size // cell.hardware.processes
+    with torch.random.fork_rng():  # the noise of training is what it would be without
+        for start in (0, count):  # another length shows what is still taken for a constant
+            batch = objective.batch([rows[index % len(rows)] for index in range(start, start + count)])
+            with autocast(cell, device=device):
+                objective.summed(batch.to(device), gain=1.0).backward()
+    model.zero_grad(set_to_none=True)
+    compiling.take()
+    return compiling
+
+
+def uncompile(model: torch.nn.Module) -> None:
+    """Back to eager: generation would compile again for every length."""
+    for layer in layers_of(model):
+        layer._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def embedding_noise(model: torch.nn.Module, alpha: float | None) -> Iterator[None]:
+    """NEFTune (Jain et al. 2023): uniform noise in +-alpha / sqrt(length x width) on the input embeddings.
+
+    The length is that of the pass's rows as they are padded; of packed rows each has its own.
+    """
+    if alpha is None:
+        yield
+        return
+    embedding: Any = model
+    embedding = embedding.get_input_embeddings()
+    boundaries: list[torch.Tensor | None] = [None]
+
+    def look(_module: torch.nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
+        boundaries[0] = named.get("cu_seq_lens_q")
+
+    def disturb(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if boundaries[0] is None:
+            size = alpha / math.sqrt(output.shape[1] * output.shape[2])
+            return output + torch.empty_like(output).uniform_(-size, size)
+        lengths = boundaries[0].diff()
+        sizes = (alpha / (lengths * output.shape[2]).sqrt()).repeat_interleave(lengths).to(output.dtype)
+        return output + torch.empty_like(output).uniform_(-1, 1) * sizes[None, :, None]
+
+    handles = [model.register_forward_pre_hook(look, with_kwargs=True), embedding.register_forward_hook(disturb)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def optimizer_state_dtypes(optimizer: Any) -> str:
+    """The dtypes of the optimizer's states, step counters aside: `float32`, `uint8+float32`."""
+    dtypes = {tensor.dtype for tensor in state_tensors(optimizer) if tensor.dim() > 0}
+    return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
+
+
+def make_optimizer(model: torch.nn.Module, cell: Cell, *, device: str) -> torch.optim.Optimizer:
+    """The cell's optimizer at the learning rate in force.
+
+    Raises:
+        UserError: the class is not allowed, its package is not installed, or an argument is not one of its.
+        NotInForce: paged states were asked for where there is no paging (bitsandbytes would do without, silently).
+    """
+    settings = cell.optimizer
+    if ".Paged" in settings.target and device != "cuda":
+        raise NotInForce(f"optimizer={settings.name}: states are paged by CUDA alone, not on {device}")
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [parameter for _, parameter in named]}]
+    if settings.b_ratio is not None:
+        faster = [parameter for name, parameter in named if "lora_B" in name or "lora_embedding_B" in name]
+        if not faster:
+            raise UserError(f"optimizer={settings.name}: LoRA+ needs LoRA's matrices, peft={cell.peft.name} has none")
+        groups = [_without(groups[0], faster), {"params": faster, "lr": cell.learning_rate * settings.b_ratio}]
+    if settings.matrices:
+        matrices = [parameter for _, parameter in named if parameter.dim() == 2]
+        groups = [_without(groups[0], matrices), {"params": matrices, **settings.matrices}]
+    arguments = {"params": groups, "lr": cell.learning_rate, **settings.config}
+    optimizer: torch.optim.Optimizer = instantiate(settings.target, arguments, key="optimizer")
+    return optimizer
+
+
+def _without(group: dict[str, Any], taken: list[torch.nn.Parameter]) -> dict[str, Any]:
+    ids = {id(parameter) for parameter in taken}
+    return {"params": [parameter for parameter in group["params"] if id(parameter) not in ids]}
+
+
+def is_paged(state: torch.Tensor) -> bool:
+    """Whether bitsandbytes keeps it in CUDA's managed memory, which no allocator of torch's counts."""
+    return bool(getattr(state, "is_paged", False))
+
+
+def state_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """Every tensor of the optimizer's states."""
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]

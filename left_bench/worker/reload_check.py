@@ -1,0 +1,128 @@
+"""Does what was saved give back what was measured? Asked of a process that the run has not touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from left_bench.spec.cell import Cell
+from left_bench.worker.classify_error import NoRoomToCheck, says_out_of_memory
+from left_bench.worker.run import ADAPTER_NAME, CELL_NAME, ROWS_NAME, die_with_parent
+
+EQUAL = "equal"
+
+
+def gives_the_same_loss(run_dir: Path) -> bool:
+    """Load base model and adapter in a new process; True when every held-out row's loss is bit for bit the recorded.
+
+    Raises:
+        NoRoomToCheck: the new process ran out of memory.
+        RuntimeError: loading or evaluating failed; the message is the new process's last line.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "left_bench.worker.reload_check", str(run_dir)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise _unusable((done.stderr.strip().splitlines() or ["?"])[-1])
+    return done.stdout.strip().splitlines()[-1] == EQUAL
+
+
+def start_reload_checker() -> Callable[[Path], bool]:
+    """The same check by a fork of this process, made now and asleep until it is asked.
+
+    For a worker that was itself forked with its imports done, before it has loaded anything or started a thread of
+    torch's: the fork then is as fresh as a new interpreter, and saves the ten seconds in which that one would import.
+    """
+    question, ask = os.pipe()
+    answer, reply = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ask)
+        os.close(answer)
+        _wait_and_reply(question, reply)
+    os.close(question)
+    os.close(reply)
+
+    def gives_the_same_loss(run_dir: Path) -> bool:
+        os.write(ask, f"{run_dir}\n".encode())
+        os.close(ask)
+        with os.fdopen(answer, encoding="utf-8") as lines:
+            found = lines.read().strip()
+        os.waitpid(child, 0)
+        if found.startswith("error: ") or not found:
+            raise _unusable(found.removeprefix("error: ") or "the process ended without an answer")
+        return found == EQUAL
+
+    return gives_the_same_loss
+
+
+def _wait_and_reply(question: int, reply: int) -> None:
+    try:
+        die_with_parent()
+        with os.fdopen(question, encoding="utf-8") as lines:
+            run_dir = lines.readline().strip()
+        if run_dir:  # else the run ended without asking
+            os.write(reply, compare_losses(Path(run_dir)).encode())
+    except BaseException as error:
+        traceback.print_exc()
+        os.write(reply, f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}".encode())
+    finally:
+        os._exit(0)
+
+
+def compare_losses(run_dir: Path) -> str:
+    """`equal`, or the largest difference of a row's loss between the saved adapter, loaded now, and `rows.jsonl`."""
+    import torch
+
+    from left_bench.evaluation import evaluate
+    from left_bench.methods import attach
+    from left_bench.model import load as models
+    from left_bench.model import quantized_cache
+    from left_bench.processes.ranks import Team
+    from left_bench.worker.run import set_threads
+
+    cell = Cell.model_validate_json((run_dir / CELL_NAME).read_text(encoding="utf-8"))
+    device = cell.hardware.device
+    set_threads(cell, Team(size=cell.hardware.processes))  # as many as the process had that evaluated
+    models.apply_precision(cell, device=device)
+    folder, tokenizer = models.open_pretrained(cell)
+    splits = models.load_rows_of(cell, tokenizer, folder=folder)
+    test = splits.test
+    test = test if cell.eval.rows is None else test[: cell.eval.rows]
+    quantized = quantized_cache.kept(cell, folder=folder, device=device)
+    base, _ = models.load_model(cell, folder=folder, device=device, quantized=quantized, classes=splits.classes)
+    dtype = models.DTYPES[cell.precision.adapter_dtype]
+    model = attach.load_trained(base, run_dir / ADAPTER_NAME, adapter_dtype=dtype)
+    if cell.autocast:
+        attach.let_autocast_convert(model)
+    model.eval()
+    with torch.no_grad(), models.autocast(cell, device=device):
+        found = evaluate.row_losses(model, test, cell, pad_id=evaluate.pad_of(tokenizer), device=device).nll
+    lines = (run_dir / ROWS_NAME).read_text(encoding="utf-8").splitlines()
+    recorded = [json.loads(line)["nll"] for line in lines]
+    difference = max(abs(one - other) for one, other in zip(found, recorded, strict=True))
+    return EQUAL if found == recorded else f"largest difference {difference:g} nats"
+
+
+def _unusable(why: str) -> RuntimeError:
+    if says_out_of_memory(why) or why.startswith("MemoryError"):
+        return NoRoomToCheck(why)
+    return RuntimeError(f"the saved adapter cannot be used again: {why}")
+
+
+def main(argv: list[str]) -> int:
+    """Print what `compare_losses` says of `RUN_DIR`."""
+    print(compare_losses(Path(argv[0])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
