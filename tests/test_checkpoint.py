@@ -282,7 +282,7 @@ def test_a_killed_cell_goes_on(tmp_path):
         return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     killed = start("runs_dir=killed")
-    end = time.monotonic() + 90
+    end = time.monotonic() + 180
     while not list(tmp_path.glob(f"killed/*/{CHECKPOINTS_NAME}/step-*")):
         assert killed.poll() is None and time.monotonic() < end, killed.communicate()[0]
         time.sleep(0.02)

@@ -16,7 +16,7 @@ from left_bench.launch.cell_lock import ATTEMPT_NAME, claim, next_attempt, until
 
 HOLDER = """
 import pathlib, sys, time
-from left_bench.claim import claim
+from left_bench.launch.cell_lock import claim
 with claim(pathlib.Path(sys.argv[1])) as mine:
     print(mine, flush=True)
     time.sleep(60)

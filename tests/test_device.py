@@ -158,7 +158,7 @@ def test_the_limit_is_over_the_baseline(tmp_path):
     program = """
 import json, sys
 from pathlib import Path
-from left_bench.device import CpuDevice
+from left_bench.measure.device import CpuDevice
 first = bytearray(b"x" * 100_000_000)
 device = CpuDevice(); device.set_baseline(); device.limit(200_000_000, run_dir=Path(sys.argv[1]), exceeded=print)
 held = bytearray(150_000_000)

@@ -133,7 +133,7 @@ LAUNCHER = """
 import sys
 from functools import partial
 from left_bench import cli, run
-from left_bench.isolate import run_isolated
+from left_bench.launch.supervise import run_isolated
 run._fetch_model = lambda cell: None
 run.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", sys.argv.pop(1)])
 sys.exit(cli.main())

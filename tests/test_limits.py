@@ -45,7 +45,7 @@ def test_pages_of_a_mapped_file_are_seen_by_the_watchdog(tmp_path):
     program = """
 import mmap, os, sys, time
 from left_bench import limits
-from left_bench.device import CpuDevice
+from left_bench.measure.device import CpuDevice
 def exceeded(used):
     print(used); sys.stdout.flush(); os._exit(7)
 limits.watch(150_000_000, baseline_bytes=CpuDevice().set_baseline(), exceeded=exceeded)

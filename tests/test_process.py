@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server
 
 LAUNCHER = """
 import pathlib, sys
-from left_bench.cell import Cell
-from left_bench.isolate import run_isolated
+from left_bench.spec.cell import Cell
+from left_bench.launch.supervise import run_isolated
 folder = pathlib.Path(sys.argv[1])
 cell = Cell.model_validate_json((folder / "wanted.json").read_text())
 run_isolated(cell, folder / "run", on_event=lambda event: None)

@@ -22,7 +22,7 @@ from test_tracker import contents
 
 PROGRAM = """
 import pathlib, sys, urllib.request
-from left_bench.record import Record
+from left_bench.spec.record import Record
 from left_bench.tracker import Attempt, open_tracker
 
 store = pathlib.Path(sys.argv[1])
