@@ -132,11 +132,12 @@ QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "
 LAUNCHER = """
 import sys
 from functools import partial
-from left_bench import cli, run
+from left_bench.cli import main
+from left_bench.launch import run_cell
 from left_bench.launch.supervise import run_isolated
-run._fetch_model = lambda cell: None
-run.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", sys.argv.pop(1)])
-sys.exit(cli.main())
+run_cell._fetch_model = lambda cell: None
+run_cell.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", sys.argv.pop(1)])
+sys.exit(main.main())
 """
 WAITING_WORKER = """
 import ctypes, json, os, pathlib, signal, sys, time

@@ -78,7 +78,7 @@ def test_a_request_that_is_passed_on_twice_is_one():
 def test_a_second_request_ends_at_once():
     program = """
 import time
-from left_bench import interrupt
+from left_bench.core import interrupt
 with interrupt.noted():
     print("on", flush=True)
     while True:

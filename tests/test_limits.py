@@ -24,7 +24,7 @@ def run(program: str, *arguments: str) -> str:
 
 def test_private_memory_is_refused_and_given_again_to_say_so():
     program = """
-from left_bench import limits
+from left_bench.processes import memory_limit as limits
 limits.limit_data(200_000_000)
 held = bytearray(100_000_000)
 try:
@@ -44,7 +44,7 @@ def test_pages_of_a_mapped_file_are_seen_by_the_watchdog(tmp_path):
         sparse.truncate(300 * MB)
     program = """
 import mmap, os, sys, time
-from left_bench import limits
+from left_bench.processes import memory_limit as limits
 from left_bench.measure.device import CpuDevice
 def exceeded(used):
     print(used); sys.stdout.flush(); os._exit(7)
@@ -64,7 +64,7 @@ print("no limit")
 def test_a_limit_that_is_kept_is_not_felt():
     program = """
 import sys, time
-from left_bench import limits
+from left_bench.processes import memory_limit as limits
 limits.watch(500_000_000, baseline_bytes=0, exceeded=lambda used: print("exceeded", used))
 held = bytearray(b"x") * 100_000_000
 time.sleep(0.2)
@@ -113,7 +113,7 @@ def test_which_group_accounts_for_memory(tmp_path, monkeypatch):
 @pytest.fixture
 def may_group(tmp_path):
     program = (
-        "import pathlib, sys; from left_bench import limits\n"
+        "import pathlib, sys; from left_bench.processes import memory_limit as limits\n"
         "print(limits.enter_group(pathlib.Path(sys.argv[1]), 10**9))"
     )
     said = run(program, str(tmp_path / "probe"))
@@ -127,7 +127,7 @@ def test_the_kernel_ends_a_run_beyond_its_group(may_group, tiny_cell, tmp_path):
     cell = tiny_cell("hardware.memory_limit=100MB")
     program = """
 import json, os, pathlib, sys
-from left_bench import limits
+from left_bench.processes import memory_limit as limits
 folder = pathlib.Path(sys.argv[1])
 with open(folder / "events.jsonl", "w") as events:
     events.write(json.dumps({"event": "phase", "name": "train", "time": 0}) + "\\n")
