@@ -77,7 +77,9 @@ def test_what_argparse_refuses_is_its_usage_and_exit_code_2(command, option, rec
     assert f"left-bench {command}: error:" in answer.err
 
 
-@pytest.mark.parametrize("command", ["report", "compare", "export", "track", "dashboard", "init", "doctor", "plan"])
+@pytest.mark.parametrize(
+    "command", ["report", "compare", "export", "track", "dashboard", "init", "doctor", "plan", "data"]
+)
 def test_every_command_has_help(command, left_bench):
     answer = left_bench(command, "--help")
     assert answer.code == 0

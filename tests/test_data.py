@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from left_bench.core.errors import UserError
 from left_bench.data import Example, collate, load_data, load_rows, split_passes, step_rows
-from left_bench.data.tokens import fit
+from left_bench.data.rendering import fit
 from left_bench.spec.cell import Data
 from left_bench.spec.record import METRICS
 

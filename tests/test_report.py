@@ -996,3 +996,15 @@ def test_a_sweep_may_be_named_as_the_cells_of_none_are(tmp_path: Path) -> None:
     swept, _ = write_runs(tmp_path / "runs", [make_record(), make_record(changes=peft("lora"))])
     write_sweep(tmp_path / "runs", "cells", [swept])
     assert len(write_reports([tmp_path / "runs"], out=tmp_path / "out", name="cells")) == 1
+
+
+def test_a_report_says_what_became_of_each_data_sets_rows(tmp_path: Path) -> None:
+    counts = {"train_rows": 1100.0, "test_rows": 128.0, "dropped_rows": 0.0, "repeated_rows": 12.0}
+    counts |= {"truncated_rows": 3.0, "truncated_test_rows": 0.0, "train_epochs": 0.291}
+    told = "train 1,100, test 128, left out 12 (a test row's question), cut 3 (longer than training.max_length="
+    text = document(rows_of(make_record(metrics=counts), make_record(changes=peft("lora"), metrics=counts)))
+    assert text.count("Rows: ") == 1 and f"{told}" in text and "0.29 epochs." in text
+    other = make_record(choices={"data": "mine"}, metrics=counts | {"dropped_rows": 5.0})
+    lines = document(rows_of(make_record(metrics=counts), other)).partition("Rows:\n\n")[2].splitlines()
+    assert lines[0].startswith("- ") and "dropped" not in lines[0] and "dropped 5" in lines[1]
+    assert "Rows:" not in document(rows_of(make_record()))  # a record from before the counts

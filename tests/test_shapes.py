@@ -61,6 +61,7 @@ def asked(number: int) -> list[dict[str, str]]:
             "First.",
         ),
         ({"prompt": "P{}", "chosen": "A", "rejected": "B"}, "P0", "A"),
+        ({"text": "P{}", "label": 3, "idx": 9}, "P0", "3"),
     ],
 )
 def test_a_shape_is_found_by_looking(record, prompt, answer, tmp_path):
@@ -69,20 +70,17 @@ def test_a_shape_is_found_by_looking(record, prompt, answer, tmp_path):
     assert (first.prompt, first.answer) == (prompt, answer)
 
 
-@pytest.mark.parametrize(("train_on", "answers"), [("assistant", 8), ("last", 4)])
-def test_every_assistant_turn_is_a_row_or_the_last_alone(train_on, answers, tmp_path):
+@pytest.mark.parametrize(("train_on", "earlier"), [("assistant", ["First."]), ("last", []), ("all", [])])
+def test_every_assistant_turn_is_trained_on_or_the_last_alone(train_on, earlier, tmp_path):
     path = written(tmp_path / "r.jsonl", [{"messages": asked(number)} for number in range(5)])
     found = split_rows(section(path=str(path), test_rows=1, train_on=train_on))
-    assert len(found.train) == answers  # none of the held-out conversation
+    assert len(found.train) == 4 and found.test[0].earlier == ()
     assert {row.group for row in found.train}.isdisjoint({found.test[0].group})
-    assert "every assistant turn" in str(found.shape) or train_on == "last"
-    second = next(row for row in found.train if row.answer == "Second.")
-    assert second.before is not None and [turn["role"] for turn in second.before] == [
-        "system",
-        "user",
-        "assistant",
-        "user",
-    ]
+    words = {"assistant": "every assistant turn", "last": "the last assistant turn of each", "all": "every token"}
+    assert words[train_on] in str(found.shape)
+    row = found.train[0]
+    assert row.answer == "Second." and [one.answer for one in row.earlier] == earlier
+    assert row.before is not None and [turn["role"] for turn in row.before] == ["system", "user", "assistant", "user"]
 
 
 def test_a_conversation_is_rendered_as_its_template_has_it(tmp_path):
@@ -137,7 +135,6 @@ def test_columns_that_a_person_names_are_no_shape(tmp_path):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"text": "a novel"}, ["line 1 of data.path=", "plain text", "data.prompt_column="]),
         ({"messages": [{"role": "usr", "content": "x"}]}, ["turn 1 has the role 'usr'", "did you mean 'user'?"]),
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, ["turn 1 holds an object, not text"]),
         (
@@ -244,3 +241,153 @@ def test_a_file_that_cannot_be_read_is_one_sentence(name, content, words, tmp_pa
         rows_of(tmp_path / name)
     assert all(word in str(raised.value) for word in words), raised.value
     assert f"data.path={tmp_path / name}" in str(raised.value)
+
+
+# ---- what a value may be
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("r.jsonl", '\ufeff{"prompt": "P0", "answer": "a"}\n{"prompt": "P1", "answer": "b"}\n'),
+        ("r.jsonl", '{"prompt": "P0", "answer": "a"}\r\n\r\n{"prompt": "P1", "answer": "b"}\r\n'),
+        ("r.json", '\ufeff[{"prompt": "P0", "answer": "a"},\r\n {"prompt": "P1", "answer": "b"}]'),
+        ("r.csv", "\ufeffprompt,answer\r\nP0,a\r\nP1,b\r\n"),
+        ("r.tsv", "\ufeffprompt\tanswer\nP0\ta\nP1\tb\n"),
+    ],
+)
+def test_a_byte_order_mark_and_line_ends_of_other_systems_are_no_part_of_the_text(name, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / name).write_bytes(text.encode())
+    assert [(row.prompt, row.answer) for row in rows_of(tmp_path / name)] == [("P0", "a"), ("P1", "b")]
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [(7, "7"), (-0.5, "-0.5"), (1e21, "1e+21"), (True, "true"), (False, "false"), ("  x\r\n", "  x")],
+)
+def test_an_answer_that_is_a_number_is_its_text(value, answer, tmp_path):
+    lines = [{"prompt": f"P{n}", "answer": value} for n in range(2)]
+    assert rows_of(written(tmp_path / "r.jsonl", lines))[0].answer == answer
+    with_turns = [{"messages": [TURNS[1] | {"content": f"P{n}"}, TURNS[2] | {"content": value}]} for n in range(2)]
+    assert rows_of(written(tmp_path / "m.jsonl", with_turns))[0].answer == answer
+
+
+def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    answers = ["007", "1.50", "True", "NA", "1e3", "null"]
+    text = "prompt,answer\n" + "".join(f"P{number},{answer}\n" for number, answer in enumerate(answers))
+    (tmp_path / "r.csv").write_text(text + "P6,\n")
+    found = split_rows(section(path=str(tmp_path / "r.csv"), test_rows=1))
+    assert sorted(row.answer for row in [*found.train, *found.test]) == sorted(answers)
+    assert found.dropped == ["row 7: no answer"]
+
+
+@pytest.mark.parametrize(
+    ("record", "lacks"),
+    [
+        ({"prompt": "P", "answer": None}, "no answer"),
+        ({"prompt": "P", "answer": " \n"}, "no answer"),
+        ({"prompt": None, "answer": "A"}, "no prompt"),
+        ({"messages": []}, "no assistant turn that answers a user"),
+        ({"messages": TURNS[1:2]}, "no assistant turn that answers a user"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": None}]}, "no assistant turn that answers a user"),
+        ({"prompt": "P", "chosen": "A", "rejected": None}, "no worse answer"),
+        ({"prompt": "P", "chosen": "A", "rejected": "A"}, "the worse answer is the answer"),
+    ],
+)
+def test_a_row_that_lacks_something_is_dropped_and_says_what(record, lacks, tmp_path):
+    whole: dict[str, Any] = {"prompt": "P{}", "answer": "A"}
+    if "messages" in record:
+        whole = {"messages": [{"role": "user", "content": "P{}"}, TURNS[2]]}
+    elif "chosen" in record:
+        whole = {"prompt": "P{}", "chosen": "A", "rejected": "B"}
+    lines = [json.loads(json.dumps(whole).replace("{}", str(number))) for number in range(3)]
+    found = split_rows(section(path=str(written(tmp_path / "r.jsonl", [*lines, record])), test_rows=1))
+    assert found.dropped == [f"line 4: {lacks}"] and len(found.train) + len(found.test) == 3
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"prompt": "P", "answer": ["a", "b"]}, "column 'answer' holds a list, not text"),
+        ({"prompt": "P", "answer": {"a": 1}}, "column 'answer' holds an object, not text"),
+        ({"prompt": ["P"], "completion": "A"}, "column 'prompt' holds a list, not text"),
+        ({"instruction": "P", "output": ["A"]}, "column 'output' holds a list, not text"),
+        ({"prompt": "P", "chosen": "A", "rejected": ["B"]}, "column 'rejected' holds a list, not text"),
+        ({"messages": "Hello"}, "column 'messages' holds a text, not a list of turns"),
+        ({"messages": ["Hello"]}, "column 'messages': turn 1 is a text"),
+        ({"text": ["a novel"]}, "column 'text' holds a list, not text"),
+        ({"prompt": "P", "answer": "\ud800"}, "column 'answer' holds half a character"),
+    ],
+)
+def test_a_value_that_is_no_text_is_refused_with_file_and_row(record, words, tmp_path):
+    path = tmp_path / "r.jsonl"
+    shapes = {"messages": "messages", "text": "text"}
+    keys = {"shape": next((name for column, name in shapes.items() if column in record), None)}
+    whole = {"prompt": "P", "answer": "A", "completion": "A", "instruction": "P", "output": "A", "text": "T"}
+    first = {key: whole.get(key, "other") for key in record} | ({"messages": TURNS} if "messages" in record else {})
+    with pytest.raises(UserError) as raised:
+        rows_of(written(path, [first, record]), **keys)
+    assert f"line 2 of data.path={path}: {words}" in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+# ---- preference pairs
+
+
+ASKED = {"role": "user", "content": "P{}"}
+GOOD, BAD = ({"role": "assistant", "content": answer} for answer in "AB")
+SHAREGPT = [[{"from": "human", "value": "P{}"}, {"from": "gpt", "value": answer}] for answer in "AB"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "P{}", "chosen": "A", "rejected": "B"},
+        {"prompt": "P{}", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"prompt": "P{}", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"chosen": SHAREGPT[0], "rejected": SHAREGPT[1]},
+    ],
+)
+@pytest.mark.parametrize("pairs", [True, False])
+def test_pairs_are_read_as_texts_and_as_messages(record, pairs, tmp_path):
+    lines = [json.loads(json.dumps(record).replace("{}", str(number))) for number in range(3)]
+    named = {"answer_column": "chosen", "rejected_column": "rejected"} if pairs else {}
+    path = written(tmp_path / "r.jsonl", lines)
+    splits = load_data(
+        section(path=str(path), test_rows=1, pairs=pairs, **named), byte_tokenizer(chat_template=CHAT), max_length=512
+    )
+    [row] = splits.test
+    text = byte_tokenizer().decode(row.prompt_ids)
+    assert text == f"<s><user>{row.prompt}\n<assistant>" and row.prompt.startswith("P")
+    assert (row.reference, row.rejected) == ("A", "B")
+
+
+# ---- rows of the test set that stand in the training set too
+
+
+def test_rows_of_both_sets_are_left_out_of_training_and_counted(tmp_path):
+    path = written(tmp_path / "train.jsonl", [{"prompt": f"P{n}", "answer": "a"} for n in range(6)])
+    apart = written(tmp_path / "test.jsonl", [{"prompt": p, "answer": "b"} for p in ("P0", " p0 ", "P1", "T")])
+    for test_rows in (1, 50):  # one that is not drawn is a test row all the same
+        found = split_rows(section(path=str(path), test_path=str(apart), test_rows=test_rows))
+        assert sorted(row.prompt for row in found.train) == ["P2", "P3", "P4", "P5"]
+        assert found.repeated == 3 and found.test_there == 3  # two training rows, and the test row that repeats another
+        assert len(found.test) == min(test_rows, 3)
+
+
+def test_a_conversation_of_both_sets_is_known_by_its_questions(tmp_path):
+    path = written(tmp_path / "train.jsonl", [{"messages": asked(number)} for number in range(4)])
+    apart = written(tmp_path / "test.jsonl", [{"messages": asked(0)[1:]}, {"messages": asked(9)}])
+    found = split_rows(section(path=str(path), test_path=str(apart), test_rows=9))
+    assert (len(found.train), len(found.test), found.repeated) == (3, 2, 1)
+
+
+def test_a_question_that_stands_twice_is_held_out_once_and_not_trained_on(tmp_path):
+    lines = [{"prompt": f"P{n % 4}", "answer": f"a{n}"} for n in range(12)]
+    found = split_rows(section(path=str(written(tmp_path / "r.jsonl", lines)), test_rows=2))
+    assert {row.prompt for row in found.train}.isdisjoint({row.prompt for row in found.test})
+    assert (len(found.train), len(found.test), found.repeated, found.test_there) == (6, 2, 4, None)

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             "list": _list,
             "init": _init,
             "plan": _plan,
+            "data": _data,
         }
         if argv[0] not in commands:
             hint = nearest(argv[0], commands) or f"; commands are {', '.join(commands)}"
@@ -106,6 +107,7 @@ def help_text() -> str:
         "left-bench dashboard --sweep NAME             a Weights & Biases workspace and report for a sweep",
         "left-bench init DIR                           a project of your own: options, a sweep, rows to start from",
         "left-bench plan [GROUP=OPTION | KEY=VALUE ...]   the memory a run or sweep will need; nothing is run",
+        "left-bench data [GROUP=OPTION | KEY=VALUE ...]   rows as the model will read them: tokens, loss, lengths",
         "left-bench list                               every group's options, one line each",
         "left-bench doctor                             what this machine has and can run",
         "",
@@ -198,6 +200,12 @@ def _plan(argv: list[str]) -> int:
     from left_bench.cli.plan import main as plan
 
     return plan(argv)
+
+
+def _data(argv: list[str]) -> int:
+    from left_bench.cli.data import main as data
+
+    return data(argv)
 
 
 def _init(argv: list[str]) -> int:

@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
     return print_plans(cells)
 
 
-def cells_of(argv: list[str]) -> Iterator[Cell]:
-    """The cells of a command line, composed and checked as for a run.
+def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
+    """The cells of a command line, composed and checked as for a run; `command` is whose it is, for errors.
 
     Raises:
         UserError: a key or a value is not allowed.
@@ -64,7 +64,9 @@ def cells_of(argv: list[str]) -> Iterator[Cell]:
     folders = command_line.config_dirs(argv)
     for one in argv:
         if not (command_line.is_override(one) or one.startswith("-") or Path(one) in folders):
-            raise UserError(f"left-bench plan: '{one}' is no override; write GROUP=OPTION, KEY=VALUE or +sweep=NAME")
+            raise UserError(
+                f"left-bench {command}: '{one}' is no override; write GROUP=OPTION, KEY=VALUE or +sweep=NAME"
+            )
     command_line.check_options(argv)
     command_line.check_choices(argv)
     command_line.register_resolvers()

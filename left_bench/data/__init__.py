@@ -1,17 +1,19 @@
 """Data: rows -> prompts -> tokens -> batches.
 
-`rows` reads questions and answers and holds some out (standard library alone, for files), `tokens` turns them into
-token ids and keeps those on disk, `pictures` stands for both where a model sees and does not read, `batches` says which
-rows a step sees and pads them.
+`rows` reads questions and answers and holds some out (standard library alone, for files), `rendering` writes them as a
+model's template and tokenizer have them, `tokens` makes rows of token ids of that and keeps those on disk, `pictures`
+stands for all of it where a model sees and does not read, `batches` says which rows a step sees and pads them,
+`command` is `left-bench data`.
 """
 
 from __future__ import annotations
 
 from left_bench.data.batches import Batch, collate, split_passes, step_rows
 from left_bench.data.pictures import Picture, load_pictures
+from left_bench.data.rendering import start_ids, turn_end
 from left_bench.data.rows import load_rows
 from left_bench.data.shapes import Row
-from left_bench.data.tokens import Example, Splits, load_data, start_ids, turn_end
+from left_bench.data.tokens import Example, Splits, load_data
 
 __all__ = [
     "Batch",

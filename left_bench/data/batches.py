@@ -192,11 +192,14 @@ def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -
         input_ids[row, start:end] = torch.tensor(example.prompt_ids + example.answer_ids, dtype=torch.long)
         if attention_mask is not None:
             attention_mask[row, start:end] = 1
-        labels[row, answer_start:end] = input_ids[row, answer_start:end]
-        first = max(answer_start, start + 1)
-        label_positions.append(torch.arange(first - 1, end - 1))
-        label_rows.append(torch.full((end - first,), row))
-        answer_lengths.append(end - first)
+        places = torch.arange(answer_start, end)
+        if example.unlabelled is not None:
+            places = places[torch.tensor(example.of_answer)]
+        labels[row, places] = input_ids[row, places]
+        places = places[places > start]
+        label_positions.append(places - 1)
+        label_rows.append(torch.full((len(places),), row))
+        answer_lengths.append(len(places))
     rows, positions = torch.cat(label_rows), torch.cat(label_positions)
     return Batch(
         input_ids=input_ids,

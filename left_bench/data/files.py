@@ -172,9 +172,7 @@ def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]
         if path.is_dir():
             found: Any = datasets.load_from_disk(str(path))
         else:
-            more: dict[str, Any] = {"sep": "\t"} if kind == ".tsv" else {}
-            if _BUILDERS.get(kind) == "csv":
-                more |= {"keep_default_na": False}  # an answer of "NA" or "None" is an answer
+            more = _as_text(path, sep="\t" if kind == ".tsv" else ",") if _BUILDERS.get(kind) == "csv" else {}
             builder = _BUILDERS.get(kind, "json")
             found = datasets.load_dataset(builder, data_files=[str(path)], split="train", **more)
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, TypeError, ValueError, ImportError) as error:
@@ -187,6 +185,16 @@ def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]
         found = found["train"]
     for number, record in enumerate(found, start=1):
         yield f"row {number}", record
+
+
+def _as_text(path: Path, *, sep: str) -> dict[str, Any]:
+    """Arguments with which every value of a CSV file is the text that stands there: `007`, `True` and `NA` too."""
+    import datasets
+    import pandas
+
+    arguments: dict[str, Any] = {"sep": sep, "keep_default_na": False}
+    columns = pandas.read_csv(path, nrows=0, **arguments).columns
+    return arguments | {"features": datasets.Features({str(name): datasets.Value("string") for name in columns})}
 
 
 def has_test_split(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 import string
@@ -23,12 +24,14 @@ class RowSplits(NamedTuple):
 
     train: list[Row]
     test: list[Row]
-    dropped: int
-    """Rows without a prompt or an answer, or whose worse answer is none."""
+    dropped: list[str]
+    """Where rows stand that lack a prompt or an answer, or whose worse answer is none, each with what it lacks."""
     repeated: int
-    """Rows left out because their question is a test row's."""
+    """Rows left out because their question is a test row's; test rows of a set of their own that repeat another too."""
     shape: str | None = None
     """What the records were found to be, in words; None: columns by their names."""
+    test_there: int | None = None
+    """Different questions that the source's own test rows have; None: they are held out of the rows."""
 
 
 def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
@@ -49,12 +52,18 @@ def split_rows(section: Data) -> RowSplits:
     Raises:
         UserError: a source, column, value or count that cannot be used; the message names the key and the mend.
     """
+    if section.shape == "text":
+        for key in ("pairs", "instruction", "template", "train_on"):
+            if (given := getattr(section, key)) != Data.model_fields[key].default:
+                raise UserError(f"data.{key}={given}: plain text has neither questions nor turns; leave it out")
+    if section.pairs and section.train_on == "all":
+        raise UserError("data.train_on=all: of a pair (data.pairs) the answers alone are compared; leave it out")
     dropped: list[str] = []
     held_out: list[Row] | None = None
     if section.path is not None or section.source == "jsonl":
         paths = data_files(section)
         source = f"data.path={section.path if len(paths) > 1 else paths[0]}"
-        records, shape = _detect_shape(section, file_records(paths), source)
+        records, shape = _detect_shape(section, file_records(paths))
         rows = list(_rows(section, records, source, dropped, shape))
         if section.test_path is not None:
             files = data_files(section, test=True)
@@ -65,11 +74,18 @@ def split_rows(section: Data) -> RowSplits:
         else:
             apart, named = None, ""
         if apart is not None:
-            apart, shape_apart = _detect_shape(section, apart, named)
+            apart, shape_apart = _detect_shape(section, apart)
+            if _plain(shape_apart) != _plain(shape):
+                one, other = (named, source) if _plain(shape_apart) else (source, named)
+                raise UserError(f"{one}: holds plain text, and {other} does not; give test rows of the same shape")
             held_out = list(_rows(section, apart, named, dropped, shape_apart))
     elif section.source == "hub":
         source = f"data.hub_id={section.hub_id}"
-        records, shape = _detect_shape(section, _hub_records(section), source)
+        records, shape = _detect_shape(section, _hub_records(section))
+        if _plain(shape) and section.shape is None:
+            raise UserError(
+                f"{source}: holds plain text; to train on that, give data.shape=text, else name two columns"
+            )
         rows = list(_rows(section, records, source, dropped, shape))
     else:
         source, shape = f"data.task={section.task}", None
@@ -78,16 +94,41 @@ def split_rows(section: Data) -> RowSplits:
     if section.pairs and section.rejected_column is None and not any(row.rejected for row in rows):
         train, test = _mismatched(train, source), _mismatched(test, source)
     words = None if shape is None else in_words(shape, section)
-    return RowSplits(train, test, dropped=len(dropped), repeated=repeated, shape=words)
+    there = None if held_out is None else len({_question(row) for row in held_out})
+    return RowSplits(train, test, dropped=dropped, repeated=repeated, shape=words, test_there=there)
 
 
-def _detect_shape(section: Data, records: Records, source: str) -> tuple[Records, Shape | None]:
+def with_shape(section: Data) -> Data:
+    """The section with `shape: text` where its file is found to hold that: nothing is generated from such a cell.
+
+    Other shapes change nothing of a cell, and are found where its rows are read; which says what is wrong, too.
+    """
+    if section.shape is not None or section.path is None or section.image_column is not None:
+        return section
+    return section.model_copy(update={"shape": "text"}) if _is_text(section.model_dump_json()) else section
+
+
+@functools.cache  # a sweep composes one file thousands of times
+def _is_text(section_json: str) -> bool:
+    section = Data.model_validate_json(section_json)
+    try:
+        _, shape = _detect_shape(section, file_records(data_files(section)))
+    except (UserError, OSError):
+        return False
+    return _plain(shape)
+
+
+def _plain(shape: Shape | None) -> bool:
+    return shape is not None and shape.name == "text"
+
+
+def _detect_shape(section: Data, records: Records) -> tuple[Records, Shape | None]:
     """The records, and what the first of them is found to be (or `data.shape` says)."""
     iterator = iter(records)
     first = next(iterator, None)
     if first is None:
         return [], None
-    return itertools.chain([first], iterator), shape_of(section, first[1], f"{first[0]} of {source}")
+    return itertools.chain([first], iterator), shape_of(section, first[1])
 
 
 # --- sources: records with named columns ---
@@ -189,7 +230,7 @@ def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
 def _rows(
     section: Data, records: Records, source: str, dropped: list[str] | None = None, shape: Shape | None = None
 ) -> Iterator[Row]:
-    """Rows with a prompt and an answer; at least one, or an error. Where the others stood is noted in `dropped`."""
+    """Rows with a prompt and an answer; at least one, or an error. What the others lack is noted in `dropped`."""
     parts, columns = _template_parts(section.template), _columns(section)
 
     def by_columns(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
@@ -208,13 +249,16 @@ def _rows(
     seen = kept = 0
     for where, record in records:
         seen += 1
-        whole = [row for row in read(record, f"{where} of {source}", section) if row.whole]
+        rows = list(read(record, f"{where} of {source}", section))
+        whole = [row for row in rows if row.lacks is None]
         kept += len(whole)
         yield from whole
         if not whole and dropped is not None:
-            dropped.append(where)
+            dropped.append(f"{where}: {rows[0].lacks if rows else 'no assistant turn that answers a user'}")
     if not seen:
         raise UserError(f"{source}: is empty; it needs rows with a question and an answer")
+    if not kept and _plain(shape):
+        raise UserError(f"data.shape=text: none of the {seen} rows of {source} has any text; check the file")
     if not kept:
         column = f"data.answer_column={section.answer_column!r}" if shape is None else f"data.shape={shape.name}"
         raise UserError(
@@ -287,17 +331,17 @@ def _hold_out(
 ) -> tuple[list[Row], list[Row], int]:
     """Shuffle by `data.seed`; the first different questions are the test rows, the other questions the training.
 
-    Test rows that the source brings itself (`held_out`) are drawn from those alone. The number is of the rows that
-    repeat a test row's question.
+    Test rows that the source brings itself (`held_out`) are drawn from those alone, and none of them is trained on,
+    drawn or not. Of a conversation that is held out one turn is asked: those of one conversation are no independent
+    draws. The number is of the rows that repeat a test row's question.
     """
     shuffled = random.Random(section.seed).sample(rows, len(rows))
     if held_out is None:
         questions = len({_question(row) for row in rows})
         if questions < section.test_rows + 1:
             if questions == 1:
-                raise UserError(
-                    f"{source}: has one question with an answer; two are needed, to train on one and test one"
-                )
+                one, two = ("text", "texts") if rows[0].plain else ("question with an answer", "two")
+                raise UserError(f"{source}: has one {one}; {two} are needed, to train on one and test one")
             raise UserError(
                 f"data.test_rows={section.test_rows}: {source} has only {questions} different questions with an"
                 f" answer, and one must be left to train on; set data.test_rows={questions - 1} or lower"
@@ -309,8 +353,9 @@ def _hold_out(
     for row in drawn:
         if len(test) == section.test_rows:
             break
-        test.setdefault(_question(row), row)
-    train = [row for row in shuffled if _question(row) not in test]
+        test.setdefault(_question(row), _one_turn(row, seed=section.seed))
+    asked = test.keys() if held_out is None else {_question(row) for row in held_out}
+    train = [row for row in shuffled if _question(row) not in asked]
     if not train:
         raise UserError(f"{source}: each of its questions is a test row's too, and none is left to train on")
     if section.train_rows is not None and len(train) < section.train_rows:
@@ -318,8 +363,16 @@ def _hold_out(
             f"data.train_rows={section.train_rows}: {source} leaves only {len(train)} training rows beside"
             f" {len(test)} test rows; set data.train_rows={len(train)} or lower, or null for all"
         )
-    repeated = len(rows) - len(train) - (len(test) if held_out is None else 0)
+    repeated = len(rows) - len(train) - len(test) if held_out is None else len(rows) - len(train)
+    repeated += 0 if held_out is None else len(held_out) - len(asked)
     return train[: section.train_rows], list(test.values()), repeated
+
+
+def _one_turn(row: Row, *, seed: int) -> Row:
+    if not row.earlier:
+        return row
+    turns = [*row.earlier, dataclasses.replace(row, earlier=())]
+    return random.Random(f"{seed} {_question(row)}").choice(turns)
 
 
 def _question(row: Row) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
@@ -25,6 +25,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipyth
 _PAIRS = (
     *(("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response")),
     *(("query", "response"), ("query", "answer"), ("instruction", "response"), ("input", "output")),
+    ("text", "label"),
 )
 
 
@@ -40,12 +41,29 @@ class Row:
     before: tuple[Message, ...] | None = None
     """The conversation up to the answer, as chat templates take it; None: the prompt is all there is."""
     group: str | None = None
-    """What is held out together: a conversation, by its first two questions; None: the row, by its prompt."""
+    """What is held out together: a conversation, by its first two questions; a text, by itself; None: the row, by its
+    prompt."""
+    earlier: tuple[Row, ...] = ()
+    """The conversation's answers before this one, which are trained on together with it."""
+    turn: Message | None = None
+    """The answer as a turn where it is more than text (tool calls), so that only a chat template can write it."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The functions that the assistant may call, as chat templates take them."""
+    place: str | None = None
+    """Where the row stands, for errors; only where tools are declared, called or have answered."""
+    plain: bool = False
+    """Plain text: there is no question, and every token is trained on."""
 
     @property
-    def whole(self) -> bool:
-        """Whether there is a question and an answer, and the worse answer is one."""
-        return bool(self.prompt and self.answer) and self.rejected not in ("", self.answer)
+    def lacks(self) -> str | None:
+        """Why the row cannot be used; None: it can."""
+        if self.plain:
+            return None if self.answer else "no text"
+        if not self.prompt or not self.answer:
+            return "no answer" if self.prompt else "no prompt"
+        if self.rejected == "":
+            return "no worse answer"
+        return "the worse answer is the answer" if self.rejected == self.answer else None
 
 
 class Shape(NamedTuple):
@@ -58,11 +76,11 @@ class Shape(NamedTuple):
     """The rows of a record, of which it is given the place too, for errors."""
 
 
-def shape_of(section: Data, record: Mapping[str, Any], where: str) -> Shape | None:
+def shape_of(section: Data, record: Mapping[str, Any]) -> Shape | None:
     """What a record is; None: columns, by the names that the section has for them.
 
     Raises:
-        UserError: `data.shape` names no shape, or the record is plain text.
+        UserError: `data.shape` names no shape.
     """
     if section.shape == "columns":
         return None
@@ -84,13 +102,10 @@ def shape_of(section: Data, record: Mapping[str, Any], where: str) -> Shape | No
         return SHAPES["preference"]
     if {"instruction", "output"} <= record.keys():
         return SHAPES["alpaca"]
-    if any(set(pair) <= record.keys() for pair in _PAIRS):
-        return SHAPES["completion"]
+    if found := next((pair for pair in _PAIRS if set(pair) <= record.keys()), None):
+        return SHAPES["classification" if found == ("text", "label") else "completion"]
     if isinstance(record.get("text"), str) and not {"prompt", "answer", "label"} & record.keys():
-        raise UserError(
-            f"{where}: has plain text and no question with an answer, which is not trained on yet; "
-            "name two columns with data.prompt_column= and data.answer_column="
-        )
+        return SHAPES["text"]
     return None
 
 
@@ -132,25 +147,78 @@ def _completion(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]
     yield Row(prompt=prompt.strip(), answer=whole_lines(answer))
 
 
+def _text(record: Mapping[str, Any], where: str, section: Data) -> Iterator[Row]:
+    """A document, in the column `text` or the one that `data.answer_column` names."""
+    column = "text" if section.answer_column == "answer" else section.answer_column
+    if column not in record:
+        there = f"it has {', '.join(map(str, record)) or 'none'}{nearest(column, map(str, record))}"
+        raise UserError(f"{where}: has no column {column!r}; name the text's column with data.answer_column=; {there}")
+    text = text_of(record[column], f"{where}: column '{column}'")
+    yield Row(prompt="", answer=text if text.strip() else "", group=text, plain=True)
+
+
 def _conversation(record: Mapping[str, Any], where: str, section: Data) -> Iterator[Row]:
-    """A row for every assistant's turn, or for the last one alone (`data.train_on`)."""
+    """The last assistant's turn, and with it the earlier ones where `data.train_on=assistant`.
+
+    Pairs are of one answer each, so that there every turn is a row of its own.
+    """
     key = next((key for key in ("messages", "conversations", "conversation") if key in record), "messages")
     turns = _messages(record.get(key), f"{where}: column '{key}'")
     system = record.get("system")  # ShareGPT keeps it beside the turns
     if isinstance(system, str) and system.strip() and (not turns or turns[0]["role"] != "system"):
         turns = [{"role": "system", "content": system}, *turns]
-    rows = [row for index, turn in enumerate(turns) if turn["role"] == "assistant" and (row := _row(turns, index))]
-    yield from rows[-1:] if section.train_on == "last" else rows
+    tools = _tools(record, where)
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    rows = [row for index in answers if (row := _row(turns, index, tools=tools, where=where))]
+    if section.pairs and section.train_on == "assistant":
+        yield from rows
+    elif rows:
+        yield replace(rows[-1], earlier=tuple(rows[:-1]) if section.train_on == "assistant" else ())
 
 
-def _row(turns: Sequence[Message], index: int) -> Row | None:
+def _row(
+    turns: Sequence[Message], index: int, *, tools: Sequence[Mapping[str, Any]] = (), where: str = ""
+) -> Row | None:
     """The turn as the answer to what comes before it; None where nobody has asked, or it says nothing."""
-    asked = [turn for turn in turns[:index] if turn["role"] == "user"]
-    answer = whole_lines(turns[index]["content"])
+    before, turn = turns[:index], turns[index]
+    asked = [one for one in before if one["role"] == "user"]
+    calls = [one["function"] for one in turn.get("tool_calls", ())]
+    answer = "\n".join(filter(None, [turn["content"], *map(json.dumps, calls)]))
     if not asked or not answer:
         return None
-    opening = [turn["content"] for turn in turns if turn["role"] == "user"][:2]  # many begin with the same greeting
-    return Row(prompt=asked[-1]["content"], answer=answer, before=tuple(turns[:index]), group="\n".join(opening))
+    opening = [one["content"] for one in turns if one["role"] == "user"][:2]  # many begin with the same greeting
+    with_tools = bool(tools) or any(one["role"] == "tool" or "tool_calls" in one for one in (*before, turn))
+    return Row(
+        prompt=asked[-1]["content"],
+        answer=answer,
+        before=tuple(before),
+        group="\n".join(opening),
+        turn=turn if calls else None,
+        tools=tuple(tools),
+        place=where if with_tools else None,
+    )
+
+
+def _tools(record: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The functions that a record declares: OpenAI's `tools` (a list, or its JSON), or the older `functions`.
+
+    Raises:
+        UserError: neither is a list of objects.
+    """
+    for key in ("tools", "functions"):
+        declared = record.get(key)
+        if isinstance(declared, str):
+            try:
+                declared = json.loads(declared or "null")
+            except (ValueError, RecursionError):
+                declared = record[key]
+        if not declared:
+            continue
+        if not isinstance(declared, list) or not all(isinstance(one, Mapping) for one in declared):
+            form = '[{"type": "function", "function": {"name": "...", "parameters": {...}}}]'
+            raise UserError(f"{where}: column '{key}' holds {kind_of_value(declared)}; declare functions as {form}")
+        return [dict(one) if key == "tools" else {"type": "function", "function": dict(one)} for one in declared]
+    return []
 
 
 def _preference(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
@@ -173,9 +241,11 @@ def _preference(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]
         first, second = [*before, *first], [*before, *second]
     if not first or not second or first[:-1] != second[:-1]:
         raise UserError(f"{where}: 'chosen' and 'rejected' must be the same up to their last turn, an answer each")
-    row = _row(first, len(first) - 1)
+    row = _row(first, len(first) - 1, tools=_tools(record, where), where=where)
+    if row is not None and (row.turn is not None or "tool_calls" in second[-1]):
+        raise UserError(f"{where}: an answer that calls a tool is not compared with another; leave such rows out")
     if row is not None:
-        yield Row(row.prompt, row.answer, whole_lines(second[-1]["content"]), row.before, row.group)
+        yield replace(row, rejected=whole_lines(second[-1]["content"]))
 
 
 def _messages(turns: Any, where: str) -> list[dict[str, Any]]:
@@ -199,8 +269,45 @@ def _messages(turns: Any, where: str) -> list[dict[str, Any]]:
             hint = nearest(str(role), (*_ROLES, *_SHAREGPT_ROLES)) or f"; roles are {', '.join(_ROLES)}"
             raise UserError(f"{where}: turn {number} has the role {role!r}, which is not known{hint}")
         content = _content(turn.get("content", turn.get("value")), f"{where}: turn {number}")
-        kept = {key: turn[key] for key in ("tool_calls", "name", "tool_call_id") if turn.get(key) is not None}
+        kept = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) is not None}
+        if calls := _tool_calls(turn, f"{where}: turn {number}"):
+            kept["tool_calls"] = calls
+        if known == "assistant":
+            content = whole_lines(content)
         found.append({"role": known, "content": content, **kept})
+    return found
+
+
+def _tool_calls(turn: Message, where: str) -> list[dict[str, Any]]:
+    """OpenAI's `tool_calls`, or the older `function_call`, with arguments as an object, as chat templates take them.
+
+    Raises:
+        UserError: no list of calls, or a call without a name, or with arguments that are no object.
+    """
+    calls = turn.get("tool_calls")
+    if calls is None and isinstance(turn.get("function_call"), Mapping):
+        calls = [{"function": turn["function_call"]}]
+    if calls is None:
+        return []
+    form = 'a call is written {"type": "function", "function": {"name": "...", "arguments": {...}}}'
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: 'tool_calls' holds {kind_of_value(calls)}, not a list; {form}")
+    found = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UserError(f"{where}: a tool call names no function; {form}")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: the arguments of {function['name']} are not JSON; {form}") from error
+        if not isinstance(arguments, Mapping):
+            raise UserError(f"{where}: the arguments of {function['name']} are {kind_of_value(arguments)}; {form}")
+        id_of_call = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        named = {"name": function["name"], "arguments": dict(arguments)}
+        found.append({**id_of_call, "type": "function", "function": named})
     return found
 
 
@@ -222,6 +329,8 @@ SHAPES: dict[str, Shape] = {
         Shape("messages", "conversations (OpenAI's messages)", _conversation),
         Shape("sharegpt", "conversations (ShareGPT's)", _conversation),
         Shape("preference", "pairs of a chosen and a rejected answer", _preference),
+        Shape("classification", "texts and their labels", _completion),
+        Shape("text", "plain text", _text),
     )
 }
 """By the names that `data.shape` takes."""
@@ -229,6 +338,10 @@ SHAPES: dict[str, Shape] = {
 
 def in_words(shape: Shape, section: Data) -> str:
     """What was found, and what of it is trained on."""
+    if shape.rows is _text:
+        return f"{shape.words} in blocks, scored by its loss alone (no answers, so none is generated)"
+    if section.train_on == "all":
+        return f"{shape.words}, every token of a row"
     if shape.rows is _conversation:
         turns = "the last assistant turn of each" if section.train_on == "last" else "every assistant turn"
         return f"{shape.words}, {turns}"

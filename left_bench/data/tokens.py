@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,16 @@ from left_bench.core.errors import UserError
 from left_bench.core.paths import cache_dir
 from left_bench.data.files import content_of
 from left_bench.data.lazy import LazyRows
+from left_bench.data.rendering import (
+    answers_to_ids,
+    fit,
+    prompts_to_ids,
+    start_ids,
+    turn_end,
+    turn_lead,
+    turn_to_ids,
+    without_oldest_turn,
+)
 from left_bench.data.rows import RowSplits, split_rows
 from left_bench.data.shapes import Row
 from left_bench.spec.cell import Data, fingerprint
@@ -24,11 +35,9 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-_LAYOUT = 4  # raise it when the same rows would give other tokens or files: older folders are then not found
+_LAYOUT = 5  # raise it when the same rows would give other tokens or files: older folders are then not found
 _FACTS_NAME = "splits.json"
-# What a chat template may ask for. Reasoning models would spend the answer's tokens on thoughts, and the date (this
-# one is the Llama templates' own fallback) would make other tokens of the same row tomorrow.
-_TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+_NAMED = 20  # of the dropped rows that are named one by one
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,8 @@ class Example:
     prompt_ids: list[int]
     """Everything before the answer: template, system message, user's turn, start of the assistant's turn."""
     answer_ids: list[int]
-    """The answer and what ends a turn (see `turn_end`); without its end where the answer was cut."""
+    """The answer and what ends a turn (see `turn_end`); without its end where the answer was cut. Of a conversation in
+    one row: all from its first answer on."""
     prompt: str
     """The user's text, uncut."""
     reference: str
@@ -49,6 +59,8 @@ class Example:
     """The worse answer, uncut."""
     reference_margin: float | None = None
     """Log-probability of the right answer less that of the worse one under the reference model of DPO, nats."""
+    unlabelled: list[list[int]] | None = None
+    """Where among `answer_ids` other people's turns stand, which carry no loss: [begin, end) of each; None: nowhere."""
     decoder_start: int | None = None
     """The token a decoder begins its answer with, where an encoder reads the prompt; None: one model reads both."""
 
@@ -60,12 +72,22 @@ class Example:
     @property
     def labels(self) -> int:
         """Tokens that carry loss: the answer's, but for a first one that nothing precedes."""
-        return len(self.answer_ids) - (not self.prompt_ids and self.decoder_start is None)
+        between = sum(end - begin for begin, end in self.unlabelled or ())
+        return len(self.answer_ids) - between - (not self.prompt_ids and self.decoder_start is None)
+
+    @property
+    def of_answer(self) -> list[bool]:
+        """For each of `answer_ids`, whether it is an answer's, and not another turn's between two of them."""
+        found = [True] * len(self.answer_ids)
+        for begin, end in self.unlabelled or ():
+            found[begin:end] = [False] * (end - begin)
+        return found
 
     @property
     def identity(self) -> list[Any]:
         """What makes it another row."""
-        return [self.prompt_ids, self.answer_ids, self.reference, self.rejected_ids]
+        known = [self.prompt_ids, self.answer_ids, self.reference, self.rejected_ids]
+        return known if self.unlabelled is None else [*known, self.unlabelled]
 
 
 class Examples(LazyRows[Example]):
@@ -80,6 +102,21 @@ class Examples(LazyRows[Example]):
 
     def row(self, index: int) -> Example:
         return Example(**self._dataset[index], decoder_start=self._decoder_start)
+
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Tokens of each row that carry no loss, and those that do, counted without reading the tokens."""
+        import pyarrow.compute as pc
+
+        table = self._dataset.data
+        before, answers = (
+            pc.list_value_length(table.column(name)).to_pylist() for name in ("prompt_ids", "answer_ids")
+        )
+        for index, between in enumerate(table.column("unlabelled").to_pylist()):
+            surplus = sum(end - begin for begin, end in between or ()) + (
+                before[index] == 0 and self._decoder_start is None
+            )
+            before[index], answers[index] = before[index] + surplus, answers[index] - surplus
+        return before, answers
 
     def __iter__(self) -> Iterator[Example]:  # in order, datasets reads many at a time
         return (Example(**row, decoder_start=self._decoder_start) for row in self._dataset)
@@ -103,6 +140,12 @@ class Splits:
     """Rows of the source left out because their question is a test row's."""
     shape: str | None = None
     """What the source's records were found to be, in words; None: columns by their names."""
+    dropped_where: Sequence[str] = ()
+    """The first of the dropped rows, each with what it lacks."""
+    longest_row: int = 0
+    """Tokens of the longest training row before any was cut."""
+    test_there: int | None = None
+    """Different questions among the source's own test rows; None: it brings none."""
     classes: list[str] | None = None
     """Names of the classes, where pictures are classified."""
 
@@ -113,6 +156,7 @@ def load_data(
     *,
     max_length: int,
     decoder_start: int | None = None,
+    one_answer_a_row: bool = False,
 ) -> Splits:
     """Tokenized rows, from the cache where an earlier cell has left them.
 
@@ -120,6 +164,11 @@ def load_data(
     where the template takes no system message), else plain lines with the start token the tokenizer itself would add.
     An encoder's prompt (`decoder_start` is given) is plain lines with all special tokens the tokenizer adds. A row
     longer than `max_length` tokens is cut by `fit`.
+
+    A conversation is one training row whose every answer carries loss, as far as its template renders what was said
+    before an answer as it rendered the answer itself, and as it fits; where it does not, and with `one_answer_a_row`,
+    the answers are rows apart. What is learned is the same. Plain text is cut in blocks of `max_length` tokens.
+
     Raises:
         UserError: as `load_rows`; or a tokenizer without an end token; or a cache that cannot be written.
     """
@@ -128,7 +177,7 @@ def load_data(
             f"model.name_or_path={tokenizer.name_or_path!r}: its tokenizer has no end token (eos_token), so no answer"
             " would ever end; choose a model whose tokenizer_config.json names one"
         )
-    shape = _Shape(max_length=max_length, encoder=decoder_start is not None)
+    shape = _Shape(max_length=max_length, encoder=decoder_start is not None, apart=one_answer_a_row)
     folder = cache_dir() / "data" / _cache_key(section, tokenizer, shape)
     for _ in range(3):  # another process may sweep a damaged folder away between our writing and our reading
         splits = _read(folder, decoder_start=decoder_start)
@@ -136,59 +185,6 @@ def load_data(
             return splits
         _write(folder, split_rows(section), section=section, tokenizer=tokenizer, shape=shape)
     raise RuntimeError(f"tokenized rows in {folder} vanish as soon as they are written")
-
-
-def fit(
-    prompt_ids: list[int], answer_ids: list[int], *, max_length: int, text: tuple[int, int]
-) -> tuple[list[int], list[int]]:
-    """Cut a row to `max_length` tokens: each half may have what the other leaves, and is sure of half.
-
-    The prompt loses the left of the user's text, farthest from the answer; start token, system message and the marks of
-    a template stay whole while there is text to cut, for models lean on them. The answer loses its right end, and with
-    it the end token, so that nothing teaches to stop in mid-sentence.
-
-    Args:
-        text: where among the prompt's tokens the user's text begins and ends.
-    """
-    if len(prompt_ids) + len(answer_ids) <= max_length:
-        return prompt_ids, answer_ids
-    answer_ids = answer_ids[: max(max_length // 2, max_length - len(prompt_ids))]
-    surplus = len(prompt_ids) + len(answer_ids) - max_length
-    if surplus > 0:
-        begin, end = text
-        cut = min(surplus, end - begin)
-        prompt_ids = prompt_ids[:begin] + prompt_ids[begin + cut :]
-        prompt_ids = prompt_ids[surplus - cut :]  # no text is left, and the rest is still too long
-    return prompt_ids, answer_ids
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: the tokens that the chat template writes after an assistant's turn, up to its first marker.
-
-    Without a template, or where that writes no marker, the tokenizer's end token.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        from jinja2 import TemplateError
-
-        answer = "An answer."
-        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
-        try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, **_TEMPLATE_ARGUMENTS))
-        except TemplateError:  # it renders questions alone
-            text = ""
-        after = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"] if answer in text else []
-        markers = {*tokenizer.all_special_ids}
-        markers |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        for position, id in enumerate(after):
-            if id in markers:
-                return list(after[: position + 1])
-    return [tokenizer.eos_token_id]
-
-
-def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The start token, where the tokenizer itself would put one before a plain text; else nothing."""
-    bos_id = tokenizer.bos_token_id
-    return [bos_id] if bos_id is not None and tokenizer("a")["input_ids"][0] == bos_id else []
 
 
 # --- rows to tokens ---
@@ -199,122 +195,109 @@ class _Shape(NamedTuple):
 
     max_length: int
     encoder: bool
+    apart: bool
+    """Whether each answer of a conversation is a row of its own."""
+
+
+class _Tokenized(NamedTuple):
+    """A row, and how long it was."""
+
+    example: Example
+    length: int
+    """Tokens before it was cut."""
 
 
 def _examples(
-    rows: list[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, shape: _Shape
-) -> tuple[list[Example], int]:
-    """Examples, and how many of them were cut."""
-    common: dict[str, Any] = {"instruction": instruction, "tokenizer": tokenizer, "encoder": shape.encoder}
-    prompts = _prompt_ids(rows, **common)
+    rows: list[Row], *, section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape, training: bool
+) -> list[_Tokenized]:
+    if rows and rows[0].plain:
+        documents = _text_ids(rows, tokenizer)
+        return _blocks(documents, shape.max_length) if training else _openings(rows, documents, shape.max_length)
+    common: dict[str, Any] = {"instruction": section.instruction, "tokenizer": tokenizer, "encoder": shape.encoder}
+    turns = [turn for row in rows for turn in (*row.earlier, row)]
+    prompts = prompts_to_ids(turns, **common)
     end = [tokenizer.eos_token_id] if shape.encoder else turn_end(tokenizer)
-    answers = _answer_ids([row.answer for row in rows], tokenizer, end=end)
-    worse = _answer_ids([row.rejected or "" for row in rows], tokenizer, end=end)
-    examples, cut = [], 0
-    for row, (prompt_ids, text), answer_ids, rejected_ids in zip(rows, prompts, answers, worse, strict=True):
-        longer = max(answer_ids, rejected_ids, key=len)  # both answers follow one and the same prompt
-        cut += len(prompt_ids) + len(longer) > shape.max_length
-        shorter = row
-        while len(prompt_ids) + len(longer) > shape.max_length and (shorter := _without_oldest_turn(shorter)).before:
-            [(prompt_ids, text)] = _prompt_ids([shorter], **common)
-        prompt_ids, longer = fit(prompt_ids, longer, max_length=shape.max_length, text=text)
-        examples.append(
-            Example(
-                prompt_ids=prompt_ids,
-                answer_ids=answer_ids[: len(longer)],
-                prompt=row.prompt,
-                reference=row.answer,
-                rejected_ids=None if row.rejected is None else rejected_ids[: len(longer)],
-                rejected=row.rejected,
-            )
-        )
-    return examples, cut
-
-
-def _answer_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase, *, end: list[int]) -> list[list[int]]:
-    return [[*ids, *end] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
-
-
-def _without_oldest_turn(row: Row) -> Row:
-    """The conversation from its next question on, the system message kept; with `before` None where there is none."""
-    turns = list(row.before or ())
-    head = turns[:1] if turns and turns[0]["role"] == "system" else []
-    asked = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
-    return replace(row, before=(*head, *turns[asked[1] :]) if len(asked) > 1 else None)
-
-
-def _prompt_ids(
-    rows: Sequence[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, encoder: bool
-) -> list[tuple[list[int], tuple[int, int]]]:
-    """Each prompt's tokens, and where among them the user's text begins and ends."""
-    start: list[int] = []  # a template writes its own start token, and so do an encoder's special tokens
-    if not encoder and getattr(tokenizer, "chat_template", None):
-        texts = _chat_texts(rows, instruction=instruction, tokenizer=tokenizer)
-    else:
-        head, tail = f"{instruction}\n" if instruction else "", "" if encoder else "\n"
-        texts = [f"{head}{_said(row)}{tail}" for row in rows]
-        start = [] if encoder else start_ids(tokenizer)
-    offsets = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(texts, add_special_tokens=encoder, return_offsets_mapping=offsets)
+    lead = "" if shape.encoder else turn_lead(tokenizer)
+    answers = answers_to_ids([lead + row.answer for row in turns], tokenizer, end=end)
+    worse = answers_to_ids([lead + (row.rejected or "") for row in turns], tokenizer, end=end)
     found = []
-    for index, (text, prompt) in enumerate(zip(texts, (row.prompt for row in rows), strict=True)):
-        ids = list(encoded["input_ids"][index])
-        begin, end = 0, len(ids)
-        first = text.rfind(prompt)
-        if offsets and first >= 0:  # a template may have changed the text; then all of the prompt may be cut
-            inside = [
-                position
-                for position, (left, right) in enumerate(encoded["offset_mapping"][index])
-                if left < right and first <= left and right <= first + len(prompt)
-            ]
-            if inside:
-                begin, end = inside[0], inside[-1] + 1
-        found.append((start + ids, (len(start) + begin, len(start) + end)))
+    for row, (prompt_ids, text), answer_ids, rejected_ids in zip(turns, prompts, answers, worse, strict=True):
+        reference = row.answer
+        if row.turn is not None:
+            answer_ids = turn_to_ids(row, instruction=section.instruction, tokenizer=tokenizer, end=end)
+            reference = str(tokenizer.decode(answer_ids[: -len(end)], skip_special_tokens=True)).strip()
+        longer = max(answer_ids, rejected_ids, key=len)  # both answers follow one and the same prompt
+        length = len(prompt_ids) + len(longer)
+        shorter = row
+        while len(prompt_ids) + len(longer) > shape.max_length and (shorter := without_oldest_turn(shorter)).before:
+            [(prompt_ids, text)] = prompts_to_ids([shorter], **common)
+        prompt_ids, longer = fit(prompt_ids, longer, max_length=shape.max_length, text=text)
+        answer_ids = answer_ids[: len(longer)]
+        if training and section.train_on == "all":
+            ids = prompt_ids + answer_ids
+            prompt_ids, answer_ids = ids[:1], ids[1:]
+        example = Example(
+            prompt_ids=prompt_ids,
+            answer_ids=answer_ids,
+            prompt=row.prompt,
+            reference=reference,
+            rejected_ids=None if row.rejected is None else rejected_ids[: len(longer)],
+            rejected=row.rejected,
+        )
+        found.append(_Tokenized(example, length))
+    if not training or shape.apart or shape.encoder:
+        return found
+    every = iter(found)
+    return [one for row in rows for one in _joined([next(every) for _ in (*row.earlier, row)])]
+
+
+def _joined(turns: Sequence[_Tokenized]) -> list[_Tokenized]:
+    """A conversation's answers in one row, where what comes before one begins with the whole row of the one before."""
+    found: list[_Tokenized] = []
+    for one in turns:
+        last, (here, length) = found[-1].example if found else None, one
+        if last is None or here.prompt_ids[: last.length] != last.prompt_ids + last.answer_ids:
+            found.append(one)
+            continue
+        between = here.prompt_ids[last.length :]
+        begin = len(last.answer_ids)
+        together = replace(
+            here,
+            prompt_ids=last.prompt_ids,
+            answer_ids=last.answer_ids + between + here.answer_ids,
+            unlabelled=[*(last.unlabelled or []), [begin, begin + len(between)]],
+        )
+        found[-1] = _Tokenized(together, max(length, found[-1].length))
     return found
 
 
-def _said(row: Row) -> str:
-    """All turns up to the answer, a line each, for a model without a chat template."""
-    return "\n".join(turn["content"] for turn in row.before) if row.before else row.prompt
+# --- plain text ---
 
 
-def _chat_texts(rows: Sequence[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    from jinja2 import TemplateError
+def _text_ids(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Each document, between the tokens that begin and end one."""
+    start, end = start_ids(tokenizer), tokenizer.eos_token_id
+    encoded = tokenizer([row.answer for row in rows], add_special_tokens=False)["input_ids"]
+    return [[*start, *ids, end] for ids in encoded]
 
-    def render(turns: Sequence[Mapping[str, Any]]) -> str:
-        given = [dict(turn) for turn in turns]
-        text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, **_TEMPLATE_ARGUMENTS)
-        assert isinstance(text, str)
-        return text
 
-    def takes_system() -> bool:
-        """Some templates refuse a system message, others drop it without a word."""
-        asked = "A system message."
-        try:
-            return asked in render([{"role": "system", "content": asked}, {"role": "user", "content": "?"}])
-        except TemplateError:
-            return False
+def _blocks(documents: list[list[int]], max_length: int) -> list[_Tokenized]:
+    """The documents end to end, cut every `max_length` tokens; only a block's first token carries no loss."""
+    stream = list(itertools.chain.from_iterable(documents))
+    blocks = [stream[begin : begin + max_length] for begin in range(0, len(stream), max_length)]
+    return [
+        _Tokenized(Example(prompt_ids=ids[:1], answer_ids=ids[1:], prompt="", reference=""), len(ids))
+        for ids in blocks
+        if len(ids) > 1
+    ]
 
-    def turns_of(row: Row, *, system: bool) -> list[dict[str, Any]]:
-        turns = [dict(turn) for turn in row.before] if row.before else [{"role": "user", "content": row.prompt}]
-        if instruction and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": instruction})
-        if turns[0]["role"] == "system" and not system:
-            first = turns.pop(0)["content"]
-            question = next((turn for turn in turns if turn["role"] == "user"), None)
-            if question is not None:
-                question["content"] = f"{first}\n\n{question['content']}"
-        return turns
 
-    try:
-        wanted = bool(instruction) or any(row.before and row.before[0]["role"] == "system" for row in rows)
-        system = wanted and takes_system()
-        return [render(turns_of(row, system=system)) for row in rows]
-    except TemplateError as error:
-        raise UserError(
-            f"model.name_or_path={tokenizer.name_or_path!r}: its chat template cannot render a user's turn ({error});"
-            " choose a model whose template can"
-        ) from error
+def _openings(rows: list[Row], documents: list[list[int]], max_length: int) -> list[_Tokenized]:
+    """Each document by itself, as much of it as fits, so that documents stay the independent draws."""
+    return [
+        _Tokenized(Example(prompt_ids=ids[:1], answer_ids=ids[1:max_length], prompt="", reference=row.answer), len(ids))
+        for row, ids in zip(rows, documents, strict=True)
+    ]
 
 
 # --- the cache ---
@@ -374,6 +357,9 @@ def _read(folder: Path, *, decoder_start: int | None) -> Splits | None:
             dropped_rows=facts["dropped_rows"],
             repeated_rows=facts["repeated_rows"],
             shape=facts["shape"],
+            dropped_where=facts["dropped_where"],
+            longest_row=facts["longest_row"],
+            test_there=facts["test_there"],
             fingerprint=facts["fingerprint"],
         )
     except (OSError, ValueError, KeyError):
@@ -390,13 +376,20 @@ def _write(
     shape: _Shape,
 ) -> None:
     """Write the folder whole or not at all; where another process was first, its folder stays."""
-    splits, cut = {}, {}
-    for name, rows in (("train", found.train), ("test", found.test)):
-        splits[name], cut[name] = _examples(rows, instruction=section.instruction, tokenizer=tokenizer, shape=shape)
+    common: dict[str, Any] = {"section": section, "tokenizer": tokenizer, "shape": shape}
+    made = {
+        "train": _examples(found.train, training=True, **common),
+        "test": _examples(found.test, training=False, **common),
+    }
+    splits = {name: [one.example for one in rows] for name, rows in made.items()}
+    cut = {name: sum(one.length > shape.max_length for one in rows) for name, rows in made.items()}
     facts = {
         "truncated_rows": cut["train"],
         "truncated_test_rows": cut["test"],
-        "dropped_rows": found.dropped,
+        "longest_row": max(one.length for one in made["train"]),
+        "dropped_rows": len(found.dropped),
+        "dropped_where": found.dropped[:_NAMED],
+        "test_there": found.test_there,
         "repeated_rows": found.repeated,
         "shape": found.shape,
         "fingerprint": _content_fingerprint(splits),
@@ -432,6 +425,7 @@ def _dataset(examples: list[Example]) -> datasets.Dataset:
         reference=text,
         rejected_ids=token_ids,
         rejected=text,
+        unlabelled=List(token_ids),
     )
     stored = [asdict(example) for example in examples]
     for row in stored:
@@ -447,5 +441,7 @@ def _content_fingerprint(splits: dict[str, list[Example]]) -> str:
             parts = [example.prompt_ids, example.answer_ids, example.reference]
             if example.rejected_ids is not None:
                 parts.append(example.rejected_ids)
+            if example.unlabelled is not None:
+                parts.append(example.unlabelled)
             digest.update(json.dumps(parts).encode())
     return digest.hexdigest()[:10]

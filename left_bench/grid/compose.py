@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from left_bench.core.errors import UserError
 from left_bench.core.paths import config_root
 from left_bench.data.files import with_content
+from left_bench.data.rows import with_shape
 from left_bench.grid.class_arguments import check_arguments
 from left_bench.measure.auto_precision import resolved_choices
 from left_bench.measure.device import find_device
@@ -97,7 +98,7 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
         )
     cell = cell.model_copy(update={"model": model_with_content(cell.model)})
     if cell.data.path is not None or cell.data.source == "hub":
-        cell = cell.model_copy(update={"data": with_content(cell.data)})
+        cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})
     check_arguments(cell)
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
     return cell, found

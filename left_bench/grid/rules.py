@@ -249,6 +249,14 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         f"this method starts from training rows as a decoder alone reads them {_SEEN}",
     ),
     (
+        lambda cell: cell.model.task == "seq2seq_lm" and cell.data.shape == "text",
+        "plain text is for models that go on with it: an encoder with a decoder wants questions and answers",
+    ),
+    (
+        lambda cell: cell.model.task == "seq2seq_lm" and cell.data.train_on == "all",
+        "an encoder's prompt carries no loss, so there is nothing but answers to train on; leave out data.train_on=all",
+    ),
+    (
         lambda cell: (cell.model.task == "image_classification") != (cell.data.image_column is not None),
         "pictures go with a model that classifies them (model=vit_base, data=digits), text with one that writes",
     ),

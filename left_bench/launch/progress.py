@@ -66,7 +66,7 @@ def _rounded(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def rows_in_words(event: Mapping[str, Any], *, max_length: int) -> str:
+def rows_in_words(event: Mapping[str, Any], *, max_length: int | None) -> str:
     """`train 6, test 4, dropped 10 (no prompt or answer), 2.7 epochs`: what became of the rows, before the steps."""
     found = f"{event['shape']}: " if event.get("shape") else ""
     parts = [f"{found}train {event['train_rows']:,}, test {event['test_rows']:,}"]

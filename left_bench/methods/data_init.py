@@ -44,7 +44,8 @@ def context_of(rows: Sequence[Example]) -> dict[str, list[int]]:
     kinds: list[int] = []
     for number, row in enumerate(rows[:_CONTEXT_ROWS]):
         ids += [*row.prompt_ids, *row.answer_ids]
-        kinds += [_INPUT + _KINDS * number] * len(row.prompt_ids) + [_ANSWER + _KINDS * number] * len(row.answer_ids)
+        kinds += [_INPUT + _KINDS * number] * len(row.prompt_ids)
+        kinds += [(_ANSWER if answers else _INPUT) + _KINDS * number for answers in row.of_answer]
     return {"cpt_token_ids": ids, "cpt_mask": [1] * len(ids), "cpt_tokens_type_mask": kinds}
 
 
@@ -182,7 +183,7 @@ def _first_batches(
     batches, taken = [], []
     for row in rows:
         taken.append(row)
-        if len(taken) >= batch_size and sum(len(row.answer_ids) for row in taken) >= answer_tokens:
+        if len(taken) >= batch_size and sum(row.labels for row in taken) >= answer_tokens:
             batches.append(_inputs(collate(taken, pad_id=pad_id).to(device)))
             taken = []
     if not batches:

@@ -350,6 +350,7 @@ def load_rows_of(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
         tokenizer,
         max_length=cell.training.max_length,
         decoder_start=start,
+        one_answer_a_row=cell.one_answer_a_row,
     )
 
 

@@ -166,7 +166,9 @@ def _rows_at_hand(cell: Cell) -> Sequence[Example] | None:
         tokenizer = byte_tokenizer()
     else:
         return None
-    splits = load_data(cell.data, tokenizer, max_length=cell.training.max_length)
+    splits = load_data(
+        cell.data, tokenizer, max_length=cell.training.max_length, one_answer_a_row=cell.one_answer_a_row
+    )
     return list(splits.train)
 
 

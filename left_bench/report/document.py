@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from left_bench import __version__
+from left_bench.launch.progress import rows_in_words
 from left_bench.report.cells import Row, machine_line, so_far
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
@@ -26,6 +27,7 @@ from left_bench.report.tables import (
 from left_bench.report.values import ABSENT, format_setting, one_line
 from left_bench.report.verdicts import claims_section
 from left_bench.spec.cell import GROUPS
+from left_bench.spec.events import ROW_COUNTS
 from left_bench.spec.record import METRICS, Sample
 
 # Settings that a reader wants to see once where they are the same in every cell.
@@ -143,6 +145,21 @@ def _constants(report: Report) -> Iterator[str]:
     keys = [f"{code(axis.key)}" for axis in report.axes]
     if len(report.rows) > 1 and report.axes[0].key != "cell":
         yield f"The cells differ in {', '.join(keys)}."
+    of_rows = list(dict.fromkeys(filter(None, map(_rows_told, report.records))))
+    if len(of_rows) == 1:
+        yield f"Rows: {escape(of_rows[0])}."
+    elif of_rows:
+        yield "\n".join(["Rows:", "", *(f"- {escape(one)}" for one in of_rows)])
+
+
+def _rows_told(row: Row) -> str | None:
+    """What became of a cell's rows; None where its record is older than the counts."""
+    if row.record is None or not row.record.metrics.keys() >= set(ROW_COUNTS):
+        return None
+    metrics = row.record.metrics
+    counts = {name: metrics[name] if name == "train_epochs" else int(metrics[name]) for name in ROW_COUNTS}
+    max_length = row.section("training").get("max_length")
+    return f"{row.record.choices.get('data')}: {rows_in_words(counts, max_length=max_length)}"
 
 
 def _same(values: list[Any]) -> bool:

@@ -178,9 +178,11 @@ class Data(_Section):
     test_path: str | None = None
     """Test rows in a file of their own; None: they are held out of `path`, or the data set's own split `test`."""
     shape: str | None = None
-    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt` or `preference`; None: found by looking at a row."""
-    train_on: Literal["assistant", "last"] = "assistant"
-    """Of a conversation: every assistant turn, each a row that follows what was said before it, or the last alone."""
+    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt`, `preference`, `classification` or `text`; None: found
+    by looking at a row (and filled in when a cell is composed, where that is `text`)."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """What carries loss in training: every assistant turn of a conversation, its last alone, or every token of a row,
+    the prompt's too. Test rows are scored on answers in any case."""
     content: str | None = None
     """That file's SHA-256 (a fingerprint of the folder's files), filled in when a cell is composed: other rows are
     another cell, a moved file is none."""
@@ -342,7 +344,12 @@ class Cell(BaseModel):
     @property
     def generates(self) -> bool:
         """Whether answers are written, greedily: asked for, and by a model that writes."""
-        return self.eval.generate and self.model.task != "image_classification"
+        return self.eval.generate and self.model.task != "image_classification" and self.data.shape != "text"
+
+    @property
+    def one_answer_a_row(self) -> bool:
+        """Whether a conversation's answers are trained on apart: an activated LoRA begins at one place of a row."""
+        return "alora_invocation_tokens" in self.peft.config
 
     def without_adapter(self) -> Cell:
         """The cell as it is for a model that has no adapter, before attaching or after merging: what autocast asks."""

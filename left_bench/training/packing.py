@@ -350,7 +350,7 @@ def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _brief(row: Example) -> Example:
-    return dataclasses.replace(row, prompt_ids=row.prompt_ids[-16:], answer_ids=row.answer_ids[:16])
+    return dataclasses.replace(row, prompt_ids=row.prompt_ids[-16:], answer_ids=row.answer_ids[:16], unlabelled=None)
 
 
 @contextmanager

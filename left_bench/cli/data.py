@@ -1,0 +1,270 @@
+"""`left-bench data [overrides]`: rows as a model would read them, before anybody pays for a run. No model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from left_bench.core.errors import UserError
+from left_bench.processes.start_process import output_discarded
+from left_bench.spec.cell import Cell, fingerprint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from left_bench.data.tokens import Example, Splits
+
+_BINS, _BAR = 8, 32
+_LONGEST_RUN = 1500  # characters of a stretch of text that are shown; --json has every token
+_BIDI = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}  # they would reorder what stands beside
+
+
+def main(argv: list[str]) -> int:
+    """Show each different set of rows of the command line's cells; 2 when they cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="left-bench data",
+        allow_abbrev=False,
+        usage="left-bench data [GROUP=OPTION | KEY=VALUE ...] [--rows N] [--json]",
+        description="The rows of a run as its model will read them: what was found, dropped and cut, how long rows are,"
+        " and the first of them with the tokens that carry loss. Takes the overrides of a run; no model is loaded.",
+    )
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="training rows to show (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on a line for each different set of rows")
+    options, overrides = parser.parse_known_args(argv)
+    if options.rows < 0:
+        raise UserError(f"--rows={options.rows}: give the number of rows to show, 0 or more")
+    from rich.console import Console
+
+    from left_bench.cli.plan import cells_of
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with _busy("composing"):
+        cells = {_what_decides_rows(cell): cell for cell in reversed(list(cells_of(overrides, command="data")))}
+    console = Console(file=sys.stdout, highlight=False)
+    for cell in reversed(cells.values()):
+        with _busy(f"reading the rows of data={cell.data.name} as {cell.model.name} will"):
+            found = describe(cell, rows=options.rows)
+        if options.json:
+            print(json.dumps(found))
+        else:
+            _print(found, cell, console)
+    return 0
+
+
+def _what_decides_rows(cell: Cell) -> str:
+    model, data = cell.identity["model"], cell.identity["data"]
+    return fingerprint([model, data, cell.training.max_length, cell.one_answer_a_row])
+
+
+@contextlib.contextmanager
+def _busy(what: str) -> Iterator[None]:
+    """Says on standard error what takes its time, where somebody looks; what libraries print meanwhile is not shown."""
+    from rich.console import Console
+
+    with (
+        os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace") as terminal,
+        Console(file=terminal).status(f"{what} …"),
+        output_discarded(),
+    ):
+        yield
+
+
+def describe(cell: Cell, *, rows: int) -> dict[str, Any]:
+    """What became of the cell's rows, how long they are, and the first `rows` training rows token by token; as JSON.
+
+    Raises:
+        UserError: what a run would be refused for once its rows are read.
+    """
+    from left_bench.grid.rules import why_unsupported
+    from left_bench.model import load as models
+    from left_bench.model.positions import check_generation
+    from left_bench.worker.run import counted_rows
+
+    folder, tokenizer = _opened(cell)
+    splits = models.load_rows_of(cell, tokenizer, folder=folder)
+    test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
+    if splits.classes is None and folder:
+        longest_prompt = max(len(row.prompt_ids) for row in test)
+        check_generation(cell, models.config_of(cell, folder), longest_prompt=longest_prompt)
+    found: dict[str, Any] = {
+        "data": cell.data.name,
+        "model": cell.model.name,
+        "unsupported": why_unsupported(cell),
+        "shape": splits.shape,
+        **counted_rows(splits, scored=len(test), cell=cell),
+        "steps": cell.training.steps,
+        "max_length": cell.training.max_length,
+        "longest_row": splits.longest_row,
+        "test_there": splits.test_there,
+        "dropped": list(splits.dropped_where),
+    }
+    if splits.classes is not None:
+        return found | {"classes": splits.classes}
+    return found | _lengths(splits) | {"rows": [_row(one, tokenizer) for one in splits.train[:rows]]}
+
+
+def _opened(cell: Cell) -> tuple[str, Any]:
+    """The model's folder and its tokenizer (an image processor). Random weights are not made for it: no folder then."""
+    from left_bench.model import load as models
+    from left_bench.pretrained import fetched, source
+    from left_bench.pretrained.make import byte_tokenizer
+
+    drawn = source(cell.model) == "random" and cell.model.task == "causal_lm"
+    if drawn and fetched(cell.model, dtype=cell.precision.weights_dtype) is None:
+        return "", byte_tokenizer()
+    return models.open_pretrained(cell)
+
+
+def _lengths(splits: Splits) -> dict[str, Any]:
+    from left_bench.data.tokens import Examples
+
+    assert isinstance(splits.train, Examples)
+    context, answer = splits.train.lengths()
+    return {
+        "train_tokens": sum(context) + sum(answer),
+        "loss_tokens": sum(answer),
+        "lengths": {
+            name: {
+                "median": statistics.median(lengths),
+                "longest": max(lengths),
+                "histogram": [one._asdict() for one in histogram(lengths)],
+            }
+            for name, lengths in (("without_loss", context), ("with_loss", answer))
+        },
+    }
+
+
+class Bin(NamedTuple):
+    """Rows of a like length."""
+
+    tokens_from: int
+    tokens_to: int
+    """The last length that is counted here."""
+    rows: int
+
+
+def histogram(lengths: Sequence[int]) -> list[Bin]:
+    """Rows counted in at most eight bins of equal width, a power of two, from the first to the last that has rows."""
+    width = 1
+    low, high = min(lengths), max(lengths)
+    while high // width - low // width >= _BINS:
+        width *= 2
+    counted = Counter(length // width for length in lengths)
+    places = range(low // width, high // width + 1)
+    return [Bin(place * width, (place + 1) * width - 1, counted[place]) for place in places]
+
+
+def _row(example: Example, tokenizer: Any) -> dict[str, Any]:
+    ids = example.prompt_ids + example.answer_ids
+    carries = [False] * len(example.prompt_ids) + example.of_answer
+    if not example.prompt_ids and example.decoder_start is None:
+        carries[0] = False  # nothing precedes it
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    runs = [
+        {"loss": loss, "text": tokenizer.decode([ids[place] for place in places], clean_up_tokenization_spaces=False)}
+        for loss, group in itertools.groupby(range(len(ids)), key=carries.__getitem__)
+        if (places := list(group))
+    ]
+    found: dict[str, Any] = {
+        "loss_tokens": example.labels,
+        "runs": runs,
+        "tokens": [
+            {"id": id, "token": piece, "loss": loss} for id, piece, loss in zip(ids, pieces, carries, strict=True)
+        ],
+    }
+    return found if example.rejected_ids is None else found | {"worse": tokenizer.decode(example.rejected_ids)}
+
+
+# --- for people ---
+
+
+def _print(found: dict[str, Any], cell: Cell, console: Console) -> None:
+    from rich.text import Text
+
+    from left_bench.launch.progress import rows_in_words
+
+    def say(text: str | Text = "", style: str = "") -> None:
+        line = text if isinstance(text, Text) else Text(_printable(text, console.encoding), style=style)
+        console.print(line, soft_wrap=True)
+
+    say(f"data={found['data']} for {found['model']}", "bold")
+    say(rows_in_words(found, max_length=found["max_length"]))
+    if found["unsupported"]:
+        say(f"this cell will not run: {found['unsupported']}", "yellow")
+    if found["dropped"]:
+        more = int(found["dropped_rows"]) - len(found["dropped"])
+        say(f"dropped: {'; '.join(found['dropped'])}{f'; and {more:,} more' if more > 0 else ''}")
+    if found["test_there"] is not None and found["test_rows"] < found["test_there"]:
+        there = found["test_there"]
+        say(f"the test set has {there:,} different questions; data.test_rows={there} asks all of them")
+    if "rows" not in found:
+        say(f"pictures of {len(found['classes'])} classes ({', '.join(found['classes'][:20])}): no tokens to show")
+        return
+    if found["longest_row"] > found["max_length"]:
+        longest = found["longest_row"]
+        say(f"the longest training row has {longest:,} tokens: from training.max_length={longest} on none is cut")
+    share = found["loss_tokens"] / found["train_tokens"]
+    say(f"{found['train_tokens']:,} tokens in training rows, {found['loss_tokens']:,} of them with loss ({share:.0%})")
+    for name, of in found["lengths"].items():
+        say()
+        if len(of["histogram"]) == 1:
+            say(f"tokens {name.replace('_', ' ')}: {of['longest']:,} in every row", "bold")
+            continue
+        say(f"tokens {name.replace('_', ' ')} in a row: median {of['median']:g}, longest {of['longest']:,}", "bold")
+        for line in _bars(of["histogram"], mark="█" if console.encoding.startswith("utf") else "#"):
+            say(line)
+    coloured = console.is_terminal and not console.no_color
+    opening, closing = ("", "") if coloured else ("⟦", "⟧") if console.encoding.startswith("utf") else ("[[", "]]")
+    for number, row in enumerate(found["rows"], start=1):
+        say()
+        shown = "green" if coloured else f"between {opening} and {closing}"
+        say(f"training row {number}: {len(row['tokens']):,} tokens, {row['loss_tokens']:,} with loss ({shown})", "bold")
+        text = Text()
+        for run in row["runs"]:
+            part = _printable(_clipped(run["text"]), console.encoding)
+            text.append(f"{opening}{part}{closing}" if run["loss"] else part, style="green" if run["loss"] else "")
+        say(text)
+        if "worse" in row:
+            say("the worse answer:", "bold")
+            say(_clipped(row["worse"]))
+
+
+def _bars(bins: Sequence[dict[str, int]], *, mark: str) -> Iterator[str]:
+    most = max(one["rows"] for one in bins)
+    names = [
+        f"{one['tokens_from']}"
+        if one["tokens_from"] == one["tokens_to"]
+        else f"{one['tokens_from']}-{one['tokens_to']}"
+        for one in bins
+    ]
+    width = max(map(len, names))
+    for name, one in zip(names, bins, strict=True):
+        bar = mark * max(round(_BAR * one["rows"] / most), 1 if one["rows"] else 0)
+        yield f"{name:>{width}}  {bar}{' ' if bar else ''}{one['rows']:,}"
+
+
+def _clipped(text: str) -> str:
+    if len(text) <= _LONGEST_RUN:
+        return text
+    half = _LONGEST_RUN // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
+
+
+def _printable(text: str, encoding: str) -> str:
+    """The text with what would steer a terminal, or what it cannot show, as escapes."""
+    shown = (
+        f"\\x{ord(letter):02x}"
+        if (unicodedata.category(letter) == "Cc" and letter not in "\n\t") or letter in _BIDI
+        else letter
+        for letter in text
+    )
+    return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
