@@ -98,6 +98,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "instruction": "Answer.",
         "train_rows": 12,
         "test_rows": 12,
+        "hold_out": False,
         "seed": 1,
     },
     "eval": {

@@ -45,6 +45,22 @@ def records(tmp_path, monkeypatch):
         (["export", "runs", "--format", "xml"], ["xml", "model-card"]),
         (["export", "runs", "--format", "csv", "--out", "file/cells.csv"], ["file"]),
         (["export", "runs", "--format", "parquet", "--out", "file/cells.parquet"], ["file"]),
+        (["export", "runs", "--to", "merge", "out"], ["merge", "did you mean 'merged'"]),
+        (["export", "runs", "--to", "merged", "out"], ["runs", "2 cells"]),
+        (["export", "runs", "--to", "merged", "file"], ["file"]),
+        (["export", "runs", "--to", "merged", "out", "--format", "csv"], ["--format", "--to"]),
+        (["export", "runs", "--to", "merged", "out", "--push", "a b"], ["a b", "owner/name"]),
+        (["export", "runs", "--to", "gguf", "out", "--llama-cpp", "nowhere"], ["nowhere", "convert_hf_to_gguf.py"]),
+        (["export", "runs", "--push", "me/mine"], ["--push", "--to"]),
+        (["best", "nowhere"], ["nowhere"]),
+        (["best", "runs", "--metric", "exact_macth"], ["exact_macth", "did you mean 'exact_match'"]),
+        (["best", "runs", "--metric", "wall_seconds"], ["wall_seconds", "not a score"]),
+        (["best", "runs", "--min-exact-macth", "0.5"], ["min-exact-macth", "exact"]),
+        (["chat", "nope"], ["nope"]),
+        (["chat", "runs"], ["runs", "2 cells"]),
+        (["chat", "runs", "--temperature", "-1"], ["--temperature -1"]),
+        (["train", "runs"], ["--all-rows"]),
+        (["train", "runs", "--all-rows"], ["runs", "2 cells"]),
         (["track", "runs", "--tracker", "wandbb"], ["wandbb", "did you mean 'wandb'"]),
         (["track", "runs", "--tracker", "jsonl", "--set", "nope=1"], ["nope=1"]),
         (["track", "nowhere", "--tracker", "jsonl"], ["nowhere"]),
@@ -69,7 +85,7 @@ def test_a_wrong_argument_is_one_line(arguments, words, records, left_bench):
     assert sorted(records.rglob("*")) == before  # nothing is half written
 
 
-@pytest.mark.parametrize("command", ["report", "compare", "export", "track", "dashboard"])
+@pytest.mark.parametrize("command", ["report", "best", "compare", "export", "chat", "train", "track", "dashboard"])
 @pytest.mark.parametrize("option", [[], ["--nonsense"]])
 def test_what_argparse_refuses_is_its_usage_and_exit_code_2(command, option, records, left_bench):
     answer = left_bench(command, *option)
@@ -78,7 +94,8 @@ def test_what_argparse_refuses_is_its_usage_and_exit_code_2(command, option, rec
 
 
 @pytest.mark.parametrize(
-    "command", ["report", "compare", "export", "track", "dashboard", "init", "doctor", "plan", "data"]
+    "command",
+    ["report", "best", "compare", "export", "chat", "train", "track", "dashboard", "init", "doctor", "plan", "data"],
 )
 def test_every_command_has_help(command, left_bench):
     answer = left_bench(command, "--help")

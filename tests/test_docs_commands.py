@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +69,62 @@ def test_a_printed_command_composes_to_cells(arguments, composed, tmp_path, monk
     job = next(jobs_of(config))[1] if swept else config
     cell, _ = compose(job, job.hydra)
     assert cell.id
+
+
+def conversations(path: Path) -> None:
+    """A support desk's, in OpenAI's messages: four questions, each about several things, put in several ways."""
+    things = ["my password", "my phone number", "my address", "my billing e-mail", "my user name", "my time zone"]
+    asked = {
+        "How do I change {}?": "Open Settings, choose Account, and edit {}.",
+        "How do I reset {}?": "Open Settings, choose Account, and press Reset beside {}.",
+        "Where do I see {}?": "Open Settings and choose Account: it lists {}.",
+        "Can somebody else see {}?": "No. Nobody but you sees {}.",
+    }
+    system = {"role": "system", "content": "You are the support desk. Answer in one sentence."}
+    lines = []
+    for question, answer in asked.items():
+        for thing in things:
+            said = [("user", question.format(thing)), ("assistant", answer.format(thing.replace("my", "your")))]
+            turns = [{"role": role, "content": text} for role, text in said]
+            lines.append(json.dumps({"messages": [system, *turns]}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_five_commands_lead_from_conversations_to_a_model(tmp_path):
+    """Those of docs/your_data.md, as they are printed, on the default model."""
+    page = (ROOT / "docs" / "your_data.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- five commands -->\n```bash\n(.*?)```", page, flags=re.DOTALL)
+    assert block is not None
+    lines = block[1].splitlines()
+    assert len(lines) == 5 and all(line.startswith("left-bench ") for line in lines)
+    conversations(tmp_path / "chat.jsonl")
+    said = []
+    for line in lines:
+        command = [sys.executable, "-m", *shlex.split(line.replace("left-bench", "left_bench", 1))]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"WANDB_MODE": "offline"},
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        said.append(done.stdout)
+    assert "train 16, test 8" in said[0] and "conversations" in said[0]
+    assert re.search(r"^cell:   smollm2_135m-none-(lora|ia3)-", said[1], flags=re.MULTILINE)
+    assert "train 24, test 0" in said[2]
+    base, adapted = re.fullmatch(r"base:    (.*?)\nadapted: (.*)\n", said[3], flags=re.DOTALL).groups()
+    assert base != adapted and adapted
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "my_model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "my_model")
+    turns = [{"role": "user", "content": "How do I reset my password?"}]
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    written = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
 def launcher_keys() -> list[tuple[str, str]]:

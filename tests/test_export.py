@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 from recorded.build import make_record, peft, write_runs
 
-from left_bench.report.export import main, model_card
+from left_bench.cli.export import main
+from left_bench.report.export import model_card
 
 RECORDED = Path(__file__).parent / "recorded"
 

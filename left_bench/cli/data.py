@@ -190,7 +190,7 @@ def _row(example: Example, tokenizer: Any) -> dict[str, Any]:
 def _print(found: dict[str, Any], cell: Cell, console: Console) -> None:
     from rich.text import Text
 
-    from left_bench.launch.progress import rows_in_words
+    from left_bench.spec.events import rows_in_words
 
     def say(text: str | Text = "", style: str = "") -> None:
         line = text if isinstance(text, Text) else Text(_printable(text, console.encoding), style=style)

@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
                 return _run(argv)
         commands: dict[str, Callable[[list[str]], int]] = {
             "report": _report,
+            "best": _best,
             "compare": _compare,
+            "chat": _chat,
+            "train": _train,
             "export": _export,
             "track": _track,
             "dashboard": _dashboard,
@@ -102,7 +105,11 @@ def help_text() -> str:
         "left-bench +sweep=NAME [GROUP=A,B | KEY=VALUE ...]   run a sweep; report in reports/NAME.md",
         "left-bench report RUNS... [--out DIR]         make reports again from records",
         "left-bench compare A B [--fail-on 'METRIC<-5%']   what changed between two sets of records; a gate",
+        "left-bench best RUNS... [--budget-memory SIZE]   the cell to take, and what to type next",
+        "left-bench chat CELL [--prompt TEXT]          ask its model, the base model beside it",
+        "left-bench export CELL --to merged DIR        its model as a folder: adapter, merged or gguf",
         "left-bench export CELL --format model-card    a record's scores as a model card's metadata",
+        "left-bench train CELL --all-rows              its recipe again, on all rows",
         "left-bench track RUNS... --tracker NAME       tell finished records to a tracker",
         "left-bench dashboard --sweep NAME             a Weights & Biases workspace and report for a sweep",
         "left-bench init DIR                           a project of your own: options, a sweep, rows to start from",
@@ -160,6 +167,24 @@ def _report(argv: list[str]) -> int:
     return report(argv)
 
 
+def _best(argv: list[str]) -> int:
+    from left_bench.report.best import main as best
+
+    return best(argv)
+
+
+def _chat(argv: list[str]) -> int:
+    from left_bench.cli.chat import main as chat
+
+    return chat(argv)
+
+
+def _train(argv: list[str]) -> int:
+    from left_bench.cli.train import main as train
+
+    return train(argv)
+
+
 def _compare(argv: list[str]) -> int:
     from left_bench.report.compare import main as compare
 
@@ -167,7 +192,7 @@ def _compare(argv: list[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    from left_bench.report.export import main as export
+    from left_bench.cli.export import main as export
 
     return export(argv)
 

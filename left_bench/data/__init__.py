@@ -13,7 +13,7 @@ from left_bench.data.pictures import Picture, load_pictures
 from left_bench.data.rendering import start_ids, turn_end
 from left_bench.data.rows import load_rows
 from left_bench.data.shapes import Row
-from left_bench.data.tokens import Example, Splits, load_data
+from left_bench.data.tokens import Example, Splits, load_data, prompt_of
 
 __all__ = [
     "Batch",
@@ -25,6 +25,7 @@ __all__ = [
     "load_data",
     "load_pictures",
     "load_rows",
+    "prompt_of",
     "split_passes",
     "start_ids",
     "step_rows",

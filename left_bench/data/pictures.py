@@ -88,6 +88,8 @@ def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
             f"{section.test_rows} test pictures; set data.train_rows={len(train)} or lower, or null for all"
         )
     train = train[: section.train_rows]
+    if not section.hold_out:
+        train, test = [*train, *test], []
     column, label_column = str(section.image_column), section.answer_column
 
     def read(row: Any, index: int) -> Picture:

@@ -281,6 +281,17 @@ def _template_parts(template: str) -> list[tuple[str, str | None]]:
     return [(literal, field) for literal, field, _, _ in parsed]
 
 
+def filled(section: Data, text: str) -> str:
+    """`data.template` with a text in the place of the prompt, and nothing in that of other columns."""
+    parts = _template_parts(section.template)
+    asked = {_column_of(section, field) for _, field in parts if field is not None}
+    place = section.prompt_column if section.prompt_column in asked else min(asked)
+    values = dict.fromkeys(asked, "") | {place: text}
+    return "".join(
+        literal + ("" if field is None else values[_column_of(section, field)]) for literal, field in parts
+    ).strip()
+
+
 def _column_of(section: Data, field: str) -> str:
     """`{prompt}` stands for `data.prompt_column`, every other placeholder for the column of its name."""
     return section.prompt_column if field == "prompt" else field
@@ -333,7 +344,8 @@ def _hold_out(
 
     Test rows that the source brings itself (`held_out`) are drawn from those alone, and none of them is trained on,
     drawn or not. Of a conversation that is held out one turn is asked: those of one conversation are no independent
-    draws. The number is of the rows that repeat a test row's question.
+    draws. The number is of the rows that repeat a test row's question. Without `data.hold_out` all are training rows,
+    those of `held_out` too.
     """
     shuffled = random.Random(section.seed).sample(rows, len(rows))
     if held_out is None:
@@ -363,6 +375,9 @@ def _hold_out(
             f"data.train_rows={section.train_rows}: {source} leaves only {len(train)} training rows beside"
             f" {len(test)} test rows; set data.train_rows={len(train)} or lower, or null for all"
         )
+    if not section.hold_out:  # the limit is of both together, and a question of the test rows may repeat
+        together = [*shuffled, *(drawn if held_out is not None else [])]
+        return together[: section.train_rows and section.train_rows + len(test)], [], 0
     repeated = len(rows) - len(train) - len(test) if held_out is None else len(rows) - len(train)
     repeated += 0 if held_out is None else len(held_out) - len(asked)
     return train[: section.train_rows], list(test.values()), repeated

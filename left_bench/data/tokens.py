@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from left_bench.data.rendering import (
     turn_to_ids,
     without_oldest_turn,
 )
-from left_bench.data.rows import RowSplits, split_rows
+from left_bench.data.rows import RowSplits, filled, split_rows
 from left_bench.data.shapes import Row
 from left_bench.spec.cell import Data, fingerprint
 
@@ -187,6 +187,26 @@ def load_data(
     raise RuntimeError(f"tokenized rows in {folder} vanish as soon as they are written")
 
 
+def prompt_of(
+    text: str,
+    section: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    said: Sequence[Mapping[str, str]] = (),
+    encoder: bool = False,
+) -> list[int]:
+    """Tokens of a question as training rows have theirs: `data.template`, `data.instruction` and the chat template.
+
+    Args:
+        said: the turns before the question, oldest first, as chat templates take them.
+    """
+    question = filled(section, text)
+    before = (*said, {"role": "user", "content": question}) if said else None
+    row = Row(prompt=question, answer="", before=before)
+    [(ids, _)] = prompts_to_ids([row], instruction=section.instruction, tokenizer=tokenizer, encoder=encoder)
+    return ids
+
+
 # --- rows to tokens ---
 
 
@@ -210,7 +230,9 @@ class _Tokenized(NamedTuple):
 def _examples(
     rows: list[Row], *, section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape, training: bool
 ) -> list[_Tokenized]:
-    if rows and rows[0].plain:
+    if not rows:  # where nothing is held out
+        return []
+    if rows[0].plain:
         documents = _text_ids(rows, tokenizer)
         return _blocks(documents, shape.max_length) if training else _openings(rows, documents, shape.max_length)
     common: dict[str, Any] = {"instruction": section.instruction, "tokenizer": tokenizer, "encoder": shape.encoder}
@@ -349,9 +371,12 @@ def _read(folder: Path, *, decoder_start: int | None) -> Splits | None:
 
     try:
         facts = json.loads((folder / _FACTS_NAME).read_text(encoding="utf-8"))
+        test: Sequence[Example] = []
+        if facts.get("held_out", True):
+            test = Examples(datasets.Dataset.load_from_disk(str(folder / "test")), decoder_start=decoder_start)
         return Splits(
             train=Examples(datasets.Dataset.load_from_disk(str(folder / "train")), decoder_start=decoder_start),
-            test=Examples(datasets.Dataset.load_from_disk(str(folder / "test")), decoder_start=decoder_start),
+            test=test,
             truncated_rows=facts["truncated_rows"],
             truncated_test_rows=facts["truncated_test_rows"],
             dropped_rows=facts["dropped_rows"],
@@ -392,12 +417,15 @@ def _write(
         "test_there": found.test_there,
         "repeated_rows": found.repeated,
         "shape": found.shape,
+        "held_out": bool(splits["test"]),
         "fingerprint": _content_fingerprint(splits),
     }
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
         for name, examples in splits.items():
+            if not examples:  # datasets cannot read back what it saves of none
+                continue
             _dataset(examples).save_to_disk(str(temporary / name))
         (temporary / _FACTS_NAME).write_text(json.dumps(facts) + "\n", encoding="utf-8")
         try:

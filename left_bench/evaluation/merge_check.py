@@ -35,10 +35,8 @@ def merge(
     if refusal is not None:
         return None, refusal
     attached = answer_logits(model, rows, cell, pad_id=pad_id, device=meter.device.kind)
-    _untie(model)
-    tuner: Any = model.base_model
     try:
-        merged: torch.nn.Module = tuner.merge_and_unload()
+        merged = fold_in(model)
         # some merges leave weights of a shape that does not compute
         logits = answer_logits(merged, rows, cell, pad_id=pad_id, device=meter.device.kind)
     except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -49,6 +47,13 @@ def merge(
     rounding = torch.finfo(dtype).eps * attached.abs().max().item()
     how = "merged and quantized again" if quantized_weights(merged) else "merged"  # its rounding is in the difference
     return merged, f"{how}; one rounding of the largest logit in {str(dtype).removeprefix('torch.')} is {rounding:.2g}"
+
+
+def fold_in(model: Any) -> torch.nn.Module:
+    """The base model with the adapter in its weights; `model` must not be used afterwards."""
+    _untie(model)
+    merged: torch.nn.Module = model.base_model.merge_and_unload()
+    return merged
 
 
 def why_not(model: torch.nn.Module) -> str | None:

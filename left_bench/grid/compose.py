@@ -96,6 +96,11 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
         raise UserError(
             f"{architecture[0]}: pretrained weights have their own architecture; give model.weights=random with it"
         )
+    if not cell.data.hold_out:
+        raise UserError(
+            "data.hold_out=false: without held-out rows a cell has no score to compare; `left-bench train CELL "
+            "--all-rows` trains a finished cell's recipe on all rows, in a folder of its own"
+        )
     cell = cell.model_copy(update={"model": model_with_content(cell.model)})
     if cell.data.path is not None or cell.data.source == "hub":
         cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})

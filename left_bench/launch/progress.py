@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from left_bench.spec.cell import Cell
+from left_bench.spec.events import rows_in_words
 from left_bench.spec.record import Record
 
 _LINE_EVERY_SECONDS = 10.0
@@ -64,19 +65,6 @@ def _rounded(seconds: float) -> str:
     if seconds < 90:
         return f"{max(10, round(seconds, -1)):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def rows_in_words(event: Mapping[str, Any], *, max_length: int | None) -> str:
-    """`train 6, test 4, dropped 10 (no prompt or answer), 2.7 epochs`: what became of the rows, before the steps."""
-    found = f"{event['shape']}: " if event.get("shape") else ""
-    parts = [f"{found}train {event['train_rows']:,}, test {event['test_rows']:,}"]
-    if event["dropped_rows"]:
-        parts.append(f"dropped {event['dropped_rows']:,} (no prompt or answer)")
-    if event["repeated_rows"]:
-        parts.append(f"left out {event['repeated_rows']:,} (a test row's question)")
-    if cut := event["truncated_rows"] + event["truncated_test_rows"]:
-        parts.append(f"cut {cut:,} (longer than training.max_length={max_length})")
-    return ", ".join([*parts, f"{event['train_epochs']:.2g} epochs"])
 
 
 def _worth_saying(event: Mapping[str, Any], *, number: int) -> bool:

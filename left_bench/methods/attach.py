@@ -199,8 +199,11 @@ def added_parameters(model: torch.nn.Module, *, base: Collection[str]) -> list[t
     return [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and not in_base(name)]
 
 
-def save_trained(model: torch.nn.Module, folder: Path) -> int:
+def save_trained(model: torch.nn.Module, folder: Path, *, tokenizer: Any = None) -> int:
     """Save what training produced (the adapter, or the whole model) as safetensors.
+
+    Args:
+        tokenizer: of the base model (for pictures its processor), saved beside a whole model, which is none without.
 
     Returns:
         Bytes of the weight files on disk.
@@ -208,6 +211,8 @@ def save_trained(model: torch.nn.Module, folder: Path) -> int:
     save: Any = model.save_pretrained
     save(folder)
     data_init.save_start(model, folder)
+    if tokenizer is not None and (folder / "config.json").is_file():
+        tokenizer.save_pretrained(folder)
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import initialize_lora_eva_weights
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.corda import CordaEigens, preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from transformers import PreTrainedModel
 
 from left_bench.core.errors import UserError
 from left_bench.data import Batch, Example, collate
 
 START_NAME = "start.safetensors"
+_WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _EIGENS = ("S_WC", "U_WC", "V_WC")
 _EVA_ROWS = 256
@@ -156,6 +157,30 @@ def start_again(model: PreTrainedModel, folder: Path) -> None:
         a, b = (parts[part].float().to(module.weight.device) for part in ("A", "B"))
         dense = module.weight.data.float() - parts["scaling"].item() * (b @ a)
         module.weight.data = dense.to(module.weight.dtype)
+
+
+def save_as_plain_lora(adapted: Any, folder: Path, fresh: PreTrainedModel, out: Path) -> None:
+    """Save an adapter, loaded from `folder`, as LoRA over the base model as it was before `start_again`.
+
+    Its change is B A - B0 A0 with the product it started from, which is LoRA of twice the rank (peft's own conversion).
+
+    Args:
+        fresh: another copy of the base model, to work the start out on.
+    """
+    start = load_file(folder / START_NAME)
+    with tempfile.TemporaryDirectory() as initial:
+        if any(key.endswith(".S_WC") for key in start):
+            start_again(fresh, folder)
+            begun = get_peft_model(fresh, PeftConfig.from_pretrained(str(folder)))
+            factors = get_peft_model_state_dict(begun)
+        else:
+            factors = {
+                f"{_PREFIX}{name}.lora_{part}.weight": value.float()
+                for (name, _, part), value in ((key.rpartition("."), value) for key, value in start.items())
+                if part in "AB"
+            }
+        save_file({name: value.contiguous() for name, value in factors.items()}, Path(initial) / _WEIGHTS_NAME)
+        adapted.save_pretrained(out, path_initial_model_for_weight_conversion=initial)
 
 
 def _keep(model: Any, tensors: dict[str, torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from left_bench.core.errors import UserError
 from left_bench.model.load import quantized_weights
 
 
@@ -44,6 +45,29 @@ def quantization_error(model: torch.nn.Module, folder: Path | None) -> float | N
             reference = dense.float().to(approximate.device)
             errors.append(((approximate - reference).norm() / reference.norm()).item())
     return sum(errors) / len(errors) if errors else None
+
+
+def make_dense(model: Any, *, dtype: torch.dtype) -> None:
+    """Put a dense layer in the place of every quantized one, with the very weight that it stands for.
+
+    Raises:
+        UserError: a quantization whose weights cannot be read back.
+    """
+    for name, weight in quantized_weights(model).items():
+        dense = dequantized(weight)
+        if dense is None:
+            raise UserError(f"{name}: a {type(weight).__name__} cannot be read back as a dense weight")
+        old = model.get_submodule(name)
+        layer = torch.nn.Linear(1, 1, bias=False, device="meta")
+        layer.out_features, layer.in_features = dense.shape
+        layer.weight = torch.nn.Parameter(dense.to(dtype), requires_grad=False)
+        layer.register_parameter("bias", getattr(old, "bias", None))
+        model.set_submodule(name, layer)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, mark):
+            setattr(model, mark, False)
 
 
 class _Checkpoint:

@@ -147,7 +147,7 @@ def write_reports(
     Raises:
         UserError: a path does not exist, there is nothing to report, or something that was asked for fits nothing.
     """
-    plans = _plans(paths, name=name, where=wanted.where, prices=wanted.prices)
+    plans = plans_of(paths, name=name, where=wanted.where, prices=wanted.prices)
     chosen = _baselines([plan.rows for plan in plans], wanted.baseline)
     if wanted.group_by is not None:
         check_group_by([row for plan in plans for row in plan.rows], wanted.group_by)
@@ -161,7 +161,12 @@ def write_reports(
     return written
 
 
-def _plans(paths: Sequence[PathLike], *, name: str | None, where: str | None, prices: Prices) -> list[Plan]:
+def plans_of(paths: Sequence[PathLike], *, name: str | None, where: str | None, prices: Prices) -> list[Plan]:
+    """The records under `paths` by the reports that they belong in: one for each sweep, one for those of none.
+
+    Raises:
+        UserError: as `write_reports`.
+    """
     runs, problems = read_runs(paths)
     runs = with_costs(runs, prices)
     sweeps, unread = read_sweeps([path for path in paths if Path(path).is_dir()])

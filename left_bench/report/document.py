@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from left_bench import __version__
-from left_bench.launch.progress import rows_in_words
 from left_bench.report.cells import Row, machine_line, so_far
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
@@ -27,7 +26,7 @@ from left_bench.report.tables import (
 from left_bench.report.values import ABSENT, format_setting, one_line
 from left_bench.report.verdicts import claims_section
 from left_bench.spec.cell import GROUPS
-from left_bench.spec.events import ROW_COUNTS
+from left_bench.spec.events import ROW_COUNTS, rows_in_words
 from left_bench.spec.record import METRICS, Sample
 
 # Settings that a reader wants to see once where they are the same in every cell.

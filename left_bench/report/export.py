@@ -1,20 +1,17 @@
-"""`left-bench export`: a cell's scores as a model card's metadata, or records as a table for other tools."""
+"""Scores as a model card's metadata, and records as a table for other tools; `cli.export` prints and writes them."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from left_bench import __version__
 from left_bench.core.errors import UserError, nearest
-from left_bench.core.files import write_atomically
-from left_bench.report.load import Problem, Run, choose, frame_of, read_runs
+from left_bench.report.load import Run
 from left_bench.report.values import format_setting, one_line
-from left_bench.spec.record import RECORD_NAME, Record
+from left_bench.spec.record import Record
 
 if TYPE_CHECKING:
     import pandas
@@ -29,55 +26,26 @@ _FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(?:\.\d*)?(?:[eE][+-]?\d+)?$)")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def main(argv: list[str]) -> int:
-    """`left-bench export CELL --format model-card`: print or write it; 2 when the input cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="left-bench export",
-        allow_abbrev=False,
-        description="A cell as the `model-index` block of a Hugging Face model card, or records as CSV or Parquet.",
-    )
-    parser.add_argument("cell", metavar="CELL", help="a record, a cell's folder, a cell id or its beginning; or RUNS")
-    parser.add_argument("--format", default=FORMATS[0], help=f"one of {', '.join(FORMATS)} (default: %(default)s)")
-    parser.add_argument(
-        "--runs", default="runs", metavar="DIR", help="where a cell id is looked up (default: %(default)s)"
-    )
-    parser.add_argument("--where", metavar="CONDITION", help="of several records, those that fulfil it")
-    parser.add_argument("--out", metavar="FILE", help="write there (default: standard output; Parquet needs it)")
-    options = parser.parse_args(argv)
-    try:
-        _check(options.format, options.out)
-        runs, problems = _find(options.cell, options.runs)
-        for problem in problems:
-            print(f"left-bench export: left out, not readable: {problem}", file=sys.stderr)
-        runs = choose(runs, options.where) if options.where else runs
-        if options.format == "parquet":
-            write_parquet(frame_of(runs), Path(options.out))
-            return 0
-        text = model_card(_only(runs, options.cell)) if options.format == "model-card" else csv_text(frame_of(runs))
-        if options.out is None:
-            sys.stdout.write(text)
-        else:
-            write_atomically(Path(options.out), text)
-    except UserError as error:
-        print(f"left-bench export: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def model_card(record: Record) -> str:
     """The metadata block that stands at the top of a model card, with the cell's scores as its `model-index`.
 
     Raises:
         UserError: the cell has no score.
     """
-    from huggingface_hub import EvalResult, ModelCardData
-
-    model, data, method = (_section(record, name) for name in ("model", "data", "peft"))
+    model = _section(record, "model")
     if record.status != "ok" or not record.scores or model.get("weights") == "random":
         why = "random weights are not scored" if model.get("weights") == "random" else f"its status is {record.status}"
         raise UserError(
             f"{record.cell_id}: there is no score to put on a model card ({why}); choose a cell with scores"
         )
+    return card_block(record)
+
+
+def card_block(record: Record) -> str:
+    """The same block of any cell; without results where it has no score."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    model, data, method = (_section(record, name) for name in ("model", "data", "peft"))
     adapter = str(method.get("name") or record.choices.get("peft") or "full")
     base = str(model.get("name_or_path") or "")
     task, task_name = _TASKS.get(str(model.get("task")), _TEXT)
@@ -94,7 +62,7 @@ def model_card(record: Record) -> str:
             metric_value=score.value,
             metric_args=_beside(score.base_value, score.stderr),
         )
-        for score in record.scores
+        for score in (record.scores if model.get("weights") != "random" else [])
     ]
     card = ModelCardData(
         model_name=one_line(f"{model.get('name') or base}-{adapter}"),
@@ -102,7 +70,7 @@ def model_card(record: Record) -> str:
         library_name="peft" if method.get("_target_") else "transformers",
         pipeline_tag=task,
         tags=["left_bench", adapter, *([q] if (q := record.choices.get("quantization", "none")) != "none" else [])],
-        eval_results=results,
+        eval_results=results or None,
     )
     origin = f"# measured by left_bench {__version__}, cell {one_line(record.cell_id)}, {one_line(record.finished_at)}"
     return f"---\n{origin}\n{card.to_yaml(line_break=chr(10))}\n---\n"
@@ -135,36 +103,14 @@ def write_parquet(frame: pandas.DataFrame, path: Path) -> Path:
     return path
 
 
-def _check(name: str, out: str | None) -> None:
+def check_format(name: str, out: str | None) -> None:
     if name not in FORMATS:
         raise UserError(f"--format {name}: no such format{nearest(name, FORMATS)} (one of {', '.join(FORMATS)})")
     if name == "parquet" and out is None:
         raise UserError("--format parquet: it is no text; name a file with --out")
 
 
-def _find(cell: str, runs_dir: str) -> tuple[list[Run], list[Problem]]:
-    path = Path(cell)
-    if path.exists():
-        runs, problems = read_runs(path)
-        if not runs:
-            why = str(problems[0]) if problems else f"there is no record ({RECORD_NAME})"
-            raise UserError(f"{cell}: {why}")
-        return runs, problems
-    if not Path(runs_dir).is_dir():
-        raise UserError(
-            f"{cell}: there is no such file, and no folder {runs_dir} to look the cell up in; name it with --runs"
-        )
-    runs, _ = read_runs(runs_dir)
-    found = [run for run in runs if run.record.cell_id == cell or run.record.cell_id.startswith(cell)]
-    exact = [run for run in found if run.record.cell_id == cell]
-    if not found:
-        raise UserError(
-            f"{cell}: no cell of {runs_dir} has an id that begins so{nearest(cell, [r.record.cell_id for r in runs])}"
-        )
-    return exact or found, []  # what cannot be read has no id to be asked for by
-
-
-def _only(runs: Sequence[Run], cell: str) -> Record:
+def only_run(runs: Sequence[Run], cell: str) -> Record:
     if len(runs) != 1:
         told = f", {runs[0].record.cell_id} and {runs[1].record.cell_id} too" if runs else ""
         raise UserError(f"{cell}: a model card is of one cell, and these are {len(runs)}{told}")

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
-from left_bench.core.errors import UserError
+from left_bench.core.errors import UserError, nearest
 from left_bench.report.where import parse_where
 from left_bench.spec.record import METRICS, RECORD_NAME, KnownParts, Record, Score, read_record
 
@@ -94,6 +94,33 @@ def read_runs(paths: PathLike | Iterable[PathLike]) -> tuple[list[Run], list[Pro
     runs = [run for run in found if isinstance(run, Run)]
     problems = [problem for problem in found if isinstance(problem, Problem)]
     return sorted(runs, key=lambda run: (run.record.started_at, run.record.cell_id)), problems
+
+
+def find_runs(cell: str, runs_dir: str) -> tuple[list[Run], list[Problem]]:
+    """The records of a path, or of the cell in `runs_dir` whose id is `cell` or begins so.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(cell)
+    if path.exists():
+        runs, problems = read_runs(path)
+        if not runs:
+            why = str(problems[0]) if problems else f"there is no record ({RECORD_NAME})"
+            raise UserError(f"{cell}: {why}")
+        return runs, problems
+    if not Path(runs_dir).is_dir():
+        raise UserError(
+            f"{cell}: there is no such file, and no folder {runs_dir} to look the cell up in; name it with --runs"
+        )
+    runs, _ = read_runs(runs_dir)
+    found = [run for run in runs if run.record.cell_id == cell or run.record.cell_id.startswith(cell)]
+    exact = [run for run in found if run.record.cell_id == cell]
+    if not found:
+        raise UserError(
+            f"{cell}: no cell of {runs_dir} has an id that begins so{nearest(cell, [r.record.cell_id for r in runs])}"
+        )
+    return exact or found, []  # what cannot be read has no id to be asked for by
 
 
 def read_sweeps(paths: PathLike | Iterable[PathLike]) -> tuple[list[Sweep], list[Problem]]:

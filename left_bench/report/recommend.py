@@ -82,15 +82,18 @@ def take_needs(argv: Sequence[str]) -> tuple[list[Need], list[str]]:
     return needs, rest
 
 
-def recommend(rows: Sequence[Row], needs: Sequence[Need] = ()) -> Recommendation | None:
+def recommend(rows: Sequence[Row], needs: Sequence[Need] = (), *, quality: str | None = None) -> Recommendation | None:
     """Of the rows that fit and are as good as the best of them, the one that needs the least memory.
 
     As good is the one-standard-error rule (Breiman et al. 1984) on the paired difference, by which the places go too: a
     tie alone would let a row win that is far behind and only poorly measured.
 
     None where no ok row has a score that may be ranked.
+
+    Args:
+        quality: the score to go by; None: the report's own.
     """
-    quality = headline_quality(rows)
+    quality = quality or headline_quality(rows)
     done = [row for row in rows if row.ok and quality and is_number(row.value(quality))]
     if quality is None or not done or not rankable(done, quality):
         return None

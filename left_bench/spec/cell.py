@@ -202,6 +202,8 @@ class Data(_Section):
     train_rows: int | None = Field(default=None, ge=1, le=_MOST)
     """None: all that is left after the test rows."""
     test_rows: int = Field(default=128, ge=1, le=_MOST)
+    hold_out: bool = True
+    """False: the test rows are trained on too, and nothing is scored (`left-bench train CELL --all-rows`)."""
     metrics: AnswerMetrics = Field(default_factory=lambda: ["exact_match"])
     """What fits this data's answers, where `eval.metrics` is null."""
     max_new_tokens: int = Field(default=64, ge=1, le=_MOST)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +87,16 @@ class EventReader:
                     continue
                 if isinstance(event, dict):
                     yield event
+
+
+def rows_in_words(event: Mapping[str, Any], *, max_length: int | None) -> str:
+    """`train 6, test 4, dropped 10 (no prompt or answer), 2.7 epochs`: what became of the rows, before the steps."""
+    found = f"{event['shape']}: " if event.get("shape") else ""
+    parts = [f"{found}train {event['train_rows']:,}, test {event['test_rows']:,}"]
+    if event["dropped_rows"]:
+        parts.append(f"dropped {event['dropped_rows']:,} (no prompt or answer)")
+    if event["repeated_rows"]:
+        parts.append(f"left out {event['repeated_rows']:,} (a test row's question)")
+    if cut := event["truncated_rows"] + event["truncated_test_rows"]:
+        parts.append(f"cut {cut:,} (longer than training.max_length={max_length})")
+    return ", ".join([*parts, f"{event['train_epochs']:.2g} epochs"])

@@ -10,9 +10,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from left_bench.spec.cell import Cell
 from left_bench.worker.classify_error import NoRoomToCheck, says_out_of_memory
-from left_bench.worker.run import ADAPTER_NAME, CELL_NAME, ROWS_NAME, die_with_parent
+from left_bench.worker.run import ADAPTER_NAME, ROWS_NAME, die_with_parent
 
 EQUAL = "equal"
 
@@ -83,27 +82,19 @@ def compare_losses(run_dir: Path) -> str:
     import torch
 
     from left_bench.evaluation import evaluate
-    from left_bench.methods import attach
     from left_bench.model import load as models
-    from left_bench.model import quantized_cache
     from left_bench.processes.ranks import Team
+    from left_bench.worker.load_trained import cell_of, load_base, with_adapter
     from left_bench.worker.run import set_threads
 
-    cell = Cell.model_validate_json((run_dir / CELL_NAME).read_text(encoding="utf-8"))
+    cell = cell_of(run_dir)
     device = cell.hardware.device
     set_threads(cell, Team(size=cell.hardware.processes))  # as many as the process had that evaluated
-    models.apply_precision(cell, device=device)
     folder, tokenizer = models.open_pretrained(cell)
     splits = models.load_rows_of(cell, tokenizer, folder=folder)
     test = splits.test
     test = test if cell.eval.rows is None else test[: cell.eval.rows]
-    quantized = quantized_cache.kept(cell, folder=folder, device=device)
-    base, _ = models.load_model(cell, folder=folder, device=device, quantized=quantized, classes=splits.classes)
-    dtype = models.DTYPES[cell.precision.adapter_dtype]
-    model = attach.load_trained(base, run_dir / ADAPTER_NAME, adapter_dtype=dtype)
-    if cell.autocast:
-        attach.let_autocast_convert(model)
-    model.eval()
+    model = with_adapter(load_base(cell, folder=folder, classes=splits.classes), cell, run_dir / ADAPTER_NAME)
     with torch.no_grad(), models.autocast(cell, device=device):
         found = evaluate.row_losses(model, test, cell, pad_id=evaluate.pad_of(tokenizer), device=device).nll
     lines = (run_dir / ROWS_NAME).read_text(encoding="utf-8").splitlines()

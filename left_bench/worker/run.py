@@ -75,6 +75,7 @@ def work(
     from left_bench.training.loss import AnswerLoss
     from left_bench.training.objective import make_objective, with_reference
     from left_bench.training.sharding import put_whole_weights, whole_weights
+    from left_bench.worker.adapter_readme import write_readme
 
     team.meet(cell.hardware.device)
     device = open_device(cell.hardware.device)
@@ -96,7 +97,9 @@ def work(
     folder, tokenizer = load.open_pretrained(cell)
     splits = load.load_rows_of(cell, tokenizer, folder=folder)
     test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
-    if splits.classes is None:
+    if not test:
+        effective["held_out"] = "no rows: all were trained on, and nothing is scored"
+    elif splits.classes is None:
         longest_prompt = max(len(row.prompt_ids) for row in test)
         check_generation(cell, load.config_of(cell, folder), longest_prompt=longest_prompt)
 
@@ -140,7 +143,8 @@ def work(
     load.check_causal(base_model, cell, device=device.kind)
 
     before = None
-    if team.first and cell.model.weights != "random" and splits.classes is None:  # a new output layer knows nothing yet
+    # random weights and a new output layer know nothing yet
+    if team.first and test and cell.model.weights != "random" and splits.classes is None:
         before, source = shared_baseline.evaluate_base(
             base_model, tokenizer, test, cell, meter=meter, runs_dir=run_dir.parent
         )
@@ -250,27 +254,30 @@ def work(
     loop.uncompile(model)
     account_for_peak(meter.memory_breakdown, meter.metrics)
 
-    with meter.phase("evaluate") as counts:
-        tell = progress_of(events)
-        after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind, tell=tell)
-        counts.tokens = after.tokens
-        speed = partial(evaluate.generation_speed, tokenizer=tokenizer, rows=test, device=device)
-        if cell.generates:
-            meter.metrics["generate_tokens_per_second"] = speed(model, cell=cell)
-    if cell.model.weights != "random":  # those have no quality worth a number
-        found["scores"] = evaluate.scores(after, before, test, cell)
-        found["samples"] = evaluate.samples(after, before, test, cell)
-        for score in found["scores"]:
-            meter.metrics[score.metric] = score.value
-            if score.base_value is not None:
-                meter.metrics[f"base_{score.metric}"] = score.base_value
-
-    write_rows(run_dir / ROWS_NAME, after, before, test)
+    speed = partial(evaluate.generation_speed, tokenizer=tokenizer, rows=test or splits.train, device=device)
+    if test:
+        with meter.phase("evaluate") as counts:
+            tell = progress_of(events)
+            after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind, tell=tell)
+            counts.tokens = after.tokens
+            if cell.generates:
+                meter.metrics["generate_tokens_per_second"] = speed(model, cell=cell)
+        if cell.model.weights != "random":  # those have no quality worth a number
+            found["scores"] = evaluate.scores(after, before, test, cell)
+            found["samples"] = evaluate.samples(after, before, test, cell)
+            for score in found["scores"]:
+                meter.metrics[score.metric] = score.value
+                if score.base_value is not None:
+                    meter.metrics[f"base_{score.metric}"] = score.base_value
+        write_rows(run_dir / ROWS_NAME, after, before, test)
 
     # p-tuning saves what its encoder makes of the virtual tokens: by the same arithmetic as evaluated, or it is another
     with meter.phase("save"), load.autocast(cell, device=device.kind):
-        meter.metrics["adapter_file_bytes"] = attach.save_trained(model, run_dir / ADAPTER_NAME)
-    if reloads is not None:
+        saved = attach.save_trained(model, run_dir / ADAPTER_NAME, tokenizer=tokenizer)
+        meter.metrics["adapter_file_bytes"] = saved
+    ends = None if splits.classes else evaluate.end_tokens(base_model, tokenizer)
+    write_readme(run_dir / ADAPTER_NAME, cell, base=folder, tokenizer=tokenizer, ends=ends)
+    if reloads is not None and test:
         with meter.phase("reload"):
             try:
                 meter.metrics["reload_ok"] = float(reloads(run_dir))
@@ -278,8 +285,9 @@ def work(
                 effective["reload"] = f"not checked: {error}"
 
     if cell.peft.target is not None:
+        compared = (test or splits.train)[:8]
         with meter.phase("merge"):
-            merged, effective["merge"] = merge_check.merge(model, test[:8], cell, meter=meter, pad_id=pad_id)
+            merged, effective["merge"] = merge_check.merge(model, compared, cell, meter=meter, pad_id=pad_id)
             if merged is not None and cell.generates:
                 meter.metrics["merged_generate_tokens_per_second"] = speed(merged, cell=cell.without_adapter())
     meter.finish_cell()

@@ -1,0 +1,98 @@
+"""`left-bench best`: the cell to take, where it lies, and what to type next."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+
+from left_bench.core.errors import UserError, nearest
+from left_bench.report.cells import Row, find_axes, labels
+from left_bench.report.command import plans_of
+from left_bench.report.cost import NO_PRICES
+from left_bench.report.ranking import QUALITY
+from left_bench.report.recommend import MEMORY, Need, Recommendation, recommend, sentence, take_needs
+from left_bench.report.tables import heading
+from left_bench.report.values import format_error, format_value
+from left_bench.spec.record import METRICS
+
+
+def main(argv: list[str]) -> int:
+    """Print the cell to take of each sweep; 1 where no cell fits or none is scored, 2 when the input cannot be used."""
+    try:
+        needs, argv = take_needs(argv)
+        options = _parser().parse_args(argv)
+        quality = options.metric and _quality(options.metric)
+        plans = plans_of(options.runs, name=options.name, where=options.where, prices=NO_PRICES)
+    except UserError as error:
+        print(f"left-bench best: {error}", file=sys.stderr)
+        return 2
+    taken = False
+    for number, plan in enumerate(plans):
+        if number:
+            print()
+        if len(plans) > 1:
+            print(f"# {plan.name}")
+        found = recommend(plan.rows, needs, quality=quality)
+        if found is None:
+            print("No recommendation: no cell is ok with a score, or their scores may not be ranked.")
+            continue
+        taken = taken or found.chosen is not None
+        print("\n".join(_told(found, needs, plan.rows)))
+    return 0 if taken else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="left-bench best",
+        allow_abbrev=False,
+        description="The cell to take, by the rule of the report's recommendation: of the cells within one standard "
+        "error of the best score, the one that needs the least memory.",
+        epilog="Bounds: --budget-memory SIZE, --min-METRIC NUMBER and --max-METRIC NUMBER, any metric by its name with "
+        "dashes: --budget-memory 8GiB --min-exact-match 0.5",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs folder, cell folder or record file")
+    parser.add_argument("--metric", metavar="NAME", help="the score to go by (default: the report's own)")
+    parser.add_argument("--where", metavar="CONDITION", help="only the records that fulfil it")
+    parser.add_argument("--name", help="only the sweep of this name")
+    return parser
+
+
+def _quality(name: str) -> str:
+    metric = name.replace("-", "_")
+    if metric not in QUALITY:
+        hint = nearest(metric, QUALITY) or f"; there are {', '.join(QUALITY)}"
+        raise UserError(f"--metric {name}: {'not a score' if metric in METRICS else 'no such metric'}{hint}")
+    return metric
+
+
+def _told(found: Recommendation, needs: Sequence[Need], rows: Sequence[Row]) -> Iterator[str]:
+    names = {id(row): label for row, label in zip(rows, labels(rows, find_axes(rows)), strict=True)}
+    why = sentence(found, needs, names, rows)
+    if found.chosen is None:
+        yield why
+        return
+    quality = found.metrics[0]
+    # the seeds differ by chance: the one that did best on the held-out rows would only look better than it is
+    run = next(run for run in found.chosen.runs if run.ok)
+    value, error, before = (of(quality) for of in (found.chosen.value, found.chosen.stderr, found.chosen.base_value))
+    score = f"{heading(quality)} {format_value(quality, value)}"
+    if value is not None and error is not None:
+        score += f" ± {format_error(quality, value, error)}"
+    seeds = sum(run.ok for run in found.chosen.runs)
+    beside = [f"{format_value(quality, before)} before training"] if before is not None else []
+    beside += [f"the mean of {seeds} seeds; the cell is seed {run.seed}"] if seeds > 1 else []
+    yield f"cell:   {run.cell_id}"
+    told = f" ({', '.join(beside)})" if beside else ""
+    yield f"score:  {score}{told}"
+    if (memory := found.chosen.value(MEMORY)) is not None:
+        yield f"memory: {format_value(MEMORY, memory)} at the peak of training"
+    if run.path is not None:
+        folder = shlex.quote(str(run.path.parent))
+        yield f"folder: {run.path.parent} (what it trained: {run.path.parent / 'adapter'})"
+        yield f"why:    {why}"
+        yield "next:"
+        yield f"  left-bench chat {folder}"
+        yield f"  left-bench export {folder} --to merged my_model"
+        yield f"  left-bench train {folder} --all-rows"
