@@ -103,6 +103,18 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "eval": {
         "metrics": ["f1"],
+        "extractor": "number",
+        "scorer": "mine:score",
+        "scorer_content": "0" * 64,
+        "tasks": ["arc_easy"],
+        "tasks_content": "0" * 64,
+        "task_rows": 10,
+        "task_shots": 0,
+        "task_batch_size": 1,
+        "task_chat_template": True,
+        "judge": "http://127.0.0.1:8000/v1",
+        "judge_model": "judge",
+        "judge_rows": 2,
         "generate": False,
         "rows": 3,
         "batch_size": 2,
@@ -124,7 +136,8 @@ NO_RESULT = {
     "quantization": {"cache"},
     "peft": {"learning_rate"},
     "training": {"checkpoint_every", "learning_rate_scale"},
-    "data": {"metrics", "max_new_tokens"},
+    "data": {"metrics", "max_new_tokens", "extractor"},
+    "eval": {"judge_key_from"},
     "hardware": {"timeout", "phase_timeout"},
 }
 
@@ -191,8 +204,13 @@ def test_what_does_not_change_the_result_keeps_the_id():
     assert build(**moved, data__path="here.jsonl").id == build(**moved, data__path="there.jsonl").id
     given_rate = {"training__learning_rate": 1e-3}
     assert build(**given_rate, peft__learning_rate=7e-3).id == build(**given_rate).id
-    shown = {"eval__metrics": ["bleu"], "eval__max_new_tokens": 9}
-    assert build(**shown, data__metrics=["f1"], data__max_new_tokens=3).id == build(**shown).id
+    shown = {"eval__metrics": ["bleu"], "eval__max_new_tokens": 9, "eval__extractor": "number"}
+    shadowed = {"data__metrics": ["f1"], "data__max_new_tokens": 3, "data__extractor": "choice"}
+    assert build(**shown, **shadowed).id == build(**shown).id
+    scored = {"eval__scorer_content": "a" * 64}
+    here, there, other = ("here.py:score", "there/of.py:score", "here.py:another")
+    assert build(**scored, eval__scorer=here).id == build(**scored, eval__scorer=there).id
+    assert build(**scored, eval__scorer=here).id != build(**scored, eval__scorer=other).id
 
 
 def test_null_means_the_methods_and_the_datas_own():
@@ -200,6 +218,7 @@ def test_null_means_the_methods_and_the_datas_own():
     assert build(peft__learning_rate=5e-3).id == build(training__learning_rate=5e-3).id != build().id
     assert build(data__metrics=["f1"]).id == build(eval__metrics=["f1"]).id != build().id
     assert build(data__max_new_tokens=9).id == build(eval__max_new_tokens=9).id != build().id
+    assert build(data__extractor="boxed").id == build(eval__extractor="boxed").id != build().id
     assert build(peft__learning_rate=5e-3).learning_rate == 5e-3
     assert build(training__learning_rate_scale=0.1).id == build(training__learning_rate=build().learning_rate * 0.1).id
     # the steps before preference tuning have a rate too

@@ -59,8 +59,11 @@ def test_a_printed_command_composes_to_cells(arguments, composed, tmp_path, monk
     for word, plugin in PLUGINS.items():
         if any(argument.partition("=")[2].startswith(word) for argument in arguments):
             pytest.importorskip(f"hydra_plugins.hydra_{plugin}", reason="needs the launcher's extra")
+    if any(argument.startswith("eval.tasks=") for argument in arguments):
+        pytest.importorskip("lm_eval", reason="needs left-bench[lm-eval]")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "score.py").write_text("def score(prediction, reference, row):\n    return 1.0\n")
     command_line.check_choices(arguments)
     config = composed(*(one for one in arguments if one not in ("--cfg", "job")))
     swept = "-m" in arguments or any(one.startswith("+sweep=") for one in arguments)

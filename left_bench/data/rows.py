@@ -7,7 +7,7 @@ import functools
 import itertools
 import random
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
@@ -40,7 +40,7 @@ def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
     return found.train, found.test
 
 
-def split_rows(section: Data) -> RowSplits:
+def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
     """Training rows and test rows, drawn from one distribution, with no question in both, and what was left out.
 
     With `data.pairs` every row has a worse answer: that of `data.rejected_column`, else another row's of its split.
@@ -48,6 +48,9 @@ def split_rows(section: Data) -> RowSplits:
     A file (`data.path`, whatever the source) is read with the standard library alone. Rows with a blank prompt or
     answer are left out; a question that repeats stays on its side of the split. The test rows do not depend on
     `data.train_rows` where rows are read rather than generated.
+
+    Args:
+        keep_records: each row with the record it comes from, all its columns included.
 
     Raises:
         UserError: a source, column, value or count that cannot be used; the message names the key and the mend.
@@ -60,11 +63,12 @@ def split_rows(section: Data) -> RowSplits:
         raise UserError("data.train_on=all: of a pair (data.pairs) the answers alone are compared; leave it out")
     dropped: list[str] = []
     held_out: list[Row] | None = None
+    read = functools.partial(_rows, keep_records=keep_records)
     if section.path is not None or section.source == "jsonl":
         paths = data_files(section)
         source = f"data.path={section.path if len(paths) > 1 else paths[0]}"
         records, shape = _detect_shape(section, file_records(paths))
-        rows = list(_rows(section, records, source, dropped, shape))
+        rows = list(read(section, records, source, dropped, shape))
         if section.test_path is not None:
             files = data_files(section, test=True)
             apart: Records | None = file_records(files)
@@ -78,18 +82,18 @@ def split_rows(section: Data) -> RowSplits:
             if _plain(shape_apart) != _plain(shape):
                 one, other = (named, source) if _plain(shape_apart) else (source, named)
                 raise UserError(f"{one}: holds plain text, and {other} does not; give test rows of the same shape")
-            held_out = list(_rows(section, apart, named, dropped, shape_apart))
+            held_out = list(read(section, apart, named, dropped, shape_apart))
     elif section.source == "hub":
         source = f"data.hub_id={section.hub_id}"
-        records, shape = _detect_shape(section, _hub_records(section))
+        records, shape = _detect_shape(section, _hub_records(section, whole=keep_records))
         if _plain(shape) and section.shape is None:
             raise UserError(
                 f"{source}: holds plain text; to train on that, give data.shape=text, else name two columns"
             )
-        rows = list(_rows(section, records, source, dropped, shape))
+        rows = list(read(section, records, source, dropped, shape))
     else:
         source, shape = f"data.task={section.task}", None
-        rows = _generated_rows(section, source)
+        rows = _generated_rows(section, source, read)
     train, test, repeated = _hold_out(section, rows, source, held_out=held_out)
     if section.pairs and section.rejected_column is None and not any(row.rejected for row in rows):
         train, test = _mismatched(train, source), _mismatched(test, source)
@@ -134,7 +138,7 @@ def _detect_shape(section: Data, records: Records) -> tuple[Records, Shape | Non
 # --- sources: records with named columns ---
 
 
-def _hub_records(section: Data) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _hub_records(section: Data, *, whole: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not section.hub_id:
         raise UserError("data.hub_id is missing; set it to a hub dataset, or data.path=FILE to a JSON-lines file")
     import datasets
@@ -153,13 +157,13 @@ def _hub_records(section: Data) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(found, dict):
         raise UserError(f"{where}: data.config.split must name one split; it has {', '.join(map(str, found))}")
     needed = [column for _, column in _columns(section)]
-    if found.column_names is not None and set(needed) <= set(found.column_names):
+    if not whole and found.column_names is not None and set(needed) <= set(found.column_names):
         found = found.select_columns(sorted(set(needed)))  # images and the like beside the text are not decoded
     for number, record in enumerate(found, start=1):
         yield f"row {number}", record
 
 
-def _generated_rows(section: Data, source: str) -> list[Row]:
+def _generated_rows(section: Data, source: str, read: Callable[..., Iterator[Row]]) -> list[Row]:
     """Unique questions of a reasoning_gym task (https://github.com/open-thought/reasoning-gym), enough for both."""
     if not section.task:
         raise UserError("data.task is missing; name a reasoning_gym dataset, such as data.task=chain_sum")
@@ -173,7 +177,7 @@ def _generated_rows(section: Data, source: str) -> list[Row]:
     for _ in range(_ROUNDS):
         before = len(unique)
         drawn = _drawn_records(section, size=max(wanted, 100), seed=seeds.getrandbits(31))
-        for row in _rows(section, drawn, source):
+        for row in read(section, drawn, source):
             unique.setdefault(_question(row), row)
             if len(unique) == wanted:
                 return list(unique.values())
@@ -228,7 +232,13 @@ def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
 
 
 def _rows(
-    section: Data, records: Records, source: str, dropped: list[str] | None = None, shape: Shape | None = None
+    section: Data,
+    records: Records,
+    source: str,
+    dropped: list[str] | None = None,
+    shape: Shape | None = None,
+    *,
+    keep_records: bool = False,
 ) -> Iterator[Row]:
     """Rows with a prompt and an answer; at least one, or an error. What the others lack is noted in `dropped`."""
     parts, columns = _template_parts(section.template), _columns(section)
@@ -252,7 +262,7 @@ def _rows(
         rows = list(read(record, f"{where} of {source}", section))
         whole = [row for row in rows if row.lacks is None]
         kept += len(whole)
-        yield from whole
+        yield from (dataclasses.replace(row, record=record) for row in whole) if keep_records else whole
         if not whole and dropped is not None:
             dropped.append(f"{where}: {rows[0].lacks if rows else 'no assistant turn that answers a user'}")
     if not seen:
@@ -387,7 +397,8 @@ def _one_turn(row: Row, *, seed: int) -> Row:
     if not row.earlier:
         return row
     turns = [*row.earlier, dataclasses.replace(row, earlier=())]
-    return random.Random(f"{seed} {_question(row)}").choice(turns)
+    turn = random.Random(f"{seed} {_question(row)}").choice(turns)
+    return dataclasses.replace(turn, record=row.record)
 
 
 def _question(row: Row) -> str:

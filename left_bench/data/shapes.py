@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
@@ -53,6 +53,8 @@ class Row:
     """Where the row stands, for errors; only where tools are declared, called or have answered."""
     plain: bool = False
     """Plain text: there is no question, and every token is trained on."""
+    record: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """The source's record as it stands, where it was asked for."""
 
     @property
     def lacks(self) -> str | None:

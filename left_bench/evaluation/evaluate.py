@@ -24,7 +24,7 @@ from left_bench.model.positions import virtual_tokens
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import Tell
 from left_bench.spec.record import Sample, Score
-from left_bench.spec.row_scores import SCORES_OF_A_PAIR
+from left_bench.spec.row_scores import SCORES_OF_A_PAIR, exact_match
 from left_bench.training.loss import AnswerLoss
 from left_bench.training.objective import with_worse_answer
 
@@ -48,6 +48,8 @@ class Evaluation(BaseModel):
     """Mean token loss on the general text, nats."""
     tokens: int = 0
     """Non-padding tokens of the loss passes."""
+    tasks: list[Score] | None = None
+    """Scores on `eval.tasks`; None: there are none, or they failed."""
 
 
 def _untold(*_: object) -> None:
@@ -82,7 +84,7 @@ def evaluate_model(
             said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
             found.predictions = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
         if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
-            passages = general_passages(tokenizer, room=_room(model, cell))
+            passages = general_passages(tokenizer, room=room_of(model, cell))
             general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
             found.general_loss = sum(general.nll) / sum(general.answer_tokens)
     return found
@@ -286,8 +288,9 @@ def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], 
     references = [row.reference for row in rows]
     if found.predictions is not None:
         for name in cell.eval.metrics or []:
-            value, per_row = score_text(name, found.predictions, references)
-            before = score_text(name, base.predictions, references)[0] if base and base.predictions else None
+            score = partial(score_text, name, references=references, extractor=cell.eval.extractor)
+            value, per_row = score(predictions=found.predictions)
+            before = score(predictions=base.predictions)[0] if base and base.predictions else None
             made.append(
                 Score(
                     task=task,
@@ -298,11 +301,22 @@ def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], 
                     base_value=before,
                 )
             )
+    of_base = {score.metric: score.value for score in (base.tasks if base else None) or []}
+    made += [score.model_copy(update={"base_value": of_base.get(score.metric)}) for score in found.tasks or []]
     if found.general_loss is not None and base and base.general_loss is not None:
         passages = len(general_texts())
         rise = found.general_loss - base.general_loss
         made.append(Score(task="general_text", metric="forgetting_nats", value=rise, n=passages))
     return made
+
+
+def row_scores(found: Evaluation, rows: Sequence[Example], cell: Cell) -> dict[str, list[float]]:
+    """Metric -> the score of each row, of those metrics that are not told from answer and reference alone."""
+    extractor = cell.eval.extractor
+    if extractor is None or found.predictions is None or "exact_match" not in (cell.eval.metrics or []):
+        return {}
+    pairs = zip(found.predictions, rows, strict=True)
+    return {"exact_match": [exact_match(answer, row.reference, extractor=extractor) for answer, row in pairs]}
 
 
 def _preference_scores(
@@ -366,7 +380,7 @@ def general_passages(tokenizer: PreTrainedTokenizerBase, *, room: int | None = N
     return [Example(prompt_ids=ids[:1], answer_ids=ids[1:], prompt="", reference="") for ids in encoded]
 
 
-def _room(model: torch.nn.Module, cell: Cell) -> int | None:
+def room_of(model: torch.nn.Module, cell: Cell) -> int | None:
     """Tokens of a text that the model has positions for; None where its configuration names no end."""
     config: Any = model.config
     of_text = config.get_text_config()

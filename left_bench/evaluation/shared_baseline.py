@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from left_bench.core.files import write_atomically
 from left_bench.core.paths import versions_of
 from left_bench.data import Example
-from left_bench.evaluation.evaluate import Evaluation, evaluate_model
+from left_bench.evaluation import harness
+from left_bench.evaluation.evaluate import Evaluation, evaluate_model, room_of
 from left_bench.measure.cpu_contention import Quiet, measured_quietly
 from left_bench.measure.device import describe_machine, matrix_product_peak
 from left_bench.measure.meter import Meter
@@ -33,8 +34,12 @@ def evaluate_base(
     *,
     meter: Meter,
     runs_dir: Path,
+    tasks: dict[str, Any] | None = None,
 ) -> tuple[Evaluation, str]:
     """The evaluation of the model before training, from `runs_dir/base/` where an earlier cell left it.
+
+    Args:
+        tasks: of lm-evaluation-harness (`harness.load_tasks`), which the model is asked too.
 
     Returns:
         The evaluation, and where it comes from: `measured here` or the shared file's name.
@@ -47,8 +52,11 @@ def evaluate_base(
             pass
     # without the adapter that autocast may be on for: the file is shared by all methods
     with meter.phase("evaluate_base") as counts:
-        tell = progress_of(meter.events)
-        found = evaluate_model(model, tokenizer, rows, cell.without_adapter(), device=meter.device.kind, tell=tell)
+        common: dict[str, Any] = {"device": meter.device.kind, "tell": progress_of(meter.events)}
+        bare = cell.without_adapter()
+        found = evaluate_model(model, tokenizer, rows, bare, **common)
+        if tasks is not None:
+            found.tasks = harness.ask(tasks, model, tokenizer, bare, room=room_of(model, bare), **common)
         counts.tokens = found.tokens
     write_atomically(path, found.model_dump_json())
     return found, "measured here"
@@ -122,6 +130,8 @@ def base_key(cell: Cell, rows: Sequence[Example]) -> str:
     """Fingerprint of all that decides the base model's scores on these rows."""
     identity = cell.identity
     parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
+    for key in ("extractor", "scorer", "scorer_content"):  # they judge answers, and change none
+        parts["eval"].pop(key, None)
     parts["rows"] = [row.identity for row in rows]
     parts["generation"] = "greedy, without the checkpoint's penalties, ended by any of its end tokens"
     parts["general_text"] = "after the tokenizer's start token, within the model's positions"
@@ -129,5 +139,5 @@ def base_key(cell: Cell, rows: Sequence[Example]) -> str:
     parts["kernels"] = [cell.training.attention, head]
     if cell.training.kernels is not None:
         parts["kernels"].append(cell.training.kernels)
-    parts["versions"] = versions_of(_DECIDING)
+    parts["versions"] = versions_of((*_DECIDING, harness.PACKAGE) if cell.eval.tasks else _DECIDING)
     return fingerprint(parts)

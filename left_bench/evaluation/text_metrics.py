@@ -41,8 +41,12 @@ class _TextMetric(evaluate.Metric):
 class ExactMatch(_TextMetric):
     """Share of answers that are right."""
 
-    description = "share of answers equal to the reference, white space at the ends aside"
+    description = "share of answers equal to the reference: white space at the ends aside, or what is extracted of both"
     of_row = staticmethod(exact_match)
+
+    def _compute(self, predictions: list[str], references: list[str], extractor: str | None = None) -> dict[str, Any]:
+        per_row = [exact_match(*pair, extractor=extractor) for pair in zip(predictions, references, strict=True)]
+        return {"value": sum(per_row) / len(per_row), "per_row": per_row}
 
 
 class Accuracy(_TextMetric):
@@ -94,8 +98,10 @@ TEXT_METRICS: dict[str, type[_TextMetric]] = {
 }
 
 
-def score_text(name: str, predictions: list[str], references: list[str]) -> tuple[float, list[float] | None]:
-    """One metric over all rows.
+def score_text(
+    name: str, predictions: list[str], references: list[str], *, extractor: str | None = None
+) -> tuple[float, list[float] | None]:
+    """One metric over all rows; `extractor` is what `exact_match` compares by.
 
     Returns:
         The value, and the value of each row where the metric is their mean.
@@ -106,5 +112,6 @@ def score_text(name: str, predictions: list[str], references: list[str]) -> tupl
     if name not in TEXT_METRICS:
         hint = nearest(name, TEXT_METRICS) or f"; there are {', '.join(TEXT_METRICS)}"
         raise UserError(f"eval.metrics: unknown metric '{name}'{hint}")
-    result = TEXT_METRICS[name](keep_in_memory=True).compute(predictions=predictions, references=references)
+    given: dict[str, Any] = {"extractor": extractor} if name == "exact_match" else {}
+    result = TEXT_METRICS[name](keep_in_memory=True).compute(predictions=predictions, references=references, **given)
     return float(result["value"]), result.get("per_row")

@@ -17,11 +17,14 @@ from left_bench.core.errors import UserError
 from left_bench.core.paths import config_root
 from left_bench.data.files import with_content
 from left_bench.data.rows import with_shape
+from left_bench.evaluation.harness import with_content as tasks_with_content
+from left_bench.evaluation.judge import check as check_judge
+from left_bench.evaluation.scorer import with_content as scorer_with_content
 from left_bench.grid.class_arguments import check_arguments
 from left_bench.measure.auto_precision import resolved_choices
 from left_bench.measure.device import find_device
 from left_bench.pretrained import with_content as model_with_content
-from left_bench.spec.cell import GROUPS, Cell, Data, slugify
+from left_bench.spec.cell import GROUPS, Cell, Data, is_task_file, slugify
 from left_bench.spec.redact import refuse_secrets
 
 
@@ -102,11 +105,36 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
             "--all-rows` trains a finished cell's recipe on all rows, in a folder of its own"
         )
     cell = cell.model_copy(update={"model": model_with_content(cell.model)})
+    cell = _with_own_evaluation(cell, hydra)
     if cell.data.path is not None or cell.data.source == "hub":
         cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})
     check_arguments(cell)
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
     return cell, found
+
+
+def _with_own_evaluation(cell: Cell, hydra: DictConfig) -> Cell:
+    """The cell with its scorer and its task files known by content, its judge checked.
+
+    Code that is run and addresses that rows are sent to count on the command line alone: files of options may be
+    somebody else's.
+    """
+    files = [task for task in cell.eval.tasks if is_task_file(task)]
+    alone = (
+        ("eval.scorer", cell.eval.scorer, "code of your own runs"),
+        ("eval.tasks", f"[{','.join(files)}]" if files else None, "a task's file may run code, and does"),
+        ("eval.judge", cell.eval.judge, "rows and answers are sent"),
+        ("eval.judge_key_from", cell.eval.judge_key_from, "a key is sent"),
+    )
+    for key, value, what in alone:
+        if value is not None and not _on_command_line(hydra, key):
+            raise UserError(
+                f"{key}={value} stands in a file; {what} only where the command line says so: give {key}={value} there"
+            )
+    folders = _option_folders(hydra)
+    cell = tasks_with_content(scorer_with_content(cell, folders), folders)
+    check_judge(cell)
+    return cell
 
 
 def _whole_architecture(hydra: DictConfig) -> dict[str, Any] | None:
@@ -185,15 +213,19 @@ def _check_alone(hydra: DictConfig, name_or_path: str) -> None:
 
 def _renamed(section: dict[str, Any], option: str, hydra: DictConfig) -> bool:
     """Whether a sweep or recipe names another model than the option's file does."""
-    folders = tuple(str(one.path) for one in hydra.runtime.config_sources if one.schema == "file")
-    in_file = _name_in_file(option, folders)
+    in_file = _name_in_file(option, _option_folders(hydra))
     return in_file is not None and section.get("name_or_path") != in_file
 
 
+def _option_folders(hydra: DictConfig) -> tuple[Path, ...]:
+    """Where options are read from: what ships, and the user's `--config-dir`."""
+    return tuple(Path(one.path) for one in hydra.runtime.config_sources if one.schema == "file")
+
+
 @functools.cache
-def _name_in_file(option: str, folders: tuple[str, ...]) -> str | None:
+def _name_in_file(option: str, folders: tuple[Path, ...]) -> str | None:
     for folder in folders:
-        path = Path(folder) / "model" / f"{option}.yaml"
+        path = folder / "model" / f"{option}.yaml"
         if path.is_file():
             return OmegaConf.select(OmegaConf.load(path), "name_or_path")
     return None

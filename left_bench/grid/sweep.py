@@ -20,7 +20,7 @@ from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
 from left_bench.processes.resources import SCHEDULERS
 from left_bench.spec.cell import Cell, slugify
-from left_bench.spec.record import METRICS, Record
+from left_bench.spec.record import METRICS, Record, find_metric
 
 SWEEPS_FOLDER = "sweeps"
 LAUNCH_VARIABLE = "LEFT_BENCH_LAUNCH"
@@ -143,13 +143,12 @@ def check_launcher(config: DictConfig) -> None:
         )
     if searches(hydra):
         objective, direction = str(config.objective), hydra.sweeper.get("direction")
-        if objective not in METRICS:
+        metric = find_metric(objective)
+        if metric is None:
             raise UserError(f"objective={objective}: no such metric{nearest(objective, METRICS)}")
-        wanted = {"lower": "minimize", "higher": "maximize"}.get(METRICS[objective].better)
+        wanted = {"lower": "minimize", "higher": "maximize"}.get(metric.better)
         if wanted is not None and str(getattr(direction, "name", direction)) != wanted:
-            raise UserError(
-                f"objective={objective}: {METRICS[objective].better} is better; set hydra.sweeper.direction={wanted}"
-            )
+            raise UserError(f"objective={objective}: {metric.better} is better; set hydra.sweeper.direction={wanted}")
 
 
 def check_objective(cell: Cell, objective: str) -> None:
@@ -158,7 +157,8 @@ def check_objective(cell: Cell, objective: str) -> None:
     Raises:
         UserError: random weights are not scored.
     """
-    if cell.model.weights == "random" and METRICS[objective].kind == "quality":
+    metric = find_metric(objective)
+    if cell.model.weights == "random" and metric is not None and metric.kind == "quality":
         raise UserError(f"objective={objective}: random weights are not scored; search for objective=train_loss")
 
 
@@ -168,7 +168,8 @@ def best_trial(records: Sequence[Record], *, objective: str) -> str:
     without = f"{len(records) - len(scored)} of {len(records)} without a value"
     if not scored:
         return f"best: none; {without}"
-    pick = max if METRICS[objective].better == "higher" else min
+    metric = find_metric(objective)
+    pick = max if metric is not None and metric.better == "higher" else min
     best = pick(scored, key=lambda one: one.metrics[objective])
     told = [list(map(str, one.provenance.get("overrides", []))) for one in records]
     shared = set(told[0]).intersection(*told[1:])

@@ -24,6 +24,7 @@ from left_bench.core import interrupt
 from left_bench.core.clock import utc_now
 from left_bench.core.errors import UserError, user_errors
 from left_bench.core.files import write_atomically
+from left_bench.evaluation.judge import what_leaves
 from left_bench.grid.compose import Settings, check_cell, check_folder, compose, ignored_choices
 from left_bench.grid.loader import use_sweep_loader
 from left_bench.grid.rules import why_unsupported
@@ -163,6 +164,8 @@ class Launch(Callback):
                 rehearse(_without_refused([Trial.of(cell, config.hydra)], settings), cells_follow=True)
             if not kept:
                 _print_emulation_notes([Asked.by(cell)])
+                if (leaving := what_leaves(cell)) is not None:
+                    print(leaving, file=sys.stderr)
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
         with user_errors(callback=True):
@@ -183,6 +186,7 @@ class Launch(Callback):
             own: dict[str, Trial] = {}
             slow: dict[str, Asked] = {}
             automatic: dict[str, str] = {}
+            leaving: dict[str, str] = {}
             for overrides, job in jobs_of(config):  # one at a time: thousands of configurations would fill the memory
                 cell, settings = compose(job, job.hydra)
                 ids[cell.id] = None
@@ -191,6 +195,8 @@ class Launch(Callback):
                     slow[cell.id] = asked
                 if job.hydra.runtime.choices.precision == AUTO:
                     automatic[asked.device] = fast_precision(asked.device).option
+                if (sent := what_leaves(cell)) is not None:
+                    leaving[cell.id] = sent
                 if not settings.force:
                     skippable[tuple(overrides)] = cell.id
                 if has_user_values(job.hydra):
@@ -208,6 +214,8 @@ class Launch(Callback):
             done = begin(list(ids), settings, later=[], keep={} if searches(config.hydra) else skippable.values())
             trials = _without_refused((trial for trial in own.values() if trial.cell.id not in done), settings)
             rehearse(trials, cells_follow=launcher_of(config.hydra) == "basic")
+            for sent in dict.fromkeys(sent for cell_id, sent in leaving.items() if cell_id not in done):
+                print(sent, file=sys.stderr)
             if not runs_elsewhere(config.hydra):
                 _print_emulation_notes(asked for cell_id, asked in slow.items() if cell_id not in done)
             elif automatic:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import rows_in_words
-from left_bench.spec.record import Record
+from left_bench.spec.record import SCORER_PREFIX, Record
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -50,7 +50,8 @@ def say_end(
     console = console or Console()
     style = {"ok": "green", "unsupported": "yellow"}.get(record.status, "red")
     facts = [f"{record.metrics['wall_seconds']:.0f} s"] if "wall_seconds" in record.metrics and not skipped else []
-    scored = [name for name in ("exact_match", "rouge_l", "eval_loss") if name in record.metrics]
+    own = [name for name in record.metrics if name.startswith(SCORER_PREFIX)]
+    scored = [*own, *(name for name in ("exact_match", "rouge_l", "eval_loss") if name in record.metrics)]
     facts += [f"{name} {record.metrics[name]:.3f}" for name in scored]
     if skipped:
         facts.append("kept from an earlier run")
@@ -106,6 +107,8 @@ class _Bars:
         elif event["event"] == "data" and _worth_saying(event, number=self._number):
             told = f"rows: {rows_in_words(event, max_length=self._max_length)}"
             self._bars.console.print(escape(told), highlight=False, soft_wrap=True)
+        elif event["event"] == "note":
+            self._bars.console.print(f"note: {escape(event['text'])}", highlight=False, soft_wrap=True)
         elif event["event"] == "phase":
             self._phase = event["name"]
             self._bars.update(self._task, facts=event["name"])
@@ -130,6 +133,8 @@ class _Lines:
             self._phase = event["name"]
         elif event["event"] == "data" and _worth_saying(event, number=self._number):
             self._say(f"rows: {rows_in_words(event, max_length=self._max_length)}")
+        elif event["event"] == "note":
+            self._say(f"note: {event['text']}")
         elif event["event"] == "step" and (due or event["step"] == self._steps):
             self._say(f"step {event['step']}/{self._steps} {_step_facts(event)}")
         elif event["event"] == "progress" and due:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from left_bench.core.errors import UserError, nearest
 from left_bench.report.cells import Row, find_axes, labels, row_of
 from left_bench.report.load import Problem, Run, choose, deciding, flatten, read_runs
+from left_bench.report.ranking import own_metrics
 from left_bench.report.seeds import pool
 from left_bench.report.statistics import Interval, difference, speed_ratio
 from left_bench.report.values import COUNTED, is_number, metric_of, one_line
@@ -121,7 +122,7 @@ def compare(
 
 
 def _changes(name: str, before: Row, after: Row) -> Iterator[Change]:
-    for metric in METRICS:
+    for metric in (*METRICS, *own_metrics((before, after))):
         x, y = before.value(metric), after.value(metric)
         if metric in _LEFT_OUT or x is None or y is None or not (is_number(x) and is_number(y)):
             continue

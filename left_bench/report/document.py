@@ -11,7 +11,7 @@ from left_bench import __version__
 from left_bench.report.cells import Row, machine_line, so_far
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
-from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, QUALITY, SPEED, present
+from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, SPEED, present, qualities
 from left_bench.report.tables import (
     ROWS_SHOWN,
     Report,
@@ -23,11 +23,11 @@ from left_bench.report.tables import (
     seeds_table,
     status_word,
 )
-from left_bench.report.values import ABSENT, format_setting, one_line
+from left_bench.report.values import ABSENT, format_setting, metric_of, one_line
 from left_bench.report.verdicts import claims_section
 from left_bench.spec.cell import GROUPS
 from left_bench.spec.events import ROW_COUNTS, rows_in_words
-from left_bench.spec.record import METRICS, Sample
+from left_bench.spec.record import Sample
 
 # Settings that a reader wants to see once where they are the same in every cell.
 _CONSTANTS = {
@@ -230,7 +230,7 @@ def _samples(report: Report) -> Iterator[str]:
 
 
 def _glossary(report: Report) -> Iterator[str]:
-    used = present(report.rows, (*QUALITY, *MEMORY_AND_SIZE, *SPEED, "overhead_seconds", *ENERGY, *COST))
+    used = present(report.rows, (*qualities(report.rows), *MEMORY_AND_SIZE, *SPEED, "overhead_seconds", *ENERGY, *COST))
     if not used:
         return
     better = {"lower": "lower", "higher": "higher", "none": ABSENT}
@@ -238,9 +238,9 @@ def _glossary(report: Report) -> Iterator[str]:
         [
             escape(heading(name)),
             code(name),
-            METRICS[name].unit or ABSENT,
-            better[METRICS[name].better],
-            escape(METRICS[name].meaning),
+            metric_of(name).unit or ABSENT,
+            better[metric_of(name).better],
+            escape(metric_of(name).meaning),
         ]
         for name in used
     ]

@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.spec.record import METRICS
+from left_bench.spec.record import METRICS, find_metric
 
 MISSING = "missing"
 _FORM = re.compile(r"\s*([A-Za-z0-9_]+)\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(%?)\s*")
@@ -46,7 +46,7 @@ def parse_gate(text: str) -> Gate:
             f"'exact_match<-0.02', or '{MISSING}'"
         )
     metric, sign, number, percent = match.groups()
-    if metric not in METRICS and not (metric.startswith("base_") and metric.removeprefix("base_") in METRICS):
+    if find_metric(metric) is None:
         raise UserError(f"--fail-on {text}: there is no metric '{metric}'{nearest(metric, METRICS)}")
     scale = 100 if percent else 1
     return Gate(text=text, metric=metric, sign=sign, bound=float(number) / scale, relative=bool(percent))

@@ -55,6 +55,8 @@ class RowResult(NamedTuple):
     """None: nothing was generated."""
     rejected_nll: float | None = None
     """The worse answer's, summed likewise; None: the row has none."""
+    scores: tuple[tuple[str, float], ...] = ()
+    """(metric, score) of what cannot be told from answer and reference alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +240,10 @@ def _row_results(path: Path, _changed: int) -> tuple[RowResult, ...] | None:
         rejected = line.get("rejected_nll")
         if not isinstance(prediction, (str, type(None))) or not (rejected is None or _finite(rejected)):
             return None
-        results.append(RowResult(reference, tokens, float(nll), prediction, rejected))
+        scores = line.get("scores") or {}
+        if not isinstance(scores, dict) or not all(map(_finite, scores.values())):
+            return None
+        results.append(RowResult(reference, tokens, float(nll), prediction, rejected, tuple(scores.items())))
     return tuple(results) or None
 
 
@@ -287,13 +292,17 @@ def flat_section(name: str, section: Any, known: FlatSections) -> dict[str, Any]
 
 
 def deciding(flat: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Flat settings without the path of what has its content among them: rows and weights are the same elsewhere."""
+    """Flat settings without the path of what has its content among them: rows, weights and scorers are the same
+    elsewhere."""
     moved = {
         path
         for content, path in (("data.content", "data.path"), ("model.content", "model.name_or_path"))
         if flat.get(content) is not None
     }
-    return {key: value for key, value in flat.items() if key not in moved} if moved else flat
+    kept = {key: value for key, value in flat.items() if key not in moved} if moved else flat
+    if flat.get("eval.scorer_content") is None:
+        return kept
+    return {**kept, "eval.scorer": str(flat.get("eval.scorer")).rpartition(":")[2]}
 
 
 def score_of(record: Record, metric: str) -> Score | None:

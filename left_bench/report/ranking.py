@@ -12,11 +12,13 @@ from left_bench.measure.cpu_contention import DISTURBED
 from left_bench.report.cells import Row, machines_of, peaks_of
 from left_bench.report.statistics import difference, tied
 from left_bench.report.values import COUNTED, format_flops, format_setting, format_value, is_number, metric_of, one_line
+from left_bench.spec.record import SCORER_PREFIX, TASK_PREFIX
 
 QUALITY = (
     "exact_match",
     "accuracy",
     "number_match",
+    "judge_win_rate",
     "f1",
     "rouge_l",
     "bleu",
@@ -52,8 +54,6 @@ ENERGY = (
     "cpu_cell_joules",
 )
 COST = ("cell_cost", "cell_energy_cost", "cell_hours_cost")
-# Quality metrics that one score alone stands for, the most telling first.
-_HEADLINE = QUALITY[: QUALITY.index("eval_loss") + 1]
 # Keys that change what a step costs, or what it learns from: they are named wherever the rows differ in them.
 _LAYOUT = (
     "training.batching",
@@ -102,6 +102,23 @@ _PEAKS_APART = 1.3
 _PER_TOKEN = ("eval_loss", "eval_perplexity", "forgetting_nats")
 
 
+def own_metrics(rows: Sequence[Row]) -> list[str]:
+    """Metrics that METRICS does not list, in the records' order: of scorers of the users' own, and of tasks."""
+    runs = [run.record for row in rows for run in row.runs if run.record]
+    named = dict.fromkeys(score.metric for run in runs for score in run.scores)
+    return [name for name in named if name.startswith((SCORER_PREFIX, TASK_PREFIX))]
+
+
+def qualities(rows: Sequence[Row]) -> tuple[str, ...]:
+    """QUALITY with what the rows have beside it, the most telling first: what the user's own scorer says comes before
+    all else, a benchmark of something else than the held-out rows after their scores."""
+    own = own_metrics(rows)
+    scorers = [name for name in own if name.startswith(SCORER_PREFIX)]
+    tasks = [name for name in own if name.startswith(TASK_PREFIX)]
+    loss = QUALITY.index("eval_loss")
+    return (*scorers, *QUALITY[:loss], *tasks, *QUALITY[loss:])
+
+
 def present(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
     """Those of `metrics` that some row has; perplexity is left out beside the loss it is the exponential of."""
     found = [name for name in metrics if any(row.value(name) is not None for row in rows)]
@@ -110,9 +127,11 @@ def present(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
 
 def headline_quality(rows: Sequence[Row]) -> str | None:
     """The score that stands for quality where there is room for one: the first that most ok rows have."""
-    counts = {name: sum(is_number(row.value(name)) for row in rows if row.ok) for name in _HEADLINE}
+    names = qualities(rows)
+    names = names[: names.index("eval_loss") + 1]  # what comes after it stands for no quality alone
+    counts = {name: sum(is_number(row.value(name)) for row in rows if row.ok) for name in names}
     most = max(counts.values(), default=0)
-    return next((name for name in _HEADLINE if counts[name] == most), None) if most else None
+    return next((name for name in names if counts[name] == most), None) if most else None
 
 
 def yardstick(row: Row, metric: str) -> Hashable:
@@ -139,6 +158,10 @@ def yardstick(row: Row, metric: str) -> Hashable:
         )
     if kind == "quality" and metric != "quantization_error":
         data, scoring = row.section("data"), row.section("eval")
+        if metric.startswith(TASK_PREFIX):  # rows of their own
+            return repr(
+                [scoring.get(key) for key in ("task_rows", "task_shots", "task_chat_template", "tasks_content")]
+            )
         held_out = [
             data.get(key)
             for key in (
@@ -149,6 +172,12 @@ def yardstick(row: Row, metric: str) -> Hashable:
         drawn = [data.get("config"), scoring.get("rows"), scoring.get("max_new_tokens")]
         if data.get("source") == "reasoning_gym":  # generated one after the other, the held-out rows last
             drawn.append(data.get("train_rows"))
+        if metric == "exact_match" and scoring.get("extractor") is not None:
+            drawn.append(scoring["extractor"])
+        elif metric.startswith(SCORER_PREFIX):
+            drawn.append([str(scoring.get("scorer")).rpartition(":")[2], scoring.get("scorer_content")])
+        elif metric == "judge_win_rate":
+            drawn += [scoring.get(key) for key in ("judge", "judge_model", "judge_rows")]
         return repr((held_out, drawn, row.section("model").get("name_or_path") if metric in _PER_TOKEN else None))
     return None
 
@@ -322,7 +351,7 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
     for why, group in _grouped([run for run, _ in withheld], [why for _, why in withheld]):
         found.append(("model_flops_utilization", f"not told, for {why} ({_listed(group, names)})"))
     rows = [row for row in rows if row.record]
-    scores = [name for name in present(rows, QUALITY) if not rankable(rows, name)]
+    scores = [name for name in present(rows, qualities(rows)) if not rankable(rows, name)]
     if any(name not in _PER_TOKEN for name in scores):
         found.append(("held-out rows", "the cells were scored on different rows: their scores are not ranked"))
     elif scores:

@@ -13,7 +13,7 @@ from left_bench.report.ranking import headline_quality, pareto_front, rankable
 from left_bench.report.statistics import best_shares, difference
 from left_bench.report.tables import heading
 from left_bench.report.values import format_value, is_number, metric_of
-from left_bench.spec.record import METRICS
+from left_bench.spec.record import METRICS, find_metric
 
 MEMORY, SPEED = "peak_memory_bytes", "train_tokens_per_second"
 _BUDGET = "--budget-memory"
@@ -72,7 +72,7 @@ def take_needs(argv: Sequence[str]) -> tuple[list[Need], list[str]]:
             rest.append(word)
             continue
         metric = MEMORY if name == _BUDGET else name[len("--min-") :].replace("-", "_")
-        if metric not in METRICS and not (metric.startswith("base_") and metric.removeprefix("base_") in METRICS):
+        if find_metric(metric) is None:
             raise UserError(f"{name}: there is no metric '{metric}'{nearest(metric, METRICS)}")
         if not equals:
             if not words or words[0].startswith("--"):

@@ -15,13 +15,13 @@ from left_bench.report.ranking import (
     COST,
     ENERGY,
     MEMORY_AND_SIZE,
-    QUALITY,
     SPEED,
     best_and_second,
     comparable,
     confounders,
     headline_quality,
     present,
+    qualities,
     rankable,
     ties_with_best,
     touching,
@@ -38,6 +38,7 @@ from left_bench.report.values import (
     format_value,
     metric_of,
 )
+from left_bench.spec.record import SCORER_PREFIX, TASK_PREFIX
 
 if TYPE_CHECKING:
     from left_bench.report.recommend import Need
@@ -61,6 +62,7 @@ _HEADINGS = {
     "bleu": "BLEU",
     "f1": "F1",
     "number_match": "number match",
+    "judge_win_rate": "judge prefers it to the base",
     "preference_accuracy": "prefers the right answer",
     "preference_margin_nats": "preference margin (nats)",
     "forgetting_nats": "forgetting (nats)",
@@ -150,6 +152,10 @@ def _seed(run: Row) -> str:
 
 def heading(metric: str) -> str:
     """A metric's column heading."""
+    if metric.startswith(SCORER_PREFIX):
+        return f"{metric.removeprefix(SCORER_PREFIX).replace('_', ' ')} (own scorer)"
+    if metric.startswith(TASK_PREFIX):
+        return f"{metric.removeprefix(TASK_PREFIX).replace('_', ' ')} (lm-eval)"
     return _HEADINGS.get(metric, metric)
 
 
@@ -213,7 +219,9 @@ def how_to_read(report: Report) -> Iterator[str]:
     if repeated:
         of = " or ".join(map(str, repeated))
         parts.append(f"± is one standard error: of scores over held-out rows and {of} seeds, of the rest over seeds.")
-    elif any(row.stderr(metric) is not None for row in report.rows for metric in present(report.rows, QUALITY)):
+    elif any(
+        row.stderr(metric) is not None for row in report.rows for metric in present(report.rows, qualities(report.rows))
+    ):
         parts.append("± is one standard error of the score over the held-out rows.")
     if not repeated and any(row.value("peak_memory_bytes") is not None for row in report.rows):
         parts.append("Each cell was run once: nothing tells how far another run's memory would lie from these.")
@@ -286,10 +294,10 @@ def _quality(report: Report) -> Iterator[str]:
             else " in " + ", ".join(escape(report.names[id(row)]) for row in records if not row.scored)
         )
         yield f"**Random weights: no quality is scored**{those}."
-    metrics = present(report.rows, QUALITY)
+    metrics = present(report.rows, qualities(report.rows))
     if not metrics and records and not any(row.scored for row in records):
         return
-    yield from _metrics_table(report, QUALITY)
+    yield from _metrics_table(report, metrics)
     scored = [metric for metric in metrics if any(row.base_value(metric) is not None for row in report.rows)]
     if scored:
         yield "`before → after` training."

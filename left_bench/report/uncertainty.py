@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.report.load import RowResult, read_row_results
+from left_bench.spec.record import SCORER_PREFIX
 from left_bench.spec.row_scores import SCORES_OF_A_PAIR, SCORES_OF_A_ROW
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def scored_rows(records: Sequence[Path], metric: str) -> Scored | None:
 
     None where the metric is no mean over rows, a record has none, or the seeds were asked otherwise.
     """
-    if metric not in ("eval_loss", *SCORES_OF_A_PAIR, *SCORES_OF_A_ROW) or not records:
+    by_row = metric in ("eval_loss", *SCORES_OF_A_PAIR, *SCORES_OF_A_ROW) or metric.startswith(SCORER_PREFIX)
+    if not by_row or not records:
         return None
     runs = [read_row_results(path) for path in records]
     kept = [results for results in runs if results]
@@ -75,7 +77,12 @@ def _score(result: RowResult, metric: str) -> float | None:
         return result.nll
     if metric in SCORES_OF_A_PAIR:
         return None if result.rejected_nll is None else SCORES_OF_A_PAIR[metric](result.rejected_nll - result.nll)
-    return None if result.prediction is None else SCORES_OF_A_ROW[metric](result.prediction, result.reference)
+    for name, value in result.scores:
+        if name == metric:
+            return value
+    if result.prediction is None or metric not in SCORES_OF_A_ROW:
+        return None
+    return SCORES_OF_A_ROW[metric](result.prediction, result.reference)
 
 
 def crossed_spread(values: numpy.ndarray, weights: numpy.ndarray) -> Spread | None:

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from left_bench.spec.record import METRICS, Metric
+from left_bench.spec.record import METRICS, Metric, find_metric
 
 ABSENT = "\u2013"  # an en dash
 COUNTED = frozenset(
@@ -32,7 +32,7 @@ def is_number(value: float | None) -> bool:
 
 def metric_of(name: str) -> Metric:
     """The metric's meaning; `base_<name>` reads like `<name>`; an unknown name is a plain number."""
-    return METRICS.get(name) or METRICS.get(name.removeprefix("base_")) or Metric("", "none", "fact", "")
+    return find_metric(name) or Metric("", "none", "fact", "")
 
 
 def format_value(metric: str, value: float | None) -> str:

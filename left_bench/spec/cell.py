@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.units import parse_bytes
+from left_bench.spec.extract import check_extractor
 from left_bench.spec.instantiate import check_targets
 from left_bench.spec.record import ANSWER_METRICS
 
@@ -163,6 +165,19 @@ def _known_metrics(names: list[str]) -> list[str]:
 
 
 AnswerMetrics = Annotated[list[str], AfterValidator(_known_metrics)]
+Extractor = Annotated[str, AfterValidator(check_extractor)]
+
+
+def is_task_file(task: str) -> bool:
+    """Whether one of `eval.tasks` is a file of the user's own, and not a name that lm-evaluation-harness knows."""
+    return task.endswith((".yaml", ".yml"))
+
+
+def _different(tasks: list[str]) -> list[str]:
+    for task in tasks:
+        if not task or tasks.count(task) > 1:
+            raise ValueError(f"'{task}' stands there twice" if task else "an empty name is no task")
+    return tasks
 
 
 class Data(_Section):
@@ -206,6 +221,8 @@ class Data(_Section):
     """False: the test rows are trained on too, and nothing is scored (`left-bench train CELL --all-rows`)."""
     metrics: AnswerMetrics = Field(default_factory=lambda: ["exact_match"])
     """What fits this data's answers, where `eval.metrics` is null."""
+    extractor: Extractor | None = None
+    """What of this data's answers counts for `exact_match`, where `eval.extractor` is null."""
     max_new_tokens: int = Field(default=64, ge=1, le=_MOST)
     """Tokens an answer may need, where `eval.max_new_tokens` is null."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -216,6 +233,34 @@ class Eval(_Section):
     name: str
     metrics: AnswerMetrics | None = None
     """Names of METRICS scored on generated answers (exact_match, rouge_l, bleu, f1, number_match); None: the data's."""
+    extractor: Extractor | None = None
+    """What `exact_match` compares of answer and reference: `number`, `last_number`, `marked` (after `####`), `boxed`,
+    `choice`, `code`, `json` or `json:FIELD`, `whole`; None: the data's own, and without one the texts as they are."""
+    scorer: str | None = None
+    """A function of the user's own that scores an answer, `module:function` or `path/file.py:function`."""
+    scorer_content: str | None = None
+    """That file's SHA-256, filled in when a cell is composed: an edited scorer is another cell, a moved one is none."""
+    tasks: Annotated[list[str], AfterValidator(_different)] = Field(default_factory=list)
+    """Tasks, groups and tags of lm-evaluation-harness by name, and task files (`.yaml`) of the user's own."""
+    tasks_content: str | None = None
+    """A fingerprint of these files and of what they name, filled in when a cell is composed."""
+    task_rows: int | None = Field(default=None, ge=1, le=_MOST)
+    """Ask the first rows of each task; None: all."""
+    task_shots: int | None = Field(default=None, ge=0, le=_MOST)
+    """Worked examples before each question; None: the task's own number."""
+    task_batch_size: int | None = Field(default=None, ge=1, le=_MOST)
+    """None: `batch_size`, and at most 8, for the logits of all tokens are held."""
+    task_chat_template: bool = False
+    """Ask in the model's chat template; the harness's figures in papers are without."""
+    judge: str | None = None
+    """Address of an OpenAI-compatible server (`http://127.0.0.1:8000/v1`) whose model says which answer is better, the
+    base model's or the adapted one's; None: nobody is asked, and nothing is sent."""
+    judge_model: str | None = None
+    """The judge's name there."""
+    judge_rows: int = Field(default=64, ge=1, le=_MOST)
+    """Pairs that it sees, each twice: the first of the test set."""
+    judge_key_from: str | None = None
+    """The environment variable that holds the server's key; the key itself is never recorded."""
     generate: bool = True
     """False: held-out loss alone, nothing is generated."""
     rows: int | None = Field(default=None, ge=1, le=_MOST)
@@ -279,13 +324,15 @@ _TAKEN_OVER = (
     ("training", "learning_rate", "peft", "learning_rate"),
     ("eval", "metrics", "data", "metrics"),
     ("eval", "max_new_tokens", "data", "max_new_tokens"),
+    ("eval", "extractor", "data", "extractor"),
 )
 # What does not change the result besides the sections' names: limits on patience, and what was taken over above.
 _NOT_IDENTITY = {
     "quantization": {"cache"},
     "peft": {"learning_rate"},
     "training": {"checkpoint_every", "learning_rate_scale"},
-    "data": {"metrics", "max_new_tokens"},
+    "data": {"metrics", "max_new_tokens", "extractor"},
+    "eval": {"judge_key_from"},
     "hardware": {"timeout", "phase_timeout"},
 }
 
@@ -383,6 +430,10 @@ class Cell(BaseModel):
             plain["data"].pop("test_path", None)
         if self.model.content is not None:
             plain["model"].pop("name_or_path", None)
+        if self.eval.scorer is not None and self.eval.scorer_content is not None:
+            plain["eval"]["scorer"] = self.eval.scorer.rpartition(":")[2]  # the function; its file is the content
+        if self.eval.tasks_content is not None:
+            plain["eval"]["tasks"] = [PurePath(one).name if is_task_file(one) else one for one in self.eval.tasks]
         return plain
 
     @property

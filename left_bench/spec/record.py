@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -37,6 +38,9 @@ METRICS: dict[str, Metric] = {
     "f1": Metric("fraction", "higher", "quality", "token-overlap F1 of greedy answers, mean over rows"),
     "number_match": Metric(
         "fraction", "higher", "quality", "greedy answers that come to the reference's number, as GSM8K is scored"
+    ),
+    "judge_win_rate": Metric(
+        "fraction", "higher", "quality", "how often a judge prefers the answer to the base model's, ties half"
     ),
     "preference_accuracy": Metric(
         "fraction", "higher", "quality", "share of held-out pairs whose right answer is the likelier one"
@@ -126,11 +130,32 @@ METRICS: dict[str, Metric] = {
     "repeated_rows": Metric("count", "none", "fact", "rows left out because their question is a test row's"),
     "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
     "truncated_test_rows": Metric("count", "none", "fact", "test rows cut to training.max_length"),
+    "judged_rows": Metric("count", "none", "fact", "pairs of answers that a judge decided"),
+    "judge_agreement": Metric(
+        "fraction", "none", "fact", "how often the judge decides alike when the two answers change places"
+    ),
     "baseline_memory_bytes": Metric("bytes", "none", "fact", "process memory after imports, before the load phase"),
     # merging and saving
     "merge_max_abs_difference": Metric("", "none", "fact", "largest logit difference, merged against attached"),
     "reload_ok": Metric("", "none", "fact", "1 when the saved adapter, reloaded, gives the same evaluation loss"),
 }
+
+
+_OF_SCORER = Metric("", "higher", "quality", "what eval.scorer makes of an answer, mean over rows")
+_OF_TASK = Metric("", "higher", "quality", "score of a task of lm-evaluation-harness (eval.tasks)")
+SCORER_PREFIX, TASK_PREFIX = "scorer_", "lm_eval_"
+_LOWER_IS_BETTER = re.compile(r"_(?:\w*perplexity|bits_per_byte|brier_score|ter|wer|cer)(?:_|$)")
+
+
+def find_metric(name: str) -> Metric | None:
+    """How a metric is read: one of METRICS, of a scorer of the user's own, or of a task; `base_<name>` as `<name>`.
+
+    None: there is no such metric.
+    """
+    plain = name.removeprefix("base_")
+    if plain.startswith(TASK_PREFIX):
+        return _OF_TASK._replace(better="lower") if _LOWER_IS_BETTER.search(plain) else _OF_TASK
+    return METRICS.get(name) or METRICS.get(plain) or (_OF_SCORER if plain.startswith(SCORER_PREFIX) else None)
 
 
 ANSWER_METRICS = ("exact_match", "accuracy", "rouge_l", "bleu", "f1", "number_match")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from decimal import Decimal
 from functools import cache, lru_cache
 from typing import Any
 
+from left_bench.spec.extract import extracted, same
 
-def exact_match(prediction: str, reference: str) -> float:
-    """1 where the answer equals the reference but for surrounding white space."""
-    return float(prediction.strip() == reference.strip())
+
+def exact_match(prediction: str, reference: str, *, extractor: str | None = None) -> float:
+    """1 where the answer equals the reference but for surrounding white space.
+
+    Args:
+        extractor: compare what it takes out of both, numbers as numbers (see `spec.extract`). An answer in which
+            it finds nothing is wrong; a reference in which it finds nothing is the bare answer already.
+    """
+    if extractor is None:
+        return float(prediction.strip() == reference.strip())
+    predicted, expected = extracted(extractor, prediction), extracted(extractor, reference)
+    return float(predicted is not None and same(predicted, reference.strip() if expected is None else expected))
 
 
 def token_f1(prediction: str, reference: str) -> float:
@@ -21,23 +29,9 @@ def token_f1(prediction: str, reference: str) -> float:
     return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
 
 
-def final_number(text: str) -> Decimal | None:
-    """The number an answer comes to: what follows the last `####` (GSM8K's mark), else the last number in the text."""
-    marked = text.rpartition("####")[2]
-    for part in (marked, text):
-        found = _NUMBER.findall(part)
-        if found:
-            return Decimal(found[0 if part is marked and marked != text else -1].replace(",", ""))
-    return None
-
-
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
-
-
 def number_match(prediction: str, reference: str) -> float:
     """1 where the answer comes to the reference's number, compared as numbers: `1,000` is `1000.0`."""
-    expected = final_number(reference)
-    return float(expected is not None and final_number(prediction) == expected)
+    return exact_match(prediction, reference, extractor="number")
 
 
 @lru_cache(maxsize=2**16)  # a report holds the same answers against those of every other cell

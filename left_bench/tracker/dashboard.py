@@ -18,7 +18,7 @@ from typing import Any
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
-from left_bench.spec.record import METRICS
+from left_bench.spec.record import METRICS, SCORER_PREFIX, find_metric
 
 _PHASES = ("load", "attach", "train", "evaluate", "merge")
 _AXES = ("model", "quantization", "peft", "precision", "optimizer", "data")
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--entity", metavar="NAME", help="your user or team (default: the login's own)")
     parser.add_argument("--out", metavar="FILE", help="write the specification as JSON in place of saving; no login")
     options = parser.parse_args(argv)
-    if options.metric is not None and options.metric not in METRICS:
+    if options.metric is not None and find_metric(options.metric) is None:
         raise UserError(f"--metric {options.metric}: no such metric{nearest(options.metric, METRICS)}")
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError("dashboard: the package wandb-workspaces is not installed; pip install 'left-bench[dashboard]'")
@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
 
 def quality_metric(measured: Sequence[str]) -> str:
     """The metric a sweep is judged by: the first quality of METRICS that is scored on answers, else the loss."""
-    for name in ("exact_match", "accuracy", "number_match", "rouge_l", "f1", "bleu"):
+    own = [name for name in measured if name.startswith(SCORER_PREFIX)]
+    for name in (*own, "exact_match", "accuracy", "number_match", "rouge_l", "f1", "bleu"):
         if name in measured:
             return name
     return "eval_loss"

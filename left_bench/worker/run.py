@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -36,7 +37,7 @@ from left_bench.worker.classify_error import NoRoomToCheck, disk_full, out_of_me
 CELL_NAME, ADAPTER_NAME, ROWS_NAME = "cell.json", "adapter", "rows.jsonl"
 VERSIONS = (
     *("left-bench", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
-    *("datasets", "evaluate", "tokenizers", "safetensors", "numpy", "llvmlite"),
+    *("datasets", "evaluate", "tokenizers", "safetensors", "numpy", "llvmlite", "lm-eval"),
 )
 NO_OUTCOME = 74  # sysexits.h: EX_IOERR
 
@@ -60,7 +61,7 @@ def work(
     Raises:
         Exception: whatever went wrong; `found` then holds what was measured before.
     """
-    from left_bench.evaluation import evaluate, merge_check, shared_baseline
+    from left_bench.evaluation import evaluate, harness, judge, merge_check, scorer, shared_baseline
     from left_bench.measure.cpu_contention import Neighbours, Quiet
     from left_bench.measure.device import describe_machine, open_device
     from left_bench.measure.energy import Energy, open_counters
@@ -102,6 +103,7 @@ def work(
     elif splits.classes is None:
         longest_prompt = max(len(row.prompt_ids) for row in test)
         check_generation(cell, load.config_of(cell, folder), longest_prompt=longest_prompt)
+    tasks = harness.load_tasks(cell) if team.first else None  # what cannot be had shows now, and not after training
 
     load.make_ready(cell, device=device.kind)
     meter = Meter(device, events, energy=energy)
@@ -146,7 +148,7 @@ def work(
     # random weights and a new output layer know nothing yet
     if team.first and test and cell.model.weights != "random" and splits.classes is None:
         before, source = shared_baseline.evaluate_base(
-            base_model, tokenizer, test, cell, meter=meter, runs_dir=run_dir.parent
+            base_model, tokenizer, test, cell, meter=meter, runs_dir=run_dir.parent, tasks=tasks
         )
         found["provenance"]["base_scores_from"] = source
 
@@ -256,20 +258,36 @@ def work(
 
     speed = partial(evaluate.generation_speed, tokenizer=tokenizer, rows=test or splits.train, device=device)
     if test:
+        tell = progress_of(events)
         with meter.phase("evaluate") as counts:
-            tell = progress_of(events)
             after = evaluate.evaluate_model(model, tokenizer, test, cell, device=device.kind, tell=tell)
             counts.tokens = after.tokens
+            if tasks is not None:
+                room = evaluate.room_of(model, cell)
+                with costing_its_scores("tasks", effective, events):
+                    after.tasks = harness.ask(tasks, model, tokenizer, cell, device=device.kind, room=room, tell=tell)
             if cell.generates:
                 meter.metrics["generate_tokens_per_second"] = speed(model, cell=cell)
+        by_row = evaluate.row_scores(after, test, cell)
         if cell.model.weights != "random":  # those have no quality worth a number
             found["scores"] = evaluate.scores(after, before, test, cell)
             found["samples"] = evaluate.samples(after, before, test, cell)
+            base_answers = before.predictions if before is not None else None
+            if cell.eval.scorer is not None and after.predictions is not None:
+                with meter.phase("score"), costing_its_scores("scorer", effective, events):
+                    made, of_rows = scorer.score_answers(cell, test, after.predictions, base_answers, tell=tell)
+                    found["scores"] += made
+                    by_row |= of_rows
+            if cell.eval.judge is not None and after.predictions is not None and base_answers is not None:
+                with meter.phase("judge"), costing_its_scores("judge", effective, events):
+                    made, facts_of_judge = judge.judge_answers(cell, test, after.predictions, base_answers, tell=tell)
+                    found["scores"] += made
+                    meter.metrics |= facts_of_judge
             for score in found["scores"]:
                 meter.metrics[score.metric] = score.value
                 if score.base_value is not None:
                     meter.metrics[f"base_{score.metric}"] = score.base_value
-        write_rows(run_dir / ROWS_NAME, after, before, test)
+        write_rows(run_dir / ROWS_NAME, after, before, test, by_row)
 
     # p-tuning saves what its encoder makes of the virtual tokens: by the same arithmetic as evaluated, or it is another
     with meter.phase("save"), load.autocast(cell, device=device.kind):
@@ -291,6 +309,27 @@ def work(
             if merged is not None and cell.generates:
                 meter.metrics["merged_generate_tokens_per_second"] = speed(merged, cell=cell.without_adapter())
     meter.finish_cell()
+
+
+@contextmanager
+def costing_its_scores(key: str, effective: dict[str, Any], events: EventWriter) -> Iterator[None]:
+    """A fault of what `eval.<key>` names is noted and said, and ends no cell: its training is worth a record.
+
+    Running out of memory is a fault of the cell.
+    """
+    from left_bench.evaluation.judge import JudgeFailed
+    from left_bench.evaluation.scorer import ScorerFailed
+
+    try:
+        yield
+    except Exception as error:
+        status, reason = status_of(error)
+        if status == "oom":
+            raise
+        reason = str(error) if isinstance(error, (ScorerFailed, JudgeFailed)) else reason
+        traceback.print_exc()
+        effective[key] = f"failed: {reason}"
+        events.write("note", text=f"eval.{key}: no score, {reason}")
 
 
 def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
@@ -385,8 +424,12 @@ def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> No
         breakdown["activations_and_workspace"] = max(0, int(peak) - sum(breakdown.values()))
 
 
-def write_rows(path: Path, after: Any, before: Any, rows: Any) -> None:
-    """Per-row results, for paired comparisons between cells."""
+def write_rows(path: Path, after: Any, before: Any, rows: Any, by_row: Mapping[str, Sequence[float]]) -> None:
+    """Per-row results, for paired comparisons between cells.
+
+    Args:
+        by_row: metric -> the score of each row, where it cannot be told from answer and reference alone.
+    """
     answers = after.predictions or [None] * len(rows)
     base_answers = (before and before.predictions) or [None] * len(rows)
     lines = [
@@ -400,6 +443,7 @@ def write_rows(path: Path, after: Any, before: Any, rows: Any) -> None:
                 "reference": row.reference,
                 "prediction": answers[index],
                 "base_prediction": base_answers[index],
+                **({"scores": {name: values[index] for name, values in by_row.items()}} if by_row else {}),
             }
         )
         for index, row in enumerate(rows)

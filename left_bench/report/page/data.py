@@ -17,6 +17,7 @@ from left_bench.report.ranking import (
     comparable,
     headline_quality,
     present,
+    qualities,
     rankable,
     ties_with_best,
     yardstick,
@@ -74,7 +75,7 @@ def page_data(
 
     same, told = _settings(rows)
     metrics = [_metric(rows, name, baseline, put) for name in _metric_names(rows)]
-    shown = present(rows, COLUMNS)
+    shown = present(rows, (*qualities(rows), *COLUMNS[len(QUALITY) :]))
     parts = _parts(rows)
     main = [name for name in (headline_quality(rows), "peak_memory_bytes", "train_tokens_per_second") if name]
     return {
@@ -127,7 +128,7 @@ def _reason(row: Row, put: Callable[[object], int]) -> int | None:
 def _metric_names(rows: Sequence[Row]) -> list[str]:
     """Every metric that some row has; the columns a report shows come first, then the others as METRICS lists them."""
     known = {name: None for row in rows for run in runs_of(row) if run.record for name in run.record.metrics}
-    order = [*COLUMNS, *METRICS]
+    order = [*qualities(rows), *COLUMNS, *METRICS]
     places = {name: place for place, name in reversed(list(enumerate(order)))}
 
     def place(name: str) -> tuple[bool, int, str]:

@@ -12,9 +12,9 @@ from left_bench.report.cells import Row, machine_line, machines_of, so_far
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
 from left_bench.report.ranking import confounders
-from left_bench.report.values import ABSENT, one_line
+from left_bench.report.values import ABSENT, metric_of, one_line
 from left_bench.spec.cell import GROUPS
-from left_bench.spec.record import METRICS
+from left_bench.spec.record import find_metric
 
 ROWS_SHOWN = 200
 """Rows of the table at a time, with the script and without it."""
@@ -175,10 +175,10 @@ def glossary(data: Mapping[str, Any]) -> str:
     """What the columns mean."""
     lines = [
         f'<tr><th scope="row">{text(metric["heading"])}</th><td><code>{text(metric["name"])}</code></td>'
-        f"<td>{text(METRICS[metric['name']].unit or ABSENT)}</td><td>{text(_BETTER[metric['better']])}</td>"
+        f"<td>{text(metric_of(metric['name']).unit or ABSENT)}</td><td>{text(_BETTER[metric['better']])}</td>"
         f"<td>{text(metric['meaning'])}</td></tr>"
         for metric in data["metrics"]
-        if metric["name"] in METRICS
+        if find_metric(metric["name"]) is not None and not metric["name"].startswith("base_")
     ]
     if not lines:
         return ""

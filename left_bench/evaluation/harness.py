@@ -1,0 +1,332 @@
+"""Tasks of EleutherAI's lm-evaluation-harness (package `lm-eval`), asked of the model in the worker (`eval.tasks`).
+
+What can be seen of a task's name or file is checked before anything runs, and its rows are loaded before the model is,
+so that a data set that cannot be had costs no training.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from left_bench.core.errors import UserError, nearest
+from left_bench.core.paths import file_sha256, is_installed
+from left_bench.spec.cell import Cell, fingerprint, is_task_file
+from left_bench.spec.record import TASK_PREFIX, Score
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGE = "lm-eval"
+_BATCH_SIZE = 8  # rows; the harness holds the logits of all their tokens, twice
+_RESAMPLES = 1000  # of the bootstrap, for the standard errors that have no formula
+_FEWSHOT_SEED = 1234  # the harness's own
+_TASK = re.compile(rb"^[\"']?task[\"']?[ \t]*:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
+_GROUP = re.compile(rb"^[\"']?(?:group|tag)[\"']?[ \t]*:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
+
+
+def with_content(cell: Cell, folders: Sequence[Path]) -> Cell:
+    """The cell with its task files' place and fingerprint; every task is looked for.
+
+    Args:
+        folders: of options (`--config-dir`), where a file that is not in the working directory is looked for.
+
+    Raises:
+        UserError: the package is missing, a task does not exist, a file is no task, or the model answers no questions.
+    """
+    tasks = cell.eval.tasks
+    if not tasks:
+        return cell
+    if cell.model.task == "image_classification":
+        raise UserError(f"eval.tasks={_list(tasks)}: they ask a model that writes, and this one names classes")
+    if not is_installed("lm_eval"):
+        raise UserError(
+            f"eval.tasks={_list(tasks)}: lm-evaluation-harness is not installed; pip install 'left-bench[lm-eval]'"
+        )
+    found, contents = [], []
+    for task in tasks:
+        if not is_task_file(task):
+            _check_name(task)
+            found.append(task)
+            continue
+        given = Path(task).expanduser()
+        path = next((path for path in (given, *(folder / given for folder in folders)) if path.is_file()), None)
+        if path is None:
+            beside = [one.name for one in given.parent.glob("*.y*ml")] if given.parent.is_dir() else []
+            raise UserError(f"eval.tasks: there is no file {task}{nearest(given.name, beside) or '; check the path'}")
+        contents.append(_content(path))
+        found.append(str(path))
+    changed = {"tasks": found, "tasks_content": fingerprint(contents) if contents else None}
+    return cell.model_copy(update={"eval": cell.eval.model_copy(update=changed)})
+
+
+def _list(tasks: Sequence[str]) -> str:
+    return f"[{','.join(tasks)}]"
+
+
+def _check_name(task: str) -> None:
+    tasks, groups = _names()
+    if task in tasks or task in groups or not tasks:
+        return
+    # a tag in a list or in a template that tasks include (a file that ends in `_yaml`)
+    word = re.compile(rb"(?<![\w-])" + re.escape(task.encode()) + rb"(?![\w-])")
+    if not any(word.search(path.read_bytes()) for path in _files("*yaml")):
+        hint = nearest(task, (*tasks, *groups))
+        hint = hint or "; `lm-eval ls tasks` lists them, and a file of your own ends in .yaml"
+        raise UserError(f"eval.tasks: lm-evaluation-harness has no task {task!r}{hint}")
+
+
+def _files(pattern: str = "*.yaml") -> list[Path]:
+    spec = importlib.util.find_spec("lm_eval")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return sorted(path for folder in folders or () for path in (Path(folder) / "tasks").rglob(pattern))
+
+
+@functools.cache
+def _names() -> tuple[dict[str, list[Path]], set[str]]:
+    """The harness's tasks with the files that define them; groups and tags.
+
+    Read off the files' lines: the harness's own index parses all 14,000, which takes ten seconds and more.
+    """
+    tasks: dict[str, list[Path]] = {}
+    groups: set[str] = set()
+    for path in _files():
+        text = path.read_bytes()
+        for name in _TASK.findall(text):
+            tasks.setdefault(name.decode(), []).append(path)
+        groups |= {name.decode() for name in _GROUP.findall(text)}
+    return tasks, groups
+
+
+def _folder_of(task: str) -> Path | None:
+    """Where the harness has a task's file; None for groups and tags, whose members may lie anywhere."""
+    tasks, groups = _names()
+    files = tasks.get(task, [])
+    return files[0].parent if len(files) == 1 and task not in groups else None
+
+
+def _content(path: Path) -> str:
+    """A fingerprint of a task's file and of the files that it names: templates, rows, functions."""
+    read: dict[Path, str] = {}
+    _read(path, read)
+    return fingerprint(sorted((one.name, sha256) for one, sha256 in read.items()))
+
+
+def _read(path: Path, read: dict[Path, str]) -> None:
+    import yaml
+
+    if path.resolve() in read:
+        return
+    read[path.resolve()] = file_sha256(path)
+    if path.suffix not in (".yaml", ".yml"):
+        return
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (ValueError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"eval.tasks: {path}{line} is no YAML ({getattr(error, 'problem', error)})") from error
+    keys = {key.value for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
+    if len(read) == 1 and not keys & {"task", "group"}:
+        raise UserError(f"eval.tasks: {path} defines no task; it needs a line `task: NAME`, as the harness's own have")
+    for named in _files_named(node, path.parent):
+        _read(named, read)
+
+
+def _group_in(path: Path) -> str | None:
+    """The name of the group that a file defines; None where it is a task's."""
+    import yaml
+
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    found = {key.value: value.value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+    return str(found["group"]) if "group" in found else None
+
+
+def _files_named(node: Any, folder: Path) -> Iterator[Path]:
+    """Files that a YAML node's texts name, beside its own file or from the working directory."""
+    if isinstance(node.value, list):
+        for inner in node.value:
+            for one in inner if isinstance(inner, tuple) else (inner,):
+                yield from _files_named(one, folder)
+    elif isinstance(node.value, str) and 0 < len(node.value) < 300 and "\n" not in node.value:
+        function = node.tag == "!function"  # `!function utils.score` is in utils.py
+        name = f"{node.value.rpartition('.')[0]}.py" if function else node.value
+        for base in (folder,) if function else (folder, Path()):
+            try:
+                if (base / name).is_file():
+                    yield base / name
+                    return
+            except (OSError, ValueError):  # a text that can be no file's name
+                return
+
+
+def load_tasks(cell: Cell) -> dict[str, Any] | None:
+    """The cell's tasks with their rows; None where it has none, or has random weights, which are not scored.
+
+    Raises:
+        UserError: a task that cannot be loaded; the harness's own words say why.
+    """
+    if not cell.eval.tasks or cell.model.weights == "random":
+        return None
+    from lm_eval.tasks import TaskManager
+
+    for module in ("lm_eval.evaluator", "lm_eval.models.huggingface"):
+        importlib.import_module(module)  # now: what is imported later would count as a phase's memory
+
+    files = [Path(task) for task in cell.eval.tasks if is_task_file(task)]
+    groups = {str(path): name for path in files if (name := _group_in(path)) is not None}
+    tasks = [groups.get(task, task) for task in cell.eval.tasks]  # a group's file is taken by the group's name alone
+    folders = {_folder_of(task) for task in cell.eval.tasks if not is_task_file(task)}
+    try:
+        if groups or None in folders:  # its whole index: ten seconds and more
+            loaded: Any = TaskManager(include_path=sorted({str(path.parent) for path in files})).load(tasks)
+        else:
+            loaded = TaskManager(include_path=sorted(map(str, folders)), include_defaults=False).load(tasks)
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"eval.tasks={_list(cell.eval.tasks)}: not loaded ({type(error).__name__}: {reason}); a task's data come "
+            "from the hub unless its file names local ones"
+        ) from error
+    for task in loaded["tasks"].values():
+        shots = cell.eval.task_shots
+        own_shots = task.get_config("num_fewshot")
+        if own_shots is None or (shots is not None and own_shots != 0):  # as the harness does: 0 is the task's own wish
+            task.set_config(key="num_fewshot", value=shots or 0)
+    found: dict[str, Any] = loaded
+    return found
+
+
+def ask(
+    tasks: dict[str, Any],
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+    *,
+    device: str,
+    room: int | None,
+    tell: Callable[[str, int, int], None],
+) -> list[Score]:
+    """The scores of a model on loaded tasks, with the standard errors that the harness gives.
+
+    Args:
+        room: tokens of prompt and answer that the model has positions for; None: what its configuration says.
+    """
+    import torch
+    from lm_eval import evaluator
+
+    from left_bench.model.load import autocast
+
+    model.eval()
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would fork a process with a model in it
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    try:
+        with torch.no_grad(), autocast(cell, device=device), torch.random.fork_rng(devices=devices):
+            for task in tasks["tasks"].values():
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # the same examples for every model
+            results: Any = evaluator.evaluate(
+                lm=_watched(model, tokenizer, cell, room=room, tell=tell),
+                task_dict=tasks,
+                limit=cell.eval.task_rows,
+                bootstrap_iters=_RESAMPLES,
+                log_samples=False,
+                apply_chat_template=cell.eval.task_chat_template,
+                fewshot_as_multiturn=cell.eval.task_chat_template,
+            )
+    finally:
+        os.environ.pop("DISABLE_MULTIPROC")
+        if before is not None:
+            os.environ["DISABLE_MULTIPROC"] = before
+    return list(_scores(results, tasks))
+
+
+def _watched(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+    *,
+    room: int | None,
+    tell: Callable[[str, int, int], None],
+) -> Any:
+    """The model as the harness wants it, telling how far it is."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):
+        _done = _total = 0
+
+        def _begin(self, requests: Sequence[Any]) -> None:
+            self._done, self._total = 0, len(requests)
+            tell("tasks", 0, self._total)
+
+        def _go_on(self, rows: int) -> None:
+            self._done = min(self._done + rows, self._total)
+            tell("tasks", self._done, self._total)
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            self._begin(requests)
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            self._begin(requests)
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            self._begin(requests)
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_call(self, inps: Any, *given: Any, **named: Any) -> Any:
+            found = super()._model_call(inps, *given, **named)
+            self._go_on(len(inps))
+            return found
+
+        def _model_generate(self, context: Any, *given: Any, **named: Any) -> Any:
+            found = super()._model_generate(context, *given, **named)
+            self._go_on(len(context))
+            return found
+
+    # it ties weights anew, which is for a model just loaded and not for one with an adapter in it
+    model.tie_weights = lambda *_, **__: None
+    try:
+        return Watched(
+            pretrained=model,
+            backend="seq2seq" if cell.model.task == "seq2seq_lm" else "causal",
+            tokenizer=copy.deepcopy(tokenizer),  # it sets padding on it
+            batch_size=cell.eval.task_batch_size or min(_BATCH_SIZE, cell.eval.batch_size),
+            max_length=room,
+        )
+    finally:
+        del model.tie_weights
+
+
+def _scores(results: dict[str, Any], tasks: dict[str, Any]) -> Iterator[Score]:
+    """What was asked for: a group's own scores and not those of its members."""
+    members = {child for children in tasks.get("group_map", {}).values() for child in children}
+    rows = {name: counts["effective"] for name, counts in results["n-samples"].items()}
+    for name, group in tasks.get("groups", {}).items():
+        rows[name] = sum(rows.get(task.task_name, 0) for task in group.get_all_tasks())
+    for name in dict.fromkeys([*tasks.get("groups", {}), *tasks["tasks"]]):
+        measured = results["results"].get(name, {}) | results.get("groups", {}).get(name, {})
+        for key, value in measured.items() if name not in members else ():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = measured.get(f"{metric}_stderr,{kind}")
+            named = "_".join([name, metric, *([] if kind == "none" else [kind])])
+            yield Score(
+                task=name,
+                metric=TASK_PREFIX + re.sub(r"\W+", "_", named, flags=re.ASCII),
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                n=rows[name],
+            )
