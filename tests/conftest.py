@@ -174,6 +174,9 @@ def left_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         "left_bench.launch.hydra_job.rehearse", lambda cells, **_: None
     )  # a process of its own, see test_rehearse.py
+    monkeypatch.setattr(
+        "left_bench.launch.hydra_job.say_estimate", lambda planned, runs_dir, **_: None
+    )  # see test_estimate.py
 
     def left_bench(*arguments: str) -> Answer:
         GlobalHydra.instance().clear()

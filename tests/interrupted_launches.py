@@ -28,6 +28,7 @@ import matplotlib.pyplot  # noqa: F401
 import left_bench.report.plots  # noqa: F401
 from left_bench.cli.main import main as command
 from left_bench.core import interrupt
+from left_bench.launch import hydra_job as launch
 from left_bench.launch import run_cell
 from left_bench.launch.supervise import run_isolated
 
@@ -72,6 +73,7 @@ class Launch:
             for stream, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
             run_cell._fetch_model = lambda cell: None
+            launch.say_estimate = lambda planned, runs_dir, **_: None  # what it imports first is not what is tried here
             run_cell.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", WORKER])
             noted = interrupt.noted
 

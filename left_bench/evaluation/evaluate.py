@@ -134,7 +134,7 @@ def greedy_answers(
     done, most, ends = _Counted(len(rows), tell), cell.eval.max_new_tokens, end_tokens(model, tokenizer)
     assert most is not None  # the data's own where null
     for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
-        inputs, before = _prompt_inputs([rows[index] for index in indices], pad_of(tokenizer), device=device)
+        inputs, before = prompt_inputs([rows[index] for index in indices], pad_of(tokenizer), device=device)
         outputs = decode(
             **inputs,
             max_new_tokens=most,
@@ -245,7 +245,7 @@ def generation_speed(
     """
     decode: Any = model.generate
     asked = rows[:_SPEED_ROWS]
-    inputs, _ = _prompt_inputs(asked, pad_of(tokenizer), device=device.kind)
+    inputs, _ = prompt_inputs(asked, pad_of(tokenizer), device=device.kind)
     model.eval()
     with torch.no_grad(), autocast(cell, device=device.kind):
         for tokens in (2, _SPEED_TOKENS):
@@ -401,7 +401,7 @@ def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return pad
 
 
-def _prompt_inputs(rows: Sequence[Example], pad_id: int, *, device: str) -> tuple[dict[str, torch.Tensor], int]:
+def prompt_inputs(rows: Sequence[Example], pad_id: int, *, device: str) -> tuple[dict[str, torch.Tensor], int]:
     """Arguments of `generate` for the rows' prompts, and how many tokens come before the new ones in its output.
 
     A decoder goes on with its prompt, so padding stands at the left; an encoder's prompt is padded as in training.

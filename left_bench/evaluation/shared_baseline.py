@@ -128,16 +128,9 @@ def peak_facts(peak: Quiet, *, processes: int, above: float | None) -> dict[str,
 
 def base_key(cell: Cell, rows: Sequence[Example]) -> str:
     """Fingerprint of all that decides the base model's scores on these rows."""
-    identity = cell.identity
-    parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
-    for key in ("extractor", "scorer", "scorer_content"):  # they judge answers, and change none
-        parts["eval"].pop(key, None)
+    parts = cell.base_identity
     parts["rows"] = [row.identity for row in rows]
     parts["generation"] = "greedy, without the checkpoint's penalties, ended by any of its end tokens"
     parts["general_text"] = "after the tokenizer's start token, within the model's positions"
-    head = "labelled" if cell.training.output_head == "liger" else cell.training.output_head  # to evaluate, ours
-    parts["kernels"] = [cell.training.attention, head]
-    if cell.training.kernels is not None:
-        parts["kernels"].append(cell.training.kernels)
     parts["versions"] = versions_of((*_DECIDING, harness.PACKAGE) if cell.eval.tasks else _DECIDING)
     return fingerprint(parts)

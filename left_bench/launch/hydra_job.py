@@ -49,6 +49,7 @@ from left_bench.grid.sweep import (
 )
 from left_bench.grid.sweeper import use_grid_sweeper
 from left_bench.launch.cell_lock import until_done
+from left_bench.launch.estimate import Planned, say_estimate
 from left_bench.launch.partial_report import begin_partial, write_partial
 from left_bench.launch.preflight import Trial, has_user_values, rehearse, trial_key
 from left_bench.launch.remote_results import Ended, note_job, noted_jobs, store_received
@@ -82,7 +83,7 @@ def run_job(config: DictConfig) -> Ended:
         own = OwnFiles.of(settings.runs_dir / SWEEPS_FOLDER, sweep, launch_of(hydra))
         number, total, started_at = scope_of(own.scope, hydra, cell)
     command = command_of(hydra.overrides.task, config_dir=config_dir_of(hydra))
-    at_once = settings.at_once or cells_at_once(hydra.launcher, launcher, cores=len(available_cores()))
+    at_once = _at_once(hydra, settings)
 
     def attempt() -> Record | None:
         return run_cell(
@@ -166,6 +167,8 @@ class Launch(Callback):
                 _print_emulation_notes([Asked.by(cell)])
                 if (leaving := what_leaves(cell)) is not None:
                     print(leaving, file=sys.stderr)
+                planned = [Planned(cell, 1)] if not _is_refused(cell, settings) else []
+                say_estimate(planned, settings.runs_dir)
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
         with user_errors(callback=True):
@@ -185,6 +188,7 @@ class Launch(Callback):
             skippable: dict[tuple[str, ...], str] = {}
             own: dict[str, Trial] = {}
             slow: dict[str, Asked] = {}
+            alike: dict[str, tuple[Cell, set[str]]] = {}
             automatic: dict[str, str] = {}
             leaving: dict[str, str] = {}
             for overrides, job in jobs_of(config):  # one at a time: thousands of configurations would fill the memory
@@ -201,6 +205,7 @@ class Launch(Callback):
                     skippable[tuple(overrides)] = cell.id
                 if has_user_values(job.hydra):
                     own.setdefault(trial_key(cell), Trial.of(cell, job.hydra))
+                alike.setdefault(_what_it_costs(cell), (cell, set()))[1].add(cell.id)
                 interrupt.check()
                 unlike.setdefault(fingerprint([cell.identity["model"], cell.identity["data"]]), cell)
             if not ids:
@@ -222,6 +227,7 @@ class Launch(Callback):
                 print(_carried_precision_note(automatic), file=sys.stderr)
             if automatic:  # one sweep, one precision, whichever machines its cells get to
                 environment[CARRIED_VARIABLE] = ",".join(f"{device}={name}" for device, name in automatic.items())
+            _say_what_it_takes(alike.values(), config.hydra, settings, done=done)
             use_grid_sweeper(done=[job for job, cell_id in skippable.items() if cell_id in done])
             given = list(config.hydra.overrides.task)
             name = sweep_name(config.hydra)
@@ -302,6 +308,30 @@ def _print_emulation_notes(cells: Iterable[Asked]) -> None:
             print(note, file=sys.stderr)
 
 
+def _at_once(hydra: Any, settings: Settings) -> int:
+    """Cells that run at the same time on one machine."""
+    return settings.at_once or cells_at_once(hydra.launcher, launcher_of(hydra), cores=len(available_cores()))
+
+
+def _say_what_it_takes(
+    alike: Iterable[tuple[Cell, set[str]]], hydra: Any, settings: Settings, *, done: Collection[str]
+) -> None:
+    """Say what the cells that are left to run will take.
+
+    Args:
+        alike: one of the cells that cost the same, and the ids of all of them; in a search it stands for every trial.
+    """
+    times = int(hydra.sweeper.n_trials) if searches(hydra) else 1
+    left = [(cell, len(ids.difference(done))) for cell, ids in alike if not _is_refused(cell, settings)]
+    say_estimate(
+        [Planned(cell, cells * times) for cell, cells in left if cells],
+        settings.runs_dir,
+        at_once=_at_once(hydra, settings),
+        elsewhere=runs_elsewhere(hydra),
+        cells_follow=launcher_of(hydra) == "basic",
+    )
+
+
 def _carried_precision_note(automatic: Mapping[str, str]) -> str:
     chosen = ", ".join(f"{option} on {device} ({fast_precision(device).why})" for device, option in automatic.items())
     return (
@@ -312,7 +342,20 @@ def _carried_precision_note(automatic: Mapping[str, str]) -> str:
 
 def _without_refused(trials: Iterable[Trial], settings: Settings) -> list[Trial]:
     """Those that no rule refuses: the others are no error, but rows that say so."""
-    return [trial for trial in trials if settings.force_unsupported or why_unsupported(trial.cell) is None]
+    return [trial for trial in trials if not _is_refused(trial.cell, settings)]
+
+
+def _is_refused(cell: Cell, settings: Settings) -> bool:
+    return not settings.force_unsupported and why_unsupported(cell) is not None
+
+
+def _what_it_costs(cell: Cell) -> str:
+    """The same for cells that take the same time: what differs in a seed or a learning rate does as much work."""
+    identity = cell.identity
+    identity.pop("seed", None)
+    for key in ("learning_rate", "sft_learning_rate", "schedule", "warmup_ratio"):
+        identity["training"].pop(key, None)
+    return fingerprint(identity)
 
 
 def _go_to(folder: str) -> None:

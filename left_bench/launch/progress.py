@@ -57,11 +57,11 @@ def say_end(
         facts.append("kept from an earlier run")
     text = f"{_count(number, total)} [{style}]{record.status}[/] {escape(record.cell_id)}"
     detail = escape(record.reason or "") if record.status != "ok" else ", ".join(facts)
-    left = "" if seconds_left is None else f"  [dim]about {_rounded(seconds_left)} left[/]"
+    left = "" if seconds_left is None else f"  [dim]about {rounded_time(seconds_left)} left[/]"
     console.print(f"{text}  {detail}{left}", highlight=False, soft_wrap=True)
 
 
-def _rounded(seconds: float) -> str:
+def rounded_time(seconds: float) -> str:
     """To what a guess is worth: seconds by tens, minutes, hours by tenths."""
     if seconds < 90:
         return f"{max(10, round(seconds, -1)):.0f} s"

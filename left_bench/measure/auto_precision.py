@@ -134,6 +134,12 @@ def advice(device: str, speeds: Mapping[str, float]) -> str:
     return text
 
 
+def what_makes_it_fast() -> dict[str, Any]:
+    """The processor, and the limits that the user has set to it: speeds that were measured once are kept under it."""
+    limits = {name: os.environ[name] for name in _LIMITS if name in os.environ}
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "sets": instruction_sets(), "limits": limits}
+
+
 def product_speeds(device: str, dtype: str) -> dict[str, float] | None:
     """FLOP/s of matrix products in float32 and in `dtype`, as measured once for a machine; None where that failed.
 
@@ -142,9 +148,8 @@ def product_speeds(device: str, dtype: str) -> dict[str, float] | None:
     from left_bench.core.files import write_atomically
     from left_bench.spec.cell import fingerprint
 
-    limits = {name: os.environ[name] for name in _LIMITS if name in os.environ}
-    facts: dict[str, Any] = {"cpu": cpu_model(), "cores": os.cpu_count(), "sets": instruction_sets(), "limits": limits}
-    facts |= {"device": device, "dtype": dtype, "capability": cuda_capability() if device == "cuda" else None}
+    facts = what_makes_it_fast() | {"device": device, "dtype": dtype}
+    facts["capability"] = cuda_capability() if device == "cuda" else None
     path = cache_dir() / "speeds" / f"{fingerprint([facts, versions_of(['torch'])])}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(path.read_text(encoding="utf-8"))["flops_per_second"]

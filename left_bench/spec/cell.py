@@ -294,6 +294,9 @@ class Hardware(_Section):
     phase_timeout: float | None = Field(default=None, gt=0)
     """Seconds without a finished step, evaluated rows or a new phase before a cell counts as hanging and is ended as
     `timeout`."""
+    patience: float | None = Field(default=1800, gt=0)
+    """Seconds that a launch may be expected to take before it is said, on a terminal, how to make it shorter; None:
+    never. Nothing is ended by it."""
 
     @field_validator("memory_limit", mode="before")
     @classmethod
@@ -333,7 +336,7 @@ _NOT_IDENTITY = {
     "training": {"checkpoint_every", "learning_rate_scale"},
     "data": {"metrics", "max_new_tokens", "extractor"},
     "eval": {"judge_key_from"},
-    "hardware": {"timeout", "phase_timeout"},
+    "hardware": {"timeout", "phase_timeout", "patience"},
 }
 
 
@@ -435,6 +438,17 @@ class Cell(BaseModel):
         if self.eval.tasks_content is not None:
             plain["eval"]["tasks"] = [PurePath(one).name if is_task_file(one) else one for one in self.eval.tasks]
         return plain
+
+    @property
+    def base_identity(self) -> dict[str, Any]:
+        """What decides the base model's scores, but for the rows themselves and the versions of packages."""
+        identity = self.identity
+        parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
+        for key in ("extractor", "scorer", "scorer_content"):  # they judge answers, and change none
+            parts["eval"].pop(key, None)
+        head = "labelled" if self.training.output_head == "liger" else self.training.output_head  # to evaluate, ours
+        kernels = [self.training.attention, head]
+        return parts | {"kernels": kernels if self.training.kernels is None else [*kernels, self.training.kernels]}
 
     @property
     def id(self) -> str:

@@ -1,0 +1,120 @@
+"""What the cells that have run here say of those to come: what they took over what the arithmetic makes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from left_bench.core.errors import UserError
+from left_bench.core.paths import versions_of
+from left_bench.launch.estimate.arithmetic import Factors, of_method, of_quantization, seconds_of
+from left_bench.launch.estimate.calibrate import kept
+from left_bench.measure.auto_precision import emulated, what_makes_it_fast
+from left_bench.spec.cell import Cell, fingerprint
+from left_bench.spec.record import RECORD_NAME, Record, read_record
+
+_LATEST = 64
+"""Records that are read: of thousands the others would say the same, and take seconds."""
+_DECIDING = ("torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What earlier cells of this machine have shown."""
+
+    bases: frozenset[str] = frozenset()
+    """Base models, by `base_of`, whose scores an earlier cell has left."""
+    of_kinds: Mapping[str, Factors] = field(default_factory=dict)
+    of_weights: Mapping[str, Factors] = field(default_factory=dict)
+    """The same for cells of any method, with what their methods add taken out."""
+
+    def factors(self, cell: Cell) -> tuple[Factors, bool]:
+        """How many times longer than the base model's passes a cell's take, and whether that is all of it."""
+        if (found := self.of_kinds.get(_kind(cell))) is not None:
+            return found, True
+        whole, weights = True, self.of_weights.get(_weights(cell))
+        if weights is None and cell.quantization.target is not None:
+            native = cell.precision.compute_dtype == "bfloat16" and not emulated(cell.hardware.device, "bfloat16")
+            weights = of_quantization(cell.quantization.name) if native else None
+            whole = weights is not None
+        method, weights = of_method(cell), weights or Factors()
+        return Factors(method.train * weights.train, method.evaluate * weights.evaluate), whole
+
+
+def base_of(cell: Cell) -> str:
+    """Equal for cells that share the base model's scores."""
+    return fingerprint(cell.base_identity)
+
+
+def gathered(runs_dir: Path, *, at_once: int) -> Experience:
+    """What the latest records of a runs folder show, of those made on this machine as it is now.
+
+    Args:
+        at_once: cells that will run at the same time.
+    """
+    bases = set()
+    kinds: dict[str, list[Factors]] = defaultdict(list)
+    weights: dict[str, list[Factors]] = defaultdict(list)
+    for record in _latest(runs_dir):
+        # of another left_bench, whose cells had other keys and values
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError, ZeroDivisionError):
+            cell = Cell.model_validate({"choices": record.choices, **record.config})
+            if "base_scores_from" in record.provenance:
+                bases.add(base_of(cell))
+            found = _compared(record, cell, at_once=at_once)
+            if found is not None:
+                method = of_method(cell)
+                kinds[_kind(cell)].append(found)
+                weights[_weights(cell)].append(Factors(found.train / method.train, found.evaluate / method.evaluate))
+    return Experience(frozenset(bases), _medians(kinds), _medians(weights))
+
+
+def _compared(record: Record, cell: Cell, *, at_once: int) -> Factors | None:
+    """Measured over added up; None for a cell that cannot be compared."""
+    known, effective = kept(cell, at_once=at_once), record.environment.get("effective", {})
+    if known is None or not _made_here(record) or "resumed_after_steps" in record.provenance:
+        return None
+    if (effective.get("threads"), effective.get("concurrent_cells")) != (known.rates.threads, at_once):
+        return None
+    measured = {phase.name: phase.seconds for phase in record.phases}
+    expected = seconds_of(cell, known.rates, known.rows)
+    return Factors(*(measured[phase] / expected[phase] for phase in ("train", "evaluate")))
+
+
+def _made_here(record: Record) -> bool:
+    now, machine = what_makes_it_fast(), record.environment.get("machine", {})
+    if set(now["limits"]) - {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:  # a record does not tell whether it had them
+        return False
+    versions = {name: record.environment.get("versions", {}).get(name) for name in _DECIDING}
+    same = machine.get("cpu") == now["cpu"] and machine.get("instruction_sets") == list(now["sets"] or ())
+    return same and machine.get("device") == "cpu" and versions == versions_of(_DECIDING)
+
+
+def _latest(runs_dir: Path) -> list[Record]:
+    found = []
+    with contextlib.suppress(OSError):
+        paths = sorted(runs_dir.glob(f"*/{RECORD_NAME}"), key=lambda path: path.stat().st_mtime)[-_LATEST:]
+        for path in paths:
+            with contextlib.suppress(ValueError):  # damaged: whoever needs it will say so
+                found.append(read_record(path))
+    return [record for record in found if record.status == "ok"]
+
+
+def _kind(cell: Cell) -> str:
+    return fingerprint([_weights(cell), cell.identity["peft"]])
+
+
+def _weights(cell: Cell) -> str:
+    layout = [cell.training.attention, cell.training.kernels, cell.training.compile, cell.training.batching]
+    return fingerprint([*(cell.identity[group] for group in ("model", "quantization", "precision")), layout])
+
+
+def _medians(found: Mapping[str, list[Factors]]) -> dict[str, Factors]:
+    return {
+        kind: Factors(statistics.median(one.train for one in those), statistics.median(one.evaluate for one in those))
+        for kind, those in found.items()
+    }
