@@ -10,6 +10,9 @@ them, and each step is compared with the others' step on the same rows. A ratio 
 steps, between the ends of its 95 % interval over resampled steps (paired: a step is drawn for both). Memory is the
 high-water mark of the process in training, over what it held before the model was loaded. Losses must agree, or the
 run fails: speed on other work is no speed.
+
+All contenders hold their models at once, so the free memory is looked at first (see `needed_bytes`). Where it does not
+hold them all, they run in groups, one after the other, with the packed one in each: ratios are within a group.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,13 @@ CONTENDERS = {
 }
 WANTS_CUDA = ("left_bench packed, liger", "left_bench packed, compiled", PADDING_FREE)
 """Contenders whose kernels are Triton's; compiling for a CPU takes minutes."""
+SAME_WORK = ("left_bench padded, plain loss", "bare loop")
+PROCESS_BYTES = 2**30
+"""A contender's imports, before it has a model: torch, transformers, peft, trl."""
+PEERS_HOLD = 1.7
+"""How many times what the plain loss holds the peers do: 1.65 at most in reports/benchmarks/engine.md."""
+LEFT_FREE = 0.1
+"""Part of the free memory that is nobody's: predictions are that far off, and the machine does other things."""
 
 
 class Pause:
@@ -82,6 +92,74 @@ def compose_cell(overrides: list[str]) -> Any:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf")):
         config = hydra.compose("config", overrides=[open_section(one) for one in overrides], return_hydra_config=True)
         return compose(config, config.hydra)[0]
+
+
+def needed_bytes(names: Sequence[str], overrides: list[str]) -> dict[str, int | None]:
+    """About what each contender's process holds at its peak, by the plan of what it trains; None: not predictable."""
+    from left_bench.plan.predict import predict
+
+    planned: dict[tuple[str, ...], int | None] = {}
+    found: dict[str, int | None] = {}
+    for name in names:
+        own = CONTENDERS[name]
+        options = ("training.output_head=all",) if own is None else tuple(one for one in own if _is_planned(one))
+        if options not in planned:
+            planned[options] = predict(compose_cell([*overrides, *options])).peak_bytes
+        peak = planned[options]
+        held = 1.0 if own is not None else PEERS_HOLD
+        found[name] = None if peak is None else int(peak * held) + PROCESS_BYTES
+    return found
+
+
+def _is_planned(override: str) -> bool:
+    """Other people's kernels and compiled layers hold no more than what they replace."""
+    return "liger" not in override and "compile" not in override
+
+
+def groups_of(names: Sequence[str], needed: Mapping[str, int | None], *, free: int) -> list[list[str]]:
+    """The contenders that run at the same time, the packed one in each group; where nothing is predicted, in pairs.
+
+    The two that do the same work stay together if they can.
+
+    Raises:
+        SystemExit: the packed one and one other are too much.
+    """
+
+    def bytes_of(group: Sequence[str]) -> float:
+        sizes = [needed[name] for name in group]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else float("inf")
+
+    units = [[name] for name in names if name != PACKED]
+    pair = [name for name in SAME_WORK if name in names]
+    if len(pair) == 2 and bytes_of([PACKED, *pair]) <= free:
+        units = [pair if unit == pair[:1] else unit for unit in units if unit != pair[1:]]
+    groups: list[list[str]] = []
+    for unit in units:
+        least = bytes_of([PACKED, *unit])
+        if free < least < float("inf"):
+            raise SystemExit(
+                f"{free / 2**30:.1f} GiB of memory are free for this, and '{PACKED}' beside '{unit[0]}' takes about "
+                f"{least / 2**30:.1f} GiB; lower --batch-size, or name fewer with --only"
+            )
+        if groups and bytes_of([*groups[-1], *unit]) <= free:
+            groups[-1] += unit
+        else:
+            groups.append([PACKED, *unit])
+    return groups or [[PACKED]]
+
+
+def free_bytes(kind: str) -> int:
+    """The memory that contenders may take: the machine's, or the first accelerator's where it tells."""
+    if kind == "cuda":
+        import torch
+
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return int(free * (1 - LEFT_FREE))
 
 
 def contend(name: str, overrides: list[str], connection: Any) -> None:
@@ -283,7 +361,7 @@ def trl_trainer(
 
 
 def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, Any]:
-    """All contenders' steps in turn."""
+    """The steps of contenders that run at the same time, in turn."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Any] = {}
     processes = []
@@ -342,8 +420,8 @@ def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, 
     return {"contenders": found, **first}
 
 
-def summarize(run: dict[str, Any], *, peak_flops: float) -> list[dict[str, Any]]:
-    """One row per contender: tokens/s, utilization, memory, and what packed is beside it."""
+def summarize(run: dict[str, Any], *, peak_flops: float, group: int = 1) -> list[dict[str, Any]]:
+    """One row per contender: tokens/s, utilization, memory, and what packed of the same group is beside it."""
     counted = slice(WARM_UP, None)
     tokens = sum(run["tokens"][counted])
     packed = run["contenders"][PACKED]
@@ -353,6 +431,7 @@ def summarize(run: dict[str, Any], *, peak_flops: float) -> list[dict[str, Any]]
         ratio, low, high = faster(run, PACKED, name)
         rows.append(
             {
+                "group": group,
                 "contender": name,
                 "tokens_per_second": tokens / seconds,
                 "model_flops_utilization": sum(one["flops"][counted]) / seconds / peak_flops,
@@ -383,12 +462,12 @@ def _ratio(pairs: list[tuple[float, float]]) -> float:
     return theirs / ours
 
 
-def markdown(run: dict[str, Any], rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+def markdown(runs: list[dict[str, Any]], rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     from left_bench.report.markdown import table
 
     cells = [
         [
-            row["contender"],
+            row["contender"] + (f" (group {row['group']})" if len(runs) > 1 else ""),
             f"{row['tokens_per_second']:.0f}",
             _interval(row["packed_is_faster"], row["packed_is_faster_low"], row["packed_is_faster_high"])
             if row["contender"] != PACKED
@@ -418,14 +497,15 @@ def markdown(run: dict[str, Any], rows: list[dict[str, Any]], facts: dict[str, A
         f"{facts['dtype']}. Tokens are non-padding tokens. Ratios are of tokens/s over steps on the same rows, taken "
         "in turn, with intervals over resampled steps. TRL has its default loss, and gradient checkpointing off: all "
         "contenders keep their activations.",
+        *([f"Free memory did not hold all at once: {len(runs)} groups, one after the other."] if len(runs) > 1 else []),
         "",
         table(head, cells),
         "",
     ]
-    same_work = ("left_bench padded, plain loss", "bare loop")
-    if all(name in run["contenders"] for name in same_work):
-        found = _interval(*faster(run, *same_work))
-        lines += [f"`{same_work[0]}` is {found} times as fast as the bare loop, which does the same work.", ""]
+    for run in runs:
+        if all(name in run["contenders"] for name in SAME_WORK):
+            found = _interval(*faster(run, *SAME_WORK))
+            lines += [f"`{SAME_WORK[0]}` is {found} times as fast as the bare loop, which does the same work.", ""]
     return "\n".join(lines)
 
 
@@ -455,7 +535,12 @@ def main() -> None:
     cell = compose_cell(overrides)
     names = [name for name in CONTENDERS if name in arguments.only]
     names = [name for name in names if cell.hardware.device == "cuda" or name not in WANTS_CUDA]
-    run = measure(names, overrides, steps=arguments.steps)
+    groups = groups_of(names, needed_bytes(names, overrides), free=free_bytes(cell.hardware.device))
+    if len(groups) > 1:
+        print(f"free memory does not hold all at once; {len(groups)} groups: {'; '.join(map(', '.join, groups))}")
+    runs = [measure(group, overrides, steps=arguments.steps) for group in groups]
+    run = runs[0]
+    assert all(other["tokens"] == run["tokens"] for other in runs), "groups see other rows"
 
     from importlib.metadata import version
 
@@ -464,7 +549,7 @@ def main() -> None:
     machine = describe_machine(open_device(cell.hardware.device))
     dtype = cell.precision.compute_dtype
     peak = matrix_product_peak(cell.hardware.device, dtype, seconds=2)
-    rows = summarize(run, peak_flops=peak)
+    rows = [row for number, one in enumerate(runs, 1) for row in summarize(one, peak_flops=peak, group=number)]
     adapter = ", ".join(f"{key}={value}" for key, value in cell.peft.config.items())
     tokens_a_row = sum(run["tokens"]) / arguments.steps / arguments.batch_size
     facts = {
@@ -478,11 +563,11 @@ def main() -> None:
         "dtype": dtype,
         **{name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     }
-    text = markdown(run, rows, facts)
+    text = markdown(runs, rows, facts)
     print(text)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "engine.json").write_text(json.dumps({"facts": facts, "rows": rows, "run": run}, indent=1))
+        (arguments.out / "engine.json").write_text(json.dumps({"facts": facts, "rows": rows, "runs": runs}, indent=1))
         (arguments.out / "engine.md").write_text(text)
     allowed = TOLERANCE[dtype]
     apart = [row["contender"] for row in rows if row["largest_loss_difference"] > allowed]

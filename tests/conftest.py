@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads cost more than they 
 import functools
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,26 @@ TINY = [
     *("training.steps=2", "training.batch_size=4", "training.warmup_ratio=0", "tracker=none"),
     *("data.train_rows=8", "data.test_rows=4", "eval.forgetting=false", "eval.max_new_tokens=3"),
 ]
+
+
+# Files of few tests that take long, for they start launches, services or installations: were they the last, one of them
+# would keep a single processor busy and leave the others idle.
+LONG = {
+    *("test_launchers.py", "test_end_to_end.py", "test_soak.py", "test_slurm.py", "test_liger.py"),
+    *("test_package.py", "test_page_browser.py", "test_tracker_online.py", "test_search.py"),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist would begin with the files of most tests
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Beside each other, the long files come first, then those of most tests."""
+    if hasattr(config, "workerinput"):
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path], item.path))
 
 
 class Answer(NamedTuple):
@@ -75,13 +96,25 @@ def composed() -> Callable[..., Any]:
 
     from left_bench.core.paths import config_root
     from left_bench.grid.command_line import launch_name, open_section, register_resolvers, register_sweeps
+    from left_bench.grid.loader import SweepLoader, use_sweep_loader
+
+    opened: list[Any] = []
 
     def composed(*overrides: str) -> Any:
-        register_resolvers()
-        register_sweeps()
-        GlobalHydra.instance().clear()
-        # stays open: a sweep's jobs are composed by the same loader
-        hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf"), job_name="left_bench")
+        # opened again only after a command has opened another: half of a composition's time is reading the same files
+        if not opened or GlobalHydra.instance().hydra is not opened[0]:
+            register_resolvers()
+            register_sweeps()
+            GlobalHydra.instance().clear()
+            # stays open: a sweep's jobs are composed by the same loader
+            folder = str(config_root() / "conf")
+            hydra.initialize_config_dir(version_base="1.3", config_dir=folder, job_name="left_bench")
+            use_sweep_loader()
+            opened[:] = [GlobalHydra.instance().hydra]
+        else:  # what one configuration's jobs left in the loader is not the next one's
+            loader = SweepLoader(opened[0].config_loader)
+            loader.repository = opened[0].config_loader.repository
+            opened[0].config_loader = loader
         multirun = "-m" in overrides or any(one.startswith("+sweep=") for one in overrides)
         overrides = tuple(one for one in overrides if one != "-m")
         named = [f"hydra.job.name={launch_name(list(overrides))}"] if multirun else []

@@ -26,6 +26,7 @@ from left_bench.evaluation.evaluate import (
     scores,
     token_loss,
 )
+from left_bench.grid.rules import why_unsupported
 from left_bench.measure.device import CpuDevice
 from left_bench.methods.attach import attach_adapter, trainable_parameters
 from left_bench.model.load import _feed_head_contiguous
@@ -108,30 +109,38 @@ def test_a_batch_answers_as_its_rows_alone(name, tiny_cell, load_tiny, addition_
     assert len(set(map(tuple, together))) > 1
 
 
+def token_by_token(model, tokenizer, rows, *, tokens: int) -> list[list[int]]:
+    """Greedy answers with no cache, no padding, no sampling: one forward pass for every token."""
+    answers = []
+    for one in rows:
+        ids = list(one.prompt_ids)
+        for _ in range(tokens):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        answers.append(ids[len(one.prompt_ids) :])
+    return answers
+
+
 def test_generation_is_the_argmax_of_the_full_forward_pass(tiny_cell, load_tiny, addition_rows):
-    """No cache, no padding, no sampling: one forward pass for every token."""
     cell = tiny_cell("eval.max_new_tokens=5")
     model, tokenizer = load_tiny(cell)
     model.eval()
     with torch.no_grad():
-        for one, answer in zip(
-            addition_rows, greedy_answers(model, tokenizer, addition_rows, cell, device="cpu"), strict=True
-        ):
-            ids = list(one.prompt_ids)
-            for _ in range(5):
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-                if ids[-1] == tokenizer.eos_token_id:
-                    break
-            assert answer == ids[len(one.prompt_ids) :]
+        answers = greedy_answers(model, tokenizer, addition_rows, cell, device="cpu")
+        assert answers == token_by_token(model, tokenizer, addition_rows, tokens=5)
 
 
-PROMPTS = ["prefix_tuning", "prompt_tuning", "p_tuning", "cartridge"]
+PROMPTS = ["prefix_tuning", "prompt_tuning", "multitask_prompt_tuning", "p_tuning", "cartridge", "cpt", "shadow"]
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox"])
 @pytest.mark.parametrize("peft", PROMPTS)
 def test_virtual_tokens_are_there_while_generating(peft, name, tiny_cell, load_tiny, addition_rows):
-    """What the adapter changed is what answers; an answer that the adapter was left out of is found out."""
+    """What the adapter changed is what answers; an answer that the adapter was left out of is found out.
+
+    Where the installed versions lose the virtual tokens, the rule says so, and it is true.
+    """
     cell = tiny_cell(f"model={name}", f"peft={peft}", "eval.max_new_tokens=5")
     base, tokenizer = load_tiny(cell)
     with torch.no_grad():
@@ -143,6 +152,9 @@ def test_virtual_tokens_are_there_while_generating(peft, name, tiny_cell, load_t
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
         model.eval()
         answers = greedy_answers(model, tokenizer, rows, cell, device="cpu")
+        if why_unsupported(cell) is not None:
+            assert answers != token_by_token(model, tokenizer, rows, tokens=5)
+            return
         assert answers != before
         check_answers(model, rows, answers, cell, pad_id=0, device="cpu")
         with pytest.raises(NotInForce, match=f"do not generate with peft={peft}"):

@@ -207,7 +207,8 @@ def test_an_interrupt_ends_the_worker(cell, tmp_path):
 @linux
 def test_a_killed_parent_takes_its_worker_along(cell, tmp_path):
     worker = (
-        "import os, pathlib, sys, time; from left_bench.worker.run import die_with_parent; die_with_parent()\n"
+        "import os, pathlib, sys, time; from left_bench.processes.start_process import die_with_parent\n"
+        "die_with_parent()\n"
         "pathlib.Path(sys.argv[1], 'pid').write_text(f'{os.getpid()}\\n'); time.sleep(60)"
     )
     (tmp_path / "cell.json").write_text(cell.model_dump_json(by_alias=True))

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from left_bench.grid.loader import SweepLoader, use_sweep_loader
@@ -29,8 +28,8 @@ JOBS = [
 @pytest.fixture
 def loaders(composed):
     config = composed("+sweep=smoke", "training.max_length=64")
-    plain = GlobalHydra.instance().config_loader()
-    return config, plain, use_sweep_loader()
+    ours = use_sweep_loader()
+    return config, ConfigLoaderImpl(ours.config_search_path), ours
 
 
 def test_it_composes_what_hydra_composes(loaders):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,29 +318,11 @@ def test_options_are_valid(path: Path) -> None:
         ("tiny_neox", "bitfit", 2 * (3 * 64 + 64 + 256 + 64 + 2 * 64) + 64),
     ],
 )
-def test_whole_cell(model: str, peft: str, trainable: int, tmp_path: Path) -> None:
-    record, path = run(f"model={model}", f"peft={peft}", runs_dir=tmp_path)
-    assert record["status"] == "ok", record.get("reason")
-    assert record["metrics"]["trainable_params"] == trainable
-    [weights] = path.rglob("*.safetensors")
-    assert record["metrics"]["adapter_file_bytes"] == weights.stat().st_size
-
-
-def run(*overrides: str, runs_dir: Path) -> tuple[dict[str, Any], Path]:
-    """The record that the command line leaves, and its folder."""
-    arguments = [*overrides, "training.steps=2", "data.test_rows=4", "data.train_rows=16", "eval.max_new_tokens=4"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "left_bench", *arguments, "tracker=none", f"runs_dir={runs_dir}"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    paths = list(runs_dir.glob("*/record.json"))
-    assert len(paths) == 1, ended.stderr
-    return json.loads(paths[0].read_text(encoding="utf-8")), paths[0].parent
+def test_whole_cell(model: str, peft: str, trainable: int, tiny_cell, work_in_process) -> None:
+    found = work_in_process(tiny_cell(f"model={model}", f"peft={peft}", "eval.check_reload=false"))
+    assert found["metrics"]["trainable_params"] == trainable
+    [weights] = found["run_dir"].rglob("*.safetensors")
+    assert found["metrics"]["adapter_file_bytes"] == weights.stat().st_size
 
 
 def test_of_an_encoder_with_a_decoder_the_decoders_last_layers_are_trained(tiny_cell, load_tiny):

@@ -10,7 +10,7 @@ import pytest
 
 from left_bench.core.errors import NotInForce
 from left_bench.core.paths import is_installed
-from left_bench.grid.rules import EXTRAS, RULES, model_type, why_unsupported
+from left_bench.grid.rules import EXTRAS, RULES, loses_virtual_tokens, model_type, why_unsupported
 from left_bench.launch.supervise import run_isolated
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux")
@@ -164,6 +164,11 @@ CHECKPOINTS = {
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
     "spqr": {"quant_method": "spqr", "bits": 3, "beta1": 16, "beta2": 16, "shapes": {}},
 }
+# these two lose what a method puts before the input while they generate
+LOSING = {"transformers": "5.24.0", "peft": "0.21.2"}
+VIRTUAL = [
+    *("prefix_tuning", "prompt_tuning", "multitask_prompt_tuning", "p_tuning", "cartridge", "cpt", "shadow"),
+]
 # and what shards do not mind
 OVER_SHARDS = [NF4, NF5, HQQ, ["peft=full", "optimizer=galore", "optimizer.matrices.rank=8"]]
 ALLOWED = list(dict.fromkeys(tuple(pair[2]) for pair in PAIRS))
@@ -309,6 +314,8 @@ def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
     monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: False)
     wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]
+    monkeypatch.setattr("left_bench.grid.rules.versions_of", lambda packages: LOSING)
+    wanting.append(tiny_cell("peft=prompt_tuning"))
     wanting += cells  # what a rule says of a package that is there elsewhere
     refused_by |= {index for index, (refuses, _) in enumerate(RULES) for cell in wanting if refuses(cell)}
     untried = [reason for index, (_, reason) in enumerate(RULES) if index not in refused_by]
@@ -346,6 +353,43 @@ def test_a_training_option_names_its_extra(overrides, package, tiny_cell, monkey
     assert why_unsupported(cell) is None
     monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: False)
     assert package in str(why_unsupported(cell))
+
+
+@pytest.mark.parametrize(
+    ("transformers", "peft", "lost"),
+    [
+        ("5.23.0", "0.21.2", False),
+        ("5.24.0.dev0", "0.21.2", True),
+        ("5.24.0", "0.21.0", True),
+        ("6.0", "0.21.2", True),
+        ("5.24.0", "0.22.0", False),
+        ("5.24.0", "1.0", False),
+        ("4.57.6", "0.19.1", False),
+    ],
+)
+def test_which_versions_lose_virtual_tokens(transformers, peft, lost):
+    assert loses_virtual_tokens({"transformers": transformers, "peft": peft}) is lost
+    assert not loses_virtual_tokens({"transformers": transformers})
+
+
+@pytest.mark.parametrize("peft", VIRTUAL)
+def test_methods_whose_virtual_tokens_are_lost_are_refused(peft, tiny_cell, monkeypatch):
+    monkeypatch.setattr("left_bench.grid.rules.versions_of", lambda packages: LOSING)
+    assert "transformers<5.24" in str(why_unsupported(tiny_cell(f"peft={peft}")))
+    assert why_unsupported(tiny_cell(f"peft={peft}", "eval.generate=false")) is None
+    assert why_unsupported(tiny_cell("peft=lora")) is None
+    monkeypatch.setattr("left_bench.grid.rules.versions_of", lambda packages: LOSING | {"transformers": "5.23.0"})
+    assert why_unsupported(tiny_cell(f"peft={peft}")) is None
+
+
+def test_every_prompt_method_of_pefts_is_among_them(compose_cell):
+    from peft.config import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    targets = {compose_cell(f"peft={name}").peft.target for name in VIRTUAL}
+    learning = {kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(kind, PromptLearningConfig)}
+    missing = {f"peft.{kind.__name__}" for kind in learning} - targets
+    assert missing <= {"peft.AdaptionPromptConfig"}  # reads no cache
 
 
 def test_flash_attention_is_taken_from_the_package_or_the_hub(tiny_cell, monkeypatch):

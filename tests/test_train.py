@@ -42,11 +42,13 @@ OPTIONS = sorted(path.stem for path in (config_root() / "conf" / "peft").glob("*
 
 @pytest.fixture
 def run(load_tiny, addition_rows, tmp_path):
-    """`run(cell)`: attach and train; the model, the meter and the step events."""
+    """`run(cell)`: attach, unless that is done, and train; the model, the meter and the step events."""
 
-    def run(cell: Any, rows: Any = None) -> tuple[Any, Meter, list[dict[str, Any]]]:
-        model, tokenizer = load_tiny(cell)
-        adapted = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
+    def run(cell: Any, rows: Any = None, *, attached: Any = None) -> tuple[Any, Meter, list[dict[str, Any]]]:
+        adapted = attached
+        if adapted is None:
+            model, tokenizer = load_tiny(cell)
+            adapted = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
         meter = Meter(CpuDevice(), EventWriter(tmp_path / "events.jsonl"))
         counts = PhaseCounts()
         with autocast(cell, device="cpu"):
@@ -270,18 +272,17 @@ def test_precisions(overrides, mixed, tiny_cell, run):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_method_trains(name, tiny_cell, run, load_tiny, addition_rows):
-    cell = tiny_cell("training.steps=10", f"peft={name}", *SMALLER.get(name, []))
+    cell = tiny_cell("training.steps=4", f"peft={name}", *SMALLER.get(name, []))  # AdaLoRA's phases take four
     refusal = why_unsupported(cell)
     if refusal is not None:
         pytest.skip(refusal)
     base, tokenizer = load_tiny(cell)
-    start = attach_adapter(
-        base, cell, tokenizer=tokenizer, rows=addition_rows
-    )  # the seed's own start, which `run` begins from too
-    model, meter, _ = run(cell)
-    assert all(math.isfinite(loss) for loss in losses(meter))
-    before, after = dict(start.named_parameters()), dict(model.named_parameters())
+    start = attach_adapter(base, cell, tokenizer=tokenizer, rows=addition_rows)
+    before = {key: parameter.detach().clone() for key, parameter in start.named_parameters()}
     trained = [key for key, parameter in start.named_parameters() if parameter.requires_grad]
+    model, meter, _ = run(cell, attached=start)
+    assert all(math.isfinite(loss) for loss in losses(meter))
+    after = dict(model.named_parameters())
     assert [key for key in trained if not torch.equal(before[key], after[key])], "nothing moved"
     for key in set(before) - set(trained):  # and what is frozen stays
         assert torch.equal(before[key], after[key]), key

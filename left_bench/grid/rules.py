@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from left_bench.core.paths import is_installed
+from left_bench.core.paths import is_installed, versions_of
 from left_bench.spec.cell import Cell
 
 # Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
 _BITSANDBYTES = "transformers.BitsAndBytesConfig"
 _FOR_TEXT = ("PromptTuning", "PrefixTuning", "PromptEncoder", "Cartridge", "AdaptionPrompt", "TrainableTokens")
+# what peft carries in the cache or puts before the input while it generates
+_THROUGH_THE_CACHE = (
+    "PrefixTuning",
+    "PromptTuning",
+    "MultitaskPromptTuning",
+    "PromptEncoder",
+    "Cartridge",
+    "CPT",
+    "Shadow",
+)
 BOTTLENECK_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "bert"}
 _FAMILIES_WITHOUT_BIAS = {"llama", "mistral", "t5"}
 _SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
@@ -68,6 +79,23 @@ def _is(cell: Cell, *names: str) -> bool:
     return cell.peft.target in {f"peft.{name}Config" for name in names}
 
 
+def release(version: str) -> tuple[int, ...]:
+    """`5.24.0.dev0` as `(5, 24, 0)`."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
+
+
+def loses_virtual_tokens(versions: Mapping[str, str]) -> bool:
+    """Whether these versions of transformers and peft generate without what a method puts before the input.
+
+    transformers 5.24 calls the cache it hands round `cache`. peft up to 0.21 looks for `past_key_values`, finds none,
+    and leaves prefixes out, or puts virtual tokens before every new token again (seen with 5.24.0 and 0.21.2).
+    """
+    if not {"transformers", "peft"} <= versions.keys():
+        return False
+    return release(versions["transformers"]) >= (5, 24) and release(versions["peft"]) < (0, 22)
+
+
 def _int8(cell: Cell) -> bool:
     return cell.quantization.target == _BITSANDBYTES and bool(cell.quantization.config.get("load_in_8bit"))
 
@@ -116,6 +144,15 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     (
         lambda cell: _is(cell, "AdaptionPrompt") and model_type(cell) not in _ADAPTION_PROMPT_FAMILIES | {None},
         "peft's LLaMA-Adapter knows the attention of Llama, Mistral and GPT-2 models alone",
+    ),
+    (
+        lambda cell: (
+            cell.eval.generate
+            and _is(cell, *_THROUGH_THE_CACHE)
+            and loses_virtual_tokens(versions_of(["transformers", "peft"]))
+        ),
+        "peft up to 0.21 generates without this method's tokens on transformers 5.24 and later: "
+        "pip install 'transformers<5.24', or eval.generate=false",
     ),
     (
         lambda cell: ".Paged" in cell.optimizer.target and cell.hardware.device != "cuda",

@@ -107,7 +107,7 @@ def trial_key(cell: Cell) -> str:
 def main(argv: Sequence[str], *, forked: bool = False) -> int:
     """Try the cells that lie in a folder, and leave the first refusal there."""
     if forked:
-        from left_bench.worker.run import die_with_parent
+        from left_bench.processes.start_process import die_with_parent
 
         die_with_parent()
     folder = Path(argv[0])

@@ -122,9 +122,10 @@ class CpuDevice:
 
     def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
         grouped = memory_limit.enter_group(run_dir, limit_bytes)
-        memory_limit.limit_data(limit_bytes)
+        limited = memory_limit.limit_data(limit_bytes)
         memory_limit.watch(limit_bytes, baseline_bytes=self._baseline, exceeded=exceeded)
-        return "RLIMIT_DATA, control group, watchdog" if grouped else "RLIMIT_DATA, watchdog"
+        nets = {"RLIMIT_DATA": limited, "control group": grouped, "watchdog": True}
+        return ", ".join(name for name, there in nets.items() if there)
 
     def name(self) -> str | None:
         return None

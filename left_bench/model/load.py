@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from left_bench.core.errors import NotInForce, UserError
+from left_bench.core.paths import versions_of
 from left_bench.data import Splits, load_data, load_pictures
 from left_bench.measure.meter import constants, logical_numel, plain_parts, stored_bytes
 from left_bench.pretrained import (
@@ -31,6 +33,8 @@ from left_bench.spec.task import TASKS, classifier_of
 # what quantizations call the modules they leave alone
 _LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert")
 _CLASSIFIERS = ["classifier", "cls_classifier", "distillation_classifier", "head"]  # the names of output layers
+# bitsandbytes' switch for repacking a 4-bit layer on a CPU (0.49.0 to 0.50.2)
+_REPACKS = "support_avx512bf16_for_cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -257,10 +261,23 @@ def _keep_trainable(model: PreTrainedModel) -> None:
     It does so at the first forward pass in eval mode, for good: afterwards no gradient flows through the layer, and its
     weights can no longer be dequantized, so a model that was evaluated before training silently learns next to nothing
     (seen with bitsandbytes 0.50.2: gradient norm 0.28 in place of 1.67 for LoRA over NF4).
+
+    Raises:
+        NotInForce: this version of bitsandbytes has no such switch.
     """
+    bitsandbytes: Any = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:  # then no layer is one of its
+        return
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (mypy knows no such attribute)
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
+            continue
+        if not hasattr(module, _REPACKS):
+            version = versions_of(["bitsandbytes"]).get("bitsandbytes")
+            raise NotInForce(
+                f"bitsandbytes {version}: its 4-bit layers have no {_REPACKS} any more, the switch that keeps them "
+                "from being repacked by an evaluation and learning nothing after; pip install bitsandbytes==0.50.2"
+            )
+        setattr(module, _REPACKS, False)
 
 
 def _feed_head_contiguous(model: PreTrainedModel) -> None:

@@ -5,6 +5,9 @@ Three nets, each for what falls through the one before:
 - `RLIMIT_DATA`: an allocation of private memory beyond the limit fails, and the run survives to say where;
 - a control group, where this process may make one: the kernel holds all of the run's memory to the limit;
 - a watchdog on the resident set: pages of mapped files count towards the peak and towards no rlimit.
+
+Off Linux the watchdog is the only one: macOS has the name RLIMIT_DATA and does not hold mapped memory to it, Windows
+has neither.
 """
 
 from __future__ import annotations
@@ -12,24 +15,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _LOOK_EVERY_SECONDS = 0.02
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def limit_data(limit_bytes: int) -> None:
-    """Let private writable memory grow by at most so many bytes from here.
+def limit_data(limit_bytes: int) -> bool:
+    """Let private writable memory grow by at most so many bytes from here; False where the system has no such limit.
 
     RLIMIT_AS would count every mapped library and file as well. Only the soft limit is set: `lift` gives a run that
     has ended the memory to say so.
     """
+    if sys.platform != "linux":
+        return False
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_status_bytes("VmData") + limit_bytes, hard))
+    return True
 
 
 def lift() -> None:
@@ -46,16 +53,33 @@ def watch(limit_bytes: int, *, baseline_bytes: int, exceeded: Callable[[int], No
 
     def look() -> None:
         pause = threading.Event()
-        with Path("/proc/self/statm").open("rb", buffering=0) as statm:
-            page = os.sysconf("SC_PAGE_SIZE")
+        with _resident() as resident:
             while not pause.wait(_LOOK_EVERY_SECONDS):
-                statm.seek(0)
-                used = int(statm.read().split()[1]) * page - baseline_bytes
+                used = resident() - baseline_bytes
                 if used > limit_bytes:
                     exceeded(used)
                     return
 
     threading.Thread(target=look, name="memory watchdog", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _resident() -> Iterator[Callable[[], int]]:
+    """A function for this process's resident bytes that is cheap enough to be called fifty times a second."""
+    if sys.platform != "linux":
+        import psutil
+
+        process = psutil.Process()
+        yield lambda: int(process.memory_info().rss)
+        return
+    with Path("/proc/self/statm").open("rb", buffering=0) as statm:
+        page = os.sysconf("SC_PAGE_SIZE")
+
+        def resident() -> int:
+            statm.seek(0)
+            return int(statm.read().split()[1]) * page
+
+        yield resident
 
 
 def enter_group(run_dir: Path, limit_bytes: int, *, root: Path = _CGROUPS) -> bool:

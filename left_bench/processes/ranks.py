@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from left_bench.core.errors import UserError
 from left_bench.processes.resources import share_of
-from left_bench.processes.start_process import LAUNCHER_PID
+from left_bench.processes.start_process import LAUNCHER_PID, end_alone
 from left_bench.spec.record import Record, Status
 
 OUTCOME_NAME = "outcome.json"
@@ -123,8 +123,7 @@ class Team:
         if not self.pids:
             return
         for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            end_alone(pid)
         self.sweep()
 
     def sweep(self) -> None:

@@ -2,12 +2,14 @@
 
 Importing torch, transformers and peft takes longer than a small cell trains. The server imports them once for a sweep
 and does nothing else, so every fork starts from the same state as the first: no thread pool, no random state, no
-allocation of a run. CUDA contexts do not survive a fork; accelerators always get a fresh interpreter.
+allocation of a run. CUDA contexts do not survive a fork; accelerators always get a fresh interpreter, and so do all
+workers off Linux: macOS has a fork server too, but its own frameworks, which torch has loaded by then, may end a fork.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -17,7 +19,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,9 +56,14 @@ def start(
         command: what to start in its place (tests).
         program: the module, whose `main([run_dir], forked=True)` a fork calls.
     """
-    if fork and command is None and "forkserver" in multiprocessing.get_all_start_methods():
+    if fork and command is None and may_fork():
         return _Forked(program, run_dir, log=log, environment=environment)
     return _Spawned([*(command or [sys.executable, "-m", program]), str(run_dir)], log, environment)
+
+
+def may_fork() -> bool:
+    """Whether a process that has imported torch can be forked on this platform and go on."""
+    return sys.platform == "linux" and "forkserver" in multiprocessing.get_all_start_methods()
 
 
 class _Spawned:
@@ -68,7 +74,7 @@ class _Spawned:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True,  # Windows passes it by: see `end_with_children`
                 env=environment | {LAUNCHER_PID: str(os.getpid())},
             )
 
@@ -82,12 +88,14 @@ class _Spawned:
         self.wait(_MOMENT_SECONDS)
 
     def end(self) -> int | None:
-        _kill_group(self._process.pid)
+        end_with_children(self._process.pid)
         return self._process.wait()
 
 
 class _Forked:
     def __init__(self, program: str, run_dir: Path, *, log: Path, environment: dict[str, str]) -> None:
+        from multiprocessing import forkserver  # of systems that can fork
+
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOAD])
         # the server keeps the environment of its start; what a cell sets itself is set again in the fork
@@ -107,7 +115,7 @@ class _Forked:
         self.wait(_MOMENT_SECONDS)
 
     def end(self) -> int | None:
-        _kill_group(self._process.pid)
+        end_with_children(self._process.pid)
         self._process.kill()  # in its first moments it has no group of its own yet
         self._process.join()
         code: int | None = self._process.exitcode
@@ -190,8 +198,47 @@ def _ask_for_stack(pid: int | None) -> None:
             os.kill(pid, STACK_SIGNAL)
 
 
-def _kill_group(pid: int | None) -> None:
+def end_with_children(pid: int | None) -> None:
+    """Kill a worker and what it has started: its process group, or on Windows, which has none, its descendants."""
     if pid is None:
         return
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        return
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        worker = psutil.Process(pid)
+        for process in [worker, *worker.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def end_alone(pid: int) -> None:
+    """Kill one process."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows, any signal ends a process at once
+
+
+def die_with_parent() -> None:
+    """See to it that this process ends when its parent does, however that happens.
+
+    Linux is asked for it (PR_SET_PDEATHSIG). Elsewhere a thread waits for the parent's end.
+    """
+    # a spawned worker is told whose it is: the parent may have ended while the imports were still running
+    parent = int(os.environ.pop(LAUNCHER_PID, os.getppid()))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the request took hold
+            os._exit(1)
+    else:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(pid: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already
+        psutil.Process(pid).wait()
+    os._exit(1)

@@ -10,8 +10,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from left_bench.processes.start_process import die_with_parent
 from left_bench.worker.classify_error import NoRoomToCheck, says_out_of_memory
-from left_bench.worker.run import ADAPTER_NAME, ROWS_NAME, die_with_parent
+from left_bench.worker.run import ADAPTER_NAME, ROWS_NAME
 
 EQUAL = "equal"
 

@@ -6,12 +6,10 @@ Read `work` from top to bottom: that is the run.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import json
 import os
 import shutil
-import signal
 import sys
 import threading
 import traceback
@@ -28,7 +26,7 @@ from left_bench.core.paths import versions_of
 from left_bench.processes import memory_limit, ranks
 from left_bench.processes.ranks import OUTCOME_NAME, Team
 from left_bench.processes.resources import assigned_cores, concurrent_cells
-from left_bench.processes.start_process import LAUNCHER_PID, STACK_SIGNAL
+from left_bench.processes.start_process import STACK_SIGNAL, die_with_parent
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import EVENTS_NAME, ROW_COUNTS, EventWriter, NullEventWriter, progress_of
 from left_bench.spec.record import Record, Status
@@ -473,16 +471,6 @@ def threads_in_use() -> int:
     import torch
 
     return torch.get_num_threads()
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends, however that happens (Linux)."""
-    if sys.platform == "linux":
-        # a spawned worker is told whose it is: the parent may have ended while the imports were still running
-        parent = int(os.environ.pop(LAUNCHER_PID, os.getppid()))
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the request took hold
-            os._exit(1)
 
 
 if __name__ == "__main__":
