@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 
 import pytest
 from recorded.build import make_record
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from left_bench.evaluation import evaluate
 from left_bench.launch import progress
-from left_bench.launch.progress import say_end, watch
+from left_bench.launch.progress import say_end, still_at_work, watch
 from left_bench.launch.run_cell import Pace
 from left_bench.spec import events
 from left_bench.spec.events import EventReader, EventWriter, progress_of
@@ -225,3 +226,37 @@ def test_the_time_left_is_told_to_what_a_guess_is_worth(seconds, said, tiny_cell
     console = Console(file=out, width=200)
     say_end(make_record(), number=1, total=2, seconds_left=seconds, console=console)
     assert out.getvalue().endswith(f"about {said} left\n")
+
+
+def test_long_work_says_what_it_is_at_again_and_again(monkeypatch):
+    monkeypatch.setattr(progress, "_SIGN_EVERY_SECONDS", 0.02)
+    stream = io.StringIO()
+    with still_at_work(stream) as tell:
+        for what in ("composing the cells", "planning 1 of 2: lora [nf4]"):
+            tell(what)
+            end = time.monotonic() + 10
+            while what not in stream.getvalue() and time.monotonic() < end:
+                time.sleep(0.01)
+    lines = stream.getvalue().splitlines()
+    assert any(line.startswith("composing the cells (") for line in lines)
+    assert lines[-1].startswith("planning 1 of 2: lora [nf4] (") and lines[-1].endswith(" s)")
+
+
+def test_short_work_says_nothing():
+    stream = io.StringIO()
+    with still_at_work(stream) as tell:
+        tell("composing the cells")
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_shows_one_line_and_is_left_as_it_was():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with still_at_work(stream) as tell:
+        tell("planning 1 of 1: lora")
+        shown = stream.getvalue()
+    assert "planning 1 of 1: lora" in stream.getvalue()
+    assert "\x1b[2K" in stream.getvalue()[len(shown) :]  # the line is erased

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from left_bench.cli.plan_tables import CARDS_GB, Answer, print_answers, print_cards, print_rows, verdict
 from left_bench.core.errors import Unsupported, UserError, in_one_sentence
+from left_bench.launch.progress import still_at_work
 from left_bench.processes.start_process import output_discarded
 from left_bench.spec.cell import Cell, fingerprint
 
 if TYPE_CHECKING:
     from left_bench.plan.predict import Plan
 
-_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations_and_workspace")
-_HEADINGS = {"activations_and_workspace": "activations"}
-BESIDE_TENSORS_BYTES = {"cpu": 512 * 2**20, "cuda": 1024 * 2**20, "xpu": 1024 * 2**20}
-"""What a process may take beyond its tensors: kernels' code and workspaces, slack of the allocator. On the CPU 200 to
-370 MiB were measured (docs/plan.md); on accelerators, where nothing was, a gibibyte is kept clear."""
-NOT_KNOWN = 3
-"""Exit code: a cell's peak is not known, and of the others none is too much."""
-_HELP = """left-bench plan [GROUP=OPTION | KEY=VALUE | +sweep=NAME ...]
+_HELP = """left-bench plan [GROUP=OPTION | KEY=VALUE | +sweep=NAME ...] [--cards[=GB,GB,...] | --json | --csv]
 
 Predicts the memory that each cell holds while it trains, from shapes alone: nothing is run, loaded or downloaded but
 a hub model's small configuration. Takes the overrides of a run. Exit code 1 when a cell will not fit in
-hardware.memory_limit, or in the machine where there is none; 3 when a peak could not be predicted."""
+hardware.memory_limit, or in the machine where there is none; 3 when a peak could not be predicted.
+
+--cards          a column for each size of GPU, 8 to 141 GB, or of those given as --cards=24,80
+--json, --csv    the answers for a program, sizes in bytes"""
 
 
 def main(argv: list[str]) -> int:
@@ -34,10 +31,41 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(_HELP)
         return 0
-    alike = {fingerprint(cell.identity | {"seed": None}): cell for cell in reversed(list(cells_of(argv)))}
-    cells = list(reversed(alike.values()))  # seeds take the same memory: the first one stands for them
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    return print_plans(cells)
+    argv, form, cards = _own_options(argv)
+    if cards and not any(one.startswith("hardware=") for one in argv):
+        argv = [*argv, "hardware=cuda"]
+    with still_at_work() as tell:
+        tell("composing the cells")
+        alike = {fingerprint(cell.identity | {"seed": None}): cell for cell in reversed(list(cells_of(argv)))}
+        cells = list(reversed(alike.values()))  # seeds take the same memory: the first one stands for them
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        answers = list(answers_of(cells, tell=tell))
+    if form is not None:
+        return print_rows(answers, form=form)
+    return print_cards(answers, cards) if cards else print_answers(answers)
+
+
+def _own_options(argv: list[str]) -> tuple[list[str], str | None, tuple[float, ...]]:
+    """What is left of the arguments for Hydra; `json` or `csv`; the cards that are asked about, in GB.
+
+    Raises:
+        UserError: sizes of cards that are no numbers above 0, or more than one form at once.
+    """
+    forms = [one for one in ("json", "csv") if f"--{one}" in argv]
+    asked = [one for one in argv if one == "--cards" or one.startswith("--cards=")]
+    if len(forms) + bool(asked) > 1:
+        given = [*(f"--{one}" for one in forms), *asked]
+        raise UserError(f"left-bench plan: {' and '.join(given)} at once; give one of them")
+    cards: tuple[float, ...] = ()
+    if asked:
+        _, _, sizes = asked[-1].partition("=")
+        try:
+            cards = tuple(float(size) for size in sizes.split(",")) if sizes else CARDS_GB
+        except ValueError:
+            cards = (0.0,)
+        if not all(0 < size < float("inf") for size in cards):
+            raise UserError(f"--cards={sizes}: sizes are numbers of GB, such as --cards=24,80")
+    return [one for one in argv if one not in ("--json", "--csv", *asked)], forms[0] if forms else None, cards
 
 
 def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
@@ -99,63 +127,32 @@ def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
         GlobalHydra.instance().clear()
 
 
-def print_plans(cells: list[Cell]) -> int:
-    """One line a cell, what could not be predicted beneath; 1 when one does not fit."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def answers_of(cells: list[Cell], *, tell: Callable[[str], None]) -> Iterator[Answer]:
+    """Each cell's answer in turn; `tell` is told which is worked on.
 
+    Raises:
+        UserError: the only cell cannot run; one of several is `cannot run`.
+    """
     from left_bench.grid.rules import why_unsupported
-    from left_bench.report.values import format_value
 
-    def text(value: float | None) -> str:
-        return format_value("peak_memory_bytes", value)
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("cell", overflow="fold")
-    for heading in (*(_HEADINGS.get(part, part) for part in _PARTS), "peak", "limit"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("fits", no_wrap=True)
-    said: dict[str, None] = {}
-    worst, unknown = 0, False
-    for cell, name in zip(cells, _names(cells), strict=True):
+    followed: dict[str, Plan] = {}
+    for number, (cell, name) in enumerate(zip(cells, _names(cells), strict=True), start=1):
+        tell(f"planning {number} of {len(cells)}: {name}")
         if (refusal := why_unsupported(cell)) is not None:
-            table.add_row(Text(name), *[""] * (len(_PARTS) + 2), Text("unsupported", style="yellow"))
-            said[f"{name}: {refusal}"] = None
+            yield Answer(name, cell, refusal=refusal)
             continue
         try:
-            plan = _predict(cell)
+            plan = _predict(cell, followed=followed)
         except Unsupported as error:
-            table.add_row(Text(name), *[""] * (len(_PARTS) + 2), Text("unsupported", style="yellow"))
-            said[f"{name}: {error}"] = None
+            yield Answer(name, cell, refusal=str(error))
             continue
         except UserError as error:
             if len(cells) == 1:
                 raise
-            table.add_row(Text(name), *[""] * (len(_PARTS) + 2), Text("cannot run", style="red"))
-            said[f"{name}: {error}"], worst = None, 1
+            yield Answer(name, cell, fits="cannot run", refusal=str(error))
             continue
         limit = limit_of(cell)
-        fits = verdict(plan, limit, device=cell.hardware.device)
-        worst, unknown = max(worst, int(fits == "no")), unknown or (fits == "?" and plan.peak_bytes is None)
-        style = {"yes": "green", "no": "red"}.get(fits, "yellow")
-        parts = (text(plan.parts.get(part)) for part in _PARTS)
-        table.add_row(Text(name), *parts, text(plan.peak_bytes), text(limit), Text(fits, style=style))
-        said |= {f"{name}: not predicted: {one}": None for one in plan.unknown}
-        if plan.paged_optimizer_bytes:
-            paged = text(plan.paged_optimizer_bytes)
-            said[f"{name}: {paged} of optimizer states beside the peak, in memory that CUDA pages to the host"] = None
-        said[_pass_in_words(plan, cell)] = None
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console.width = 200
-    console.print(table)
-    said[
-        "peak: what the tensors of a step hold at once; kernels and allocator take some more beside (docs/plan.md)"
-    ] = None
-    for line in said:
-        console.print(Text(line), soft_wrap=True)
-    return worst or (NOT_KNOWN if unknown else 0)
+        yield Answer(name, cell, plan, verdict(plan, limit, cell=cell), limit_bytes=limit)
 
 
 def _names(cells: list[Cell]) -> list[str]:
@@ -182,11 +179,11 @@ def _names(cells: list[Cell]) -> list[str]:
     return labels(rows, find_axes(rows))
 
 
-def _predict(cell: Cell) -> Plan:
+def _predict(cell: Cell, *, followed: dict[str, Plan]) -> Plan:
     with output_discarded():  # what libraries say of a model that holds nothing
         from left_bench.plan.predict import predict
 
-        return predict(cell)
+        return predict(cell, followed=followed)
 
 
 def limit_of(cell: Cell) -> int | None:
@@ -203,24 +200,3 @@ def limit_of(cell: Cell) -> int | None:
     if module is None or not module.is_available() or not hasattr(module, "get_device_properties"):
         return None
     return int(module.get_device_properties(0).total_memory)
-
-
-def verdict(plan: Plan, limit: int | None, *, device: str) -> str:
-    """`yes`, `no`, `perhaps` where it depends on what lies beside the tensors, `?` where peak or limit is not known.
-
-    What is known can be too much already.
-    """
-    if limit is None:
-        return "?"
-    if sum(plan.parts.values()) > limit:
-        return "no"
-    if plan.peak_bytes is None:
-        return "?"
-    return "yes" if plan.peak_bytes + BESIDE_TENSORS_BYTES.get(device, 0) <= limit else "perhaps"
-
-
-def _pass_in_words(plan: Plan, cell: Cell) -> str:
-    one = plan.largest
-    shape = f"{one.length} tokens end to end" if one.packed else f"{one.rows} rows of {one.length} tokens"
-    rows = f"largest pass: {shape}, {one.answer_tokens} of them answers"
-    return rows if one.measured else f"{rows} (the rows are not on this machine: training.max_length taken for each)"

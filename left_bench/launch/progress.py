@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import rows_in_words
 from left_bench.spec.record import SCORER_PREFIX, Record
 
 _LINE_EVERY_SECONDS = 10.0
+_SIGN_EVERY_SECONDS = 1.5
 
 
 class CellView(Protocol):
@@ -59,6 +71,51 @@ def say_end(
     detail = escape(record.reason or "") if record.status != "ok" else ", ".join(facts)
     left = "" if seconds_left is None else f"  [dim]about {rounded_time(seconds_left)} left[/]"
     console.print(f"{text}  {detail}{left}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def still_at_work(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
+    """`tell(what)`: what is being worked on, and for how long, on standard error until the block ends.
+
+    A terminal has one line, which is gone afterwards; anything else a line whenever 1.5 seconds have passed without
+    one. It is written to where standard error leads as the block begins, also while libraries' output is discarded.
+    """
+    with contextlib.ExitStack() as stack:
+        if stream is None:
+            stream = stack.enter_context(os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace"))
+        console = Console(file=stream)
+        shown = _one_line(console) if console.is_terminal else _signs_of_life(console)
+        yield stack.enter_context(shown)
+
+
+@contextmanager
+def _one_line(console: Console) -> Iterator[Callable[[str], None]]:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what: bar.update(task, description=escape(what))
+
+
+@contextmanager
+def _signs_of_life(console: Console) -> Iterator[Callable[[str], None]]:
+    now, began, ended = "", time.monotonic(), threading.Event()
+
+    def lines() -> None:
+        while not ended.wait(_SIGN_EVERY_SECONDS):
+            told = f"{now} ({time.monotonic() - began:.0f} s)"
+            console.print(escape(told), highlight=False, soft_wrap=True)
+
+    def tell(what: str) -> None:
+        nonlocal now
+        now = what
+
+    thread = threading.Thread(target=lines, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        ended.set()
+        thread.join()
 
 
 def rounded_time(seconds: float) -> str:

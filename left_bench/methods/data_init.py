@@ -32,7 +32,7 @@ _EIGENS = ("S_WC", "U_WC", "V_WC")
 _EVA_ROWS = 256
 _GRADIENT_ROWS = 64
 _COVARIANCE_ROWS = 64
-_CONTEXT_ROWS = 4
+CONTEXT_ROWS = 4
 _INPUT, _ANSWER, _KINDS = 2, 4, 4  # CPT's kinds of token, counted on from example to example
 
 
@@ -43,7 +43,7 @@ def context_of(rows: Sequence[Example]) -> dict[str, list[int]]:
     """
     ids: list[int] = []
     kinds: list[int] = []
-    for number, row in enumerate(rows[:_CONTEXT_ROWS]):
+    for number, row in enumerate(rows[:CONTEXT_ROWS]):
         ids += [*row.prompt_ids, *row.answer_ids]
         kinds += [_INPUT + _KINDS * number] * len(row.prompt_ids)
         kinds += [(_ANSWER if answers else _INPUT) + _KINDS * number for answers in row.of_answer]

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -23,25 +22,26 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from left_bench.core.errors import Unsupported, UserError
 from left_bench.data import Example, load_data, split_passes, step_rows
 from left_bench.data.batches import at_positions
 from left_bench.measure.meter import stored_bytes
-from left_bench.methods.attach import added_parameters, regularization, trainable_parameters
+from left_bench.measure.method_buffers import Modules, frozen_tensors, modules_of
+from left_bench.methods import data_init
+from left_bench.methods.attach import added_parameters, after_optimizer_step, regularization, trainable_parameters
 from left_bench.model.load import DTYPES, autocast
+from left_bench.plan.follow import Storages, as_on
 from left_bench.plan.formats import stored_bytes_of
-from left_bench.plan.shapes import adapter_of_shapes, model_of_shapes
+from left_bench.plan.shapes import adapter_of_shapes, give_numbers, model_of_shapes, replace_tensors
 from left_bench.pretrained import fetched, load_tokenizer, source
 from left_bench.pretrained.make import byte_tokenizer
-from left_bench.spec.cell import Cell
+from left_bench.spec.cell import Cell, fingerprint
 from left_bench.training.loop import make_optimizer, state_tensors
 from left_bench.training.loss import AnswerLoss
 
 _SHOWN_STEPS = 1000
+_FEW = 16
 _LARGEST_TRIED = 2**26
 _LEAST_PAGED = 100_000  # weights; bitsandbytes keeps the states of smaller parameters as they are (optim/optimizer.py)
 
@@ -80,8 +80,11 @@ class Plan:
         return sum(self.parts.values()) if wanted <= self.parts.keys() else None
 
 
-def predict(cell: Cell) -> Plan:
+def predict(cell: Cell, *, followed: dict[str, Plan] | None = None) -> Plan:
     """What `cell` will hold in memory while it trains.
+
+    Args:
+        followed: what was worked out for other cells; a step is the same over every quantization, and is taken from it.
 
     Raises:
         UserError: the model's configuration cannot be had.
@@ -101,31 +104,55 @@ def predict(cell: Cell) -> Plan:
         plan.parts["weights"] = dense - dequantized + kept
         item = DTYPES[cell.precision.compute_dtype].itemsize
         workspace = max((layer.weight.numel() * item for layer in quantized.values()), default=0)
-    of_base = [name for name, _ in model.named_parameters()]
+    followed = {} if followed is None else followed
+    alike = fingerprint([cell.identity | dict.fromkeys(("quantization", "eval", "seed")), asdict(plan.largest)])
+    if alike not in followed:
+        followed[alike] = _with_method(plan.largest, model, cell)
+    method = followed[alike]
+    plan.parts |= method.parts
+    if "activations_and_workspace" in plan.parts:
+        plan.parts["activations_and_workspace"] += workspace
+    plan.unknown += method.unknown
+    plan.trainable_params, plan.paged_optimizer_bytes = method.trainable_params, method.paged_optimizer_bytes
+    return plan
+
+
+def _with_method(largest: Pass, model: Any, cell: Cell) -> Plan:
+    """The parts that the method, its optimizer and a step add to the base model's weights."""
     try:
-        model = adapter_of_shapes(model, cell)
+        plan = Plan(largest)
+        _take_in_method(plan, model, cell)
     except (UserError, Unsupported):
         raise
-    except Exception as error:  # a method that starts from the weights' values, or from data
-        plan.unknown.append(f"adapter and all that follows: {cell.peft.name} needs more than shapes ({_short(error)})")
-        return plan
+    except Exception:  # a method that looks at the weights, or draws what decides a shape
+        plan = Plan(largest)
+        model = model_of_shapes(cell)
+        try:
+            give_numbers(model)
+            _take_in_method(plan, model, cell)
+        except (UserError, Unsupported):
+            raise
+        except Exception as error:
+            attached = "adapter" in plan.parts or cell.peft.target is None
+            what = "the step" if attached else f"the adapter of peft={cell.peft.name} and all that follows"
+            plan.unknown.append(f"{what}: it cannot be followed without the model itself ({_short(error)})")
+    return plan
+
+
+def _take_in_method(plan: Plan, model: Any, cell: Cell) -> None:
+    """Attach the cell's method to the base model, and take a step where steps can be followed."""
+    of_base, modules = [name for name, _ in model.named_parameters()], modules_of(model)
+    model = adapter_of_shapes(model, cell, rows=_rows_to_start_from(cell))
     trained = trainable_parameters(model)
     plan.trainable_params = sum(parameter.numel() for parameter in trained)
     if cell.peft.target is not None:
         plan.parts["adapter"] = bytes_of(added_parameters(model, base=of_base))
     if cell.model.task != "causal_lm" or cell.training.objective != "sft":
         plan.unknown.append("the step: only a decoder's supervised fine-tuning is followed")
-        return plan
-    if cell.hardware.sharding is not None:
+    elif cell.hardware.sharding is not None:
         plan.unknown.append(f"the step: hardware.sharding={cell.hardware.sharding} is not followed")
-        return plan
-    try:
-        _take_step(plan, model, cell, workspace=workspace)
-    except UserError:
-        raise
-    except Exception as error:
-        plan.unknown.append(f"the step: it cannot be followed by shapes alone ({_short(error)})")
-    return plan
+    else:
+        _take_step(plan, model, cell, base=modules)
 
 
 def largest_pass(cell: Cell) -> Pass:
@@ -172,6 +199,15 @@ def _rows_at_hand(cell: Cell) -> Sequence[Example] | None:
     return list(splits.train)
 
 
+def _rows_to_start_from(cell: Cell) -> Sequence[Example]:
+    """Rows for a method whose shape is made of some; as long as they may be where there are none at hand."""
+    if not data_init.asks_for_rows(cell.peft.target, cell.peft.config):
+        return []
+    rows = _rows_at_hand(cell)
+    whole = Example(prompt_ids=[0] * (cell.training.max_length - 1), answer_ids=[0], prompt="", reference="")
+    return [whole] * data_init.CONTEXT_ROWS if rows is None else rows
+
+
 def quantizable(model: Any) -> dict[str, torch.nn.Linear]:
     """The layers that quantizers replace: every linear one but the output head, and the encoder-side tied to it."""
     head = model.get_output_embeddings()
@@ -187,10 +223,11 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in (one.untyped_storage() for one in tensors)}.values())
 
 
-def _take_step(plan: Plan, model: Any, cell: Cell, *, workspace: int) -> None:
+def _take_step(plan: Plan, model: Any, cell: Cell, *, base: Modules) -> None:
     """One optimizer step, every storage followed; fills in gradients, optimizer and what the peak holds beyond."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Storages() as storages:
-        _hollow(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), Storages() as storages:
+        # autocast passes by tensors on the meta device
+        replace_tensors(model, _fake)
         trained = trainable_parameters(model)
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -202,31 +239,60 @@ def _take_step(plan: Plan, model: Any, cell: Cell, *, workspace: int) -> None:
             plan.parts["optimizer"] = bytes_of(state_tensors(optimizer))
         if "optimizer" not in plan.parts:
             optimizer = None
+        storages.answering = True
+        after_optimizer_step(model, 0)
         model.zero_grad(set_to_none=True)
 
         everywhere = cell.training.output_head == "all"
         loss = (
             AnswerLoss(model, everywhere=True) if everywhere else AnswerLoss.assumed(model, kind=cell.hardware.device)
         )
-        held = storages.now
+        held, kept = storages.now, bytes_of(frozen_tensors(model, base=base))
         storages.peak = held
         model.train()
         for _ in range(min(2, cell.training.gradient_accumulation)):  # the second pass has the first one's gradients
-            with autocast(cell, device="cpu"), _as_on(cell.hardware.device, autocasting=cell.autocast):
+            with autocast(cell, device="cpu"), as_on(cell.hardware.device, autocasting=cell.autocast):
                 total = loss.summed(_batch(plan.largest))
             penalty = regularization(model)
             (total if penalty is None else total + penalty).backward()
             del total, penalty
+        storages.answering = False
+        _take_in_gradients(plan, trained, optimizer)
         torch.nn.utils.clip_grad_norm_(trained, cell.training.max_grad_norm or math.inf)
         if optimizer is not None:
             optimizer.step()
+    if frozen := bytes_of(frozen_tensors(model, base=base)):
+        plan.parts["adapter_frozen"] = frozen
     if optimizer is None:  # one whose states only numbers make
         plan.parts["optimizer"], _ = _states_by_trial(model, cell)
     if ".Paged" in cell.optimizer.target:  # counted apart, as a run does: the card's allocator does not hold them
         states, plan.paged_optimizer_bytes = _states_by_trial(model, cell)
         plan.parts["optimizer"] = states - plan.paged_optimizer_bytes
-    beyond = storages.peak - held + workspace - plan.parts["gradients"]
+    beyond = storages.peak - held - plan.parts["gradients"] - (frozen - kept)  # made in the first pass
     plan.parts["activations_and_workspace"] = max(0, beyond)
+
+
+def _take_in_gradients(plan: Plan, trained: Sequence[torch.Tensor], optimizer: Any) -> None:
+    """Gradients as they are after a step's passes: some are slices of larger ones (OSF), and some never come.
+
+    Trainable parameters that the loss does not reach have no optimizer's states either (ShadowPEFT has some).
+    """
+    plan.parts["gradients"] = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
+    untouched = [parameter for parameter in trained if parameter.grad is None]
+    if optimizer is not None and untouched:
+        for parameter in untouched:
+            optimizer.state.pop(parameter, None)
+        plan.parts["optimizer"] = bytes_of(state_tensors(optimizer))
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor like that one, a CPU's: autocast passes by what is on the meta device.
+
+    A few whole numbers stay as they are: methods make shapes of them (FRoD's matrices' sizes).
+    """
+    if tensor.device.type == "cpu" and not tensor.is_floating_point() and tensor.numel() <= _FEW:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
 def _in_plain_memory(cell: Cell) -> Cell:
@@ -288,79 +354,6 @@ def _batch(largest: Pass) -> Any:
         labelled=lambda states, after: at_positions(states, places, places + after),
         targets=places,
     )
-
-
-def _hollow(model: torch.nn.Module) -> None:
-    """Give the model fake tensors in place of those on the meta device, which autocast passes by; ties are kept."""
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            hollow = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-            made[id(tensor)] = hollow, tensor  # the old one is kept, or its id would be another's
-        return made[id(tensor)][0]
-
-    for module in model.modules():
-        for owned in (module._parameters, module._buffers):
-            for name, tensor in owned.items():
-                if tensor is not None:
-                    owned[name] = fake(tensor)  # type: ignore[assignment]
-
-
-def _as_on(device: str, *, autocasting: bool) -> contextlib.AbstractContextManager[Any]:
-    """Inside, what CUDA's autocast widens to float32 is widened: fake tensors are a CPU's, whose lists are shorter."""
-    return _Widening() if autocasting and device not in ("cpu", "mps") else contextlib.nullcontext()
-
-
-# torch's list for CUDA ("ops that autocast to float32"), of which models use these
-_WIDENED = {
-    *(torch.nn.functional.layer_norm, torch.nn.functional.group_norm, torch.nn.functional.normalize),
-    *(torch.nn.functional.softmax, torch.softmax, torch.nn.functional.log_softmax, torch.log_softmax),
-    *(torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss, torch.nn.functional.softplus),
-    *(torch.pow, torch.Tensor.pow, torch.rsqrt, torch.Tensor.rsqrt, torch.exp, torch.log, torch.cumsum),
-    *(torch.sum, torch.Tensor.sum, torch.norm, torch.reciprocal),
-}
-
-
-class _Widening(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _WIDENED:
-            return func(*args, **(kwargs or {}))
-
-        def wide(value: Any) -> Any:
-            narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-            return value.float() if narrow else value
-
-        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
-
-
-class _Storages(TorchDispatchMode):
-    """Bytes of all storages alive that were made while it is on, and the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
-        return out
-
-    def _follow(self, storage: Any) -> None:
-        key = storage._cdata
-        if key not in self._alive:
-            self._alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._end, key)
-
-    def _end(self, key: int) -> None:
-        self.now -= self._alive.pop(key)
 
 
 def _short(error: Exception) -> str:

@@ -27,6 +27,7 @@ _LINES = ("-", "--", ":", "-.")
 _PARTS = {
     "weights": "#0072B2",
     "adapter": "#D55E00",
+    "adapter_frozen": "#CC79A7",
     "gradients": "#009E73",
     "optimizer": "#E69F00",
     "activations_and_workspace": "#B5B5B5",

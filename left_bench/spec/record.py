@@ -223,7 +223,7 @@ class Record(_Frozen):
     """Flat, name -> number; see METRICS. What was not measured is absent."""
     phases: list[Phase] = Field(default_factory=list)
     memory_breakdown: dict[str, int] = Field(default_factory=dict)
-    """Part -> bytes: weights, adapter, gradients, optimizer, activations_and_workspace."""
+    """Part -> bytes: weights, adapter, adapter_frozen, gradients, optimizer, activations_and_workspace."""
     scores: list[Score] = Field(default_factory=list)
     samples: list[Sample] = Field(default_factory=list)
     environment: dict[str, Any] = Field(default_factory=dict)

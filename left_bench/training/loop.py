@@ -16,6 +16,7 @@ from left_bench.core.errors import NotInForce, UserError
 from left_bench.data import Example, split_passes, step_rows
 from left_bench.measure.compile_timer import Compiling
 from left_bench.measure.meter import Meter, PhaseCounts, Step, stored_bytes, warm_up
+from left_bench.measure.method_buffers import Modules, frozen_part
 from left_bench.methods.attach import after_optimizer_step, regularization, trainable_parameters
 from left_bench.methods.verify import check_gradient
 from left_bench.model.load import autocast, layers_of
@@ -45,6 +46,7 @@ def train(
     compiling: Compiling | None = None,
     team: Team = ALONE,
     earlier: bool = False,
+    base: Modules | None = None,
 ) -> str:
     """Take `training.steps` optimizer steps; measurements go into `meter`.
 
@@ -55,6 +57,7 @@ def train(
         objective: of `model`.
         compiling: of `compile_model`; what is compiled again in a step, for a shape not met before, is not the step's.
         earlier: another training of the same model follows.
+        base: the base model's modules, for what a method holds besides to be measured.
         team: the processes that train together; what is measured is the same on each of them, but for memory.
 
     Returns:
@@ -150,6 +153,8 @@ def train(
             pairs=sum(example.length**2 for example in read),
         )
         team.check_alike(f"the gradient's norm at step {step}", [norm for _, norm in parts])
+        if step == done + 1 and base is not None:  # the first step makes some of it; AdaLoRA's last ones drop theirs
+            meter.memory_breakdown |= frozen_part(model, base=base)
         counts.steps += 1
         counts.tokens += measured.tokens
         meter.step(measured, learning_rate=learning_rate, gradient_norm=norm.item())

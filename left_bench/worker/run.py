@@ -60,6 +60,7 @@ def work(
         Exception: whatever went wrong; `found` then holds what was measured before.
     """
     from left_bench.evaluation import evaluate, harness, judge, merge_check, scorer, shared_baseline
+    from left_bench.measure import method_buffers
     from left_bench.measure.cpu_contention import Neighbours, Quiet
     from left_bench.measure.device import describe_machine, open_device
     from left_bench.measure.energy import Energy, open_counters
@@ -150,7 +151,7 @@ def work(
         )
         found["provenance"]["base_scores_from"] = source
 
-    of_base = [name for name, _ in base_model.named_parameters()]
+    of_base, base_modules = [name for name, _ in base_model.named_parameters()], method_buffers.modules_of(base_model)
     with meter.phase("attach"):
         model = attach.attach_adapter(base_model, cell, tokenizer=tokenizer, rows=splits.train)
     trainable = attach.trainable_parameters(model)
@@ -225,6 +226,7 @@ def work(
                     counts=counts,
                     compiling=compiling,
                     team=team,
+                    base=base_modules if whole else None,  # sharded, what is frozen counts among the weights
                 )
         finally:
             others = neighbours.share()

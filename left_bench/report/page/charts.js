@@ -4,7 +4,7 @@ const MAX_BARS = 40;
 const MAX_CURVES = 28;
 const SMOOTHED_FROM = 40; // points from which a curve is drawn as a running mean
 const DASHES = ["", "7 4", "2 3", "9 3 2 3"];
-const PART_COLOURS = new Map([["weights", "c0"], ["adapter", "c3"], ["gradients", "c2"], ["optimizer", "c1"], ["activations and workspace", "rest"]]);
+const PART_COLOURS = new Map([["weights", "c0"], ["adapter", "c3"], ["adapter frozen", "c4"], ["gradients", "c2"], ["optimizer", "c1"], ["activations and workspace", "rest"]]);
 
 const partColour = (n) => PART_COLOURS.get(say(data.parts[n])) ?? ["c4", "c5", "c6"][n % 3];
 

@@ -49,7 +49,7 @@ _SCALES = {
     "money": ((1, ""),),
     "params": ((10**9, "billion"), (10**6, "million"), (10**3, "thousand"), (1, "")),
 }
-_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations_and_workspace")
+_PARTS = ("weights", "adapter", "adapter_frozen", "gradients", "optimizer", "activations_and_workspace")
 
 
 class _Strings(dict[str, int]):

@@ -1,0 +1,67 @@
+"""What a method holds in memory besides what it trains: random projections, factors, masks, importance scores."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from left_bench.measure.meter import plain_parts, stored_bytes
+
+Modules = weakref.WeakSet[torch.nn.Module]
+
+
+def modules_of(model: torch.nn.Module) -> Modules:
+    """The modules of a base model, to be told from those that a method adds; none is kept alive by it."""
+    return weakref.WeakSet(model.modules())
+
+
+def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tensor]:
+    """The tensors that a method has added to the modules in `base` and does not train.
+
+    Methods keep them as parameters, as buffers and as plain attributes (SHiRA's indices, AdaLoRA's importance scores);
+    what is a view of the base model's or of a trained tensor is not the method's own.
+    """
+    known = {part.untyped_storage()._cdata for tensor in _others(model, base) for part in plain_parts(tensor)}
+    found = {
+        id(tensor): tensor
+        for module in model.modules()
+        if module not in base
+        for tensor in _tensors_in([vars(module)], set())
+        if not tensor.requires_grad  # an activation that a layer keeps for its next pass is none of these
+        and tensor.layout == torch.strided
+        and tensor.untyped_storage()._cdata not in known
+    }
+    return list(found.values())
+
+
+def frozen_part(model: torch.nn.Module, *, base: Modules) -> dict[str, int]:
+    """The part `adapter_frozen` of a memory breakdown; empty where a method holds nothing frozen."""
+    held = stored_bytes(frozen_tensors(model, base=base))
+    return {"adapter_frozen": held} if held else {}
+
+
+def _others(model: torch.nn.Module, base: Modules) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        own = [*module._parameters.values(), *module._buffers.values()]
+        yield from (one for one in own if one is not None and (module in base or one.requires_grad))
+
+
+def _tensors_in(values: Iterable[Any], seen: set[int]) -> Iterator[torch.Tensor]:
+    """Tensors in containers and in peft's own objects; modules are looked at by whoever goes over them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif id(value) in seen or isinstance(value, torch.nn.Module):
+            continue
+        elif isinstance(value, dict):
+            seen.add(id(value))
+            yield from _tensors_in([*value.values()], seen)
+        elif isinstance(value, (list, tuple, set)):
+            seen.add(id(value))
+            yield from _tensors_in([*value], seen)
+        elif type(value).__module__.startswith("peft.") and hasattr(value, "__dict__"):
+            seen.add(id(value))
+            yield from _tensors_in([*vars(value).values()], seen)
