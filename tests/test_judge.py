@@ -255,7 +255,8 @@ def test_what_leaves_is_said_before_it_does(judged_cell, compose_cell, monkeypat
     assert judge.what_leaves(compose_cell("model=tiny_llama", "hardware=cpu", "precision=fp32")) is None
 
 
-def test_a_launch_says_it_first(served, left_bench, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sweep", [[], ["-m", "peft=lora,ia3"]], ids=["one cell", "a sweep"])
+def test_a_launch_says_it_first(sweep, left_bench, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = []
 
@@ -266,9 +267,10 @@ def test_a_launch_says_it_first(served, left_bench, tmp_path, monkeypatch):
     monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", run_cell)
     monkeypatch.setattr("left_bench.launch.hydra_job.check_cell", lambda cell: None)
     options = ["model=smollm2_135m", "hardware=cpu", "precision=fp32", "tracker=none", "eval.judge_model=stub"]
-    answer = left_bench(*options, "eval.judge=http://127.0.0.1:1/v1")
+    answer = left_bench(*sweep, *options, "eval.judge=http://127.0.0.1:1/v1")
     assert said == ["http://127.0.0.1:1/v1"]
-    assert answer.err.index("note: eval.judge sends up to 64 held-out rows") < answer.err.index("stopped here")
+    assert answer.err.count("note: eval.judge sends up to 64 held-out rows") == 1
+    assert answer.err.index("note: eval.judge sends") < answer.err.index("stopped here")
 
 
 # --- in a run ---
