@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -105,17 +104,10 @@ def test_the_five_commands_lead_from_conversations_to_a_model(tmp_path):
     said = []
     for line in lines:
         command = [sys.executable, "-m", *shlex.split(line.replace("left-bench", "left_bench", 1))]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"WANDB_MODE": "offline"},
-        )
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         said.append(done.stdout)
-    assert "train 16, test 8" in said[0] and "conversations" in said[0]
+    assert "train 20, test 4" in said[0] and "conversations" in said[0]
     assert re.search(r"^cell:   smollm2_135m-none-(lora|ia3)-", said[1], flags=re.MULTILINE)
     assert "train 24, test 0" in said[2]
     base, adapted = re.fullmatch(r"base:    (.*?)\nadapted: (.*)\n", said[3], flags=re.DOTALL).groups()

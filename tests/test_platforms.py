@@ -29,7 +29,7 @@ OTHERS = ["darwin", "win32"]
 SLEEPS = [sys.executable, "-c", "import time; time.sleep(60)"]
 # what Windows lacks, and its name, for the worker's own modules: libraries have parts for it that are not here
 AS_ON_WINDOWS = """
-import left_bench.worker_imports, os, psutil, signal, sys
+import left_bench.worker.preload, os, psutil, signal, sys
 from left_bench import checkpoint, device, limits, process, ranks, worker
 class Windows:
     platform = "win32"

@@ -233,6 +233,7 @@ def test_a_merged_folder_is_a_plain_model_with_the_trained_models_logits(overrid
     ends = GenerationConfig.from_pretrained(out).eos_token_id
     assert set(ends if isinstance(ends, list) else [ends]) == end_tokens(model, tokenizer)
     assert (out / "README.md").read_text().startswith("---\n")
+    assert "library_name: transformers" in (out / "README.md").read_text()
     run_readme(out, asking=True)
 
 

@@ -23,7 +23,7 @@ _TEXT = ("text-generation", "Text Generation")
 # The hub's own names of metrics, where it has others.
 _HUB_METRICS = {"rouge_l": "rouge", "eval_perplexity": "perplexity", "eval_loss": "loss"}
 _FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(?:\.\d*)?(?:[eE][+-]?\d+)?$)")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def model_card(record: Record) -> str:
@@ -41,8 +41,12 @@ def model_card(record: Record) -> str:
     return card_block(record)
 
 
-def card_block(record: Record) -> str:
-    """The same block of any cell; without results where it has no score."""
+def card_block(record: Record, *, whole: bool = False) -> str:
+    """The same block of any cell; without results where it has no score.
+
+    Args:
+        whole: of a folder that holds a model, whatever the method was.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
     model, data, method = (_section(record, name) for name in ("model", "data", "peft"))
@@ -66,8 +70,8 @@ def card_block(record: Record) -> str:
     ]
     card = ModelCardData(
         model_name=one_line(f"{model.get('name') or base}-{adapter}"),
-        base_model=base if _HUB_ID.fullmatch(base) and not Path(base).exists() else None,
-        library_name="peft" if method.get("_target_") else "transformers",
+        base_model=base if HUB_ID.fullmatch(base) and not Path(base).exists() else None,
+        library_name="peft" if method.get("_target_") and not whole else "transformers",
         pipeline_tag=task,
         tags=["left_bench", adapter, *([q] if (q := record.choices.get("quantization", "none")) != "none" else [])],
         eval_results=results or None,

@@ -6,7 +6,6 @@ A folder is written under another name and put in its place when it is whole and
 from __future__ import annotations
 
 import gc
-import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.pretrained import source
+from left_bench.report.export import HUB_ID, card_block
 from left_bench.result.trained import Finished, few_rows, find_finished, on_this_machine, quiet_libraries
 from left_bench.spec.cell import Cell
 from left_bench.spec.redact import redacted
@@ -27,7 +27,6 @@ from left_bench.worker.load_trained import load_base, with_adapter
 KINDS = ("adapter", "merged", "gguf")
 GGUF_NAME = "model.gguf"
 _CONVERTER = "convert_hf_to_gguf.py"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Differs(Exception):
@@ -90,7 +89,7 @@ def _check(order: Order) -> None:
         raise UserError(f"--to {order.kind} {order.folder}: is a file; give a folder")
     if not order.force and order.folder.is_dir() and any(order.folder.iterdir()):
         raise UserError(f"--to {order.kind} {order.folder}: is not empty; give another folder, or --force to replace")
-    if order.push is not None and not _HUB_ID.fullmatch(order.push):
+    if order.push is not None and not HUB_ID.fullmatch(order.push):
         raise UserError(f"--push {order.push}: no repository of the hub; write it as owner/name")
     if order.kind != "gguf":
         return
@@ -131,20 +130,19 @@ def _check_kind(finished: Finished, order: Order) -> None:
 @contextmanager
 def _made_aside(order: Order) -> Iterator[Path]:
     """A folder beside the one asked for, put in its place at the end; an error leaves nothing."""
-    target = order.folder
+    target = order.folder.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
         made = Path(aside) / target.name
         made.mkdir()
         yield made
-        if target.is_dir() and any(target.iterdir()):
+        if target.is_dir():
             # weights of an earlier export would be loaded with these; whatever else is there is somebody's
             for stale in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")]:
                 stale.unlink()
             for path in made.iterdir():
                 path.replace(target / path.name)
         else:
-            shutil.rmtree(target, ignore_errors=True)
             made.replace(target)
 
 
@@ -217,11 +215,10 @@ def _write_merged(finished: Finished, cell: Cell, folder: Path, *, base: str, to
 
 
 def _write_card(finished: Finished, folder: Path, *, base: str, tokenizer: Any) -> None:
-    from left_bench.report.export import card_block
     from left_bench.worker.adapter_readme import README_NAME, write_readme
 
     cell = finished.cell
-    card = card_block(finished.record)
+    card = card_block(finished.record, whole=not (folder / "adapter_config.json").is_file())
     if (folder / GGUF_NAME).is_file():
         text = f"{card}# {cell.model.name}, {cell.peft.name}\n\nFor llama.cpp: `llama-cli -m {GGUF_NAME}`.\n"
         (folder / README_NAME).write_text(text, encoding="utf-8")
