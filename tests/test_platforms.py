@@ -30,7 +30,10 @@ SLEEPS = [sys.executable, "-c", "import time; time.sleep(60)"]
 # what Windows lacks, and its name, for the worker's own modules: libraries have parts for it that are not here
 AS_ON_WINDOWS = """
 import left_bench.worker.preload, os, psutil, signal, sys
-from left_bench import checkpoint, device, limits, process, ranks, worker
+from left_bench.measure import device
+from left_bench.processes import memory_limit as limits, ranks, start_process as process
+from left_bench.training import checkpoint
+from left_bench.worker import run as worker
 class Windows:
     platform = "win32"
     def __getattr__(self, name):
