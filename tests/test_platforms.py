@@ -124,7 +124,7 @@ def test_without_sigkill_a_rank_is_ended(monkeypatch):
 def test_a_worker_ends_with_the_launcher_that_it_was_told(platform, tmp_path):
     launcher = subprocess.Popen(SLEEPS)
     program = (
-        "import psutil, sys, time; from left_bench import process\n"
+        "import psutil, sys, time; from left_bench.processes import start_process\n"
         f"sys.platform = {platform!r}; start_process.die_with_parent(); print('begun', flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen(
