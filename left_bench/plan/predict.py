@@ -257,6 +257,8 @@ def _take_step(plan: Plan, model: Any, cell: Cell, *, base: Modules) -> None:
             (total if penalty is None else total + penalty).backward()
             del total, penalty
         storages.answering = False
+        if len(trainable_parameters(model)) > len(trained):  # MonteCLoRA makes its samplers where there are numbers
+            raise ValueError("a part that is trained is made in the first pass alone")
         _take_in_gradients(plan, trained, optimizer)
         torch.nn.utils.clip_grad_norm_(trained, cell.training.max_grad_norm or math.inf)
         if optimizer is not None:
