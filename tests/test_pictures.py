@@ -12,10 +12,10 @@ from left_bench.data import collate
 from left_bench.grid.rules import why_unsupported
 from left_bench.methods.attach import attach_adapter, trainable_parameters
 from left_bench.model.load import load_model, load_rows_of, open_pretrained
+from left_bench.spec.run_files import CELL_NAME
 from left_bench.spec.task import classifier_of
 from left_bench.training.loss import AnswerLoss
 from left_bench.worker import reload_check
-from left_bench.worker.run import CELL_NAME
 
 VIT = ("model=tiny_vit", "data=digits")
 METHODS = ["full", "lora", "dora", "vera", "ln_tuning", "bitfit", "layer_freeze", "oft"]

@@ -19,8 +19,8 @@ from left_bench.model import load as models
 from left_bench.model import quantized_cache
 from left_bench.model.load import base_metrics, quantized_weights
 from left_bench.model.quantization_error import quantization_error
+from left_bench.spec.run_files import CELL_NAME, ROWS_NAME
 from left_bench.worker import reload_check
-from left_bench.worker.run import CELL_NAME, ROWS_NAME
 
 FORMATS = ["int8", "nf4", "nf4_dq", "fp4", "nf5", "nf5_dq", "int5"]
 SINCE = {"machine": "this one", "threads": 1, "concurrent_cells": 1}

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from left_bench.spec.run_files import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 from left_bench.worker import reload_check
-from left_bench.worker.run import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 
 
 @pytest.fixture(scope="module", params=["lora", "dora", "p_tuning"])

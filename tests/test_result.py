@@ -30,8 +30,8 @@ from left_bench.model import load as models
 from left_bench.report.cells import row_of
 from left_bench.report.recommend import recommend
 from left_bench.spec.record import Record, read_record
+from left_bench.spec.run_files import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 from left_bench.worker.adapter_readme import write_readme
-from left_bench.worker.run import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 
 RECORDED = Path(__file__).parent / "recorded"
 

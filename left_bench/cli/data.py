@@ -87,7 +87,7 @@ def describe(cell: Cell, *, rows: int) -> dict[str, Any]:
     from left_bench.grid.rules import why_unsupported
     from left_bench.model import load as models
     from left_bench.model.positions import check_generation
-    from left_bench.worker.run import counted_rows
+    from left_bench.worker.stages import counted_rows
 
     folder, tokenizer = _opened(cell)
     splits = models.load_rows_of(cell, tokenizer, folder=folder)

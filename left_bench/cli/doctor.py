@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     from left_bench.core.paths import versions_of
     from left_bench.measure.device import describe_machine, find_device, open_device
     from left_bench.measure.energy import open_cpu, open_gpu
-    from left_bench.worker.run import VERSIONS
+    from left_bench.spec.record import RECORDED_PACKAGES
 
     console = Console()
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -33,7 +33,9 @@ def main(argv: list[str]) -> int:
     table.add_row("device", f"{device.kind} {device.name() or ''}".strip())
     table.add_row("peak memory", device.peak_source)
     table.add_row("python", f"{machine['python']} on {machine['platform']}")
-    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in versions_of(VERSIONS).items()))
+    table.add_row(
+        "versions", ", ".join(f"{name} {version}" for name, version in versions_of(RECORDED_PACKAGES).items())
+    )
     table.add_row("conf and sweeps", str(config_root()))
     table.add_row("cache", f"{cache_dir()} ({_free(cache_dir()):.0f} GiB free)")
     table.add_row("default model", _default_model())

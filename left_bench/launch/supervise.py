@@ -21,9 +21,10 @@ from left_bench.processes.ranks import Team, folder_of
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import EVENTS_NAME, EventReader
 from left_bench.spec.record import Phase, Record, Status
+from left_bench.spec.run_files import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 from left_bench.training.checkpoint import forget_checkpoints
 from left_bench.worker.classify_error import says_out_of_memory
-from left_bench.worker.run import ADAPTER_NAME, CELL_NAME, NO_OUTCOME, OUTCOME_NAME, ROWS_NAME
+from left_bench.worker.run import NO_OUTCOME, OUTCOME_NAME
 
 LOG_NAME = "worker.log"
 _LOOK_EVERY_SECONDS = 0.25

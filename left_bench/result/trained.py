@@ -13,8 +13,8 @@ from left_bench.pretrained import with_content
 from left_bench.report.load import find_runs
 from left_bench.spec.cell import Cell
 from left_bench.spec.record import Record
+from left_bench.spec.run_files import ADAPTER_NAME
 from left_bench.worker.load_trained import cell_of
-from left_bench.worker.run import ADAPTER_NAME
 
 if TYPE_CHECKING:
     pass

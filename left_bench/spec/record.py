@@ -162,6 +162,13 @@ ANSWER_METRICS = ("exact_match", "accuracy", "rouge_l", "bleu", "f1", "number_ma
 """Those of METRICS that are scored on answers, generated or chosen among classes (`evaluation.text_metrics`)."""
 
 
+RECORDED_PACKAGES = (
+    *("left-bench", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
+    *("datasets", "evaluate", "tokenizers", "safetensors", "numpy", "llvmlite", "lm-eval"),
+)
+"""Packages whose versions a record holds (`environment.versions`), where they are installed."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

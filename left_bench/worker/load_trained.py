@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from left_bench.core.errors import UserError
 from left_bench.spec.cell import Cell
-from left_bench.worker.run import CELL_NAME
+from left_bench.spec.run_files import CELL_NAME
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from left_bench.processes.start_process import die_with_parent
+from left_bench.spec.run_files import ADAPTER_NAME, ROWS_NAME
 from left_bench.worker.classify_error import NoRoomToCheck, says_out_of_memory
-from left_bench.worker.run import ADAPTER_NAME, ROWS_NAME
 
 EQUAL = "equal"
 
@@ -86,7 +86,7 @@ def compare_losses(run_dir: Path) -> str:
     from left_bench.model import load as models
     from left_bench.processes.ranks import Team
     from left_bench.worker.load_trained import cell_of, load_base, with_adapter
-    from left_bench.worker.run import set_threads
+    from left_bench.worker.stages import set_threads
 
     cell = cell_of(run_dir)
     device = cell.hardware.device

@@ -166,7 +166,8 @@ def _read(path: Path, kind: type[_Kept]) -> _Kept | None:
 
 def main(argv: Sequence[str], *, forked: bool = False) -> int:
     """Carry out the order that lies in a folder, and leave the answers there."""
-    from left_bench.worker.run import die_with_parent, set_threads
+    from left_bench.processes.start_process import die_with_parent
+    from left_bench.worker.stages import set_threads
 
     if forked:
         die_with_parent()

@@ -1,0 +1,484 @@
+"""The stages of a run, in the order in which `run.work` goes through them.
+
+Each takes the run (`RunContext`) and the model as the stage before left it. What a stage learns goes into
+`RunContext.found`, which is the record to be, as soon as it is known: a run that ends in the next stage keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from left_bench.core.files import write_atomically
+from left_bench.core.paths import versions_of
+from left_bench.evaluation import evaluate, harness, judge, merge_check, scorer, shared_baseline
+from left_bench.measure import method_buffers
+from left_bench.measure.cpu_contention import Neighbours, Quiet
+from left_bench.measure.device import Device, describe_machine, open_device
+from left_bench.measure.energy import Energy, open_counters
+from left_bench.measure.meter import Meter, logical_numel, stored_bytes
+from left_bench.methods import attach, verify
+from left_bench.model import liger, load, quantized_cache
+from left_bench.model.positions import check_generation
+from left_bench.model.quantization_error import quantization_error
+from left_bench.pretrained import local_files
+from left_bench.processes import ranks
+from left_bench.processes.ranks import Team
+from left_bench.processes.resources import assigned_cores, concurrent_cells
+from left_bench.spec.cell import Cell
+from left_bench.spec.events import ROW_COUNTS, EventWriter, progress_of
+from left_bench.spec.record import RECORDED_PACKAGES
+from left_bench.spec.run_files import ADAPTER_NAME, ROWS_NAME
+from left_bench.training import float8, loop, packing
+from left_bench.training.flops import step_flops
+from left_bench.training.loss import AnswerLoss
+from left_bench.training.objective import make_objective, with_reference
+from left_bench.training.sharding import put_whole_weights, whole_weights
+from left_bench.worker.adapter_readme import write_readme
+from left_bench.worker.classify_error import NoRoomToCheck, status_of
+
+
+@dataclass(kw_only=True)
+class RunContext:
+    """What the stages of one cell's run share."""
+
+    cell: Cell
+    run_dir: Path
+    found: dict[str, Any]
+    """The record to be: `environment`, `phases`, `metrics`, `memory_breakdown`, `provenance`, `scores`, `samples`."""
+    events: EventWriter
+    team: Team
+    device: Device
+    gpu: Any
+    """The accelerator's counter of joules, which knows its clocks too."""
+    meter: Meter
+    folder: str
+    """Of the base model's files."""
+    tokenizer: Any
+    splits: Any
+    test: Sequence[Any]
+    """The held-out rows that are scored: those of the data, or the first `eval.rows` of them."""
+    tasks: Any
+    """Of lm-evaluation-harness, loaded; None: none are asked."""
+    base_modules: Any = field(default=None)
+    """The base model's modules as they were before a method was attached."""
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        """What was in force, whatever was asked for: `environment.effective`."""
+        effective: dict[str, Any] = self.found["environment"]["effective"]
+        return effective
+
+    @property
+    def rows_at_hand(self) -> Sequence[Any]:
+        """Rows to time and to compare models on: held-out ones where there are any."""
+        return self.test or self.splits.train
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.cell.hardware.sharding is not None
+
+
+def begin(
+    cell: Cell,
+    *,
+    run_dir: Path,
+    found: dict[str, Any],
+    events: EventWriter,
+    exceeded: Callable[[int], None],
+    team: Team,
+) -> RunContext:
+    """Open device and counters, load tokenizer and rows, take the baseline and set the memory limit."""
+    team.meet(cell.hardware.device)
+    device = open_device(cell.hardware.device)
+    effective: dict[str, Any] = {}
+    found["environment"] = {"machine": describe_machine(device), "versions": versions_of(RECORDED_PACKAGES)}
+    found["environment"]["effective"] = effective
+    set_threads(cell, team)  # after the machine is described: a seat's cores are not all it has
+    load.apply_precision(cell, device=device.kind)
+    liger.check(cell, device=device.kind)
+    float8.check(cell, device=device.kind)
+    effective |= {"threads": threads_in_use() * team.size, "processes": team.size, "peak_memory": device.peak_source}
+    effective["concurrent_cells"] = concurrent_cells(os.environ)
+    gpu, counters = open_counters(device.kind, os.environ, first=team.first)
+    if facts := gpu.facts():
+        found["environment"]["machine"]["gpu"] = facts
+    energy = Energy(counters)
+    if energy.sources:
+        effective["energy"] = energy.sources
+
+    folder, tokenizer = load.open_pretrained(cell)
+    splits = load.load_rows_of(cell, tokenizer, folder=folder)
+    test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
+    if not test:
+        effective["held_out"] = "no rows: all were trained on, and nothing is scored"
+    elif splits.classes is None:
+        longest_prompt = max(len(row.prompt_ids) for row in test)
+        check_generation(cell, load.config_of(cell, folder), longest_prompt=longest_prompt)
+    tasks = harness.load_tasks(cell) if team.first else None  # what cannot be had shows now, and not after training
+
+    load.make_ready(cell, device=device.kind)
+    meter = Meter(device, events, energy=energy)
+    found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
+    meter.metrics |= counted_rows(splits, scored=len(test), cell=cell)
+    events.write("data", shape=splits.shape, **{name: meter.metrics[name] for name in ROW_COUNTS})
+    found["provenance"]["rows"] = splits.fingerprint
+    if cell.hardware.memory_limit is not None:
+
+        def end_phase_too(used: int) -> None:
+            meter.close_phase()
+            exceeded(used)
+
+        effective["memory_limit"] = device.limit(
+            cell.hardware.memory_limit, run_dir=ranks.folder_of(run_dir, team.rank), exceeded=end_phase_too
+        )
+    return RunContext(
+        cell=cell,
+        run_dir=run_dir,
+        found=found,
+        events=events,
+        team=team,
+        device=device,
+        gpu=gpu,
+        meter=meter,
+        folder=folder,
+        tokenizer=tokenizer,
+        splits=splits,
+        test=test,
+        tasks=tasks,
+    )
+
+
+def load_base(run: RunContext) -> Any:
+    """The base model, quantized as the cell has it; what its quantization cost, and whether it is causal."""
+    cell, meter, effective = run.cell, run.meter, run.effective
+    circumstances = {"machine": run.found["environment"]["machine"]["id"]}
+    circumstances |= {key: effective[key] for key in ("threads", "concurrent_cells")}
+    base_model, loaded = quantized_cache.load_base(
+        cell,
+        folder=run.folder,
+        device=run.team.place(run.device.kind),
+        meter=meter,
+        circumstances=circumstances,
+        classes=run.splits.classes,
+    )
+    if run.splits.classes is None:
+        load.check_tokenizer(run.tokenizer, base_model)
+    effective |= loaded
+    meter.metrics |= load.base_metrics(base_model)
+    meter.memory_breakdown["weights"] = int(meter.metrics["weights_bytes"])
+    if run.team.first and cell.quantization.target is not None:
+        with meter.phase("quantization_error"):
+            error = quantization_error(base_model, local_files(cell.model, run.folder))
+        if error is not None:
+            meter.metrics["quantization_error"] = error
+    # after it: with the first forward pass an int8 layer lets go of the scales that it reads
+    load.check_causal(base_model, cell, device=run.device.kind)
+    return base_model
+
+
+def score_base(run: RunContext, base_model: Any) -> Any:
+    """The base model's evaluation, shared with other cells; None where it knows nothing yet, or no row is held out."""
+    cell = run.cell
+    # random weights and a new output layer know nothing yet
+    if not run.team.first or not run.test or cell.model.weights == "random" or run.splits.classes is not None:
+        return None
+    before, source = shared_baseline.evaluate_base(
+        base_model, run.tokenizer, run.test, cell, meter=run.meter, runs_dir=run.run_dir.parent, tasks=run.tasks
+    )
+    run.found["provenance"]["base_scores_from"] = source
+    return before
+
+
+def attach_method(run: RunContext, base_model: Any) -> Any:
+    """The model with the cell's method attached, its parts counted."""
+    cell, meter, effective = run.cell, run.meter, run.effective
+    of_base = [name for name, _ in base_model.named_parameters()]
+    run.base_modules = method_buffers.modules_of(base_model)
+    with meter.phase("attach"):
+        model = attach.attach_adapter(base_model, cell, tokenizer=run.tokenizer, rows=run.splits.train)
+    trainable = attach.trainable_parameters(model)
+    meter.metrics["trainable_params"] = sum(logical_numel(parameter) for parameter in trainable)
+    if cell.peft.target is not None:
+        # what a method trains in place is among the weights already
+        meter.memory_breakdown["adapter"] = stored_bytes(attach.added_parameters(model, base=of_base))
+    effective |= {
+        "learning_rate": cell.learning_rate,
+        "trainable_dtype": "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable})),
+        "autocast": cell.precision.compute_dtype if cell.autocast else "off",
+    }
+    if cell.peft.init_text is not None and base_model.config.is_encoder_decoder:
+        effective["init_text"] = "not used by an encoder with a decoder"  # its prompt leaves no cache to start from
+    return model
+
+
+def train(run: RunContext, model: Any) -> None:
+    """The cell's steps, after those before preference tuning, the reference's margins and compiling where asked for."""
+    cell, meter, effective, team, kind = run.cell, run.meter, run.effective, run.team, run.device.kind
+    pad_id = evaluate.pad_of(run.tokenizer)
+    measured_peak = partial(
+        shared_baseline.shared_peak,
+        cell,
+        meter=meter,
+        runs_dir=run.run_dir.parent,
+        threads=threads_in_use(),
+        at_once=effective["concurrent_cells"],
+    )
+    # float8 products have another peak than those of the compute dtype, and it is not measured
+    peak = measured_peak() if team.first and not cell.training.float8 else None
+    with load.autocast(cell, device=kind):
+        verify.check_forward(model)
+        everywhere, by_liger = (cell.training.output_head == name for name in ("all", "liger"))
+        loss = AnswerLoss(model, everywhere=everywhere, in_chunks=not run.is_sharded, by_liger=by_liger)
+        flops = step_flops(model)
+
+    def sum_up(peak: Quiet | None) -> None:
+        possible = None if peak is None else team.size * peak.value
+        meter.finish(measure_after=cell.training.measure_after, flops=flops.of if flops else None, peak_flops=possible)
+        effective.pop("utilization_withheld", None)
+        if peak is not None:
+            effective.update(shared_baseline.peak_facts(peak, processes=team.size, above=meter.above_peak))
+
+    with (
+        packing.laid_out(model, loss, run.splits.train, cell, pad_id=pad_id, device=kind) as layout,
+        float8.in_float8(model, cell) as converted,
+    ):
+        effective |= {"output_head": loss.output_head, **layout.effective, **converted}
+        if loss.output_head_fallback is not None:
+            effective["output_head_fallback"] = loss.output_head_fallback
+        common: dict[str, Any] = {"pad_id": pad_id, "packed": layout.packed}
+        rows, compiling = run.splits.train, None
+        if cell.training.sft_steps:
+            first = cell.sft_before()
+            with meter.phase("sft") as counts, meter.apart("sft_step"):
+                objective = make_objective(first, loss, **common)
+                loop.train(model, rows, first, objective=objective, meter=meter, counts=counts, team=team, earlier=True)
+        if cell.training.objective == "dpo":
+            with meter.phase("reference"):
+                rows = with_reference(rows, cell, loss=loss, device=kind, **common)
+        objective = make_objective(cell, loss, **common)
+        if cell.training.compile:
+            with meter.phase("compile"):
+                compiling = loop.compile_model(model, rows, cell, objective=objective, device=kind)
+        neighbours = Neighbours(beside=team.pids)
+        try:
+            with meter.phase("train") as counts, loop.embedding_noise(model, cell.training.neftune_alpha):
+                states = loop.train(
+                    model,
+                    rows,
+                    cell,
+                    objective=objective,
+                    meter=meter,
+                    counts=counts,
+                    compiling=compiling,
+                    team=team,
+                    base=None if run.is_sharded else run.base_modules,  # sharded, frozen parts count among the weights
+                )
+        finally:
+            others = neighbours.share()
+            if others is not None:
+                meter.metrics["other_cpu_share"] = others
+            if facts := run.found["environment"]["machine"].get("gpu"):
+                facts |= run.gpu.clocks()  # before they fall
+            if meter.starts[1:]:
+                run.found["provenance"]["resumed_after_steps"] = meter.starts[1:]
+            sum_up(peak)
+    effective["optimizer_state_dtype"] = states
+    if meter.above_peak is not None:  # measured beside other load, most likely, and kept
+        sum_up(measured_peak(doubted=True))
+    if compiling is not None:
+        meter.metrics |= {"compile_seconds": compiling.seconds, "compiled_graphs": compiling.graphs}
+    if team.size > 1:
+        effective["rank_peak_memory_bytes"] = meter.take_in_peaks(team)
+        meter.take_in_energy(team)
+
+
+def gather_shards(run: RunContext, base_model: Any, model: Any) -> tuple[Any, Any]:
+    """Base and adapted model for what follows, which is the first rank's alone and wants a model that is no shard."""
+    trained = whole_weights(model) if run.is_sharded else {}  # every rank takes part
+    if not run.team.first:
+        return base_model, model
+    if run.is_sharded:
+        place = run.team.place(run.device.kind)
+        base_model, _ = load.load_model(run.cell, folder=run.folder, device=place, classes=run.splits.classes)
+        model = attach.attach_adapter(base_model, run.cell, tokenizer=run.tokenizer, rows=run.splits.train)
+        put_whole_weights(model, trained)
+    loop.uncompile(model)
+    account_for_peak(run.meter.memory_breakdown, run.meter.metrics)
+    return base_model, model
+
+
+def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
+    """Score the held-out rows, and with what else the cell names: tasks, a scorer, a judge."""
+    if not run.test:
+        return
+    cell, meter, test, effective, events = run.cell, run.meter, run.test, run.effective, run.events
+    tell = progress_of(events)
+    with meter.phase("evaluate") as counts:
+        after = evaluate.evaluate_model(model, run.tokenizer, test, cell, device=run.device.kind, tell=tell)
+        counts.tokens = after.tokens
+        if run.tasks is not None:
+            room = evaluate.room_of(model, cell)
+            with costing_its_scores("tasks", effective, events):
+                after.tasks = harness.ask(
+                    run.tasks, model, run.tokenizer, cell, device=run.device.kind, room=room, tell=tell
+                )
+        if cell.generates:
+            meter.metrics["generate_tokens_per_second"] = _generation_speed(run, model, cell)
+    by_row = evaluate.row_scores(after, test, cell)
+    if cell.model.weights != "random":  # those have no quality worth a number
+        scores = run.found["scores"] = evaluate.scores(after, before, test, cell)
+        run.found["samples"] = evaluate.samples(after, before, test, cell)
+        base_answers = before.predictions if before is not None else None
+        if cell.eval.scorer is not None and after.predictions is not None:
+            with meter.phase("score"), costing_its_scores("scorer", effective, events):
+                made, of_rows = scorer.score_answers(cell, test, after.predictions, base_answers, tell=tell)
+                scores += made
+                by_row |= of_rows
+        if cell.eval.judge is not None and after.predictions is not None and base_answers is not None:
+            with meter.phase("judge"), costing_its_scores("judge", effective, events):
+                made, facts_of_judge = judge.judge_answers(cell, test, after.predictions, base_answers, tell=tell)
+                scores += made
+                meter.metrics |= facts_of_judge
+        for score in scores:
+            meter.metrics[score.metric] = score.value
+            if score.base_value is not None:
+                meter.metrics[f"base_{score.metric}"] = score.base_value
+    write_rows(run.run_dir / ROWS_NAME, after, before, test, by_row)
+
+
+def save(run: RunContext, base_model: Any, model: Any) -> None:
+    """What was trained, in a folder that peft or transformers loads, with a README that says how."""
+    folder = run.run_dir / ADAPTER_NAME
+    # p-tuning saves what its encoder makes of the virtual tokens: by the same arithmetic as evaluated, or it is another
+    with run.meter.phase("save"), load.autocast(run.cell, device=run.device.kind):
+        run.meter.metrics["adapter_file_bytes"] = attach.save_trained(model, folder, tokenizer=run.tokenizer)
+    ends = None if run.splits.classes else evaluate.end_tokens(base_model, run.tokenizer)
+    write_readme(folder, run.cell, base=run.folder, tokenizer=run.tokenizer, ends=ends)
+
+
+def check_reload(run: RunContext, reloads: Callable[[Path], bool] | None) -> None:
+    """Whether what was saved, loaded again, gives back the losses of the held-out rows."""
+    if reloads is None or not run.test:
+        return
+    with run.meter.phase("reload"):
+        try:
+            run.meter.metrics["reload_ok"] = float(reloads(run.run_dir))
+        except NoRoomToCheck as error:
+            run.effective["reload"] = f"not checked: {error}"
+
+
+def check_merge(run: RunContext, model: Any) -> None:
+    """What merging the adapter into the base model changes; `model` must not be used afterwards."""
+    cell, meter = run.cell, run.meter
+    if cell.peft.target is None:
+        return
+    pad_id = evaluate.pad_of(run.tokenizer)
+    with meter.phase("merge"):
+        merged, run.effective["merge"] = merge_check.merge(
+            model, run.rows_at_hand[:8], cell, meter=meter, pad_id=pad_id
+        )
+        if merged is not None and cell.generates:
+            speed = _generation_speed(run, merged, cell.without_adapter())
+            meter.metrics["merged_generate_tokens_per_second"] = speed
+
+
+def _generation_speed(run: RunContext, model: Any, cell: Cell) -> float:
+    return evaluate.generation_speed(
+        model, tokenizer=run.tokenizer, rows=run.rows_at_hand, device=run.device, cell=cell
+    )
+
+
+@contextmanager
+def costing_its_scores(key: str, effective: dict[str, Any], events: EventWriter) -> Iterator[None]:
+    """A fault of what `eval.<key>` names is noted and said, and ends no cell: its training is worth a record.
+
+    Running out of memory is a fault of the cell.
+    """
+    try:
+        yield
+    except Exception as error:
+        status, reason = status_of(error)
+        if status == "oom":
+            raise
+        reason = str(error) if isinstance(error, (scorer.ScorerFailed, judge.JudgeFailed)) else reason
+        traceback.print_exc()
+        effective[key] = f"failed: {reason}"
+        events.write("note", text=f"eval.{key}: no score, {reason}")
+
+
+def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
+    """What became of the data's rows, by the names of METRICS."""
+    rows_per_step = cell.training.batch_size * cell.training.gradient_accumulation
+    return {
+        "train_rows": len(splits.train),
+        "test_rows": scored,
+        "dropped_rows": splits.dropped_rows,
+        "repeated_rows": splits.repeated_rows,
+        "truncated_rows": splits.truncated_rows,
+        "truncated_test_rows": splits.truncated_test_rows,
+        "train_epochs": cell.training.steps * rows_per_step / len(splits.train),
+    }
+
+
+def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> None:
+    """What the peak holds beyond the parts that were counted: activations, temporary copies, allocator slack."""
+    peak = metrics.get("peak_memory_bytes")
+    if peak is not None:
+        breakdown["activations_and_workspace"] = max(0, int(peak) - sum(breakdown.values()))
+
+
+def write_rows(path: Path, after: Any, before: Any, rows: Any, by_row: Mapping[str, Sequence[float]]) -> None:
+    """Per-row results, for paired comparisons between cells.
+
+    Args:
+        by_row: metric -> the score of each row, where it cannot be told from answer and reference alone.
+    """
+    answers = after.predictions or [None] * len(rows)
+    base_answers = (before and before.predictions) or [None] * len(rows)
+    lines = [
+        json.dumps(
+            {
+                "row": index,
+                "nll": after.nll[index],
+                "base_nll": before.nll[index] if before else None,
+                "answer_tokens": after.answer_tokens[index],
+                **({} if after.rejected_nll is None else {"rejected_nll": after.rejected_nll[index]}),
+                "reference": row.reference,
+                "prediction": answers[index],
+                "base_prediction": base_answers[index],
+                **({"scores": {name: values[index] for name, values in by_row.items()}} if by_row else {}),
+            }
+        )
+        for index, row in enumerate(rows)
+    ]
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def set_threads(cell: Cell, team: Team = ranks.ALONE) -> None:
+    """Take the threads the cell names, else one for each core of its seat, else torch's choice: all it may use.
+
+    Ranks divide them, and the seat's cores.
+    """
+    cores = assigned_cores(os.environ)
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, team.cores(cores))
+    threads = cell.hardware.threads or len(cores)
+    if team.size > 1:
+        threads = max(1, (threads or torch.get_num_threads()) // team.size)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate sets another number
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def threads_in_use() -> int:
+    return torch.get_num_threads()
