@@ -85,12 +85,15 @@ def test_every_methods_parts_are_those_of_a_run(name, tiny_cell, work_in_process
     assert_as_in_a_run(cell, work_in_process)
 
 
+NIGHTLY = ("dora", "randlora", "fourierft", "shira", "waveft", "unilora", "boft", "full")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        *("lora", "dora", "adalora", "vera", "randlora", "fourierft", "shira", "waveft"),
-        *("unilora", "boft", "full", "prompt_tuning"),
+        *("lora", "adalora", "vera", "prompt_tuning"),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY),
     ],
 )
 def test_the_default_models_parts_are_those_of_a_run(name, compose_cell, work_in_process):
@@ -176,6 +179,7 @@ def test_committed_records_beside_their_plans(kind, monkeypatch, followed):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_committed_record_lies_within_its_plan():
     """The whole of `benchmarks/planned.py`, which wants the default model's files."""
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks/planned.py")], capture_output=True, text=True)

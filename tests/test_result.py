@@ -505,8 +505,8 @@ def test_all_rows_are_those_of_the_test_file_too(compose_cell, tmp_path):
     chat = compose_cell("data=jsonl", f"data.path={tmp_path}/chat.jsonl", "data.test_rows=1").data
     apart, together = split_rows(chat), split_rows(chat.model_copy(update={"hold_out": False}))
     # the turns of a conversation that is held out are left out of training; now they are in it
-    assert len(apart.train) + len(apart.test) + apart.repeated == len(together.train) == 6
-    assert together.repeated == 0
+    assert (len(apart.train), len(apart.test), len(together.train)) == (2, 1, 3)
+    assert all(len(row.earlier) == 1 for row in together.train) and together.repeated == 0
 
 
 def test_a_cell_of_a_comparison_has_held_out_rows(left_bench, tmp_path, monkeypatch):

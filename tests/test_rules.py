@@ -35,6 +35,8 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["peft=full", *NF4], "full fine-tuning", ["peft=full"]),
     (["peft=full", *INT8], "full fine-tuning", ["peft=lora", *INT8]),
     (["precision=tf32"], "TF32", ["precision=fp32"]),
+    (["model=tiny_t5", "data.shape=text"], "plain text", ["model=tiny_t5"]),
+    (["model=tiny_t5", "data.train_on=all"], "carries no loss", ["model=tiny_t5"]),
     (["peft=llama_adapter", *NEOX], "LLaMA-Adapter", ["peft=llama_adapter"]),
     (["optimizer=paged_adamw_8bit"], "paged", ["optimizer=adamw_8bit"]),
     (["training.attention=flash_attention_2"], "FlashAttention", ["training.attention=sdpa"]),

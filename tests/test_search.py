@@ -96,7 +96,7 @@ def test_a_search_for_what_there_is_not(override, said, runs, left_bench, tmp_pa
 
 
 def test_a_missing_plugin_names_its_extra(left_bench, monkeypatch):
-    monkeypatch.setattr("left_bench.cli.main.is_installed", lambda module: False)
+    monkeypatch.setattr("left_bench.grid.command_line.is_installed", lambda module: False)
     for arguments, extra in [
         (["+sweep=learning_rate"], "optuna"),
         (["-m", "seed=0,1", "hydra/launcher=joblib"], "joblib"),

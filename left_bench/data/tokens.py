@@ -232,6 +232,8 @@ def _examples(
 ) -> list[_Tokenized]:
     if not rows:  # where nothing is held out
         return []
+    if shape.encoder and section.train_on == "all":
+        raise UserError("data.train_on=all: an encoder's prompt carries no loss; leave it out")
     if rows[0].plain:
         documents = _text_ids(rows, tokenizer)
         return _blocks(documents, shape.max_length) if training else _openings(rows, documents, shape.max_length)

@@ -21,10 +21,9 @@ import torch
 from left_bench.core.files import write_atomically
 from left_bench.core.paths import versions_of
 from left_bench.evaluation import evaluate, harness, judge, merge_check, scorer, shared_baseline
-from left_bench.measure import method_buffers
+from left_bench.measure import energy, method_buffers
 from left_bench.measure.cpu_contention import Neighbours, Quiet
 from left_bench.measure.device import Device, describe_machine, open_device
-from left_bench.measure.energy import Energy, open_counters
 from left_bench.measure.meter import Meter, logical_numel, stored_bytes
 from left_bench.methods import attach, verify
 from left_bench.model import liger, load, quantized_cache
@@ -109,12 +108,12 @@ def begin(
     float8.check(cell, device=device.kind)
     effective |= {"threads": threads_in_use() * team.size, "processes": team.size, "peak_memory": device.peak_source}
     effective["concurrent_cells"] = concurrent_cells(os.environ)
-    gpu, counters = open_counters(device.kind, os.environ, first=team.first)
+    gpu, counters = energy.open_counters(device.kind, os.environ, first=team.first)
     if facts := gpu.facts():
         found["environment"]["machine"]["gpu"] = facts
-    energy = Energy(counters)
-    if energy.sources:
-        effective["energy"] = energy.sources
+    joules = energy.Energy(counters)
+    if joules.sources:
+        effective["energy"] = joules.sources
 
     folder, tokenizer = load.open_pretrained(cell)
     splits = load.load_rows_of(cell, tokenizer, folder=folder)
@@ -127,7 +126,7 @@ def begin(
     tasks = harness.load_tasks(cell) if team.first else None  # what cannot be had shows now, and not after training
 
     load.make_ready(cell, device=device.kind)
-    meter = Meter(device, events, energy=energy)
+    meter = Meter(device, events, energy=joules)
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics |= counted_rows(splits, scored=len(test), cell=cell)
     events.write("data", shape=splits.shape, **{name: meter.metrics[name] for name in ROW_COUNTS})
