@@ -11,14 +11,12 @@ import contextlib
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from left_bench.core import interrupt
 from left_bench.core.errors import Unsupported, UserError, nearest
 from left_bench.core.paths import config_root
 from left_bench.launch.supervise import worker_environment
@@ -30,7 +28,6 @@ _JUDGED = ("model", "quantization", "peft", "optimizer")
 _AT_MOST = 64
 """Cells of one sweep: each takes up to a second for a model of thirty layers."""
 _PATIENCE_SECONDS = 120.0
-_LOOK_EVERY_SECONDS = 0.05
 _REFUSALS = (ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError)
 
 
@@ -81,19 +78,13 @@ def rehearse(trials: Iterable[Trial], *, cells_follow: bool) -> None:
         folder = Path(name)
         lines = [json.dumps([trial.cell.model_dump_json(by_alias=True), trial.own_method]) for trial in unlike]
         (folder / _QUESTION).write_text("\n".join(lines), encoding="utf-8")
-        process = processes.start(
+        processes.run_within(
+            _PATIENCE_SECONDS,
             folder,
-            log=folder / "log",
             environment=worker_environment(unlike[0].cell),
             fork=cells_follow and all(trial.cell.hardware.device == "cpu" for trial in unlike),
             program="left_bench.launch.preflight",
         )
-        end = time.monotonic() + _PATIENCE_SECONDS
-        try:
-            while process.wait(_LOOK_EVERY_SECONDS) is None and time.monotonic() < end:
-                interrupt.check()
-        finally:
-            process.end()
         if (folder / _ANSWER).exists():
             raise UserError((folder / _ANSWER).read_text(encoding="utf-8"))
 

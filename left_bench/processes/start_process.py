@@ -18,14 +18,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
+
+from left_bench.core import interrupt
 
 PRELOAD = "left_bench.worker.preload"
 LAUNCHER_PID = "LEFT_BENCH_LAUNCHER_PID"
 STACK_SIGNAL = getattr(signal, "SIGUSR1", None)
 _MOMENT_SECONDS = 0.5
+_LOOK_EVERY_SECONDS = 0.05
 
 
 class Process(Protocol):
@@ -64,6 +68,21 @@ def start(
 def may_fork() -> bool:
     """Whether a process that has imported torch can be forked on this platform and go on."""
     return sys.platform == "linux" and "forkserver" in multiprocessing.get_all_start_methods()
+
+
+def run_within(seconds: float, folder: Path, *, environment: dict[str, str], fork: bool, program: str) -> None:
+    """Run a program of the package on `folder` to its end, or end it after so many seconds; its log lies there too.
+
+    Raises:
+        KeyboardInterrupt: the launch was told to stop; the program is ended.
+    """
+    process = start(folder, log=folder / "log", environment=environment, fork=fork, program=program)
+    end = time.monotonic() + seconds
+    try:
+        while process.wait(_LOOK_EVERY_SECONDS) is None and time.monotonic() < end:
+            interrupt.check()
+    finally:
+        process.end()
 
 
 class _Spawned:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.report.where import parse_where
+from left_bench.spec.events import EVENTS_NAME
 from left_bench.spec.record import METRICS, RECORD_NAME, KnownParts, Record, Score, read_record
+from left_bench.spec.run_files import ROWS_NAME
 
 if TYPE_CHECKING:
     import pandas
 
 SWEEPS_FOLDER = "sweeps"
-EVENTS_NAME = "events.jsonl"
-ROWS_NAME = "rows.jsonl"
 _PROBLEMS_LISTED = 20
 PathLike: TypeAlias = "str | os.PathLike[str]"
 

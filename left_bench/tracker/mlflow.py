@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from left_bench.spec.record import RECORD_NAME, Record
+from left_bench.spec.run_files import ADAPTER_NAME
 from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,
@@ -23,7 +24,6 @@ from left_bench.tracker.base import (
 
 _ID_TAG = "left_bench.id"
 _LONGEST_PARAM, _LONGEST_TAG, _PARAMS_AT_ONCE = 6000, 5000, 100
-_ADAPTER_NAME = "adapter"
 
 
 class MlflowTracker:
@@ -121,8 +121,8 @@ class MlflowTracker:
     def _keep(self, run_dir: Path, record: Record) -> None:
         if (run_dir / RECORD_NAME).is_file():
             self._client.log_artifact(self._run_id, str(run_dir / RECORD_NAME))
-        if record.status == "ok" and (run_dir / _ADAPTER_NAME).is_dir():
-            self._client.log_artifacts(self._run_id, str(run_dir / _ADAPTER_NAME), _ADAPTER_NAME)
+        if record.status == "ok" and (run_dir / ADAPTER_NAME).is_dir():
+            self._client.log_artifacts(self._run_id, str(run_dir / ADAPTER_NAME), ADAPTER_NAME)
 
 
 def _flat_params(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from left_bench.spec.record import RECORD_NAME, Record
+from left_bench.spec.run_files import ADAPTER_NAME
 from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,
@@ -26,7 +27,6 @@ from left_bench.tracker.base import (
 )
 
 _LONGEST_TAG = 64
-_ADAPTER_NAME = "adapter"
 # wandb waits for ever at a run's end, and then the sweep does; its own variables decide over these
 _WAITS_SECONDS = {"init_timeout": 30.0, "finish_timeout": 300.0}
 
@@ -157,7 +157,7 @@ class WandbTracker:
         path = attempt.run_dir / RECORD_NAME
         if path.is_file():
             self._run.log_artifact(_artifact_of(wandb, record, "record", path))
-        folder = attempt.run_dir / _ADAPTER_NAME
+        folder = attempt.run_dir / ADAPTER_NAME
         if record.status == "ok" and folder.is_dir():
             self._run.log_artifact(_artifact_of(wandb, record, "adapter", folder))
 

@@ -41,7 +41,6 @@ _LARGEST_WEIGHTS = 2**31
 """Bytes of files: loading more would take the seconds that there are."""
 _PATIENCE_SECONDS = 180.0
 """Imports and tokenizing included, which the cells have to do as well."""
-_LOOK_EVERY_SECONDS = 0.05
 _MOST_ROWS = 2000
 _ORDER, _ROWS, _RATES = "order.json", "rows.json", "rates.json"
 _SHORT_PROMPT, _SHORTEST_PROMPT, _SHORT_ANSWER = 28, 4, 4
@@ -136,19 +135,13 @@ def _ask(cell: Cell, answers: dict[str, Path], *, seconds: float | None, at_once
         cores = available_cores()
         at_once = min(at_once, len(cores))
         seat = Seat(cores=share_of(cores, at_once, number=0) if at_once > 1 else (), at_once=at_once)
-        process = processes.start(
+        processes.run_within(
+            _PATIENCE_SECONDS,
             folder,
-            log=folder / "log",
             environment=worker_environment(cell) | seat.environment(cell.hardware.device),
             fork=fork,
             program="left_bench.launch.estimate.calibrate",
         )
-        end = time.monotonic() + _PATIENCE_SECONDS
-        try:
-            while process.wait(_LOOK_EVERY_SECONDS) is None and time.monotonic() < end:
-                interrupt.check()
-        finally:
-            process.end()
         for file, path in answers.items():
             if (folder / file).exists():
                 write_atomically(path, (folder / file).read_text(encoding="utf-8"))
