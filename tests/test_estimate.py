@@ -183,6 +183,21 @@ def test_a_quantization_that_nobody_has_timed_makes_it_a_lower_bound(
     assert (f"what quantization={quantization} adds is known after its first cell" in line) is (said == "at least")
 
 
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(0.12, "(measured while other programs took 12% of the processor)"), (0.5, "will be known after")],
+)
+def test_a_number_measured_beside_other_programs_says_so_and_half_of_a_processor_gives_none(
+    share, said, cache, tmp_path, tiny_cell, monkeypatch
+):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: True)  # as busy when it is measured again
+    cell = tiny_cell()
+    keep(cell, MEASURED._replace(rates=RATES.model_copy(update={"disturbed_by": share})))
+    [line] = told([Planned(cell, 1)], tmp_path)
+    assert said in line
+    assert ("about" in line) == (share < 0.25)
+
+
 def test_what_is_not_known_of_some_makes_it_a_lower_bound_and_of_all_no_number(tiny_cell):
     unknown = Planned(tiny_cell("seed=1"), 2), "x is not on this machine yet"
     line = str(added_up([(Planned(tiny_cell(), 1), MEASURED), unknown], Experience()))

@@ -16,6 +16,9 @@ from left_bench.spec.cell import Cell
 
 _ELSEWHERE = "the launcher may take them to other machines"
 _NOT_TIMED = "the model could not be timed"
+_TOO_DISTURBED = 0.25
+"""Share of the processor that others took while a model was timed, from which on its rates tell nothing: two threads
+that wait for each other's cores were seen to take ten times as long at 0.5."""
 
 
 class Planned(NamedTuple):
@@ -33,15 +36,20 @@ class Estimate(NamedTuple):
     """None: nothing of it is known."""
     lacking: list[str]
     """Why the seconds are a lower bound, or why there are none."""
+    disturbed_by: float = 0.0
+    """Share of the processor that other programs took while it was measured: without them it takes less."""
 
     def __str__(self) -> str:
         cells = "1 cell" if self.cells == 1 else f"{self.cells:,} cells"
         why = "; ".join(self.lacking)
         if self.seconds is None:
             return f"{cells}; how long will be known after the first, because {why}"
+        measured = "measured"
+        if self.disturbed_by:
+            measured += f" while other programs took {self.disturbed_by:.0%} of the processor"
         if why:
-            return f"{cells}, at least {rounded_time(self.seconds)} on this machine (measured; {why})"
-        return f"{cells}, about {rounded_time(self.seconds)} on this machine (measured)"
+            return f"{cells}, at least {rounded_time(self.seconds)} on this machine ({measured}; {why})"
+        return f"{cells}, about {rounded_time(self.seconds)} on this machine ({measured})"
 
 
 def say_estimate(
@@ -80,7 +88,7 @@ def _estimated(planned: Sequence[Planned], runs_dir: Path, *, at_once: int, cell
     timed = [one for one in planned if why[calibrate.rates_path(one.cell, at_once=at_once)] is None]
     warm = calibrate.calibrate([one.cell for one in timed], at_once=at_once, cells_follow=cells_follow)
     measured: list[Measured | str] = [
-        why[calibrate.rates_path(one.cell, at_once=at_once)] or calibrate.kept(one.cell, at_once=at_once) or _NOT_TIMED
+        why[calibrate.rates_path(one.cell, at_once=at_once)] or _usable(calibrate.kept(one.cell, at_once=at_once))
         for one in planned
     ]
     once = 0.0 if warm else max((one.rates.start for one in measured if isinstance(one, Measured)), default=0.0)
@@ -92,6 +100,16 @@ def _estimated(planned: Sequence[Planned], runs_dir: Path, *, at_once: int, cell
     return found._replace(seconds=once + found.seconds / min(at_once, found.cells))
 
 
+def _usable(measured: Measured | None) -> Measured | str:
+    """What was measured, or why it tells nothing."""
+    if measured is None:
+        return _NOT_TIMED
+    others = measured.rates.disturbed_by or 0.0
+    if others >= _TOO_DISTURBED:
+        return f"other programs took {others:.0%} of the processor while the model was timed"
+    return measured
+
+
 def added_up(planned: Sequence[tuple[Planned, Measured | str]], experience: Experience) -> Estimate:
     """Seconds of all cells, one after the other; what cannot be told of some makes it a lower bound.
 
@@ -100,11 +118,13 @@ def added_up(planned: Sequence[tuple[Planned, Measured | str]], experience: Expe
     """
     seconds: float | None = None
     lacking: dict[str, None] = {}
+    others = 0.0
     scored = set(experience.bases)
     for (cell, cells), known in planned:
         if isinstance(known, str):
             lacking[known] = None
             continue
+        others = max(others, known.rates.disturbed_by or 0.0)
         factors, whole = experience.factors(cell)
         if not whole:
             lacking[f"what quantization={cell.quantization.name} adds is known after its first cell"] = None
@@ -114,7 +134,7 @@ def added_up(planned: Sequence[tuple[Planned, Measured | str]], experience: Expe
         parts = seconds_of(cell, known.rates, known.rows, factors)
         seconds = (seconds or 0.0) + total_of(parts, cells=cells, bases=base not in scored)
         scored.add(base)
-    return Estimate(sum(one.cells for one, _ in planned), seconds, list(lacking))
+    return Estimate(sum(one.cells for one, _ in planned), seconds, list(lacking), others)
 
 
 def how_to_narrow(planned: Sequence[Planned], *, limit: float) -> str:
