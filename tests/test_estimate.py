@@ -296,6 +296,23 @@ def test_a_ladder_grows_as_far_as_there_is_time(monkeypatch):
     assert found == (pytest.approx(1), pytest.approx(0.1))
 
 
+def test_a_large_pass_that_takes_longer_for_each_token_than_a_short_one_is_taken_again(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(calibrate, "_short", lambda row: row)
+    taken = []
+
+    def take(rows):
+        taken.append(len(rows))
+        seconds = (1 + 0.1 * len(rows)) * (20 if taken.count(64) == 1 else 1)  # the processor was away
+        clock.now += seconds
+        return len(rows), seconds
+
+    how = {"guess": lambda size, took: Line(0.0, took / size), "cost": lambda line, count: line.of(count)}
+    assert calibrate.ladder(take, range(64), until=12.0, **how) == (pytest.approx(1), pytest.approx(0.1))
+    assert taken[-2:] == [64, 64] and clock.now > 12
+
+
 def test_a_process_of_its_own_times_a_model_once(tiny_cell, tmp_path, monkeypatch):
     """Real, with its imports, which take minutes on a machine that does ten other things."""
     monkeypatch.setattr(calibrate, "_PATIENCE_SECONDS", 900.0)

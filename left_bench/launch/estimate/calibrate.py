@@ -335,7 +335,9 @@ def ladder(
             break
         points.append(take(rows[:count]))
         line, taken = Line.through([points[0], points[-1]]), count
-    if taken and time.perf_counter() + cost(line, taken) < until:  # kernels are chosen by now, and others come and go
+    # kernels are chosen by now, and others come and go; more seconds a unit than a short row's cannot be the machine's
+    odd = points[-1][1] / points[-1][0] > points[0][1] / points[0][0]
+    if taken and (odd or time.perf_counter() + cost(line, taken) < until):
         largest = min(points[-1], take(rows[:taken]), key=lambda point: point[1])
         line = Line.through([points[0], largest])
     return line
