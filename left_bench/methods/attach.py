@@ -146,6 +146,11 @@ def virtual_positions(model: torch.nn.Module) -> int:
     return int(config.num_virtual_tokens)
 
 
+def has_virtual_tokens(model: torch.nn.Module) -> bool:
+    """Whether the method puts tokens, or keys and values, before the input."""
+    return isinstance(model, PeftModel) and isinstance(model.active_peft_config, PromptLearningConfig)
+
+
 def regularization(model: torch.nn.Module) -> torch.Tensor | None:
     """The term that a method adds to the loss, else None: our loss is computed outside the model, where peft adds none.
 

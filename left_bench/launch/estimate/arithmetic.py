@@ -14,7 +14,7 @@ from left_bench.spec.cell import Cell
 _SIMULATED_STEPS = 64
 _SPEED_ROWS, _SPEED_PASSES, _SPEED_STEPS = 16, 2, 16
 """What `evaluate.generation_speed` does: two prompts passes over so many rows, and so many single tokens after them."""
-_CHECKED_ROWS, _MERGE_ROWS = 4, 8
+_CHECKED_ROWS, _MERGE_ROWS, _TRIED_ROWS = 4, 8, 2
 _AROUND_SECONDS = 1.0
 """Starting a forked worker, reading its rows, attaching and saving: 0.5 to 1.3 s, by method, in the records of
 reports/peft_methods.md (wall time less the phases that are added up here)."""
@@ -119,6 +119,8 @@ class Rows(BaseModel):
     test_rows: int
     general: list[int]
     """Tokens of the passages of general text."""
+    shared: int = 0
+    """Tokens that the test rows' prompts all begin with, which an evaluation reads once."""
 
 
 class Measured(NamedTuple):
@@ -206,7 +208,13 @@ def _steps(cell: Cell, rates: Rates, rows: Rows) -> float:
 def _evaluation(cell: Cell, rates: Rates, rows: Rows) -> float:
     """Losses, answers and general text; answers are taken to be as long as they may."""
     scored, batch = _scored(cell, rows), cell.eval.batch_size
-    seconds = _passes(cell, rates.forward, scored, batch)
+    seconds = 0.0
+    if rows.shared and not virtual_tokens(cell):
+        tried = scored[:_TRIED_ROWS]
+        seconds += rates.forward.of(rows.shared) + rates.forward.of(_padded(tried, cell))
+        scored = [row._replace(prompt=row.prompt - rows.shared) for row in scored]
+        seconds += rates.forward.of(_padded(scored[:_TRIED_ROWS], cell))
+    seconds += _passes(cell, rates.forward, scored, batch)
     if cell.data.pairs:
         seconds += _passes(cell, rates.forward, [row.with_worse_answer() for row in scored], batch)
     if cell.model.task == "image_classification":
