@@ -292,6 +292,17 @@ def test_the_environment(tiny_cell, monkeypatch):
     assert worker_environment(tiny_cell("hardware=cuda"))["CUDA_VISIBLE_DEVICES"] == "0"
 
 
+def test_a_workers_threads_sleep_soon_unless_the_user_says_how_they_wait(tiny_cell, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert worker_environment(tiny_cell())["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    assert worker_environment(tiny_cell())["GOMP_SPINCOUNT"] == "5"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in worker_environment(tiny_cell())
+
+
 # --- the real worker ---
 
 
