@@ -31,8 +31,8 @@ _LOOK_EVERY_SECONDS = 0.25
 _TAIL_CHARACTERS = 4000
 _SPINS = "10000"
 """How often a thread of torch's looks for its next piece of work before it sleeps, tens of microseconds. OpenMP's own
-300,000 keep cores busy waiting, and where a browser wants one too each piece waits for the thread that has none: a
-step of LoRA on the default model beside one busy process took 11 to 15 s, and with this 5.0 to 6.4; alone 2.2 to 2.9 and
+300,000 keep cores busy waiting, and where a browser wants one too each piece waits for the thread that has none. A
+LoRA step of the default model beside one busy process took 11 to 15 s, and with this 5.0 to 6.4; alone 2.2 to 2.9 and
 2.2 to 2.6 (two cores, AVX-512, float32)."""
 # What starting a process fails with where the system has none to give, or its fork server has died.
 _NO_PROCESS = (None, errno.EAGAIN, errno.ENOMEM, errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOENT)
