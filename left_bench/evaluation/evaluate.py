@@ -24,7 +24,7 @@ from left_bench.model.positions import virtual_tokens
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import Tell
 from left_bench.spec.record import Sample, Score
-from left_bench.spec.row_scores import SCORES_OF_A_PAIR, exact_match
+from left_bench.spec.row_scores import ANSWER_METRICS, SCORES_OF_A_PAIR
 from left_bench.training.loss import AnswerLoss
 from left_bench.training.objective import with_worse_answer
 
@@ -313,10 +313,18 @@ def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], 
 def row_scores(found: Evaluation, rows: Sequence[Example], cell: Cell) -> dict[str, list[float]]:
     """Metric -> the score of each row, of those metrics that are not told from answer and reference alone."""
     extractor = cell.eval.extractor
-    if extractor is None or found.predictions is None or "exact_match" not in (cell.eval.metrics or []):
+    if extractor is None or found.predictions is None:
         return {}
-    pairs = zip(found.predictions, rows, strict=True)
-    return {"exact_match": [exact_match(answer, row.reference, extractor=extractor) for answer, row in pairs]}
+    metrics = {name: ANSWER_METRICS[name] for name in cell.eval.metrics or []}
+    return {
+        name: [metric.of_answer(*pair, extractor=extractor) for pair in _pairs(found.predictions, rows)]
+        for name, metric in metrics.items()
+        if metric.extracts and metric.of_answer is not None
+    }
+
+
+def _pairs(predictions: Sequence[str], rows: Sequence[Example]) -> list[tuple[str, str]]:
+    return [(answer, row.reference) for answer, row in zip(predictions, rows, strict=True)]
 
 
 def _preference_scores(

@@ -26,6 +26,7 @@ from left_bench.measure.device import find_device
 from left_bench.pretrained import with_content as model_with_content
 from left_bench.spec.cell import GROUPS, Cell, Data, is_task_file, slugify
 from left_bench.spec.redact import refuse_secrets
+from left_bench.spec.row_scores import check_installed
 
 
 class Settings(BaseModel):
@@ -109,6 +110,8 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     if cell.data.path is not None or cell.data.source == "hub":
         cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})
     check_arguments(cell)
+    if cell.generates or cell.data.image_column is not None:
+        check_installed(cell.eval.metrics or [])
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
     return cell, found
 

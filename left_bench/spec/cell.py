@@ -15,7 +15,7 @@ from left_bench.core.errors import UserError, nearest
 from left_bench.core.units import parse_bytes
 from left_bench.spec.extract import check_extractor
 from left_bench.spec.instantiate import check_targets
-from left_bench.spec.record import ANSWER_METRICS
+from left_bench.spec.row_scores import ANSWER_METRICS
 
 GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware")
 Dtype = Literal["float32", "bfloat16", "float16"]
