@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from left_bench.data.pictures import Picture
+from left_bench.data.moving import moved_to
 from left_bench.data.tokens import Example
 
 if TYPE_CHECKING:
@@ -90,50 +90,9 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
 
-@dataclass(frozen=True, eq=False)
-class PictureBatch:
-    """The pictures of one pass; each has one label."""
-
-    pixels: torch.Tensor
-    """float32 (pictures, channels, height, width)."""
-    targets: torch.Tensor
-    """The right class of each."""
-    tokens: int
-    """Patches."""
-
-    @property
-    def answer_lengths(self) -> list[int]:
-        return [1] * len(self.targets)
-
-    @property
-    def answer_tokens(self) -> int:
-        return len(self.targets)
-
-    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
-        """Logits [pictures, classes] as they are: a picture is one row and one label."""
-        return states
-
-    def inputs(self) -> dict[str, Any]:
-        return {"pixel_values": self.pixels}
-
-    def to(self, device: torch.device | str) -> PictureBatch:
-        pixels, targets = (moved_to(one, device) for one in (self.pixels, self.targets))
-        return PictureBatch(pixels=pixels, targets=targets, tokens=self.tokens)
-
-
 def at_positions(states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """`states[rows, positions]`, whose gradient on CUDA would sort the indices: no place is asked for twice."""
     return states.flatten(0, 1).index_select(0, rows * states.shape[1] + positions)
-
-
-def moved_to(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """The tensor on another device; not waited for where that is CUDA."""
-    import torch
-
-    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    # from pageable memory the copy would wait for all that is queued on the device
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def step_rows(n_rows: int, *, rows_per_step: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -174,8 +133,9 @@ def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -
     """
     import torch
 
-    if isinstance(examples[0], Picture):
-        return _collate_pictures(examples)
+    own: Callable[..., Any] | None = getattr(type(examples[0]), "collate", None)
+    if own is not None:  # rows that are no text
+        return own(examples, pad_id=pad_id)
     if examples[0].decoder_start is not None:
         return _collate_for_decoder(examples, pad_id=pad_id)
     longest = max(example.length for example in examples)
@@ -213,17 +173,6 @@ def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -
         boundaries=torch.tensor(starts, dtype=torch.int32) if packed else None,
         tokens=total,
         longest=longest,
-    )
-
-
-def _collate_pictures(pictures: Any) -> Any:
-    import numpy as np
-    import torch
-
-    return PictureBatch(
-        pixels=torch.from_numpy(np.stack([one.pixels for one in pictures])),
-        targets=torch.tensor([one.label for one in pictures]),
-        tokens=sum(one.length for one in pictures),
     )
 
 

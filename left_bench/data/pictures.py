@@ -8,15 +8,17 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.data.lazy import LazyRows
+from left_bench.data.moving import moved_to
 from left_bench.data.tokens import Splits
 from left_bench.spec.cell import Data
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from PIL.Image import Image
 
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 class Picture:
     """One picture as the model sees it."""
 
+    not_packed: ClassVar[str] = "pictures are all of one length"
     pixels: np.ndarray
     """float32 (channels, height, width)."""
     label: int
@@ -47,6 +50,49 @@ class Picture:
     def identity(self) -> list[Any]:
         """What makes it another picture: its pixels and its class."""
         return [hashlib.sha256(self.pixels.tobytes()).hexdigest(), self.reference]
+
+    @staticmethod
+    def collate(pictures: Sequence[Picture], *, pad_id: int) -> PictureBatch:
+        """One pass over pictures of one size; nothing is padded."""
+        import numpy as np
+        import torch
+
+        return PictureBatch(
+            pixels=torch.from_numpy(np.stack([picture.pixels for picture in pictures])),
+            targets=torch.tensor([picture.label for picture in pictures]),
+            tokens=sum(picture.length for picture in pictures),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PictureBatch:
+    """The rows of one pass whose label is a class each: what a batch must have for the loss."""
+
+    pixels: torch.Tensor
+    """float32 (pictures, channels, height, width)."""
+    targets: torch.Tensor
+    """The right class of each."""
+    tokens: int
+    """Patches."""
+
+    @property
+    def answer_lengths(self) -> list[int]:
+        return [1] * len(self.targets)
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.targets)
+
+    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
+        """Logits [pictures, classes] as they are: a picture is one row and one label."""
+        return states
+
+    def inputs(self) -> dict[str, Any]:
+        return {"pixel_values": self.pixels}
+
+    def to(self, device: torch.device | str) -> PictureBatch:
+        pixels, targets = (moved_to(tensor, device) for tensor in (self.pixels, self.targets))
+        return PictureBatch(pixels=pixels, targets=targets, tokens=self.tokens)
 
 
 class Pictures(LazyRows[Picture]):
@@ -105,6 +151,15 @@ def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
         fingerprint=_fingerprint(source, [*train, *test], label_column, section),
         classes=names,
     )
+
+
+def probe(model: Any, *, tokens: int) -> dict[str, Any]:
+    """Arguments of a pass over one black picture of the model's size."""
+    import torch
+
+    size, first = model.config.image_size, next(model.parameters())
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, device=first.device)}
 
 
 def _source(section: Data) -> tuple[Any, list[str]]:

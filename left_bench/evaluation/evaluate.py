@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from left_bench.core.errors import NotInForce
+from left_bench.core.extensions import named
 from left_bench.data import Example, collate, start_ids, turn_end
 from left_bench.evaluation.text_metrics import score_text
 from left_bench.measure.device import Device
@@ -75,19 +76,31 @@ def evaluate_model(
             found.rejected_nll = row_losses(
                 model, worse, cell, tell=partial(tell, "loss of worse answers"), **losses
             ).nll
-        if cell.model.task == "image_classification":
-            found.predictions = classify(model, rows, cell, device=device, tell=partial(tell, "classes"))
-        elif cell.generates:
-            answers = greedy_answers(model, tokenizer, rows, cell, device=device, tell=partial(tell, "answers"))
-            check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
-            ends = end_tokens(model, tokenizer)
-            said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
-            found.predictions = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
-        if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
+        found.predictions = named(cell.task.predict)(model, tokenizer, rows, cell, device=device, tell=tell)
+        if cell.eval.forgetting and cell.task.is_decoder:  # the others do not go on with a text
             passages = general_passages(tokenizer, room=room_of(model, cell))
             general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
             found.general_loss = sum(general.nll) / sum(general.answer_tokens)
     return found
+
+
+def written_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    device: str,
+    tell: Tell = _untold,
+) -> list[str] | None:
+    """Each row's greedy answer as text; None where the cell generates none."""
+    if not cell.generates:
+        return None
+    answers = greedy_answers(model, tokenizer, rows, cell, device=device, tell=partial(tell, "answers"))
+    check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
+    ends = end_tokens(model, tokenizer)
+    said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
 
 
 def row_losses(
@@ -217,21 +230,22 @@ class _Watched(StoppingCriteria):
 
 def classify(
     model: torch.nn.Module,
+    reader: Any,
     rows: Sequence[Any],
     cell: Cell,
     *,
     device: str,
-    tell: Callable[[int, int], None] = _untold,
+    tell: Tell = _untold,
 ) -> list[str]:
-    """The likeliest class of each picture, by name."""
+    """The likeliest class of each row, by name."""
     forward: Any = model
     names, found = forward.config.id2label, []
-    done = _Counted(len(rows), tell)
+    done = _Counted(len(rows), partial(tell, "classes"))
     for start in range(0, len(rows), cell.eval.batch_size):
-        pictures = rows[start : start + cell.eval.batch_size]
-        batch = collate(pictures, pad_id=0).to(device)
+        some = rows[start : start + cell.eval.batch_size]
+        batch = collate(some, pad_id=pad_of(reader)).to(device)
         found += forward(**batch.inputs()).logits.argmax(-1).tolist()
-        done.add(len(pictures))
+        done.add(len(some))
     return [str(names[index]) for index in found]
 
 
