@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from left_bench.data.moving import moved_to
 from left_bench.data.tokens import Example
 
 if TYPE_CHECKING:
@@ -90,9 +89,50 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
 
+@dataclass(frozen=True, eq=False)
+class ClassBatch:
+    """The rows of one pass whose label is a class each, whatever the model reads of them."""
+
+    arguments: dict[str, torch.Tensor]
+    """Of the model's forward pass, by the names that transformers gives them; the first dimension is the rows."""
+    targets: torch.Tensor
+    """The right class of each row."""
+    tokens: int
+    """Non-padding tokens, or what stands for them."""
+
+    @property
+    def answer_lengths(self) -> list[int]:
+        return [1] * len(self.targets)
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.targets)
+
+    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
+        """Logits [rows, classes] as they are: a row has one label."""
+        return states
+
+    def inputs(self) -> dict[str, Any]:
+        return dict(self.arguments)
+
+    def to(self, device: torch.device | str) -> ClassBatch:
+        moved = {name: moved_to(tensor, device) for name, tensor in self.arguments.items()}
+        return ClassBatch(arguments=moved, targets=moved_to(self.targets, device), tokens=self.tokens)
+
+
 def at_positions(states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """`states[rows, positions]`, whose gradient on CUDA would sort the indices: no place is asked for twice."""
     return states.flatten(0, 1).index_select(0, rows * states.shape[1] + positions)
+
+
+def moved_to(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on another device; not waited for where that is CUDA."""
+    import torch
+
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    # from pageable memory the copy would wait for all that is queued on the device
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def step_rows(n_rows: int, *, rows_per_step: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from left_bench.core.errors import UserError, nearest
+from left_bench.data.batches import ClassBatch
 from left_bench.data.lazy import LazyRows
-from left_bench.data.moving import moved_to
 from left_bench.data.tokens import Splits
 from left_bench.spec.cell import Data
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from PIL.Image import Image
 
 
@@ -52,47 +51,16 @@ class Picture:
         return [hashlib.sha256(self.pixels.tobytes()).hexdigest(), self.reference]
 
     @staticmethod
-    def collate(pictures: Sequence[Picture], *, pad_id: int) -> PictureBatch:
+    def collate(pictures: Sequence[Picture], *, pad_id: int) -> ClassBatch:
         """One pass over pictures of one size; nothing is padded."""
         import numpy as np
         import torch
 
-        return PictureBatch(
-            pixels=torch.from_numpy(np.stack([picture.pixels for picture in pictures])),
+        return ClassBatch(
+            arguments={"pixel_values": torch.from_numpy(np.stack([picture.pixels for picture in pictures]))},
             targets=torch.tensor([picture.label for picture in pictures]),
             tokens=sum(picture.length for picture in pictures),
         )
-
-
-@dataclass(frozen=True, eq=False)
-class PictureBatch:
-    """The rows of one pass whose label is a class each: what a batch must have for the loss."""
-
-    pixels: torch.Tensor
-    """float32 (pictures, channels, height, width)."""
-    targets: torch.Tensor
-    """The right class of each."""
-    tokens: int
-    """Patches."""
-
-    @property
-    def answer_lengths(self) -> list[int]:
-        return [1] * len(self.targets)
-
-    @property
-    def answer_tokens(self) -> int:
-        return len(self.targets)
-
-    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
-        """Logits [pictures, classes] as they are: a picture is one row and one label."""
-        return states
-
-    def inputs(self) -> dict[str, Any]:
-        return {"pixel_values": self.pixels}
-
-    def to(self, device: torch.device | str) -> PictureBatch:
-        pixels, targets = (moved_to(tensor, device) for tensor in (self.pixels, self.targets))
-        return PictureBatch(pixels=pixels, targets=targets, tokens=self.tokens)
 
 
 class Pictures(LazyRows[Picture]):

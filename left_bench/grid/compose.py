@@ -110,7 +110,7 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     if cell.data.path is not None or cell.data.source == "hub":
         cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})
     check_arguments(cell)
-    if cell.generates or cell.data.image_column is not None:
+    if cell.generates or not cell.task.writes:
         check_installed(cell.eval.metrics or [])
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
     return cell, found

@@ -38,8 +38,8 @@ class Task:
     """(folder, model section) -> the reader."""
     load_rows: str = "left_bench.model.rows:decoder_rows"
     """(cell, reader, folder=) -> `data.Splits`. A row has `length`, `labels`, `prompt`, `reference` and `identity`; one
-    that is no `data.Example` has `collate` too, and its batch what `data.batches.PictureBatch` has: so the loss needs
-    to know no task."""
+    that is no `data.Example` has a static `collate(rows, pad_id=)` too, whose batch has what `data.ClassBatch` has: the
+    loss needs to know no task."""
     save_random: str = "left_bench.pretrained.make:save_random_writer"
     """(architecture, folder, dtype=, task=): write a model with random weights, and its reader, into the folder."""
     predict: str = "left_bench.evaluation.evaluate:written_answers"

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from left_bench.data import Batch, Example, collate, split_passes, step_rows
+from left_bench.data.batches import moved_to
 from left_bench.data.lazy import LazyRows
-from left_bench.data.moving import moved_to
 from left_bench.model.load import autocast
 from left_bench.spec.cell import Cell
 from left_bench.training.loss import AnswerLoss
