@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from left_bench.core.errors import UserError
 from left_bench.core.paths import config_root
-from left_bench.data.files import with_content
+from left_bench.data.files import check_source, with_content
 from left_bench.data.rows import with_shape
 from left_bench.evaluation.harness import with_content as tasks_with_content
 from left_bench.evaluation.judge import check as check_judge
@@ -110,6 +110,7 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     if cell.data.path is not None or cell.data.source == "hub":
         cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})
     check_arguments(cell)
+    check_source(cell.data)
     if cell.generates or not cell.task.writes:
         check_installed(cell.eval.metrics or [])
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
