@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable, Mapping
 
 from left_bench.core.paths import is_installed, versions_of
+from left_bench.data.files import check_source
 from left_bench.quantization import backend_of, backends, device_rules
 from left_bench.quantization import rules as quantization_rules
 from left_bench.spec.cell import Cell
 from left_bench.spec.device import DEVICES
+from left_bench.spec.row_scores import check_installed
 from left_bench.spec.task import rules as task_rules
 
 # Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
@@ -312,6 +314,17 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "float16 loss scaling and compiled layers are not written for hardware.sharding; DDP (sharding=null) has both",
     ),
 )
+
+
+def check_extras(cell: Cell) -> None:
+    """Refuse data and metrics whose package is not installed: no cell of the grid could do without.
+
+    Raises:
+        UserError: naming what to install.
+    """
+    check_source(cell.data)
+    if cell.generates or not cell.task.writes:
+        check_installed(cell.eval.metrics or [])
 
 
 def why_unsupported(cell: Cell) -> str | None:
