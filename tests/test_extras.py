@@ -47,7 +47,7 @@ def test_a_cell_that_wants_a_missing_extra_is_told_to_install_it(overrides, modu
 
 def test_the_list_of_options_says_what_a_missing_extra_leaves_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score", None)
-    assert "left-bench[text-metrics]" in _verdict("data", "lamini_docs")
+    assert "[text-metrics]" in _verdict("data", "lamini_docs")
     assert "runs here" in _verdict("data", "chain_sum")
 
 
