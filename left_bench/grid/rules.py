@@ -14,7 +14,6 @@ from left_bench.spec.device import DEVICES
 from left_bench.spec.row_scores import check_installed
 from left_bench.spec.task import rules as task_rules
 
-# Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
 # what peft carries in the cache or puts before the input while it generates
 _THROUGH_THE_CACHE = (
     "PrefixTuning",
@@ -43,6 +42,7 @@ LIGER_FAMILIES = {
     *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_text"),
     *("qwen3_vl_text", "smollm3", "smolvlm"),
 }
+# Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
 _ADAPTION_PROMPT_FAMILIES = {"llama", "mistral", "gpt2"}
 
 

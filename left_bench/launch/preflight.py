@@ -135,10 +135,11 @@ def _try(cell: Cell) -> None:
     if cell.quantization.target is not None:
         with _refused("quantization.config", cell.quantization.target):
             instantiate(cell.quantization.target, cell.quantization.config, key="quantization")
-        backend, config = backend_of(cell.quantization), cell.quantization.config
-        for key, attempt in backend.trials(config) if backend is not None else ():
-            with _refused(f"quantization.config.{key}={config[key]}", "the library behind it"):
-                attempt()
+        if (backend := backend_of(cell.quantization)) is not None:
+            for key, attempt in backend.trials(cell.quantization.config):
+                value, whose = cell.quantization.config[key], " and ".join(backend.packages)
+                with _refused(f"quantization.config.{key}={value}", whose):
+                    attempt()
     if fetched(cell.model, dtype=cell.precision.weights_dtype) is None and source(cell.model) == "hub":
         return  # its shapes are not here
     with _refused("model.config", cell.model.name):
