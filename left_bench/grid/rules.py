@@ -284,10 +284,14 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         lambda cell: cell.training.batch_size % cell.hardware.processes != 0,
         "training.batch_size counts the rows of all hardware.processes and must be a multiple of their number",
     ),
-    (
-        lambda cell: cell.hardware.processes > 1 and DEVICES[cell.hardware.device].one_for_all,
-        "several processes want an accelerator each, and a machine has one of this kind; hardware.processes=1, or "
-        "hardware=cpu",
+    *(
+        (
+            lambda cell, name=name: cell.hardware.processes > 1 and cell.hardware.device == name,
+            f"several processes want an accelerator each, and {name.upper()} is one; hardware.processes=1 or "
+            "hardware=cpu",
+        )
+        for name, kind in DEVICES.items()
+        if kind.one_for_all
     ),
     (
         lambda cell: _sharded(cell) and cell.hardware.processes == 1,
