@@ -16,7 +16,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY left_bench ./left_bench
 COPY conf ./conf
 COPY sweeps ./sweeps
-RUN pip install '.[joblib,optuna]' -c constraints.txt
+RUN pip install '.[joblib,optuna,text-metrics,five-bit,digits]' -c constraints.txt
 
 USER 1000
 WORKDIR /home/bench

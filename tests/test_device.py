@@ -74,13 +74,13 @@ def test_what_is_asked_for_is_taken(asked):
     ],
 )
 def test_auto(driver, visible, found, monkeypatch):
-    class Drivers(type(devices.Path())):
+    class Drivers(type(Path())):
         def is_dir(self, **_):
             return str(self) == driver
 
         exists = is_dir
 
-    monkeypatch.setattr(devices, "Path", Drivers)
+    monkeypatch.setattr("left_bench.spec.device.Path", Drivers)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:

@@ -43,6 +43,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 RUNS = [
     pytest.param(arguments, id=f"{page.stem}: {shlex.join(arguments)[:60]}")
     for page in PAGES
+    if page.stem != "extending"  # its commands are run, in tests/test_extending.py
     for arguments in commands(page)
     if command_line.is_override(arguments[0]) or arguments[0] == "-m"
 ]

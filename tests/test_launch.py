@@ -312,7 +312,7 @@ def test_folders_can_be_elsewhere(place, runs, left_bench):
 
 
 def test_a_broken_tracker_costs_nothing(place, runs, left_bench, monkeypatch):
-    import left_bench.tracker.wandb as tracker
+    import left_bench.tracker.kinds.wandb as tracker
 
     def broken(self, *arguments, **named):
         raise RuntimeError("no wandb today")

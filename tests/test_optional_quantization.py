@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from left_bench.core.paths import is_installed
-from left_bench.model.quantization_error import dequantized
+from left_bench.quantization import dequantized
 
 MODULES = {"hqq": "hqq", "quanto": "optimum.quanto", "torchao": "torchao"}
 # groups of 64 with two float32 constants; 3 bits are packed ten in 32; in these small layers constants weigh more

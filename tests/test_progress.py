@@ -67,7 +67,7 @@ def test_classes_are_told_too(tiny_cell, load_tiny, monkeypatch):
 
     import torch
 
-    told: list[tuple[int, int]] = []
+    told: list[tuple[str, int, int]] = []
     batch = SimpleNamespace(inputs=dict, to=lambda device: batch)
     monkeypatch.setattr(evaluate, "collate", lambda rows, pad_id: batch)
 
@@ -78,9 +78,9 @@ def test_classes_are_told_too(tiny_cell, load_tiny, monkeypatch):
             return SimpleNamespace(logits=torch.tensor([[0.0, 1.0]]))
 
     cell = tiny_cell("eval.batch_size=1")
-    found = evaluate.classify(Model(), [1, 2], cell, device="cpu", tell=lambda *what: told.append(what))
+    found = evaluate.classify(Model(), None, [1, 2], cell, device="cpu", tell=lambda *what: told.append(what))
     assert found == ["b", "b"]
-    assert told == [(0, 2), (1, 2), (2, 2)]
+    assert told == [("classes", 0, 2), ("classes", 1, 2), ("classes", 2, 2)]
 
 
 def told_in(path) -> list[tuple[str, str]]:

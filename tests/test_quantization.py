@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from left_bench.core.errors import NotInForce
 from left_bench.fivebit import FiveBitConfig
 from left_bench.model.load import _keep_trainable, quantized_weights
-from left_bench.model.quantization_error import dequantized, quantization_error
+from left_bench.model.quantization_error import quantization_error
+from left_bench.quantization import dequantized
 
 
 @pytest.fixture(scope="module")

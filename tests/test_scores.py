@@ -5,9 +5,9 @@ import math
 import pytest
 
 from left_bench.core.errors import UserError
-from left_bench.evaluation.text_metrics import TEXT_METRICS, score_text
+from left_bench.evaluation.text_metrics import AnswerMetric, score_text
 from left_bench.spec.record import METRICS
-from left_bench.spec.row_scores import number_match
+from left_bench.spec.row_scores import ANSWER_METRICS, number_match
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_many_rows_in_order():
 
 
 def test_every_metric_is_in_the_table_and_says_what_it_is():
-    for name, metric in TEXT_METRICS.items():
+    for name, metric in ANSWER_METRICS.items():
         assert METRICS[name].better == "higher"
-        assert metric.description
+        assert AnswerMetric(metric).description == METRICS[name].meaning
 
 
 def test_an_unknown_metric_is_named():

@@ -29,7 +29,7 @@ from left_bench.tracker import (
 )
 from left_bench.tracker.base import markdown_table, summary_of
 from left_bench.tracker.choose import defaults_of
-from left_bench.tracker.wandb import WandbTracker
+from left_bench.tracker.kinds.wandb import WandbTracker
 
 LAUNCH = "20260101T120000"
 MLFLOW = {"project": "left_bench", "tracking_uri": None, "artifacts": False}
@@ -238,7 +238,7 @@ def test_without_a_login_nothing_is_asked(tmp_path, tiny_cell, offline):
     """In a process of its own: no environment says offline, and standard input is closed."""
     program = (
         "import pathlib, sys; from left_bench.spec.record import Record; from left_bench.tracker import Attempt\n"
-        "from left_bench.tracker.wandb import WandbTracker\n"
+        "from left_bench.tracker.kinds.wandb import WandbTracker\n"
         "record = Record.model_validate_json(pathlib.Path(sys.argv[1]).read_text())\n"
         "store = pathlib.Path(sys.argv[2])\n"
         "tracker = WandbTracker(store=store, project='p', entity=None, artifacts=False)\n"

@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
         if not options.temperature >= 0:
             raise UserError(f"--temperature {options.temperature}: give 0, which is greedy, or more")
         finished = find_finished(options.cell, options.runs, trust_remote_code=options.trust_remote_code)
-        if finished.cell.model.task == "image_classification":
-            raise UserError(f"{finished.record.cell_id}: it tells pictures apart and answers no question")
+        if not finished.cell.task.writes:
+            raise UserError(f"{finished.record.cell_id}: it names classes and answers no question")
         quiet_libraries()
         models = Models(
             finished,
@@ -133,7 +133,7 @@ class Models:
         encoder = self._config.is_encoder_decoder
         ids = prompt_of(question, self._cell.data, self._tokenizer, said=said, encoder=encoder)
         cell = self._cell if name == "adapted" else self._cell.without_adapter()
-        device = cell.hardware.device
+        device = cell.device_type
         inputs = torch.tensor([ids], device=device)
         switch, model = self._model(name)
         ends = end_tokens(model, self._tokenizer)
@@ -168,7 +168,7 @@ class Models:
         from left_bench.spec.task import probe_inputs
 
         cell: Cell = self._cell.without_adapter()
-        with torch.no_grad(), autocast(cell, device=cell.hardware.device):
+        with torch.no_grad(), autocast(cell, device=cell.device_type):
             logits: torch.Tensor = model(**probe_inputs(model, tokens=8)).logits.float()
         return logits
 

@@ -118,7 +118,7 @@ def _opened(cell: Cell) -> tuple[str, Any]:
     from left_bench.pretrained import fetched, source
     from left_bench.pretrained.make import byte_tokenizer
 
-    drawn = source(cell.model) == "random" and cell.model.task == "causal_lm"
+    drawn = source(cell.model) == "random" and cell.task.is_decoder
     if drawn and fetched(cell.model, dtype=cell.precision.weights_dtype) is None:
         return "", byte_tokenizer()
     return models.open_pretrained(cell)

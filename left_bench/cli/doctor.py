@@ -86,7 +86,7 @@ def _five_bits(device: str) -> str:
 
     found = Linear5bit(32, 32, compute_dtype=torch.bfloat16, device=device).decoded_by
     on_cpu = device == "cpu" and found == native.TORCH
-    return f"{found} (pip install llvmlite makes it faster)" if on_cpu else found
+    return f"{found} (pip install 'left-bench[five-bit]' makes it faster)" if on_cpu else found
 
 
 def _matrix_product(device: str) -> str:

@@ -20,7 +20,7 @@ from rich.markup import escape
 from left_bench.core.errors import UserError
 from left_bench.core.paths import config_root
 from left_bench.grid import command_line
-from left_bench.grid.rules import why_unsupported
+from left_bench.grid.rules import check_extras, why_unsupported
 from left_bench.measure.auto_precision import AUTO, fast_precision, resolved_choices
 from left_bench.measure.device import find_device
 from left_bench.spec.cell import GROUPS, Cell
@@ -154,6 +154,7 @@ def _verdict(group: str, option: str) -> str:
             cell = composed_cell(group, option)
         except OnlyHydraKnows:
             cell = _composed(group, option)
+        check_extras(cell)
     except UserError as error:
         return f"[yellow]not here[/]   ({escape(str(error))}) "
     reason = why_unsupported(cell)

@@ -190,13 +190,13 @@ def limit_of(cell: Cell) -> int | None:
     """Bytes there are: `hardware.memory_limit`, else the machine's memory or the first accelerator's."""
     if cell.hardware.memory_limit is not None:
         return cell.hardware.memory_limit
-    if cell.hardware.device == "cpu":
+    if cell.device_type == "cpu":
         import psutil
 
         return int(psutil.virtual_memory().total)
     import torch
 
-    module: Any = getattr(torch, cell.hardware.device, None)
+    module: Any = getattr(torch, cell.device_type, None)
     if module is None or not module.is_available() or not hasattr(module, "get_device_properties"):
         return None
     return int(module.get_device_properties(0).total_memory)

@@ -8,7 +8,7 @@ stands for all of it where a model sees and does not read, `batches` says which 
 
 from __future__ import annotations
 
-from left_bench.data.batches import Batch, collate, split_passes, step_rows
+from left_bench.data.batches import Batch, ClassBatch, collate, split_passes, step_rows
 from left_bench.data.pictures import Picture, load_pictures
 from left_bench.data.rendering import start_ids, turn_end
 from left_bench.data.rows import load_rows
@@ -17,6 +17,7 @@ from left_bench.data.tokens import Example, Splits, load_data, prompt_of
 
 __all__ = [
     "Batch",
+    "ClassBatch",
     "Example",
     "Picture",
     "Row",

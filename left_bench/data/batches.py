@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from left_bench.data.pictures import Picture
 from left_bench.data.tokens import Example
 
 if TYPE_CHECKING:
@@ -91,15 +90,15 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class PictureBatch:
-    """The pictures of one pass; each has one label."""
+class ClassBatch:
+    """The rows of one pass whose label is a class each, whatever the model reads of them."""
 
-    pixels: torch.Tensor
-    """float32 (pictures, channels, height, width)."""
+    arguments: dict[str, torch.Tensor]
+    """Of the model's forward pass, by the names that transformers gives them; the first dimension is the rows."""
     targets: torch.Tensor
-    """The right class of each."""
+    """The right class of each row."""
     tokens: int
-    """Patches."""
+    """Non-padding tokens, or what stands for them."""
 
     @property
     def answer_lengths(self) -> list[int]:
@@ -110,15 +109,15 @@ class PictureBatch:
         return len(self.targets)
 
     def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
-        """Logits [pictures, classes] as they are: a picture is one row and one label."""
+        """Logits [rows, classes] as they are: a row has one label."""
         return states
 
     def inputs(self) -> dict[str, Any]:
-        return {"pixel_values": self.pixels}
+        return dict(self.arguments)
 
-    def to(self, device: torch.device | str) -> PictureBatch:
-        pixels, targets = (moved_to(one, device) for one in (self.pixels, self.targets))
-        return PictureBatch(pixels=pixels, targets=targets, tokens=self.tokens)
+    def to(self, device: torch.device | str) -> ClassBatch:
+        moved = {name: moved_to(tensor, device) for name, tensor in self.arguments.items()}
+        return ClassBatch(arguments=moved, targets=moved_to(self.targets, device), tokens=self.tokens)
 
 
 def at_positions(states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -174,8 +173,9 @@ def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -
     """
     import torch
 
-    if isinstance(examples[0], Picture):
-        return _collate_pictures(examples)
+    own: Callable[..., Any] | None = getattr(type(examples[0]), "collate", None)
+    if own is not None:  # rows that are no text
+        return own(examples, pad_id=pad_id)
     if examples[0].decoder_start is not None:
         return _collate_for_decoder(examples, pad_id=pad_id)
     longest = max(example.length for example in examples)
@@ -213,17 +213,6 @@ def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -
         boundaries=torch.tensor(starts, dtype=torch.int32) if packed else None,
         tokens=total,
         longest=longest,
-    )
-
-
-def _collate_pictures(pictures: Any) -> Any:
-    import numpy as np
-    import torch
-
-    return PictureBatch(
-        pixels=torch.from_numpy(np.stack([one.pixels for one in pictures])),
-        targets=torch.tensor([one.label for one in pictures]),
-        tokens=sum(one.length for one in pictures),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.core.paths import contents_of, file_sha256
+from left_bench.core.paths import contents_of, file_sha256, is_installed
 from left_bench.spec.cell import Data, fingerprint
 
 Records = Iterable[tuple[str, Mapping[str, Any]]]
@@ -22,6 +22,19 @@ _BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arr
 _KINDS = (*_LINES, ".json", *_BUILDERS)
 _PACKED = (".gz", ".zst")
 _DATASET = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+
+
+def check_source(section: Data) -> None:
+    """Refuse a source whose package is not installed, before anything runs.
+
+    Raises:
+        UserError: naming what to install.
+    """
+    if section.source == "scikit_learn" and not is_installed("sklearn"):
+        raise UserError(
+            f"data.source=scikit_learn: {section.name} is read from the package scikit-learn, which is not installed: "
+            "pip install 'left-bench[digits]', or choose other data"
+        )
 
 
 def with_content(section: Data) -> Data:

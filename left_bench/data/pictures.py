@@ -8,9 +8,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from left_bench.core.errors import UserError, nearest
+from left_bench.data.batches import ClassBatch
 from left_bench.data.lazy import LazyRows
 from left_bench.data.tokens import Splits
 from left_bench.spec.cell import Data
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 class Picture:
     """One picture as the model sees it."""
 
+    not_packed: ClassVar[str] = "pictures are all of one length"
     pixels: np.ndarray
     """float32 (channels, height, width)."""
     label: int
@@ -47,6 +49,18 @@ class Picture:
     def identity(self) -> list[Any]:
         """What makes it another picture: its pixels and its class."""
         return [hashlib.sha256(self.pixels.tobytes()).hexdigest(), self.reference]
+
+    @staticmethod
+    def collate(pictures: Sequence[Picture], *, pad_id: int) -> ClassBatch:
+        """One pass over pictures of one size; nothing is padded."""
+        import numpy as np
+        import torch
+
+        return ClassBatch(
+            arguments={"pixel_values": torch.from_numpy(np.stack([picture.pixels for picture in pictures]))},
+            targets=torch.tensor([picture.label for picture in pictures]),
+            tokens=sum(picture.length for picture in pictures),
+        )
 
 
 class Pictures(LazyRows[Picture]):
@@ -105,6 +119,15 @@ def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
         fingerprint=_fingerprint(source, [*train, *test], label_column, section),
         classes=names,
     )
+
+
+def probe(model: Any, *, tokens: int) -> dict[str, Any]:
+    """Arguments of a pass over one black picture of the model's size."""
+    import torch
+
+    size, first = model.config.image_size, next(model.parameters())
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, device=first.device)}
 
 
 def _source(section: Data) -> tuple[Any, list[str]]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from left_bench.core.errors import NotInForce
+from left_bench.core.extensions import named
 from left_bench.data import Example, collate, start_ids, turn_end
 from left_bench.evaluation.shared_prompt import SharedPrompt, read_shared_prompt
 from left_bench.evaluation.text_metrics import score_text
@@ -25,7 +26,7 @@ from left_bench.model.positions import virtual_tokens
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import Tell
 from left_bench.spec.record import Sample, Score
-from left_bench.spec.row_scores import SCORES_OF_A_PAIR, exact_match
+from left_bench.spec.row_scores import ANSWER_METRICS, SCORES_OF_A_PAIR
 from left_bench.training.loss import AnswerLoss
 from left_bench.training.objective import with_worse_answer
 
@@ -77,21 +78,34 @@ def evaluate_model(
             found.rejected_nll = row_losses(
                 model, worse, cell, shared=shared, tell=partial(tell, "loss of worse answers"), **losses
             ).nll
-        if cell.model.task == "image_classification":
-            found.predictions = classify(model, rows, cell, device=device, tell=partial(tell, "classes"))
-        elif cell.generates:
-            answers = greedy_answers(
-                model, tokenizer, rows, cell, device=device, shared=shared, tell=partial(tell, "answers")
-            )
-            check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
-            ends = end_tokens(model, tokenizer)
-            said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
-            found.predictions = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
-        if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
+        found.predictions = named(cell.task.predict)(
+            model, tokenizer, rows, cell, device=device, shared=shared, tell=tell
+        )
+        if cell.eval.forgetting and cell.task.is_decoder:  # the others do not go on with a text
             passages = general_passages(tokenizer, room=room_of(model, cell))
             general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
             found.general_loss = sum(general.nll) / sum(general.answer_tokens)
     return found
+
+
+def written_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    device: str,
+    shared: SharedPrompt | None = None,
+    tell: Tell = _untold,
+) -> list[str] | None:
+    """Each row's greedy answer as text; None where the cell generates none."""
+    if not cell.generates:
+        return None
+    answers = greedy_answers(model, tokenizer, rows, cell, device=device, shared=shared, tell=partial(tell, "answers"))
+    check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
+    ends = end_tokens(model, tokenizer)
+    said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
 
 
 def row_losses(
@@ -230,21 +244,23 @@ class _Watched(StoppingCriteria):
 
 def classify(
     model: torch.nn.Module,
+    reader: Any,
     rows: Sequence[Any],
     cell: Cell,
     *,
     device: str,
-    tell: Callable[[int, int], None] = _untold,
+    shared: SharedPrompt | None = None,
+    tell: Tell = _untold,
 ) -> list[str]:
-    """The likeliest class of each picture, by name."""
+    """The likeliest class of each row, by name; nothing is `shared` by rows that are read whole."""
     forward: Any = model
     names, found = forward.config.id2label, []
-    done = _Counted(len(rows), tell)
+    done = _Counted(len(rows), partial(tell, "classes"))
     for start in range(0, len(rows), cell.eval.batch_size):
-        pictures = rows[start : start + cell.eval.batch_size]
-        batch = collate(pictures, pad_id=0).to(device)
+        some = rows[start : start + cell.eval.batch_size]
+        batch = collate(some, pad_id=pad_of(reader)).to(device)
         found += forward(**batch.inputs()).logits.argmax(-1).tolist()
-        done.add(len(pictures))
+        done.add(len(some))
     return [str(names[index]) for index in found]
 
 
@@ -326,10 +342,18 @@ def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], 
 def row_scores(found: Evaluation, rows: Sequence[Example], cell: Cell) -> dict[str, list[float]]:
     """Metric -> the score of each row, of those metrics that are not told from answer and reference alone."""
     extractor = cell.eval.extractor
-    if extractor is None or found.predictions is None or "exact_match" not in (cell.eval.metrics or []):
+    if extractor is None or found.predictions is None:
         return {}
-    pairs = zip(found.predictions, rows, strict=True)
-    return {"exact_match": [exact_match(answer, row.reference, extractor=extractor) for answer, row in pairs]}
+    metrics = {name: ANSWER_METRICS[name] for name in cell.eval.metrics or []}
+    return {
+        name: [metric.of_answer(*pair, extractor=extractor) for pair in _pairs(found.predictions, rows)]
+        for name, metric in metrics.items()
+        if metric.extracts and metric.of_answer is not None
+    }
+
+
+def _pairs(predictions: Sequence[str], rows: Sequence[Example]) -> list[tuple[str, str]]:
+    return [(answer, row.reference) for answer, row in zip(predictions, rows, strict=True)]
 
 
 def _preference_scores(

@@ -45,7 +45,7 @@ def with_content(cell: Cell, folders: Sequence[Path]) -> Cell:
     tasks = cell.eval.tasks
     if not tasks:
         return cell
-    if cell.model.task == "image_classification":
+    if not cell.task.writes:
         raise UserError(f"eval.tasks={_list(tasks)}: they ask a model that writes, and this one names classes")
     if not is_installed("lm_eval"):
         raise UserError(
@@ -300,7 +300,7 @@ def _watched(
     try:
         return Watched(
             pretrained=model,
-            backend="seq2seq" if cell.model.task == "seq2seq_lm" else "causal",
+            backend="seq2seq" if cell.task.has_encoder else "causal",
             tokenizer=copy.deepcopy(tokenizer),  # it sets padding on it
             batch_size=cell.eval.task_batch_size or min(_BATCH_SIZE, cell.eval.batch_size),
             max_length=room,

@@ -91,8 +91,8 @@ def _untie(model: Any) -> None:
 def answer_logits(
     model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str
 ) -> torch.Tensor:
-    """Float32 logits that predict each row's first answer tokens (a picture's class), shape (tokens, vocabulary)."""
-    if cell.model.task != "image_classification":
+    """Float32 logits that predict each row's first answer tokens (or its class), shape (tokens, vocabulary)."""
+    if cell.task.writes:
         rows = [replace(row, answer_ids=row.answer_ids[:_COMPARED_TOKENS]) for row in rows]
     model.eval()
     with torch.no_grad(), autocast(cell, device=device):

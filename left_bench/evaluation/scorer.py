@@ -53,7 +53,7 @@ def with_content(cell: Cell, folders: Sequence[Path]) -> Cell:
     named = cell.eval.scorer
     if named is None:
         return cell
-    if not cell.eval.generate and cell.model.task != "image_classification":
+    if not cell.eval.generate and cell.task.writes:
         raise UserError(
             f"eval.scorer={named}: it scores answers, and eval.generate=false writes none; leave one of the two out"
         )

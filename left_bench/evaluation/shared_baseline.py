@@ -18,12 +18,13 @@ from left_bench.evaluation.evaluate import Evaluation, evaluate_model, room_of
 from left_bench.measure.cpu_contention import Quiet, measured_quietly
 from left_bench.measure.device import describe_machine, matrix_product_peak
 from left_bench.measure.meter import Meter
+from left_bench.quantization import backends
 from left_bench.spec.cell import Cell, fingerprint
 from left_bench.spec.events import progress_of
 
 BASE_FOLDER = "base"
 _ATTEMPTS = 3  # to measure the peak while nothing else runs, a second or two each
-_DECIDING = ("torch", "transformers", "bitsandbytes", "torchao", "hqq", "optimum-quanto", "llvmlite")
+_DECIDING = ("torch", "transformers", *(package for backend in backends() for package in backend.packages))
 
 
 def evaluate_base(

@@ -21,6 +21,7 @@ from left_bench.evaluation.harness import with_content as tasks_with_content
 from left_bench.evaluation.judge import check as check_judge
 from left_bench.evaluation.scorer import with_content as scorer_with_content
 from left_bench.grid.class_arguments import check_arguments
+from left_bench.grid.rules import check_extras
 from left_bench.measure.auto_precision import resolved_choices
 from left_bench.measure.device import find_device
 from left_bench.pretrained import with_content as model_with_content
@@ -109,6 +110,7 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     if cell.data.path is not None or cell.data.source == "hub":
         cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})
     check_arguments(cell)
+    check_extras(cell)
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
     return cell, found
 

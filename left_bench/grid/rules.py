@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from left_bench.core.paths import is_installed, versions_of
+from left_bench.data.files import check_source
+from left_bench.quantization import backend_of, backends, device_rules
+from left_bench.quantization import rules as quantization_rules
 from left_bench.spec.cell import Cell
+from left_bench.spec.device import DEVICES
+from left_bench.spec.row_scores import check_installed
+from left_bench.spec.task import rules as task_rules
 
-# Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
-_BITSANDBYTES = "transformers.BitsAndBytesConfig"
-_FOR_TEXT = ("PromptTuning", "PrefixTuning", "PromptEncoder", "Cartridge", "AdaptionPrompt", "TrainableTokens")
 # what peft carries in the cache or puts before the input while it generates
 _THROUGH_THE_CACHE = (
     "PrefixTuning",
@@ -42,27 +42,25 @@ LIGER_FAMILIES = {
     *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_text"),
     *("qwen3_vl_text", "smollm3", "smolvlm"),
 }
+# Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
 _ADAPTION_PROMPT_FAMILIES = {"llama", "mistral", "gpt2"}
 
 
 def model_type(cell: Cell) -> str | None:
     """The architecture's family, where it can be known without loading anything."""
-    if cell.model.config is not None:
-        return cell.model.config.get("model_type")
-    config = Path(cell.model.name_or_path).expanduser() / "config.json"
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such folder, or a broken file: loading will say
-        found: str | None = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        return found
-    return None
+    return cell.model.family
 
 
-# What an option needs beyond the project's own dependencies: (the target's beginning, module, extra).
+# What an option needs beyond the project's own dependencies: (the target's beginning, module, what to install).
 EXTRAS = (
-    ("transformers.TorchAoConfig", "torchao", "torchao"),
-    ("left_bench.hqq.", "hqq", "hqq"),
-    ("transformers.QuantoConfig", "optimum.quanto", "quanto"),
-    ("galore_torch.", "galore_torch", "galore"),
-    ("apollo_torch.", "apollo_torch", "apollo"),
+    *(
+        (target, backend.needs, f"'left-bench[{backend.extra}]'" if backend.extra else backend.needs)
+        for backend in backends()
+        for target in backend.targets
+        if backend.needs is not None
+    ),
+    ("galore_torch.", "galore_torch", "'left-bench[galore]'"),
+    ("apollo_torch.", "apollo_torch", "'left-bench[apollo]'"),
 )
 
 
@@ -72,11 +70,11 @@ def _wants(cell: Cell, target: str) -> bool:
 
 
 def _quantized(cell: Cell) -> bool:
-    return cell.quantization.target is not None or cell.quantization.checkpoint_method is not None
+    return backend_of(cell.quantization) is not None
 
 
 def _is(cell: Cell, *names: str) -> bool:
-    return cell.peft.target in {f"peft.{name}Config" for name in names}
+    return cell.peft.is_one_of(*names)
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -96,17 +94,18 @@ def loses_virtual_tokens(versions: Mapping[str, str]) -> bool:
     return release(versions["transformers"]) >= (5, 24) and release(versions["peft"]) < (0, 22)
 
 
-def _int8(cell: Cell) -> bool:
-    return cell.quantization.target == _BITSANDBYTES and bool(cell.quantization.config.get("load_in_8bit"))
+def _lacks_dense_shape(cell: Cell) -> bool:
+    backend = backend_of(cell.quantization)
+    return backend is not None and not backend.has_dense_shape
 
 
-def _four_bit(cell: Cell) -> bool:
-    return cell.quantization.target == _BITSANDBYTES and bool(cell.quantization.config.get("load_in_4bit"))
+def _cannot_shard(cell: Cell) -> bool:
+    backend = backend_of(cell.quantization)
+    return backend is not None and not backend.can_shard(cell.quantization)
 
 
 def _lora_with(cell: Cell, key: str, *values: object) -> bool:
-    value = cell.peft.config.get(key)
-    return _is(cell, "Lora") and (value in values if values else bool(value))
+    return cell.peft.is_lora_with(key, *values)
 
 
 def _starts_from_text(cell: Cell) -> bool:
@@ -125,20 +124,17 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     *(
         (
             lambda cell, target=target, module=module: _wants(cell, target) and not is_installed(module),
-            f"needs the package {module.split('.')[0]}, which is not installed: pip install 'left-bench[{extra}]'",
+            f"needs the package {module.split('.')[0]}, which is not installed: pip install {what}",
         )
-        for target, module, extra in EXTRAS
+        for target, module, what in EXTRAS
     ),
-    (
-        lambda cell: cell.quantization.checkpoint_method is not None and cell.hardware.device != "cuda",
-        "kernels for checkpoints that come quantized (GPTQ, AWQ, SpQR, FP8) run on CUDA alone",
-    ),
+    *device_rules(),
     (
         lambda cell: cell.peft.target is None and _quantized(cell),
         "full fine-tuning needs unquantized weights: integer storage takes no gradient",
     ),
     (
-        lambda cell: cell.precision.tf32 and cell.hardware.device != "cuda",
+        lambda cell: cell.precision.tf32 and cell.device_type != "cuda",
         "TF32 is a rounding mode of CUDA matrix products; this device has none",
     ),
     (
@@ -155,11 +151,11 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "pip install 'transformers<5.24', or eval.generate=false",
     ),
     (
-        lambda cell: ".Paged" in cell.optimizer.target and cell.hardware.device != "cuda",
+        lambda cell: ".Paged" in cell.optimizer.target and cell.device_type != "cuda",
         "optimizer states are paged by CUDA alone; bitsandbytes would do without, silently",
     ),
     (
-        lambda cell: cell.training.attention in _FLASH_ATTENTION and cell.hardware.device != "cuda",
+        lambda cell: cell.training.attention in _FLASH_ATTENTION and cell.device_type != "cuda",
         "FlashAttention 2 and 3 run on CUDA alone",
     ),
     *(
@@ -173,7 +169,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         for name, (module, package) in _FLASH_ATTENTION.items()
     ),
     (
-        lambda cell: _liger(cell) and cell.hardware.device not in ("cuda", "xpu"),
+        lambda cell: _liger(cell) and not DEVICES[cell.hardware.device].has_triton,
         "Liger's kernels are Triton's: they run on CUDA and XPU alone",
     ),
     (
@@ -185,7 +181,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "training.kernels=liger: Liger has no kernels for models of this family (seen with liger-kernel 0.8.5)",
     ),
     (
-        lambda cell: cell.training.output_head == "liger" and cell.model.task == "image_classification",
+        lambda cell: cell.training.output_head == "liger" and not cell.task.writes,
         "training.output_head=liger is a loss over a vocabulary, and pictures have classes",
     ),
     (
@@ -201,7 +197,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "Liger's loss wants the head's whole weight, and hardware.sharding leaves each process a part",
     ),
     (
-        lambda cell: cell.training.float8 and cell.hardware.device != "cuda",
+        lambda cell: cell.training.float8 and cell.device_type != "cuda",
         "products in 8-bit floating point are made by CUDA GPUs alone",
     ),
     (
@@ -221,12 +217,8 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "training.float8=true is not written for hardware.sharding; DDP (sharding=null) has it",
     ),
     (
-        lambda cell: _lora_with(cell, "init_lora_weights", "loftq") and cell.hardware.device not in ("cuda", "xpu"),
+        lambda cell: _lora_with(cell, "init_lora_weights", "loftq") and cell.device_type not in ("cuda", "xpu"),
         f"peft's LoftQ rounds weights on CUDA or XPU alone {_SEEN}",
-    ),
-    (
-        lambda cell: _int8(cell) and _lora_with(cell, "use_dora"),
-        f"DoRA over bitsandbytes int8 weights fails inside peft {_SEEN}",
     ),
     (
         lambda cell: (
@@ -244,77 +236,29 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         f"over quantized weights peft runs this method on the stored integers or trains nothing {_SEEN}",
     ),
     (
-        lambda cell: (
-            (_quantized(cell) and (_lora_with(cell, "kasa_config") or _lora_with(cell, "use_bdlora")))
-            or ((_int8(cell) or _four_bit(cell)) and _lora_with(cell, "monteclora_config"))
-        ),
+        lambda cell: _quantized(cell) and (_lora_with(cell, "kasa_config") or _lora_with(cell, "use_bdlora")),
         f"peft's quantized layers do not know this variant of LoRA and would be plain LoRA {_SEEN}",
     ),
     (
         lambda cell: (
-            cell.quantization.target in ("left_bench.fivebit.FiveBitConfig", "left_bench.hqq.HqqConfig")
+            _lacks_dense_shape(cell)
             and (_is(cell, "LoHa", "LoKr", "Shira", "Hira") or _lora_with(cell, "init_lora_weights", "olora"))
         ),
         f"peft reads this method's shape or values from the dense weight, which 5-bit and HQQ layers lack {_SEEN}",
     ),
-    (
-        lambda cell: _four_bit(cell) and _is(cell, "LoHa", "LoKr"),
-        f"peft reads the packed 4-bit weight's shape for the layer's {_SEEN}",
-    ),
+    *quantization_rules(),
     (
         lambda cell: (
-            not cell.autocast
-            and cell.precision.weights_dtype != "float32"
-            and (
-                ((_int8(cell) or _four_bit(cell)) and _is(cell, "IA3", "RandLora"))
-                or (_int8(cell) and _is(cell, "Shira"))
-            )
-        ),
-        f"peft mixes dtypes here unless autocast is on; precision.adapter_dtype=float32 turns it on {_SEEN}",
-    ),
-    (
-        lambda cell: (
-            (_int8(cell) or _four_bit(cell)) and _is(cell, "C3A", "Gralora") and model_type(cell) == "gpt_neox"
-        ),
-        f"peft's in-place update of this method fails over bitsandbytes layers that have a bias {_SEEN}",
-    ),
-    (
-        lambda cell: (
-            (cell.model.task != "causal_lm" and (_lora_with(cell, "init_lora_weights", "eva") or _is(cell, "CPT")))
-            or (cell.model.task == "image_classification" and _starts_from_text(cell))
+            (not cell.task.is_decoder and (_lora_with(cell, "init_lora_weights", "eva") or _is(cell, "CPT")))
+            or (not cell.task.writes and _starts_from_text(cell))
         ),
         f"this method starts from training rows as a decoder alone reads them {_SEEN}",
     ),
     (
-        lambda cell: cell.model.task == "seq2seq_lm" and cell.data.shape == "text",
-        "plain text is for models that go on with it: an encoder with a decoder wants questions and answers",
-    ),
-    (
-        lambda cell: cell.model.task == "seq2seq_lm" and cell.data.train_on == "all",
-        "an encoder's prompt carries no loss, so there is nothing but answers to train on; leave out data.train_on=all",
-    ),
-    (
-        lambda cell: (cell.model.task == "image_classification") != (cell.data.image_column is not None),
+        lambda cell: (cell.task.reads == "pictures") != (cell.data.image_column is not None),
         "pictures go with a model that classifies them (model=vit_base, data=digits), text with one that writes",
     ),
-    (
-        lambda cell: cell.model.task == "image_classification" and _is(cell, *_FOR_TEXT),
-        "this method puts virtual tokens before a text or attends to them, and pictures have none",
-    ),
-    (
-        lambda cell: (
-            cell.model.task == "image_classification"
-            and (_is(cell, "IA3") or _is(cell, "Lora"))
-            and cell.peft.config.get("target_modules") is None
-        ),
-        f"peft knows no usual modules of this method in a model of pictures; name peft.config.target_modules {_SEEN}",
-    ),
-    (
-        lambda cell: (
-            cell.model.task == "image_classification" and cell.quantization.target == "left_bench.hqq.HqqConfig"
-        ),
-        "HQQ cannot be told to leave the new output layer alone; bitsandbytes' and the 5-bit quantizations can",
-    ),
+    *task_rules(),
     (
         lambda cell: cell.training.objective == "dpo" and not cell.data.pairs,
         "training.objective=dpo needs rows with a better and a worse answer: data.pairs=true, as in data=preferences",
@@ -340,37 +284,21 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         lambda cell: cell.training.batch_size % cell.hardware.processes != 0,
         "training.batch_size counts the rows of all hardware.processes and must be a multiple of their number",
     ),
-    (
-        lambda cell: cell.hardware.processes > 1 and cell.hardware.device == "mps",
-        "several processes want an accelerator each, and MPS is one; hardware.processes=1 or hardware=cpu",
+    *(
+        (
+            lambda cell, name=name: cell.hardware.processes > 1 and cell.hardware.device == name,
+            f"several processes want an accelerator each, and {name.upper()} is one; hardware.processes=1 or "
+            "hardware=cpu",
+        )
+        for name, kind in DEVICES.items()
+        if kind.one_for_all
     ),
     (
         lambda cell: _sharded(cell) and cell.hardware.processes == 1,
         "hardware.sharding divides a model over processes; set hardware.processes to more than one",
     ),
     (
-        lambda cell: cell.hardware.sharding == "deepspeed" and not is_installed("deepspeed"),
-        "needs the package deepspeed, which is not installed: pip install 'left-bench[deepspeed]'",
-    ),
-    (
-        lambda cell: cell.hardware.sharding == "deepspeed" and cell.hardware.device != "cuda",
-        "DeepSpeed is asked for on CUDA alone; hardware.sharding=fsdp2 shards on other devices",
-    ),
-    (
-        lambda cell: cell.hardware.sharding == "deepspeed" and cell.hardware.sharding_config.get("zero_stage") == 3,
-        "DeepSpeed's third stage takes the model's loading over; hardware.sharding=fsdp2 shards the weights too",
-    ),
-    (
-        lambda cell: (
-            _sharded(cell)
-            and _quantized(cell)
-            and (
-                cell.hardware.sharding == "deepspeed"
-                or _int8(cell)
-                or cell.quantization.target == "transformers.TorchAoConfig"
-                or cell.quantization.checkpoint_method is not None
-            )
-        ),
+        lambda cell: _sharded(cell) and _cannot_shard(cell),
         "hardware.sharding cannot divide these quantized weights (seen with torch 2.13); sharding=null can train",
     ),
     (
@@ -389,11 +317,18 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         lambda cell: _sharded(cell) and (cell.precision.loss_scaling or cell.training.compile),
         "float16 loss scaling and compiled layers are not written for hardware.sharding; DDP (sharding=null) has both",
     ),
-    (
-        lambda cell: cell.hardware.sharding == "deepspeed" and cell.training.gradient_accumulation > 1,
-        "DeepSpeed counts passes by itself and would step at each; training.gradient_accumulation=1",
-    ),
 )
+
+
+def check_extras(cell: Cell) -> None:
+    """Refuse data and metrics whose package is not installed: no cell of the grid could do without.
+
+    Raises:
+        UserError: naming what to install.
+    """
+    check_source(cell.data)
+    if cell.generates or not cell.task.writes:
+        check_installed(cell.eval.metrics or [])
 
 
 def why_unsupported(cell: Cell) -> str | None:

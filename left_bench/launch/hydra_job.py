@@ -293,7 +293,7 @@ class Asked(NamedTuple):
 
     @classmethod
     def by(cls, cell: Cell) -> Asked:
-        return cls(cell.hardware.device, cell.precision.compute_dtype, cell.precision.name)
+        return cls(cell.device_type, cell.precision.compute_dtype, cell.precision.name)
 
 
 def _print_emulation_notes(cells: Iterable[Asked]) -> None:

@@ -82,7 +82,7 @@ def rehearse(trials: Iterable[Trial], *, cells_follow: bool) -> None:
             _PATIENCE_SECONDS,
             folder,
             environment=worker_environment(unlike[0].cell),
-            fork=cells_follow and all(trial.cell.hardware.device == "cpu" for trial in unlike),
+            fork=cells_follow and all(trial.cell.device_type == "cpu" for trial in unlike),
             program="left_bench.launch.preflight",
         )
         if (folder / _ANSWER).exists():
@@ -128,17 +128,18 @@ def _try(cell: Cell) -> None:
     from left_bench.methods import data_init
     from left_bench.plan.shapes import adapter_of_shapes, model_of_shapes
     from left_bench.pretrained import fetched, source
+    from left_bench.quantization import backend_of
     from left_bench.spec.instantiate import instantiate
     from left_bench.training.loop import make_optimizer
 
     if cell.quantization.target is not None:
         with _refused("quantization.config", cell.quantization.target):
             instantiate(cell.quantization.target, cell.quantization.config, key="quantization")
-        if (kind := cell.quantization.config.get("bnb_4bit_quant_type")) is not None:  # its class takes any
-            from bitsandbytes.functional import quantize_4bit
-
-            with _refused(f"quantization.config.bnb_4bit_quant_type={kind}", "bitsandbytes"):
-                quantize_4bit(torch.zeros(64), quant_type=kind)
+        if (backend := backend_of(cell.quantization)) is not None:
+            for key, attempt in backend.trials(cell.quantization.config):
+                value, whose = cell.quantization.config[key], " and ".join(backend.packages)
+                with _refused(f"quantization.config.{key}={value}", whose):
+                    attempt()
     if fetched(cell.model, dtype=cell.precision.weights_dtype) is None and source(cell.model) == "hub":
         return  # its shapes are not here
     with _refused("model.config", cell.model.name):
@@ -149,8 +150,8 @@ def _try(cell: Cell) -> None:
     with _refused("peft.config", cell.peft.target or "full fine-tuning", cell=cell, names=names):
         model = adapter_of_shapes(model, cell)
     with _refused("optimizer.config", cell.optimizer.target):
-        make_optimizer(model, cell, device=cell.hardware.device)
-    if cell.model.task == "causal_lm":
+        make_optimizer(model, cell, device=cell.device_type)
+    if cell.task.is_decoder:
         ids = torch.zeros((1, 8), dtype=torch.long, device="meta")
         with _refused("model.config", cell.model.name, by=(RuntimeError, ValueError)), torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

@@ -78,7 +78,7 @@ def run_isolated(
             log=run_dir / LOG_NAME,
             environment=worker_environment(cell),
             command=command,
-            fork=cell.hardware.device == "cpu",
+            fork=cell.device_type == "cpu",
         )
     except (OSError, EOFError) as error:
         interrupt.check()  # a terminal's Ctrl-C ends a fork server that is still importing
@@ -160,7 +160,7 @@ def worker_environment(cell: Cell) -> dict[str, str]:
         environment.setdefault("GOMP_SPINCOUNT", _SPINS)
     if cell.hardware.threads is not None:
         environment["OMP_NUM_THREADS"] = str(cell.hardware.threads)
-    if cell.hardware.device == "cpu":
+    if cell.device_type == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # libraries that look for a GPU must not find one
     return environment
 

@@ -10,36 +10,23 @@ import gc
 import hashlib
 import os
 import platform
-import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from left_bench.core.extensions import named
 from left_bench.measure.instruction_sets import cpu_model, instruction_sets
 from left_bench.processes import memory_limit
-
-# What a machine has whose torch answers to the name cuda.
-_CUDA_SIGNS = (
-    "/proc/driver/nvidia/gpus",
-    "/usr/lib/wsl/lib/libcuda.so.1",  # WSL2 shows the card through /dev/dxg, which an Intel or AMD card has too
-    "/dev/nvhost-gpu",  # Jetson up to JetPack 5; 6 and later have the first
-    "/dev/nvgpu/igpu0",
-    "/dev/kfd",  # ROCm
-)
+from left_bench.spec.device import DEVICES
 
 
 def find_device(asked: str) -> str:
-    """The device kind a cell will run on: `asked`, or for `auto` the accelerator whose driver this machine shows."""
+    """The device a cell will run on: `asked`, or for `auto` the accelerator whose driver this machine shows."""
     if asked != "auto":
         return asked
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not hidden and any(Path(path).exists() for path in _CUDA_SIGNS):
-        return "cuda"
-    if sys.platform == "darwin" and platform.machine() == "arm64":
-        return "mps"
-    return "cpu"
+    return next((name for name, kind in DEVICES.items() if kind.is_here()), "cpu")
 
 
 class Device(Protocol):
@@ -74,14 +61,23 @@ class Device(Protocol):
         """The accelerator's name."""
 
 
-def open_device(kind: str) -> Device:
-    """The device of that kind.
+def open_device(name: str) -> Device:
+    """The device that `hardware.device` names.
 
     Raises:
         RuntimeError: torch cannot see such a device.
     """
-    if kind == "cpu":
-        return CpuDevice()
+    kind = DEVICES[name]
+    opened: Device = named(kind.opened_by)(kind.type)
+    return opened
+
+
+def open_cpu(kind: str) -> Device:
+    return CpuDevice()
+
+
+def open_accelerator(kind: str) -> Device:
+    """What torch has under this name, measured as `AcceleratorDevice` says."""
     return AcceleratorDevice(kind)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from left_bench.measure.device import Device
 from left_bench.measure.energy import Energy
+from left_bench.quantization import constants
 from left_bench.spec.record import Phase
 
 if TYPE_CHECKING:
@@ -301,16 +302,3 @@ def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
     for owner, name in constants(tensor):
         yield getattr(owner, name)
-
-
-def constants(parameter: torch.Tensor) -> Iterator[tuple[Any, str]]:
-    """Where bitsandbytes keeps a parameter's constants: object and attribute, double quantization's included."""
-    state = getattr(parameter, "quant_state", None)
-    owners: list[tuple[Any, tuple[str, ...]]] = [(parameter, ("SCB", "CB"))]
-    while state is not None:
-        owners.append((state, ("absmax", "code", "offset")))
-        state = getattr(state, "state2", None)
-    for owner, names in owners:
-        for name in names:
-            if hasattr(getattr(owner, name, None), "untyped_storage"):
-                yield owner, name

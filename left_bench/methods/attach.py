@@ -28,7 +28,7 @@ from left_bench.methods.verify import check_variant, stored_integers_are_not_rea
 from left_bench.model.load import DTYPES, quantized_weights
 from left_bench.spec.cell import Cell
 from left_bench.spec.instantiate import instantiate
-from left_bench.spec.task import TASKS, classifier_of
+from left_bench.spec.task import classifier_of
 
 _KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
@@ -54,7 +54,7 @@ def attach_adapter(
         return model
     arguments = dict(cell.peft.config)
     if cell.peft.target.startswith("peft."):
-        arguments.setdefault("task_type", TASKS[cell.model.task].peft_type)
+        arguments.setdefault("task_type", cell.task.peft_type)
         if (head := classifier_of(model)) is not None:  # new, so every method trains it whole
             arguments.setdefault("modules_to_save", [head])
             if arguments.get("target_modules") == "all-linear":  # peft would adapt the output layer too

@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from left_bench.core.errors import NotInForce
 from left_bench.measure.meter import plain_parts
 from left_bench.model.load import quantized_weights
+from left_bench.quantization import backends
 from left_bench.spec.task import probe_inputs
 
 # whose code may read the stored integers: they know the constants that belong to them
-_OWNERS = ("bitsandbytes", "left_bench.fivebit", "left_bench.methods.verify", "hqq", "optimum", "torchao", "torch")
+_OWNERS = ("torch", "left_bench.methods.verify", *(reader for backend in backends() for reader in backend.readers))
 _PROBE_TOKENS = 8
 
 

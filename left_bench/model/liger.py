@@ -15,9 +15,7 @@ import torch
 from left_bench.core.errors import NotInForce, UserError
 from left_bench.core.paths import is_installed
 from left_bench.spec.cell import Cell
-
-DEVICES = ("cuda", "xpu")
-"""Where Triton's kernels run."""
+from left_bench.spec.device import DEVICES
 
 
 def check(cell: Cell, *, device: str) -> None:
@@ -32,7 +30,10 @@ def check(cell: Cell, *, device: str) -> None:
         return
     if not is_installed("liger_kernel"):
         raise UserError(f"{asked[0]} needs the package liger-kernel: pip install 'left-bench[liger]'")
-    if device not in DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
+    if (
+        not any(kind.type == device and kind.has_triton for kind in DEVICES.values())
+        and os.environ.get("TRITON_INTERPRET") != "1"
+    ):
         raise NotInForce(f"{asked[0]}: Liger's kernels are Triton's and do not run on {device}")
 
 

@@ -14,24 +14,22 @@ import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from left_bench.core.errors import NotInForce, UserError
+from left_bench.core.extensions import named
 from left_bench.core.paths import versions_of
-from left_bench.data import Splits, load_data, load_pictures
+from left_bench.data import Splits
 from left_bench.measure.meter import constants, logical_numel, plain_parts, stored_bytes
 from left_bench.pretrained import (
     check_vocabulary,
-    load_processor,
-    load_tokenizer,
     model_folder,
     resolved_revision,
     source,
     unloadable,
 )
+from left_bench.quantization import backend_of
 from left_bench.spec.cell import Cell
 from left_bench.spec.instantiate import instantiate
 from left_bench.spec.task import TASKS, classifier_of
 
-# what quantizations call the modules they leave alone
-_LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert")
 _CLASSIFIERS = ["classifier", "cls_classifier", "distillation_classifier", "head"]  # the names of output layers
 # bitsandbytes' switch for repacking a 4-bit layer on a CPU (0.49.0 to 0.50.2)
 _REPACKS = "support_avx512bf16_for_cpu"
@@ -58,12 +56,10 @@ def load_model(
         config = instantiate(cell.quantization.target, cell.quantization.config, key="quantization")
         if quantized is None:  # else it is in the folder's own configuration
             arguments["quantization_config"] = config
-            if classes is not None:  # what is trained whole is left whole
-                named = set(_LEFT_ALONE) & vars(config).keys()
-                if not named:
-                    raise NotInForce(f"quantization={cell.quantization.name} would quantize the new output layer too")
-                for key in named:
-                    setattr(config, key, list(_CLASSIFIERS))
+            backend = backend_of(cell.quantization)
+            # what is trained whole is left whole
+            if classes is not None and backend is not None and not backend.leave_alone(config, _CLASSIFIERS):
+                raise NotInForce(f"quantization={cell.quantization.name} would quantize the new output layer too")
     if cell.training.attention is not None:
         arguments["attn_implementation"] = cell.training.attention
     if device != "cpu":
@@ -76,7 +72,7 @@ def load_model(
         arguments["ignore_mismatched_sizes"] = True
         torch.manual_seed(cell.seed)
     try:
-        auto_class = getattr(transformers, TASKS[cell.model.task].auto_class)
+        auto_class = getattr(transformers, cell.task.auto_class)
         model: PreTrainedModel
         model, loading = auto_class.from_pretrained(
             quantized or folder,
@@ -140,7 +136,7 @@ def check_causal(model: PreTrainedModel, cell: Cell, *, device: str) -> None:
     Raises:
         NotInForce: the model reads what comes later.
     """
-    if cell.model.task != "causal_lm":
+    if not cell.task.is_decoder:
         return
     last = min(7, model.config.get_text_config().vocab_size - 1)
     ids = torch.tensor([[1, 2], [1, last]], device=device)
@@ -164,8 +160,8 @@ def _greedy(config: GenerationConfig) -> GenerationConfig:
 
 def make_ready(cell: Cell, *, device: str) -> None:
     """What a quantization compiles, compiled before the baseline: its seconds and bytes are no phase's."""
-    if cell.quantization.target == "left_bench.fivebit.FiveBitConfig":
-        instantiate(cell.quantization.target, cell.quantization.config, key="quantization").prepare(device)
+    if (backend := backend_of(cell.quantization)) is not None:
+        backend.make_ready(cell.quantization, device=device)
 
 
 def apply_precision(cell: Cell, *, device: str) -> None:
@@ -328,14 +324,12 @@ def _decoders(model: torch.nn.Module) -> set[str]:
 
 
 def open_pretrained(cell: Cell) -> tuple[str, Any]:
-    """Make sure the base model's files are there, and load the tokenizer, or for pictures the image processor.
+    """Make sure the base model's files are there, and load what reads rows for it: a tokenizer or an image processor.
 
     Nothing of it is a measured phase.
     """
     folder = model_folder(cell.model, dtype=cell.precision.weights_dtype)
-    if cell.model.task == "image_classification":
-        return folder, load_processor(folder, cell.model)
-    return folder, load_tokenizer(folder, cell.model)
+    return folder, named(cell.task.open_reader)(folder, cell.model)
 
 
 def config_of(cell: Cell, folder: str) -> dict[str, Any]:
@@ -348,33 +342,9 @@ def config_of(cell: Cell, folder: str) -> dict[str, Any]:
 
 
 def load_rows_of(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
-    """The cell's rows as its model reads them (see `data.load_data` and `data.load_pictures`)."""
-    start = None
-    if cell.model.task != "causal_lm":
-        revision = cell.model.revision if source(cell.model) == "hub" else None
-        code = cell.model.trust_remote_code
-        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=code)
-        if cell.model.task == "image_classification":
-            return load_pictures(cell.data, tokenizer, patches=_patches(config))
-        start = config.decoder_start_token_id
-        if start is None:
-            raise UserError(
-                f"model.task=seq2seq_lm: {cell.model.name_or_path} names no decoder_start_token_id in its config.json; "
-                "set it there, or model.task=causal_lm for a model without an encoder"
-            )
-    return load_data(
-        cell.data,
-        tokenizer,
-        max_length=cell.training.max_length,
-        decoder_start=start,
-        one_answer_a_row=cell.one_answer_a_row,
-    )
-
-
-def _patches(config: Any) -> int:
-    """The squares a vision transformer cuts a picture into; 1 where the model cuts nothing."""
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 1
+    """The cell's rows as its model reads them (see `model.rows`)."""
+    splits: Splits = named(cell.task.load_rows)(cell, tokenizer, folder=folder)
+    return splits
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

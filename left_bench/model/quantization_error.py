@@ -11,22 +11,7 @@ from safetensors import safe_open
 
 from left_bench.core.errors import UserError
 from left_bench.model.load import quantized_weights
-
-
-def dequantized(weight: Any) -> torch.Tensor | None:
-    """The dense float32 weight, shape (out, in), that a quantized parameter stands for; None for an unknown kind."""
-    own = getattr(weight, "left_dequantize", None)
-    if own is not None:
-        return own().float()
-    if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state).float()
-    if getattr(weight, "SCB", None) is not None:
-        # LLM.int8: one scale for each output row, absmax / 127
-        return weight.CB.float() * (weight.SCB.float() / 127).unsqueeze(1)
-    inner = getattr(weight, "dequantize", None)
-    return inner().float() if callable(inner) else None
+from left_bench.quantization import dequantized
 
 
 def quantization_error(model: torch.nn.Module, folder: Path | None) -> float | None:

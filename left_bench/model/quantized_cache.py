@@ -27,18 +27,17 @@ from left_bench.measure.meter import Meter
 from left_bench.model.load import load_model
 from left_bench.pretrained import resolved_revision, source
 from left_bench.pretrained.cache import made_once
+from left_bench.quantization import backend_of
 from left_bench.spec.cell import Cell, fingerprint, slugify
 
 LAYOUT = 1
 """Part of every key: raise it when what is stored changes."""
-FORMATS = ("transformers.BitsAndBytesConfig", "left_bench.fivebit.FiveBitConfig")
-"""Quantizations that come back from disk bit for bit (tested)."""
 LARGEST_TOTAL = 64 * 2**30
 """Bytes of all kept weights together; beyond them those go that were not used for longest."""
 _WORTH_KEEPING = 0.5  # seconds of quantizing; below, the disk would be filled for nothing
 _IN_USE = 3600.0  # seconds since its last use in which kept weights are not removed
 _FACTS = "load.json"
-_DECIDING = ("torch", "transformers", "bitsandbytes", "safetensors")
+_DECIDING = ("torch", "transformers", "safetensors")
 
 
 def load_base(
@@ -135,9 +134,10 @@ def _facts(path: Path) -> dict[str, Any]:
 def _place(cell: Cell, *, folder: str, device: str) -> Path | None:
     """Where this cell's quantized weights belong; None where they are not to be kept."""
     quantization, model = cell.quantization, cell.model
-    if not quantization.cache or quantization.target not in FORMATS or model.trust_remote_code:
+    backend = backend_of(quantization)
+    if not quantization.cache or backend is None or not backend.cacheable or model.trust_remote_code:
         return None
-    if model.task == "image_classification":  # its output layer is not the checkpoint's
+    if cell.task.new_output:  # its output layer is not the checkpoint's
         return None
     if cell.hardware.processes > 1:  # each rank would keep, and measure, its own
         return None
@@ -152,15 +152,6 @@ def _place(cell: Cell, *, folder: str, device: str) -> Path | None:
     # the same instructions round alike
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     identity = [LAYOUT, weights, quantization.target, quantization.config, cell.precision.weights_dtype]
-    makers = [versions_of(_DECIDING), _own_source(quantization)]
+    makers = [versions_of((*_DECIDING, *backend.packages)), backend.sources()]
     key = fingerprint([*identity, cell.training.attention, device, processor, *makers])
     return cache_dir() / "models" / f"quantized-{slugify(model.name)}-{slugify(quantization.name)}-{key}"
-
-
-def _own_source(quantization: Any) -> list[str]:
-    """The text of our own quantizer: it may change without a version."""
-    if not quantization.target.startswith("left_bench."):
-        return []
-    from left_bench import fivebit
-
-    return [path.read_text(encoding="utf-8") for path in sorted(Path(fivebit.__file__).parent.glob("*.py"))]

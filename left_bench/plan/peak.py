@@ -43,10 +43,10 @@ def measured_range(plan: Plan, cell: Cell) -> tuple[int, int] | None:
     if plan.peak_bytes is None:
         return None
     eight_bits = bool(cell.quantization.config.get("load_in_8bit"))
-    if cell.hardware.device == "cuda":
+    if cell.device_type == "cuda":
         least, most = _CUDA_INT8_PLANNED_OVER_MEASURED if eight_bits else _CUDA_PLANNED_OVER_MEASURED
         return int(plan.peak_bytes / most), int(plan.peak_bytes / least)
-    if cell.hardware.device != "cpu":
+    if cell.device_type != "cpu":
         return None
     shares = [_PLAIN]
     shares += [_COMPILED] if cell.training.compile else []
@@ -62,6 +62,6 @@ def measured_range(plan: Plan, cell: Cell) -> tuple[int, int] | None:
 def room_needed(plan: Plan, cell: Cell) -> int | None:
     """Bytes of memory that a cell surely has enough of; None where its peak is not known."""
     between = measured_range(plan, cell)
-    if cell.hardware.device == "cpu" or plan.peak_bytes is None:
+    if cell.device_type == "cpu" or plan.peak_bytes is None:
         return between and between[1]
     return (between[1] if between else plan.peak_bytes) + _CUDA_CONTEXT_BYTES

@@ -32,10 +32,10 @@ from left_bench.methods import data_init
 from left_bench.methods.attach import added_parameters, after_optimizer_step, regularization, trainable_parameters
 from left_bench.model.load import DTYPES, autocast
 from left_bench.plan.follow import Storages, as_on
-from left_bench.plan.formats import stored_bytes_of
 from left_bench.plan.shapes import adapter_of_shapes, give_numbers, model_of_shapes, replace_tensors
 from left_bench.pretrained import fetched, load_tokenizer, source
 from left_bench.pretrained.make import byte_tokenizer
+from left_bench.quantization import stored_bytes_of
 from left_bench.spec.cell import Cell, fingerprint
 from left_bench.training.loop import make_optimizer, state_tensors
 from left_bench.training.loss import AnswerLoss
@@ -147,7 +147,7 @@ def _take_in_method(plan: Plan, model: Any, cell: Cell) -> None:
     plan.trainable_params = sum(parameter.numel() for parameter in trained)
     if cell.peft.target is not None:
         plan.parts["adapter"] = bytes_of(added_parameters(model, base=of_base))
-    if cell.model.task != "causal_lm" or cell.training.objective != "sft":
+    if not cell.task.is_decoder or cell.training.objective != "sft":
         plan.unknown.append("the step: only a decoder's supervised fine-tuning is followed")
     elif cell.hardware.sharding is not None:
         plan.unknown.append(f"the step: hardware.sharding={cell.hardware.sharding} is not followed")
@@ -244,14 +244,12 @@ def _take_step(plan: Plan, model: Any, cell: Cell, *, base: Modules) -> None:
         model.zero_grad(set_to_none=True)
 
         everywhere = cell.training.output_head == "all"
-        loss = (
-            AnswerLoss(model, everywhere=True) if everywhere else AnswerLoss.assumed(model, kind=cell.hardware.device)
-        )
+        loss = AnswerLoss(model, everywhere=True) if everywhere else AnswerLoss.assumed(model, kind=cell.device_type)
         held, kept = storages.now, bytes_of(frozen_tensors(model, base=base))
         storages.peak = held
         model.train()
         for _ in range(min(2, cell.training.gradient_accumulation)):  # the second pass has the first one's gradients
-            with autocast(cell, device="cpu"), as_on(cell.hardware.device, autocasting=cell.autocast):
+            with autocast(cell, device="cpu"), as_on(cell.device_type, autocasting=cell.autocast):
                 total = loss.summed(_batch(plan.largest))
             penalty = regularization(model)
             (total if penalty is None else total + penalty).backward()

@@ -14,7 +14,6 @@ from left_bench.methods.attach import attach_adapter
 from left_bench.model.load import DTYPES
 from left_bench.pretrained import fetched, make, source, unloadable
 from left_bench.spec.cell import Cell
-from left_bench.spec.task import TASKS
 
 _STARTS_FROM_NUMBERS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal")
 """peft's values of `init_lora_weights`, or their beginnings, that look at weights or rows."""
@@ -45,7 +44,7 @@ def model_of_shapes(cell: Cell) -> Any:
         UserError: its configuration cannot be had.
     """
     with torch.device("meta"):
-        return getattr(transformers, TASKS[cell.model.task].auto_class).from_config(
+        return getattr(transformers, cell.task.auto_class).from_config(
             architecture(cell),
             dtype=DTYPES[cell.precision.weights_dtype],
             attn_implementation=cell.training.attention,

@@ -14,6 +14,7 @@ from left_bench.pretrained.cache import in_fresh_process, made_once
 from left_bench.pretrained.folder import check_folder, content_of
 from left_bench.pretrained.wheel import INSTEAD, check_wheel, unpack_wheel
 from left_bench.spec.cell import Model, fingerprint, slugify
+from left_bench.spec.task import DEFAULT_TASK, TASKS
 
 # Part of every made folder's name: raise it when what is written changes, and old folders are left behind.
 LAYOUT = 1
@@ -48,7 +49,7 @@ def _made_name(model: Model, *, dtype: str) -> str:
     """The cache folder's name of a model that is made here."""
     if source(model) == "random":
         version = importlib.metadata.version("transformers")  # its initialisation may change
-        kind = [] if model.task == "causal_lm" else [model.task]
+        kind = [] if model.task == DEFAULT_TASK else [model.task]
         return f"random-{fingerprint([model.config, dtype, version, LAYOUT, *kind])}"
     wheel = model.wheel
     assert wheel is not None
@@ -131,7 +132,7 @@ def check_model(model: Model) -> None:
     if kind == "wheel":
         check_wheel(model)
     if kind == "folder":
-        check_folder(_local(model), reads_text=model.task != "image_classification")
+        check_folder(_local(model), reads_text=TASKS[model.task].reads == "text")
 
 
 def with_content(model: Model) -> Model:

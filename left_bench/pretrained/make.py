@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from left_bench.core.errors import UserError, nearest
+from left_bench.core.extensions import named
+from left_bench.spec.task import TASKS
 
 PAD, EOS = "<pad>", "<eos>"  # the byte-level tokenizer's special tokens, ids 0 and 1; bytes follow
 BYTE_VOCABULARY = 2 + 256
@@ -51,36 +53,37 @@ def architecture(config: dict[str, Any]) -> Any:
 
 
 def save_random(config: dict[str, Any], folder: Path, *, dtype: str, task: str = "causal_lm") -> None:
-    """Save a model of this architecture with transformers' own initialisation from seed 0, and a byte-level tokenizer.
+    """Save a model of this architecture with transformers' own initialisation from seed 0, and what reads rows for it.
 
     Weights are born in `dtype`: seven billion parameters in bfloat16 never need more than their 14 GB.
     """
+    named(TASKS[task].save_random)(architecture(config), folder, dtype=dtype, task=task)
+
+
+def save_random_writer(settings: Any, folder: Path, *, dtype: str, task: str) -> None:
+    """A model that reads text, with random weights and a byte-level tokenizer."""
     import transformers
 
-    settings = architecture(config)
-    if task == "image_classification":
-        _save_random_classifier(settings, folder, dtype=dtype)
-        return
     if settings.vocab_size < BYTE_VOCABULARY:
         raise UserError(
             f"model.config.vocab_size={settings.vocab_size}: random weights go with a byte-level tokenizer of "
             f"{BYTE_VOCABULARY} ids; make it at least that"
         )
     settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = 0, 1, None
-    start = {"decoder_start_token_id": 0} if task == "seq2seq_lm" else {}
+    start = {"decoder_start_token_id": 0} if TASKS[task].has_encoder else {}
     settings.update(start)
-    model = _born(settings, task, dtype=dtype)
-    model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=1, **start)
+    model = random_model(settings, task, dtype=dtype)
+    if model.can_generate():
+        ends = {"pad_token_id": 0, "eos_token_id": 1}
+        model.generation_config = transformers.GenerationConfig(do_sample=False, **ends, **start)
     model.save_pretrained(folder, max_shard_size="5GB")
     byte_tokenizer().save_pretrained(folder)
 
 
-def _born(settings: Any, task: str, *, dtype: str) -> Any:
+def random_model(settings: Any, task: str, *, dtype: str) -> Any:
     """The model with transformers' own initialisation from seed 0."""
     import torch
     import transformers
-
-    from left_bench.spec.task import TASKS
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -94,10 +97,11 @@ def _born(settings: Any, task: str, *, dtype: str) -> Any:
             ) from error
 
 
-def _save_random_classifier(settings: Any, folder: Path, *, dtype: str) -> None:
+def save_random_classifier(settings: Any, folder: Path, *, dtype: str, task: str) -> None:
+    """A model that classifies pictures, with random weights and an image processor."""
     from transformers import ViTImageProcessorPil
 
-    model = _born(settings, "image_classification", dtype=dtype)
+    model = random_model(settings, task, dtype=dtype)
     model.save_pretrained(folder, max_shard_size="5GB")
     size = {"height": settings.image_size, "width": settings.image_size}
     ViTImageProcessorPil(size=size).save_pretrained(folder)

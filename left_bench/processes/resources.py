@@ -17,10 +17,9 @@ from typing import Any
 
 from left_bench.core import interrupt
 from left_bench.core.errors import UserError
+from left_bench.spec.device import DEVICES
 
 CORES, AT_ONCE, SHARED = "LEFT_BENCH_CORES", "LEFT_BENCH_AT_ONCE", "LEFT_BENCH_SHARED_DEVICES"
-# Which variable names the devices that a process may see; the first that is set, else the first.
-_VISIBLE = {"cuda": ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "xpu": ("ZE_AFFINITY_MASK",)}
 # Launchers whose scheduler gives each job its devices: another lock would be one too many.
 SCHEDULERS = ("submitit_slurm", "ray", "ray_aws")
 _LOOK_EVERY_SECONDS = 0.5
@@ -68,8 +67,8 @@ def seated(
     """
     with contextlib.ExitStack() as held:
         mine: tuple[str, ...] = ()
-        if kind in _VISIBLE and not share and not scheduled:
-            names = visible_devices(kind, os.environ, present=count_devices(kind))
+        if DEVICES[kind].visible and not share and not scheduled:
+            names = visible_devices(kind, os.environ, present=DEVICES[kind].count())
             if len(names) < devices:
                 raise UserError(
                     f"hardware.device={kind}: the cell wants {devices} of them and {len(names)} are visible here; "
@@ -156,19 +155,6 @@ def available_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def count_devices(kind: str) -> int:
-    """Accelerators that the drivers show, without torch; 1 where they do not say."""
-    if kind == "cuda" and (found := len(list(Path("/proc/driver/nvidia/gpus").glob("*")))):
-        return found
-    if kind == "cuda":  # ROCm: the nodes of the kernel driver that have compute units are GPUs, the others CPUs
-        nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")
-        found = sum("simd_count 0" not in text and "simd_count" in text for text in map(_text, nodes))
-        return found or 1
-    if kind == "xpu":
-        return len([path for path in Path("/sys/class/drm").glob("renderD*/device/driver") if _is_intel(path)]) or 1
-    return 1
-
-
 def _wait_for(names: Sequence[str], count: int, held: contextlib.ExitStack, *, prefix: str) -> list[str]:
     folder = _folder()
     while (taken := take(names, count, lambda name: _try_lock(folder / f"{prefix}{_file_name(name)}"))) is None:
@@ -210,19 +196,8 @@ def _file_name(name: str) -> str:
 
 
 def _variable(kind: str, environment: Mapping[str, str]) -> str:
-    variables = _VISIBLE[kind]
+    variables = DEVICES[kind].visible
     return next((variable for variable in variables if variable in environment), variables[0])
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def _is_intel(driver: Path) -> bool:
-    return driver.resolve().name in ("i915", "xe")
 
 
 @contextlib.contextmanager

@@ -12,14 +12,12 @@ from left_bench.core.errors import UserError, nearest
 from left_bench.report.load import Run
 from left_bench.report.values import format_setting, one_line
 from left_bench.spec.record import Record
+from left_bench.spec.task import DEFAULT_TASK, TASKS
 
 if TYPE_CHECKING:
     import pandas
 
 FORMATS = ("model-card", "csv", "parquet")
-# `model.task` -> the hub's task and its name; what encoders with a decoder do is text generation to the hub too.
-_TASKS = {"image_classification": ("image-classification", "Image Classification")}
-_TEXT = ("text-generation", "Text Generation")
 # The hub's own names of metrics, where it has others.
 _HUB_METRICS = {"rouge_l": "rouge", "eval_perplexity": "perplexity", "eval_loss": "loss"}
 _FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d+(?:\.\d*)?(?:[eE][+-]?\d+)?$)")
@@ -52,7 +50,9 @@ def card_block(record: Record, *, whole: bool = False) -> str:
     model, data, method = (_section(record, name) for name in ("model", "data", "peft"))
     adapter = str(method.get("name") or record.choices.get("peft") or "full")
     base = str(model.get("name_or_path") or "")
-    task, task_name = _TASKS.get(str(model.get("task")), _TEXT)
+    task, task_name = (
+        TASKS[name].hub_task if (name := str(model.get("task"))) in TASKS else TASKS[DEFAULT_TASK].hub_task
+    )
     results = [
         EvalResult(
             task_type=task,

@@ -115,7 +115,7 @@ def _check_kind(finished: Finished, order: Order) -> None:
             f"{finished.record.cell_id}: full fine-tuning has no adapter, {finished.adapter} is a model; take --to "
             "merged"
         )
-    if order.kind == "gguf" and cell.model.task != "causal_lm":
+    if order.kind == "gguf" and not cell.task.is_decoder:
         raise UserError(f"{finished.record.cell_id}: --to gguf is for decoders, and model.task is {cell.model.task}")
     if order.kind == "adapter" and order.push is not None and source(cell.model) != "hub":
         raise UserError(
@@ -172,7 +172,6 @@ def _write_merged(finished: Finished, cell: Cell, folder: Path, *, base: str, to
     from left_bench.methods import Attached
     from left_bench.model.load import DTYPES, quantized_weights
     from left_bench.model.quantization_error import make_dense
-    from left_bench.spec.task import TASKS
 
     rows, classes, which = few_rows(cell, tokenizer, folder=base)
     fresh = load_base(cell, folder=base, classes=classes)
@@ -206,9 +205,9 @@ def _write_merged(finished: Finished, cell: Cell, folder: Path, *, base: str, to
     tokenizer.save_pretrained(folder)
     del model, fresh
     gc.collect()
-    auto_class = getattr(transformers, TASKS[cell.model.task].auto_class)
+    auto_class = getattr(transformers, cell.task.auto_class)
     loaded = auto_class.from_pretrained(folder, dtype=dtype, trust_remote_code=cell.model.trust_remote_code)
-    again = _logits(loaded.to(cell.hardware.device), rows, cell.without_adapter(), tokenizer)
+    again = _logits(loaded.to(cell.device_type), rows, cell.without_adapter(), tokenizer)
     what = "model" if cell.peft.target is None else "merged model"
     what += f", its {cell.quantization.name} weights written as {cell.precision.weights_dtype}" if quantized else ""
     return f"{what}; {_compared(logits, again, cell, which)}"
@@ -223,7 +222,7 @@ def _write_card(finished: Finished, folder: Path, *, base: str, tokenizer: Any) 
         text = f"{card}# {cell.model.name}, {cell.peft.name}\n\nFor llama.cpp: `llama-cli -m {GGUF_NAME}`.\n"
         (folder / README_NAME).write_text(text, encoding="utf-8")
         return
-    ends = None if cell.model.task == "image_classification" else _ends(cell, base, tokenizer)
+    ends = _ends(cell, base, tokenizer) if cell.task.writes else None
     write_readme(folder, cell, base=base, tokenizer=tokenizer, ends=ends, card=card)
 
 
@@ -268,7 +267,7 @@ def _logits(model: Any, rows: Sequence[Any], cell: Cell, tokenizer: Any) -> Any:
     from left_bench.evaluation.evaluate import pad_of
     from left_bench.evaluation.merge_check import answer_logits
 
-    return answer_logits(model, rows, cell, pad_id=pad_of(tokenizer), device=cell.hardware.device).cpu()
+    return answer_logits(model, rows, cell, pad_id=pad_of(tokenizer), device=cell.device_type).cpu()
 
 
 def _compared(trained: Any, written: Any, cell: Cell, which: str) -> str:

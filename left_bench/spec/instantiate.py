@@ -8,13 +8,14 @@ import inspect
 from typing import Any
 
 from left_bench.core.errors import UserError, nearest
+from left_bench.core.extensions import extension_packages
 
 ALLOWED_PACKAGES = (
     *("left_bench.methods", "left_bench.fivebit", "left_bench.hqq", "peft", "transformers", "torchao"),
     *("torch.optim", "bitsandbytes.optim", "galore_torch", "apollo_torch"),
 )
-"""The one place that says whose classes a configuration may name. Other classes of these libraries start processes,
-unpickle files or fetch code when they are made."""
+"""The one place that says whose classes a configuration may name, beside packages that were installed as extensions of
+left_bench. Other classes of these libraries start processes, unpickle files or fetch code when they are made."""
 _SETTINGS_ALONE = ("left_bench.", "peft.", "transformers.", "torchao.")
 """Of these packages only classes that hold settings: those whose name ends in `Config`; the others hold optimizers."""
 
@@ -75,12 +76,17 @@ def check_targets(section: Any, *, key: str) -> None:
 
 def _check_package(target: str, *, key: str) -> None:
     # a slip in the ending is answered by `locate`, with the nearest name
-    if not _allowed(target) or (target.startswith(_SETTINGS_ALONE) and "Conf" not in target.rpartition(".")[2]):
+    if not _allowed(target) or (_holds_settings_alone(target) and "Conf" not in target.rpartition(".")[2]):
         raise _refused(target, key=key)
 
 
 def _allowed(target: str) -> bool:
-    return any(target.startswith(f"{package}.") for package in ALLOWED_PACKAGES)
+    return any(target.startswith(f"{package}.") for package in (*ALLOWED_PACKAGES, *extension_packages()))
+
+
+def _holds_settings_alone(target: str) -> bool:
+    others = tuple(f"{package}." for package in extension_packages())
+    return target.startswith((*_SETTINGS_ALONE, *others))
 
 
 def _refused(target: str, *, key: str) -> UserError:
@@ -109,6 +115,6 @@ def locate(target: str, *, key: str) -> Any:
     if not inspect.isclass(found):
         raise UserError(f"{key}._target_={target!r}: not a class")
     own = f"{found.__module__}.{found.__name__}"  # it may be an import of theirs
-    if not _allowed(own) or (own.startswith(_SETTINGS_ALONE) and not own.endswith("Config")):
+    if not _allowed(own) or (_holds_settings_alone(own) and not own.endswith("Config")):
         raise _refused(target, key=key)
     return found

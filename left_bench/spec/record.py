@@ -6,11 +6,13 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from left_bench.core.files import write_atomically
+from left_bench.spec.metric import Metric
+from left_bench.spec.row_scores import ANSWER_METRICS
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "unsupported", "oom", "diverged", "failed", "crashed", "timeout")
@@ -18,27 +20,11 @@ Status = Literal["ok", "unsupported", "oom", "diverged", "failed", "crashed", "t
 RECORD_NAME = "record.json"
 
 
-class Metric(NamedTuple):
-    """How one number of a record is read."""
-
-    unit: str  # "bytes", "seconds", "tokens/s", "params", "bits", "nats", "fraction", "count", "samples/s", "joules", …
-    better: Literal["lower", "higher", "none"]
-    kind: Literal["quality", "memory", "speed", "energy", "cost", "size", "fact"]
-    meaning: str
-
-
 METRICS: dict[str, Metric] = {
     # quality, on held-out rows; `base_<name>` is the same before training
     "eval_loss": Metric("nats", "lower", "quality", "mean negative log-likelihood per answer token, held-out rows"),
     "eval_perplexity": Metric("", "lower", "quality", "exp(eval_loss)"),
-    "exact_match": Metric("fraction", "higher", "quality", "greedy answers equal to the reference"),
-    "rouge_l": Metric("fraction", "higher", "quality", "ROUGE-L F1 of greedy answers, mean over rows"),
-    "bleu": Metric("fraction", "higher", "quality", "corpus BLEU-4 of greedy answers"),
-    "accuracy": Metric("fraction", "higher", "quality", "share of rows with the right class"),
-    "f1": Metric("fraction", "higher", "quality", "token-overlap F1 of greedy answers, mean over rows"),
-    "number_match": Metric(
-        "fraction", "higher", "quality", "greedy answers that come to the reference's number, as GSM8K is scored"
-    ),
+    **ANSWER_METRICS,  # in `row_scores`, each with its function
     "judge_win_rate": Metric(
         "fraction", "higher", "quality", "how often a judge prefers the answer to the base model's, ties half"
     ),
@@ -156,10 +142,6 @@ def find_metric(name: str) -> Metric | None:
     if plain.startswith(TASK_PREFIX):
         return _OF_TASK._replace(better="lower") if _LOWER_IS_BETTER.search(plain) else _OF_TASK
     return METRICS.get(name) or METRICS.get(plain) or (_OF_SCORER if plain.startswith(SCORER_PREFIX) else None)
-
-
-ANSWER_METRICS = ("exact_match", "accuracy", "rouge_l", "bleu", "f1", "number_match")
-"""Those of METRICS that are scored on answers, generated or chosen among classes (`evaluation.text_metrics`)."""
 
 
 RECORDED_PACKAGES = (

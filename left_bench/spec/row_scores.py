@@ -1,12 +1,16 @@
-"""Scores of one answer against its reference: what both an evaluation averages and a report pairs row by row."""
+"""Metrics of answers against their references: what an evaluation averages and a report pairs row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+from left_bench.core.errors import UserError
+from left_bench.core.extensions import added, load
+from left_bench.core.paths import is_installed
 from left_bench.spec.extract import extracted, same
+from left_bench.spec.metric import Metric
 
 
 def exact_match(prediction: str, reference: str, *, extractor: str | None = None) -> float:
@@ -42,17 +46,53 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 @cache
 def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:  # a report pairs answers that were scored on another machine
+        raise UserError(
+            "rouge_l: scoring answers needs the package rouge-score, which is not installed: "
+            "pip install 'left-bench[text-metrics]'"
+        ) from error
 
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-SCORES_OF_A_ROW: dict[str, Callable[[str, str], float]] = {
-    "exact_match": exact_match,
-    "accuracy": exact_match,
-    "rouge_l": rouge_l,
-    "f1": token_f1,
-    "number_match": number_match,
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU-4 (Papineni et al. 2002) with sacreBLEU's 13a tokenization and exponential smoothing, in 0..1."""
+    import sacrebleu
+
+    return float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score) / 100
+
+
+ANSWER_METRICS: dict[str, Metric] = {
+    "exact_match": Metric(
+        "fraction", "higher", "quality", "greedy answers equal to the reference", exact_match, extracts=True
+    ),
+    "rouge_l": Metric(
+        *("fraction", "higher", "quality", "ROUGE-L F1 of greedy answers, mean over rows"),
+        of_answer=rouge_l,
+        needs="rouge_score",
+        extra="text-metrics",
+    ),
+    "bleu": Metric(
+        *("fraction", "higher", "quality", "corpus BLEU-4 of greedy answers"),
+        of_answers=bleu,
+        needs="sacrebleu",
+        extra="text-metrics",
+    ),
+    "accuracy": Metric("fraction", "higher", "quality", "share of rows with the right class", exact_match),
+    "f1": Metric("fraction", "higher", "quality", "token-overlap F1 of greedy answers, mean over rows", token_f1),
+    "number_match": Metric(
+        *("fraction", "higher", "quality", "greedy answers that come to the reference's number, as GSM8K is scored"),
+        of_answer=number_match,
+    ),
+}
+"""Metrics that `eval.metrics` may name: adding one is adding it here, with the function that works it out."""
+for _name, _point in added("left_bench.metrics").items():
+    ANSWER_METRICS.setdefault(_name, load(_point))
+
+SCORES_OF_A_ROW: dict[str, Callable[..., float]] = {
+    name: metric.of_answer for name, metric in ANSWER_METRICS.items() if metric.of_answer is not None
 }
 """Metric -> score of (prediction, reference), the metric being the mean over rows. BLEU counts over a whole corpus."""
 
@@ -61,3 +101,19 @@ SCORES_OF_A_PAIR: dict[str, Callable[[float], float]] = {
     "preference_margin_nats": float,
 }
 """Metric -> score of the worse answer's loss less the right one's, nats, the metric being the mean over rows."""
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Refuse a metric whose package is not installed, before anything runs.
+
+    Raises:
+        UserError: naming the metric and what to install.
+    """
+    for name in names:
+        metric = ANSWER_METRICS[name]
+        if metric.needs is not None and not is_installed(metric.needs):
+            what = f"'left-bench[{metric.extra}]'" if metric.extra else metric.needs
+            raise UserError(
+                f"eval.metrics={name}: scoring it needs the package {metric.needs}, which is not installed: "
+                f"pip install {what}, or name other metrics"
+            )

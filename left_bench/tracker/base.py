@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,6 +119,20 @@ class Tracker(Protocol):
 
     def report(self, comparison: Comparison) -> None:
         """A run of its own that compares the cells of a sweep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerKind:
+    """A tracker that can be chosen: how it is made, and what must be known before. Making one imports no package."""
+
+    make: Callable[..., Tracker]
+    """Called with `store=`, the runs folder below which local stores lie, and every setting by its name."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Setting -> what it is where nothing else is said."""
+    packages: tuple[str, ...] = ()
+    """Modules that must be installed."""
+    extra: str | None = None
+    """The extra of left_bench that installs them; None: they are installed by their own names."""
 
 
 class NoTracker:

@@ -2,86 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.tracker.base import NoTracker, Tracker
+from left_bench.core.extensions import Registry
+from left_bench.core.paths import is_installed
+from left_bench.tracker.base import NoTracker, Tracker, TrackerKind
 from left_bench.tracker.several import Shielded, Together
 
-Settings = Mapping[str, Any]
-
-
-def _wandb(settings: Settings, store: Path) -> Tracker:
-    from left_bench.tracker.wandb import WandbTracker
-
-    return WandbTracker(store=store, **settings)
-
-
-def _trackio(settings: Settings, store: Path) -> Tracker:
-    from left_bench.tracker.trackio import TrackioTracker
-
-    return TrackioTracker(**settings)
-
-
-def _mlflow(settings: Settings, store: Path) -> Tracker:
-    from left_bench.tracker.mlflow import MlflowTracker
-
-    return MlflowTracker(store=store, **settings)
-
-
-def _tensorboard(settings: Settings, store: Path) -> Tracker:
-    from left_bench.tracker.tensorboard import TensorboardTracker
-
-    return TensorboardTracker(store=store, **settings)
-
-
-def _jsonl(settings: Settings, store: Path) -> Tracker:
-    from left_bench.tracker.jsonl import JsonlTracker
-
-    return JsonlTracker(store=store, **settings)
-
-
-class _Kind:
-    def __init__(self, make: Callable[[Settings, Path], Tracker], *packages: str, **defaults: Any) -> None:
-        self.make, self.packages, self.defaults = make, packages, defaults
-
-
-_KINDS = {
-    "wandb": _Kind(_wandb, "wandb", project="left_bench", entity=None, artifacts=True),
-    "trackio": _Kind(_trackio, "trackio", project="left_bench"),
-    "mlflow": _Kind(
-        _mlflow, "mlflow", "sqlalchemy", "alembic", project="left_bench", tracking_uri=None, artifacts=False
-    ),
-    "tensorboard": _Kind(_tensorboard, "tensorboard", folder=None),
-    "jsonl": _Kind(_jsonl, folder=None),
-}
-TRACKERS = tuple(_KINDS)
+TRACKERS: Registry[TrackerKind] = Registry("left_bench.tracker.kinds", "TRACKER", group="left_bench.trackers")
+"""Name -> tracker: a module in `kinds`, or an entry point of another package."""
 
 
 def check_trackers(section: Mapping[str, Any]) -> None:
     """Refuse what no tracker knows and trackers whose package is not installed; nothing is imported or opened.
 
     Raises:
-        UserError: naming the key and the mend.
+        UserError: naming the key and what to write or install instead.
     """
     for name, settings in section.items():
-        if name not in _KINDS:
+        if name not in TRACKERS:
             hint = nearest(name, TRACKERS) or f"; trackers are {', '.join(TRACKERS)}"
             raise UserError(f"tracker.{name}: no such tracker{hint} (settings are written tracker.NAME.KEY=VALUE)")
-        kind = _KINDS[name]
+        kind = TRACKERS[name]
         if not isinstance(settings, Mapping):
             raise UserError(f"tracker.{name}={settings!r}: no settings; they are written tracker.{name}.KEY=VALUE")
         for key in settings:
-            if key not in kind.defaults:
-                hint = nearest(key, kind.defaults) or f"; {name} has {', '.join(kind.defaults)}"
+            if key not in kind.settings:
+                hint = nearest(key, kind.settings) or f"; {name} has {', '.join(kind.settings)}"
                 raise UserError(f"tracker.{name}.{key}: no such setting{hint}")
-        missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
+        missing = [package for package in kind.packages if not is_installed(package)]
         if missing:
+            what = f"'left-bench[{kind.extra}]'" if kind.extra else missing[0]
             raise UserError(
-                f"tracker={name}: the package {missing[0]} is not installed; pip install 'left-bench[{name}]', "
+                f"tracker={name}: the package {missing[0]} is not installed; pip install {what}, "
                 "or choose another tracker (tracker=none)"
             )
 
@@ -105,10 +61,10 @@ def open_tracker(section: Mapping[str, Any], *, store: Path) -> Tracker:
 
 def make_tracker(name: str, settings: Mapping[str, Any], *, store: Path) -> Tracker:
     """One tracker as it is, its failures not caught."""
-    kind = _KINDS[name]
-    return kind.make(kind.defaults | dict(settings), store)
+    kind = TRACKERS[name]
+    return kind.make(store=store, **{**kind.settings, **settings})
 
 
 def defaults_of(name: str) -> dict[str, Any]:
     """A tracker's settings and what they are where nothing else is said."""
-    return dict(_KINDS[name].defaults)
+    return dict(TRACKERS[name].settings)

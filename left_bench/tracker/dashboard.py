@@ -2,7 +2,7 @@
 
 Building is pure: it asks nobody anything and gives the same panels every time. Saving needs a login.
 
-Panels name what `tracker.wandb` logs. Options are read from the resolved cell (`peft.name`), which is nested as the
+Panels name what `kinds.wandb` logs. Options are read from the resolved cell (`peft.name`), which is nested as the
 app expects; the flat `axis.peft` beside it is for filters and exports.
 """
 
@@ -229,7 +229,7 @@ def _save(named: dict[str, Any], *, entity: str | None) -> list[str]:
     """
     import wandb
 
-    from left_bench.tracker.wandb import logged_in
+    from left_bench.tracker.kinds.wandb import logged_in
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled") or not logged_in():
         raise UserError(

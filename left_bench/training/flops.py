@@ -43,7 +43,7 @@ def step_flops(model: Any) -> StepFlops | None:
     why LoRA's step costs two thirds of full fine-tuning's.
     """
     config = model.config.get_text_config()
-    if model.config.is_encoder_decoder or model.main_input_name == "pixel_values":
+    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         return None
     layers = layers_of(model)
     if not getattr(config, "num_attention_heads", None) or len(layers) != config.num_hidden_layers:

@@ -305,8 +305,8 @@ def why_not_packed(
     Tried, not looked up: whether restarting positions reach the positions' embedding, and whether every attention
     layer takes its kernel from transformers' table, differs from architecture to architecture and method to method.
     """
-    if model.main_input_name == "pixel_values":
-        return "pictures are all of one length"
+    if hasattr(rows[0], "collate"):  # a kind of its own
+        return str(getattr(rows[0], "not_packed", "rows of this task are not text"))
     if model.config.is_encoder_decoder:
         return "an encoder and a decoder have rows of their own"
     if virtual_positions(model) or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):

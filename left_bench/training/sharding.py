@@ -1,4 +1,4 @@
-"""One model on several ranks, wrapped by accelerate: whole on every rank (DDP), or sharded (FSDP2, DeepSpeed)."""
+"""One model on several ranks, wrapped by accelerate: whole on every rank (DDP), or sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
@@ -32,7 +31,7 @@ def make_accelerator(model: torch.nn.Module, cell: Cell, *, team: Team, unused: 
     Raises:
         UserError: an argument in `hardware.sharding_config` that the plugin does not have.
     """
-    cpu, hardware = cell.hardware.device == "cpu", cell.hardware
+    cpu, hardware = cell.device_type == "cpu", cell.hardware
     if hardware.processes != team.size:
         raise UserError(f"hardware.processes={hardware.processes}: this run has {team.size}; start it by its worker")
     if team.size == 1 and hardware.sharding is not None:
@@ -48,8 +47,6 @@ def make_accelerator(model: torch.nn.Module, cell: Cell, *, team: Team, unused: 
             accelerator.state.distributed_type = DistributedType.FSDP
             accelerator.state.fsdp_plugin = plugin
         return accelerator
-    if hardware.sharding == "deepspeed":
-        return Accelerator(cpu=cpu, deepspeed_plugin=_deepspeed(cell, team))
     _leave_alone_what_is_frozen(model)
     handler = DistributedDataParallelKwargs(
         broadcast_buffers=False,  # every rank has loaded the same
@@ -74,9 +71,6 @@ def wrap(
 def clip_gradient(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip the gradient's 2-norm, over all shards; returns what it was before."""
     norm: Any
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        norm = accelerator.clip_grad_norm_(parameters, max_norm)  # told, not clipped: its backward pass has (below)
-        return torch.tensor(float(norm))
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole
@@ -121,12 +115,3 @@ def _plugin(kind: Any, config: dict[str, Any], **fixed: Any) -> Any:
                 f"hardware.sharding_config.{key}: {kind.__name__} has no such argument{nearest(key, known)}"
             )
     return kind(**config, **fixed)
-
-
-def _deepspeed(cell: Cell, team: Team) -> Any:
-    defaults = {"zero_stage": 2, "gradient_clipping": cell.training.max_grad_norm}
-    plugin = _plugin(DeepSpeedPlugin, defaults | cell.hardware.sharding_config, gradient_accumulation_steps=1)
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = cell.training.batch_size // team.size
-    for dtype, key in (("bfloat16", "bf16"), ("float16", "fp16")):
-        plugin.deepspeed_config[key] = {"enabled": cell.precision.weights_dtype == dtype}
-    return plugin

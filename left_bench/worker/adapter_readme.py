@@ -10,7 +10,6 @@ from left_bench.data.rows import filled
 from left_bench.methods import method_in
 from left_bench.methods.data_init import START_NAME
 from left_bench.spec.cell import Cell
-from left_bench.spec.task import TASKS
 
 README_NAME = "README.md"
 _OF_SEVERAL_TASKS = ("peft.PolyConfig", "peft.MultitaskPromptTuningConfig")
@@ -42,8 +41,7 @@ def write_readme(folder: Path, cell: Cell, *, base: str, tokenizer: Any, ends: s
 
 
 def _loading(folder: Path, cell: Cell, *, base: str) -> str:
-    auto_class = TASKS[cell.model.task].auto_class
-    reader = "AutoImageProcessor" if cell.model.task == "image_classification" else "AutoTokenizer"
+    auto_class, reader = cell.task.auto_class, cell.task.reader
     code = ", trust_remote_code=True" if cell.model.trust_remote_code else ""
     dtype = f'dtype="{cell.precision.weights_dtype}"{code}'
     if (folder / "config.json").is_file():
@@ -85,7 +83,7 @@ def _asking(cell: Cell, *, chat: bool, ends: set[int]) -> str:
     # JSON writes every character as Python reads it, and no text ends the block of code
     question, instruction = (json.dumps(text) for text in (filled(cell.data, _QUESTION), cell.data.instruction))
     lines = []
-    if cell.model.task == "seq2seq_lm":
+    if cell.task.has_encoder:
         head = f"{instruction} + '\\n' + " if cell.data.instruction else ""
         lines.append(f'inputs = tokenizer({head}{question}, return_tensors="pt")')
     elif chat:
@@ -109,6 +107,6 @@ def _asking(cell: Cell, *, chat: bool, ends: set[int]) -> str:
         f"answer = model.generate(**inputs, max_new_tokens={longest}, do_sample=False, "
         f"eos_token_id={sorted(ends)}{more})"
     )
-    shown = "answer[0]" if cell.model.task == "seq2seq_lm" else 'answer[0, inputs["input_ids"].shape[1]:]'
+    shown = "answer[0]" if cell.task.has_encoder else 'answer[0, inputs["input_ids"].shape[1]:]'
     lines.append(f"print(tokenizer.decode({shown}, skip_special_tokens=True))")
     return "\n".join(lines)

@@ -45,7 +45,7 @@ def load_base(cell: Cell, *, folder: str, classes: Sequence[str] | None = None) 
     from left_bench.model import load as models
     from left_bench.model import quantized_cache
 
-    device = cell.hardware.device
+    device = cell.device_type
     models.apply_precision(cell, device=device)
     quantized = quantized_cache.kept(cell, folder=folder, device=device)
     return models.load_model(cell, folder=folder, device=device, quantized=quantized, classes=classes)[0].eval()

@@ -91,7 +91,7 @@ def compare_losses(run_dir: Path) -> str:
     from left_bench.worker.stages import set_threads
 
     cell = cell_of(run_dir)
-    device = cell.hardware.device
+    device = cell.device_type
     set_threads(cell, Team(size=cell.hardware.processes))  # as many as the process had that evaluated
     folder, tokenizer = models.open_pretrained(cell)
     splits = models.load_rows_of(cell, tokenizer, folder=folder)

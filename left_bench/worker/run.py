@@ -130,7 +130,7 @@ def main(argv: list[str], *, forked: bool = False) -> int:
     except Exception as error:
         memory_limit.lift()
         status, reason = team.why_lost(error) or status_of(
-            error, limit_bytes=cell.hardware.memory_limit, device=cell.hardware.device
+            error, limit_bytes=cell.hardware.memory_limit, device=cell.device_type
         )
         if disk_full(error):  # half an adapter is of no use, and its room is wanted for the outcome
             shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)

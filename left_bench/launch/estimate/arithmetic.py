@@ -157,7 +157,7 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
     `evaluate_base` is what the first of several cells that share a base model's scores spends on them.
     """
     training, found = cell.training, {"load": rates.load, "around": _AROUND_SECONDS}
-    if cell.model.weights != "random" and cell.model.task != "image_classification":
+    if cell.model.weights != "random" and not cell.task.new_output:
         found["evaluate_base"] = _evaluation(cell, rates, rows)
     if training.sft_steps:
         found["sft"] = factors.train * _steps(cell.sft_before(), rates, rows)
@@ -217,7 +217,7 @@ def _evaluation(cell: Cell, rates: Rates, rows: Rows) -> float:
     seconds += _passes(cell, rates.forward, scored, batch)
     if cell.data.pairs:
         seconds += _passes(cell, rates.forward, [row.with_worse_answer() for row in scored], batch)
-    if cell.model.task == "image_classification":
+    if not cell.task.writes:
         seconds *= 2  # the classes are told by a pass of their own
     if cell.generates:
         tokens = cell.eval.max_new_tokens or 1
@@ -263,7 +263,7 @@ def _padded(rows: Sequence[Row], cell: Cell) -> int:
     """Tokens of one pass over the rows, padding included; encoder and decoder are padded each on its own."""
     if not rows:
         return 0
-    if cell.model.task == "seq2seq_lm":
+    if cell.task.has_encoder:
         return len(rows) * (max(row.prompt for row in rows) + max(row.answer for row in rows))
     return len(rows) * max(row.length for row in rows)
 

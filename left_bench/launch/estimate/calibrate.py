@@ -73,7 +73,7 @@ def kept(cell: Cell, *, at_once: int) -> Measured | None:
 
 def why_not(cell: Cell) -> str | None:
     """Why a cell's model is not timed beforehand, to be said after "because"; None where it can be."""
-    if cell.hardware.device != "cpu":
+    if cell.device_type != "cpu":
         return f"nothing is timed on {cell.hardware.device} beforehand"
     if cell.hardware.processes > 1:
         return "a cell has several processes"
@@ -171,7 +171,7 @@ def main(argv: Sequence[str], *, forked: bool = False) -> int:
 
     from left_bench.model import load as models
 
-    models.apply_precision(cell, device=cell.hardware.device)
+    models.apply_precision(cell, device=cell.device_type)
     files, tokenizer = models.open_pretrained(cell)
     splits = models.load_rows_of(cell, tokenizer, folder=files)
     write_atomically(folder / _ROWS, count_rows(cell, splits, tokenizer).model_dump_json())
@@ -198,7 +198,7 @@ def count_rows(cell: Cell, splits: Any, tokenizer: Any) -> Rows:
 
     # the first test rows are scored where `eval.rows` asks for a part
     test = splits.test[:_MOST_ROWS]
-    general = [row.length for row in general_passages(tokenizer)] if cell.model.task == "causal_lm" else []
+    general = [row.length for row in general_passages(tokenizer)] if cell.task.is_decoder else []
     return Rows(
         train=counted(splits.train),
         test=counted(test),

@@ -38,7 +38,7 @@ class Experience:
             return found, True
         whole, weights = True, self.of_weights.get(_weights(cell))
         if weights is None and cell.quantization.target is not None:
-            native = cell.precision.compute_dtype == "bfloat16" and not emulated(cell.hardware.device, "bfloat16")
+            native = cell.precision.compute_dtype == "bfloat16" and not emulated(cell.device_type, "bfloat16")
             weights = of_quantization(cell.quantization.name) if native else None
             whole = weights is not None
         method, weights = of_method(cell), weights or Factors()

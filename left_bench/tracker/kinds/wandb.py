@@ -20,6 +20,7 @@ from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,
     Comparison,
+    TrackerKind,
     ended_well,
     flat_environment,
     sample_rows,
@@ -168,6 +169,13 @@ class WandbTracker:
         except TimeoutError as error:
             _go_offline(self._store, error)
             raise
+
+
+TRACKER = TrackerKind(
+    make=WandbTracker,
+    settings={"project": "left_bench", "entity": None, "artifacts": True},
+    packages=("wandb",),
+)
 
 
 def logged_in() -> bool:

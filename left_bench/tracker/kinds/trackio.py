@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import shutil
 import time as clock
+from pathlib import Path
 from typing import Any
 
 from left_bench.spec.record import Record
@@ -16,6 +17,7 @@ from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,
     Comparison,
+    TrackerKind,
     flat_environment,
     sample_rows,
     summary_of,
@@ -27,7 +29,7 @@ _WRITE_EVERY_SECONDS = 2.0
 class TrackioTracker:
     """Runs of the project `project` in trackio's folder (`TRACKIO_DIR`)."""
 
-    def __init__(self, *, project: str) -> None:
+    def __init__(self, *, store: Path | None = None, project: str) -> None:  # it has a folder of its own
         self._project = project
         self._id = self._name = ""
         self._config: dict[str, Any] = {}
@@ -96,6 +98,9 @@ class TrackioTracker:
             config=self._config,
         )
         self._written = clock.monotonic()
+
+
+TRACKER = TrackerKind(make=TrackioTracker, settings={"project": "left_bench"}, packages=("trackio",), extra="trackio")
 
 
 def _iso(time: float) -> str:

@@ -12,6 +12,7 @@ from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,
     Comparison,
+    TrackerKind,
     flat_environment,
     markdown_table,
     numbers_of,
@@ -109,6 +110,11 @@ class TensorboardTracker:
         if self._file is not None:
             self._file.close()
             self._file = self._writer = None
+
+
+TRACKER = TrackerKind(
+    make=TensorboardTracker, settings={"folder": None}, packages=("tensorboard",), extra="tensorboard"
+)
 
 
 def _columns(axes: list[str]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from left_bench.spec.record import Record
-from left_bench.tracker.base import Attempt, Comparison, flat_environment, summary_of
+from left_bench.tracker.base import Attempt, Comparison, TrackerKind, flat_environment, summary_of
 
 
 class JsonlTracker:
@@ -60,3 +60,6 @@ class JsonlTracker:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+TRACKER = TrackerKind(make=JsonlTracker, settings={"folder": None})

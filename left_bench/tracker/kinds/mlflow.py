@@ -16,6 +16,7 @@ from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,
     Comparison,
+    TrackerKind,
     ended_well,
     flat_environment,
     numbers_of,
@@ -123,6 +124,14 @@ class MlflowTracker:
             self._client.log_artifact(self._run_id, str(run_dir / RECORD_NAME))
         if record.status == "ok" and (run_dir / ADAPTER_NAME).is_dir():
             self._client.log_artifacts(self._run_id, str(run_dir / ADAPTER_NAME), ADAPTER_NAME)
+
+
+TRACKER = TrackerKind(
+    make=MlflowTracker,
+    settings={"project": "left_bench", "tracking_uri": None, "artifacts": False},
+    packages=("mlflow", "sqlalchemy", "alembic"),
+    extra="mlflow",
+)
 
 
 def _flat_params(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,0 +1,5 @@
+"""A decoder: goes on with what it reads."""
+
+from left_bench.spec.task import Task
+
+TASK = Task(auto_class="AutoModelForCausalLM", peft_type="CAUSAL_LM")
