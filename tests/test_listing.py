@@ -9,9 +9,11 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from left_bench.cli import list_options
-from left_bench.cli.list_options import OnlyHydraKnows, composed_cell, main
+from left_bench.cli.list_options import main
 from left_bench.core.errors import UserError
 from left_bench.grid import command_line
+from left_bench.grid.compose import compose_option
+from left_bench.grid.options import OnlyHydraKnows
 from left_bench.spec.cell import GROUPS
 
 
@@ -56,7 +58,7 @@ def test_what_is_read_from_the_file_is_what_hydra_composes(group, compose_cell):
     command_line.register_resolvers()
     for option in command_line.options(group):
         if (group, option) != ("peft", "custom"):  # nothing without the user's own word, by either way
-            assert composed_cell(group, option) == compose_cell(f"{group}={option}"), option
+            assert compose_option(group, option) == compose_cell(f"{group}={option}"), option
 
 
 def test_what_only_hydra_can_read_is_left_to_it(monkeypatch, capsys):
@@ -66,7 +68,7 @@ def test_what_only_hydra_can_read_is_left_to_it(monkeypatch, capsys):
     GlobalHydra.instance().clear()  # other tests leave their composition open
     main(["hardware"])
     expected = capsys.readouterr().out
-    monkeypatch.setattr(list_options, "composed_cell", refuse)
+    monkeypatch.setattr(list_options, "compose_option", refuse)
     main(["hardware"])
     assert capsys.readouterr().out == expected
 

@@ -6,9 +6,8 @@ import pickle
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from omegaconf import OmegaConf
-
 from left_bench.grid.loader import SweepLoader, use_sweep_loader
+from omegaconf import OmegaConf
 
 JOBS = [
     ["peft=lora", "quantization=nf4"],
