@@ -1,13 +1,14 @@
-"""The loader of sweeps composes what Hydra's own does."""
+"""A sweep's jobs are composed as Hydra composes them."""
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from left_bench.grid.loader import SweepLoader, use_sweep_loader
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+
+from left_bench.grid.job_composer import JobComposer
 
 JOBS = [
     ["peft=lora", "quantization=nf4"],
@@ -25,17 +26,27 @@ JOBS = [
 
 
 @pytest.fixture
-def loaders(composed):
+def sweep(composed):
+    """`(config, plain, ours)`: a sweep's configuration, Hydra's own loader, and what composes the sweep's jobs."""
     config = composed("+sweep=smoke", "training.max_length=64")
-    ours = use_sweep_loader()
-    return config, ConfigLoaderImpl(ours.config_search_path), ours
+    plain = GlobalHydra.instance().config_loader()
+    return config, plain, JobComposer(plain, config)
 
 
-def test_it_composes_what_hydra_composes(loaders):
-    config, plain, ours = loaders
+def of_the_job(config):
+    """Without the parts of Hydra's own that say nothing of a job."""
+    whole = OmegaConf.to_container(config)
+    for key in ("help", "hydra_help", "hydra_logging", "job_logging"):
+        whole["hydra"].pop(key, None)
+    del whole["hydra"]["job"]["override_dirname"]  # nothing is named by it
+    return whole
+
+
+def test_it_composes_what_hydra_composes(sweep):
+    config, plain, ours = sweep
     for job in [*JOBS, *JOBS]:  # the second time from what is kept
-        expected, found = plain.load_sweep_config(config, list(job)), ours.load_sweep_config(config, list(job))
-        assert OmegaConf.to_container(found) == OmegaConf.to_container(expected), job
+        expected, found = plain.load_sweep_config(config, list(job)), ours.compose(job)
+        assert of_the_job(found) == of_the_job(expected), job
         assert OmegaConf.is_struct(found) == OmegaConf.is_struct(expected)
         for group, section in expected.items():
             if OmegaConf.is_config(section) and group != "hydra":
@@ -43,37 +54,26 @@ def test_it_composes_what_hydra_composes(loaders):
                 assert OmegaConf.is_readonly(found[group]) == OmegaConf.is_readonly(section)
 
 
-def test_one_job_does_not_change_the_next(loaders):
-    config, _, ours = loaders
-    first = ours.load_sweep_config(config, ["peft=lora", "++peft.config.r=3"])
+def test_one_job_does_not_change_the_next(sweep):
+    _, _, ours = sweep
+    first = ours.compose(["peft=lora", "++peft.config.r=3"])
     first.peft.config.r = 99
-    assert ours.load_sweep_config(config, ["peft=lora"]).peft.config.r == 16
-    assert ours.load_sweep_config(config, ["peft=lora", "++peft.config.r=3"]).hydra.overrides.task == [
-        "peft=lora",
-        "++peft.config.r=3",
-    ]
+    assert ours.compose(["peft=lora"]).peft.config.r == 16
+    assert ours.compose(["peft=lora", "++peft.config.r=3"]).hydra.overrides.task == ["peft=lora", "++peft.config.r=3"]
 
 
-def test_a_wrong_value_is_refused_as_by_hydra(loaders):
-    config, plain, ours = loaders
-    with pytest.raises(Exception, match="peft/laro") as expected:
-        plain.load_sweep_config(config, ["peft=laro"])
-    with pytest.raises(type(expected.value), match="peft/laro"):
-        ours.load_sweep_config(config, ["peft=laro"])
+@pytest.mark.parametrize("job", [["peft=laro"], ["no_such_key=1"], ["training.no_such_key=1"], ["~nothing"]])
+def test_a_wrong_value_is_refused_as_by_hydra(job, sweep):
+    config, plain, ours = sweep
+    with pytest.raises(Exception, match=job[0].strip("~").partition("=")[0]) as expected:
+        plain.load_sweep_config(config, list(job))
+    with pytest.raises(type(expected.value)) as refused:
+        ours.compose(job)
+    assert str(refused.value) == str(expected.value)
 
 
-def test_it_travels_light(loaders):
-    config, _, ours = loaders
-    before = len(pickle.dumps(ours))
-    for seed in range(3):
-        ours.load_sweep_config(config, ["peft=lora", f"seed={seed}"])
-    assert len(pickle.dumps(ours)) == before
-    assert isinstance(ours, SweepLoader)
-    assert use_sweep_loader() is ours
-
-
-def test_a_grid_is_composed_once_for_each_option_and_not_for_each_combination(loaders, monkeypatch):
-    config, plain, ours = loaders
+def test_a_grid_is_composed_once_for_each_option_and_not_for_each_combination(sweep, monkeypatch):
+    config, plain, ours = sweep
     composed, by_hydra = [], ConfigLoaderImpl.load_sweep_config
 
     def counted(self, master, overrides):
@@ -87,10 +87,25 @@ def test_a_grid_is_composed_once_for_each_option_and_not_for_each_combination(lo
         for peft in ("lora", "dora", "ia3", "full")
         for seed in (0, 1)
     ]
-    found = [ours.load_sweep_config(config, job) for job in grid]
+    found = [ours.compose(job) for job in grid]
     assert len(composed) == 3 + 4 - 1
     monkeypatch.undo()
     for job, one in zip(grid, found, strict=True):
         expected = plain.load_sweep_config(config, list(job))
-        assert OmegaConf.to_container(one) == OmegaConf.to_container(expected), job
+        assert of_the_job(one) == of_the_job(expected), job
         assert one.hydra.runtime.choices == expected.hydra.runtime.choices
+
+
+def test_hydras_loader_takes_files_that_are_read_once(sweep, monkeypatch):
+    """Where this fails, another Hydra has another loader: see `grid.read_once`."""
+    _, plain, ours = sweep
+    read, load = [], ConfigRepository.load_config
+    monkeypatch.setattr(
+        ConfigRepository, "load_config", lambda self, config_path: read.append(config_path) or load(self, config_path)
+    )
+    ours.compose(["peft=lora"])
+    first = len(read)
+    ours.compose(["+recipe=lora_nf4"])  # composed by Hydra anew
+    assert first > 20 and len(read) - first < 5
+    assert len(read) == len(set(read))
+    assert plain.repository is not ours._loader.repository

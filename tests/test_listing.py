@@ -30,7 +30,7 @@ def test_every_option_of_every_group_is_one_line(capsys):
 
 
 def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
-    monkeypatch.setattr("left_bench.cli.list_options.find_device", lambda asked: "cpu")
+    monkeypatch.setattr("left_bench.grid.compose.find_device", lambda asked: "cpu")
     main(["precision"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert "not here" in lines["tf32"] and "CUDA" in lines["tf32"]

@@ -18,9 +18,9 @@ from hydra.plugins.config_source import ConfigResult
 
 def reading_once(loader: ConfigLoader) -> ConfigLoader:
     """A loader that composes as this one does, over files that are each read once; this one stays as it is."""
-    same: Any = copy.copy(loader)
-    same.repository = _ReadOnce(loader.get_search_path())
-    return same  # type: ignore[no-any-return]
+    same = copy.copy(loader)
+    setattr(same, "repository", _ReadOnce(loader.get_search_path()))  # noqa: B010 (no part of the interface)
+    return same
 
 
 class _ReadOnce(ConfigRepository):

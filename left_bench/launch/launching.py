@@ -12,7 +12,7 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ class Launch:
         """A run: one cell, in this process."""
         with user_errors():
             hydra: Any = HydraConfig.get()
-            job = self._composed(list(hydra.overrides.task), config, hydra)
+            job = self._composed(config, hydra)
             self._prepare([job], hydra)
 
             def run(jobs: Sequence[Composed]) -> None:
@@ -118,7 +118,8 @@ class Launch:
         check_launcher(config)
         for told in ignored_choices(config):
             print(told, file=sys.stderr)
-        jobs = [self._composed(*one) for one in _with_hydra(jobs_of(config, context.config_loader))]
+        # one at a time: thousands of configurations would fill the memory
+        jobs = [self._composed(job, job.hydra) for _, job in jobs_of(config, context.config_loader)]
         if not jobs:
             raise UserError("the sweep has no cells: one of its keys has no values, such as seed=range(0,0)")
         self._launcher, self._elsewhere, self._searches = launcher_of(hydra), runs_elsewhere(hydra), searches(hydra)
@@ -134,12 +135,13 @@ class Launch:
 
     # --- before the first cell ---
 
-    def _composed(self, overrides: list[str], config: DictConfig, hydra: Any) -> Composed:
+    def _composed(self, config: DictConfig, hydra: Any) -> Composed:
         """The only time that a job's configuration becomes a cell."""
         interrupt.check()
         cell, settings = compose(config, hydra, typed=self._typed)
         cell = cell.model_copy(update={name: self._shared(name, getattr(cell, name)) for name in SECTIONS})
         trial = Trial.of(cell, hydra) if has_user_values(hydra) else None
+        overrides = [str(one) for one in hydra.overrides.task]
         return Composed(overrides, cell, settings, trial, hydra.runtime.choices.precision == AUTO)
 
     def _shared(self, name: str, section: Any) -> Any:
@@ -258,7 +260,7 @@ class Launch:
             jobs = []
             for number, overrides in enumerate(trials, start=begun + 1):
                 job = composer.compose(overrides)
-                jobs.append((self._composed(list(overrides), job, job.hydra), number))
+                jobs.append((self._composed(job, job.hydra), number))
             first, begun = begun, begun + len(jobs)
             self._cells |= dict.fromkeys(job.cell.id for job, _ in jobs)
             return launch(jobs, first=first)
@@ -340,11 +342,6 @@ class Launch:
         print(f"records: {runs_dir}/<cell>/{RECORD_NAME}")
         if not all_well:
             raise SystemExit(1)
-
-
-def _with_hydra(jobs: Iterator[tuple[list[str], DictConfig]]) -> Iterator[tuple[list[str], DictConfig, Any]]:
-    for overrides, job in jobs:  # one at a time: thousands of configurations would fill the memory
-        yield overrides, job, job.hydra
 
 
 def _what_it_costs(cell: Cell) -> str:
