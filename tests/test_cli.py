@@ -14,6 +14,7 @@ from left_bench.core.errors import UserError
 from left_bench.core.paths import config_root
 from left_bench.grid import command_line
 from left_bench.grid.command_line import check_choices, launch_name, open_section
+from left_bench.grid.compose import Settings
 from left_bench.spec.cell import GROUPS, Cell
 from left_bench.spec.record import Record, not_started
 

@@ -262,7 +262,8 @@ def _name_in_file(option: str, folders: tuple[Path, ...]) -> str | None:
     for folder in folders:
         path = folder / "model" / f"{option}.yaml"
         if path.is_file():
-            return OmegaConf.select(OmegaConf.load(path), "name_or_path")
+            name: str | None = OmegaConf.select(OmegaConf.load(path), "name_or_path")
+            return name
     return None
 
 
