@@ -11,12 +11,10 @@ from left_bench.grid.compose import compose
 from left_bench.grid.sweep import jobs_of
 from left_bench.measure import auto_precision, instruction_sets
 from left_bench.measure.auto_precision import (
-    CARRIED_VARIABLE,
     advice,
     emulated,
     emulation_note,
     fast_precision,
-    field_of,
     product_speeds,
 )
 from left_bench.measure.instruction_sets import FLAGS_VARIABLE, capabilities_in, cuda_capability, flags_of
@@ -42,7 +40,6 @@ def machine(monkeypatch):
     """`machine(flags, capability)`: this machine has those."""
 
     def machine(flags: str = "avx2", capability: tuple[int, int] | None = None) -> None:
-        monkeypatch.delenv(CARRIED_VARIABLE, raising=False)
         monkeypatch.setenv(FLAGS_VARIABLE, flags)
         monkeypatch.setattr(auto_precision, "cuda_capability", lambda: capability)
         monkeypatch.setattr(auto_precision, "is_rocm", lambda: False)
@@ -122,14 +119,6 @@ def test_each_device_of_a_sweep_gets_its_own(machine, composed):
     config = composed("-m", "hardware=cpu,cuda")
     cells = [compose(job, job.hydra)[0] for _, job in jobs_of(config)]
     assert [cell.choices["precision"] for cell in cells] == ["fp32", "bf16"]
-
-
-def test_a_job_takes_what_its_launch_found(machine, monkeypatch):
-    machine("avx2")
-    monkeypatch.setenv(CARRIED_VARIABLE, "cuda=fp16_mixed,cpu=bf16")
-    assert [fast_precision(device).option for device in ("cpu", "cuda", "mps")] == ["bf16", "fp16_mixed", "fp32"]
-    assert field_of("loss_scaling", "cuda") is True
-    assert field_of("weights_dtype", "cpu") == "bfloat16"
 
 
 # --- emulated ---

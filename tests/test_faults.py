@@ -133,10 +133,10 @@ LAUNCHER = """
 import sys
 from functools import partial
 from left_bench.cli import main
-from left_bench.launch import hydra_job, run_cell
+from left_bench.launch import launching, run_cell
 from left_bench.launch.supervise import run_isolated
 run_cell._fetch_model = lambda cell: None
-hydra_job.say_estimate = lambda planned, runs_dir, **_: None
+launching.say_estimate = lambda planned, runs_dir, **_: None
 run_cell.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", sys.argv.pop(1)])
 sys.exit(main.main())
 """

@@ -9,9 +9,11 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from left_bench.cli import list_options
-from left_bench.cli.list_options import OnlyHydraKnows, composed_cell, main
+from left_bench.cli.list_options import main
 from left_bench.core.errors import UserError
 from left_bench.grid import command_line
+from left_bench.grid.compose import compose_option
+from left_bench.grid.options import OnlyHydraKnows
 from left_bench.spec.cell import GROUPS
 
 
@@ -28,7 +30,7 @@ def test_every_option_of_every_group_is_one_line(capsys):
 
 
 def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
-    monkeypatch.setattr("left_bench.cli.list_options.find_device", lambda asked: "cpu")
+    monkeypatch.setattr("left_bench.grid.compose.find_device", lambda asked: "cpu")
     main(["precision"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert "not here" in lines["tf32"] and "CUDA" in lines["tf32"]
@@ -56,7 +58,7 @@ def test_what_is_read_from_the_file_is_what_hydra_composes(group, compose_cell):
     command_line.register_resolvers()
     for option in command_line.options(group):
         if (group, option) != ("peft", "custom"):  # nothing without the user's own word, by either way
-            assert composed_cell(group, option) == compose_cell(f"{group}={option}"), option
+            assert compose_option(group, option) == compose_cell(f"{group}={option}"), option
 
 
 def test_what_only_hydra_can_read_is_left_to_it(monkeypatch, capsys):
@@ -66,7 +68,7 @@ def test_what_only_hydra_can_read_is_left_to_it(monkeypatch, capsys):
     GlobalHydra.instance().clear()  # other tests leave their composition open
     main(["hardware"])
     expected = capsys.readouterr().out
-    monkeypatch.setattr(list_options, "composed_cell", refuse)
+    monkeypatch.setattr(list_options, "compose_option", refuse)
     main(["hardware"])
     assert capsys.readouterr().out == expected
 

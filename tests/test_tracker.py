@@ -367,7 +367,7 @@ def test_a_missing_package_is_said_before_the_sweep_starts(left_bench, tmp_path,
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     monkeypatch.chdir(tmp_path)
     answer = left_bench("+sweep=smoke", "tracker=[jsonl,mlflow]")
     assert answer.code == 2, answer

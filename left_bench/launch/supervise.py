@@ -20,7 +20,7 @@ from left_bench.processes import start_process as processes
 from left_bench.processes.ranks import Team, folder_of
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import EVENTS_NAME, EventReader
-from left_bench.spec.record import Phase, Record, Status
+from left_bench.spec.record import Phase, Record, Status, ended_without_outcome
 from left_bench.spec.run_files import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 from left_bench.training.checkpoint import forget_checkpoints
 from left_bench.worker.classify_error import says_out_of_memory
@@ -109,7 +109,8 @@ def run_isolated(
     if outcome is None:
         kernel_kills = _kernel_kills() - killed_before
         status, reason = _why_no_outcome(code, too_long, cell, kernel_kills, seen, run_dir, log_tail=tail)
-        outcome = _without_outcome(cell, status, reason, started_at=started_at, phases=_finished_phases(seen))
+        phases = _finished_phases(seen)
+        outcome = ended_without_outcome(cell, status, reason, started_at=started_at, phases=phases)
     provenance = dict(outcome.provenance)
     if outcome.status != "ok":
         provenance["log_tail"] = tail
@@ -131,20 +132,7 @@ def _never_started(cell: Cell, error: Exception, *, started_at: str, kernel_kill
     reason = f"the worker's process could not be started ({told})"
     if kernel_kills > 0:
         reason = "the kernel ended the worker's process for want of memory while it was being started"
-    return _without_outcome(cell, status, reason, started_at=started_at, phases=[])
-
-
-def _without_outcome(cell: Cell, status: Status, reason: str, *, started_at: str, phases: list[Phase]) -> Record:
-    return Record(
-        cell_id=cell.id,
-        status=status,
-        reason=reason,
-        started_at=started_at,
-        finished_at=utc_now(),
-        choices=cell.choices,
-        config=cell.sections(),
-        phases=phases,
-    )
+    return ended_without_outcome(cell, status, reason, started_at=started_at)
 
 
 def worker_environment(cell: Cell) -> dict[str, str]:

@@ -6,7 +6,8 @@ import math
 import re
 from typing import Any
 
-from left_bench.spec.record import METRICS, Metric, find_metric
+from left_bench.spec.metric import Metric
+from left_bench.spec.record import METRICS, find_metric
 
 ABSENT = "\u2013"  # an en dash
 COUNTED = frozenset(

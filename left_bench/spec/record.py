@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from left_bench.core.clock import utc_now
 from left_bench.core.files import write_atomically
 from left_bench.spec.metric import Metric
 from left_bench.spec.row_scores import ANSWER_METRICS
+
+if TYPE_CHECKING:  # a cell's sections ask for METRICS
+    from left_bench.spec.cell import Cell
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "unsupported", "oom", "diverged", "failed", "crashed", "timeout")
@@ -223,6 +228,31 @@ class Record(_Frozen):
     def write(self, run_dir: Path) -> Path:
         """Write `record.json` into `run_dir` whole or not at all."""
         return write_atomically(run_dir / RECORD_NAME, self.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+def not_started(cell: Cell, status: Status, reason: str) -> Record:
+    """The record of a cell whose worker was never started."""
+    now = utc_now()
+    return _record_of(cell, status, reason, started_at=now, finished_at=now)
+
+
+def ended_without_outcome(
+    cell: Cell, status: Status, reason: str, *, started_at: str, phases: Sequence[Phase] = ()
+) -> Record:
+    """The record of a cell whose worker left none, by what was seen of it from outside."""
+    return _record_of(cell, status, reason, started_at=started_at, phases=list(phases))
+
+
+def outcome_of(
+    cell: Cell, status: Status, reason: str | None, *, started_at: str, measured: Mapping[str, Any]
+) -> Record:
+    """The record that a worker leaves; `measured` are the fields of `Record` that it has come to fill."""
+    return _record_of(cell, status, reason, started_at=started_at, **measured)
+
+
+def _record_of(cell: Cell, status: Status, reason: str | None, **more: Any) -> Record:
+    more = {"finished_at": utc_now()} | more
+    return Record(cell_id=cell.id, status=status, reason=reason, choices=cell.choices, config=cell.sections(), **more)
 
 
 class NewerSchema(ValueError):
