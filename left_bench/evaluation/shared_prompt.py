@@ -41,9 +41,9 @@ class SharedPrompt:
         self.ids = list(ids)
         self._cache = cache
 
-    def rest(self, row: Example) -> Example:
-        """The row without the beginning."""
-        return replace(row, prompt_ids=row.prompt_ids[len(self.ids) :])
+    def rest(self, row: Any) -> Any:
+        """The row without the beginning; as it is where nothing is shared."""
+        return row if not self.ids else replace(row, prompt_ids=row.prompt_ids[len(self.ids) :])
 
     def arguments(self, rows: int) -> dict[str, Any]:
         """What a model's pass or `generate` takes besides: the beginning's keys and values for so many rows, its own.
