@@ -6,6 +6,7 @@ all it knows is the job and files.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -214,14 +215,21 @@ class JobLoader:
     Launchers ask a loader for nothing else (Hydra's basic one; joblib 1.2, submitit 1.2, ray 1.2).
     """
 
+    def __init__(self) -> None:
+        self._shared: DictConfig | None = None
+        """What the jobs of a launch have in common."""
+
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
         """`job` is the job as text; `hydra` what running a job reads of it."""
         *given, carried = sweep_overrides
-        hydra = master_config.hydra
-        config = OmegaConf.create({"hydra": HydraConf(), "job": carried.removeprefix(_CARRIED)})
-        for key in _HYDRAS_PART:
-            config.hydra[key] = hydra[key]
-        config.hydra.sweep.dir = str(hydra.sweep.dir)  # it may refer to keys of the sweep's configuration
+        if self._shared is None:
+            hydra = master_config.hydra
+            self._shared = OmegaConf.create({"hydra": HydraConf(), "job": ""})
+            for key in _HYDRAS_PART:
+                self._shared.hydra[key] = hydra[key]
+            self._shared.hydra.sweep.dir = str(hydra.sweep.dir)  # it may refer to keys of the sweep's configuration
+        config = copy.deepcopy(self._shared)
+        config.job = carried.removeprefix(_CARRIED)
         config.hydra.overrides.task = given
         return config
 
