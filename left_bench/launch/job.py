@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 from hydra.conf import HydraConf
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import BaseModel, ConfigDict
 
 from left_bench.core import interrupt
@@ -36,6 +36,7 @@ _CARRIED = "hydra.left_bench_job="
 """Launchers leave overrides that begin with `hydra.` out of their logs."""
 _HYDRAS_PART = ("mode", "sweep", "job", "runtime", "verbose", "output_subdir", "job_logging", "hydra_logging")
 """What launchers and Hydra's own running of a job read."""
+_NOT_A_JOBS = ("help", "hydra_help", "run", "callbacks", "sweeper", "launcher", "searchpath")
 ELSEWHERE = "elsewhere"
 
 
@@ -228,6 +229,11 @@ class JobLoader:
             for key in _HYDRAS_PART:
                 self._shared.hydra[key] = hydra[key]
             self._shared.hydra.sweep.dir = str(hydra.sweep.dir)  # it may refer to keys of the sweep's configuration
+            # Hydra copies all of it four times for every job
+            self._shared.hydra.runtime.choices, self._shared.hydra.runtime.config_sources = {}, []
+            with open_dict(self._shared.hydra):
+                for key in _NOT_A_JOBS:
+                    del self._shared.hydra[key]
         config = copy.deepcopy(self._shared)
         config.job = carried.removeprefix(_CARRIED)
         config.hydra.overrides.task = given
