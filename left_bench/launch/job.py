@@ -6,6 +6,7 @@ all it knows is the job and files.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, cast
 from hydra.conf import HydraConf
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import BaseModel, ConfigDict
 
 from left_bench.core import interrupt
@@ -35,6 +36,7 @@ _CARRIED = "hydra.left_bench_job="
 """Launchers leave overrides that begin with `hydra.` out of their logs."""
 _HYDRAS_PART = ("mode", "sweep", "job", "runtime", "verbose", "output_subdir", "job_logging", "hydra_logging")
 """What launchers and Hydra's own running of a job read."""
+_NOT_A_JOBS = ("help", "hydra_help", "run", "callbacks", "sweeper", "launcher", "searchpath")
 ELSEWHERE = "elsewhere"
 
 
@@ -214,14 +216,26 @@ class JobLoader:
     Launchers ask a loader for nothing else (Hydra's basic one; joblib 1.2, submitit 1.2, ray 1.2).
     """
 
+    def __init__(self) -> None:
+        self._shared: DictConfig | None = None
+        """What the jobs of a launch have in common."""
+
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
         """`job` is the job as text; `hydra` what running a job reads of it."""
         *given, carried = sweep_overrides
-        hydra = master_config.hydra
-        config = OmegaConf.create({"hydra": HydraConf(), "job": carried.removeprefix(_CARRIED)})
-        for key in _HYDRAS_PART:
-            config.hydra[key] = hydra[key]
-        config.hydra.sweep.dir = str(hydra.sweep.dir)  # it may refer to keys of the sweep's configuration
+        if self._shared is None:
+            hydra = master_config.hydra
+            self._shared = OmegaConf.create({"hydra": HydraConf(), "job": ""})
+            for key in _HYDRAS_PART:
+                self._shared.hydra[key] = hydra[key]
+            self._shared.hydra.sweep.dir = str(hydra.sweep.dir)  # it may refer to keys of the sweep's configuration
+            # Hydra copies all of it four times for every job
+            self._shared.hydra.runtime.choices, self._shared.hydra.runtime.config_sources = {}, []
+            with open_dict(self._shared.hydra):
+                for key in _NOT_A_JOBS:
+                    del self._shared.hydra[key]
+        config = copy.deepcopy(self._shared)
+        config.job = carried.removeprefix(_CARRIED)
         config.hydra.overrides.task = given
         return config
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -96,6 +97,7 @@ class Launch:
         """Ids, in the sweep's order; those of a search as they are chosen."""
         self._recorded: dict[str, int] = {}
         self._pace = Pace()
+        self._hydras_launcher: Launcher | None = None
         self._later: list[Job] = []
         self._shared_sections: dict[tuple[str, str], Any] = {}
 
@@ -283,10 +285,11 @@ class Launch:
         Args:
             first: how many were handed over before.
         """
-        task = functools.partial(run_job, pace=self._pace) if self._launcher == "basic" else run_job
-        launcher = Plugins.instance().instantiate_launcher(for_launchers(context), task, config)
+        if self._hydras_launcher is None:
+            task = functools.partial(run_job, pace=self._pace) if self._launcher == "basic" else run_job
+            self._hydras_launcher = Plugins.instance().instantiate_launcher(for_launchers(context), task, config)
         made = [self._job(one, number, config.hydra) for one, number in jobs]
-        returns = list(launcher.launch([job.carried() for job in made], initial_job_idx=first))
+        returns = list(self._hydras_launcher.launch([job.carried() for job in made], initial_job_idx=first))
         for job, returned in zip(made, returns, strict=True):
             ended: Ended = returned.return_value  # raises what the job raised
             if ended.status == ELSEWHERE:
