@@ -286,7 +286,7 @@ class Hardware(_Section):
     sharding: Literal["fsdp2", "deepspeed"] | None = None
     """How weights, gradients and optimizer are sharded over the processes; None: each holds them whole."""
     sharding_config: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of accelerate's FullyShardedDataParallelPlugin (`fsdp2`) or DeepSpeedPlugin (`deepspeed`)."""
+    """`fsdp2`: `reshard_after_forward` of torch's `fully_shard`; `deepspeed`: arguments of accelerate's plugin."""
     memory_limit: int | None = None
     """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
     timeout: float | None = Field(default=None, gt=0)
