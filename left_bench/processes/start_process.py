@@ -2,8 +2,8 @@
 
 Importing torch, transformers and peft takes longer than a small cell trains. The server (`fork_server`) imports them
 once for a sweep and does nothing else, so every fork starts from the same state as the first. CUDA contexts do not
-survive a fork; accelerators always get a fresh interpreter, and so do all workers off Linux: macOS can fork too, but its
-own frameworks, which torch has loaded by then, may end a fork.
+survive a fork; accelerators always get a fresh interpreter, and so do all workers off Linux: macOS can fork too, but
+its own frameworks, which torch has loaded by then, may end a fork.
 """
 
 from __future__ import annotations
