@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from faulty import FAULT, run_forked, run_forked_with_an_idle_parameter
+from faulty import FAULT, IDLE_PARAMETER
 from hypothesis import given
 from hypothesis import strategies as st
 from recorded.build import make_record
@@ -144,7 +145,7 @@ def test_dropout_and_noise_differ_between_ranks_and_a_killed_cell_goes_on(tiny_c
     assert whole.status == "ok", whole.provenance
     monkeypatch.setenv(FAULT, "kill@step2")
     with monkeypatch.context() as patch:
-        patch.setattr(process, "_run_forked", run_forked)
+        patch.setattr(process, "start", partial(process.start, program="faulty"))
         killed, _ = run(cell, tmp_path / "cell")
     assert killed.status == "crashed"
     resumed, steps = run(cell, tmp_path / "cell")
@@ -165,7 +166,8 @@ def test_dropout_and_noise_differ_between_ranks_and_a_killed_cell_goes_on(tiny_c
 def test_nobody_waits_for_a_parameter_without_a_gradient(unlike, tiny_cell, work_in_process, tmp_path, monkeypatch):
     cell = tiny_cell(*unlike, "training.gradient_accumulation=2")
     alone = steps_in_process(work_in_process(cell))
-    monkeypatch.setattr(process, "_run_forked", run_forked_with_an_idle_parameter)
+    monkeypatch.setenv(FAULT, IDLE_PARAMETER)
+    monkeypatch.setattr(process, "start", partial(process.start, program="faulty"))
     record, steps = run(tiny_cell(*unlike, "training.gradient_accumulation=2", TWO), tmp_path / "run")
     assert record.status == "ok", record.provenance["log_tail"]
     assert record.metrics["trainable_params"] % 2 == 1  # it is there: LoRA's own are even
@@ -194,7 +196,7 @@ def test_some_get_no_gradient(tiny_cell, load_tiny, addition_rows):
 def strike(monkeypatch, tiny_cell, tmp_path):
     def strike(fault: str, *overrides: str) -> Record:
         monkeypatch.setenv(FAULT, fault)
-        monkeypatch.setattr(process, "_run_forked", run_forked)
+        monkeypatch.setattr(process, "start", partial(process.start, program="faulty"))
         return run(tiny_cell(*STEPS, TWO, *overrides), tmp_path / "run")[0]
 
     return strike

@@ -325,7 +325,7 @@ class Hardware(_Section):
     sharding: Literal["fsdp2"] | None = None
     """How weights, gradients and optimizer are sharded over the processes; None: each holds them whole."""
     sharding_config: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of accelerate's FullyShardedDataParallelPlugin."""
+    """`reshard_after_forward` of torch's `fully_shard`."""
     memory_limit: int | None = None
     """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
     timeout: float | None = Field(default=None, gt=0)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from left_bench.compat.wandb_workspaces import as_saved
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
 from left_bench.spec.record import METRICS, SCORER_PREFIX, find_metric
@@ -191,9 +192,7 @@ def specification(*, sweep: str, project: str, metric: str, colors: Mapping[str,
     """What would be saved, as plain data."""
     named: dict[str, Any] = {"sweep": sweep, "project": project, "metric": metric, "colors": colors}
     built = {"workspace": build_workspace(**named), "report": build_report(**named)}
-    return {
-        name: one._to_model().model_dump(mode="json", by_alias=True, exclude_none=True) for name, one in built.items()
-    }
+    return {name: as_saved(one) for name, one in built.items()}
 
 
 def _cells_of(sweep: str, runs_dir: Path) -> tuple[dict[str, str], list[str]]:

@@ -77,6 +77,8 @@ class Checkpoint:
             self._save(step)
 
     def _save(self, step: int) -> None:
+        from left_bench.compat.peft import allocator_state
+
         state = {
             "key": self._key,
             "step": step,
@@ -84,7 +86,7 @@ class Checkpoint:
             "optimizer": _optimizer_state(self._optimizer),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "adalora": _adalora_state(self._model),
+            "adalora": allocator_state(self._model),
             "random": _random_state(),
             "starts": self._meter.starts,
             "memory_breakdown": self._meter.memory_breakdown,
@@ -103,6 +105,8 @@ class Checkpoint:
     def _restore(self, state: dict[str, Any]) -> None:
         import torch
 
+        from left_bench.compat.peft import restore_allocator
+
         parameters = dict(self._model.named_parameters())
         with torch.no_grad():
             for name, tensor in state["trainable"].items():
@@ -110,7 +114,7 @@ class Checkpoint:
         _restore_optimizer(self._optimizer, state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
-        _restore_adalora(self._model, state["adalora"])
+        restore_allocator(self._model, state["adalora"])
         _restore_random(state["random"])
         self._meter.take_over(
             state["steps"][: state["step"]], starts=state["starts"], memory_breakdown=state["memory_breakdown"]
@@ -135,23 +139,6 @@ def _restore_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
 
 def _parameters(optimizer: Any) -> list[Any]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _adalora_state(model: Any) -> dict[str, Any] | None:
-    """The importance scores by which AdaLoRA moves its budget, and the pattern of ranks it last chose."""
-    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
-    if allocator is None:
-        return None
-    scores = {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
-    return scores | {"rank_pattern": allocator.peft_config.rank_pattern}
-
-
-def _restore_adalora(model: Any, state: dict[str, Any] | None) -> None:
-    if state is not None:
-        allocator = model.base_model.rankallocator
-        allocator.peft_config.rank_pattern = state.pop("rank_pattern")
-        for name, scores in state.items():
-            setattr(allocator, name, scores)
 
 
 def _random_state() -> dict[str, Any]:

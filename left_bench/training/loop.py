@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
+from left_bench.compat.torch import uncompile as undo_compile
 from left_bench.core.errors import NotInForce, UserError
 from left_bench.data import Example, split_passes, step_rows
 from left_bench.measure.compile_timer import Compiling
@@ -25,7 +26,13 @@ from left_bench.spec.cell import Cell
 from left_bench.spec.instantiate import instantiate
 from left_bench.training.checkpoint import Checkpoint
 from left_bench.training.objective import Objective
-from left_bench.training.sharding import clip_gradient, fingerprint_of, make_accelerator, wrap
+from left_bench.training.sharding import (
+    clip_gradient,
+    fingerprint_of,
+    gradients_kept_apart,
+    make_accelerator,
+    wrap,
+)
 
 EXPLODED = 100.0
 """Nats per token beyond which a finite loss has exploded too: a uniform guess over 50,000 tokens costs 11."""
@@ -69,17 +76,17 @@ def train(
     """
     settings, device = cell.training, meter.device.kind
     compiling = compiling or Compiling()
-    optimizer = make_optimizer(model, cell, device=device)
-    # transformers' plain `constant` knows no warm-up
-    shape = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    schedule = get_scheduler(shape, optimizer, math.ceil(settings.steps * settings.warmup_ratio), settings.steps)
-    scaler = torch.amp.GradScaler(device, enabled=cell.precision.loss_scaling)
     accelerator = make_accelerator(
         model,
         cell,
         team=team,
         unused=lambda: some_get_no_gradient(model, rows, cell, objective=objective, device=device),
     )
+    optimizer = make_optimizer(model, cell, device=device)
+    # transformers' plain `constant` knows no warm-up
+    shape = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    schedule = get_scheduler(shape, optimizer, math.ceil(settings.steps * settings.warmup_ratio), settings.steps)
+    scaler = torch.amp.GradScaler(device, enabled=cell.precision.loss_scaling)
     network, optimizer = wrap(accelerator, model, optimizer)
     objective = objective.through(network)
     parameters = trainable_parameters(model)  # sharding has put others in their place
@@ -118,7 +125,7 @@ def train(
             for batch in batches:
                 # gradients go round once a step
                 last = batch is batches[-1]
-                with contextlib.nullcontext() if last else accelerator.no_sync(network):
+                with contextlib.nullcontext() if last else gradients_kept_apart(accelerator, network):
                     with autocast(cell, device=device):
                         part = objective.summed(batch, gain=gain)
                     total += part.detach() / (scale * team.size)
@@ -231,7 +238,7 @@ def compile_model(
 def uncompile(model: torch.nn.Module) -> None:
     """Back to eager: generation would compile again for every length."""
     for layer in layers_of(model):
-        layer._compiled_call_impl = None
+        undo_compile(layer)
 
 
 @contextlib.contextmanager
