@@ -116,6 +116,16 @@ def row_losses(
     return Evaluation(nll=nll, answer_tokens=tokens, tokens=seen)
 
 
+def mean_token_loss(
+    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str, tell: Tell = _untold
+) -> float:
+    """Nats per answer token of `rows`, every token weighing the same."""
+    model.eval()
+    with torch.no_grad(), autocast(cell, device=device):
+        found = row_losses(model, rows, cell, pad_id=pad_id, device=device, tell=partial(tell, "validation loss"))
+    return sum(found.nll) / sum(found.answer_tokens)
+
+
 def greedy_answers(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -26,7 +26,7 @@ from left_bench.report.tables import (
 from left_bench.report.values import ABSENT, format_setting, metric_of, one_line
 from left_bench.report.verdicts import claims_section
 from left_bench.spec.cell import GROUPS
-from left_bench.spec.events import ROW_COUNTS, rows_in_words
+from left_bench.spec.events import ROW_COUNTS, VALIDATION_COUNTS, rows_in_words
 from left_bench.spec.record import Sample
 
 # Settings that a reader wants to see once where they are the same in every cell.
@@ -157,6 +157,7 @@ def _rows_told(row: Row) -> str | None:
         return None
     metrics = row.record.metrics
     counts = {name: metrics[name] if name == "train_epochs" else int(metrics[name]) for name in ROW_COUNTS}
+    counts |= {name: int(metrics[name]) for name in VALIDATION_COUNTS if name in metrics}
     max_length = row.section("training").get("max_length")
     return f"{row.record.choices.get('data')}: {rows_in_words(counts, max_length=max_length)}"
 

@@ -192,6 +192,8 @@ class Data(_Section):
     `save_to_disk`, or for pictures a folder with one of them for each class; takes the hub's place."""
     test_path: str | None = None
     """Test rows in a file of their own; None: they are held out of `path`, or the data set's own split `test`."""
+    validation_path: str | None = None
+    """Validation rows in a file of their own; None: the data set's own split `validation`, or see `validation_rows`."""
     shape: str | None = None
     """`columns`, `completion`, `alpaca`, `messages`, `sharegpt`, `preference`, `classification` or `text`; None: found
     by looking at a row (and filled in when a cell is composed, where that is `text`)."""
@@ -217,6 +219,10 @@ class Data(_Section):
     train_rows: int | None = Field(default=None, ge=1, le=_MOST)
     """None: all that is left after the test rows."""
     test_rows: int = Field(default=128, ge=1, le=_MOST)
+    validation_rows: int | None = Field(default=None, ge=0, le=_MOST)
+    """Rows that are neither trained on nor tested on: what is chosen, is chosen on them. They come from a source of
+    their own, are generated beside the others or lie beyond `train_rows`; else they are held out of the training rows.
+    None: 32 where training then keeps all its rows, and none elsewhere."""
     hold_out: bool = True
     """False: the test rows are trained on too, and nothing is scored (`left-bench train CELL --all-rows`)."""
     metrics: AnswerMetrics = Field(default_factory=lambda: ["exact_match"])
@@ -431,6 +437,7 @@ class Cell(BaseModel):
         if self.data.content is not None:
             plain["data"].pop("path", None)
             plain["data"].pop("test_path", None)
+            plain["data"].pop("validation_path", None)
         if self.model.content is not None:
             plain["model"].pop("name_or_path", None)
         if self.eval.scorer is not None and self.eval.scorer_content is not None:
@@ -446,6 +453,7 @@ class Cell(BaseModel):
         parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
         for key in ("extractor", "scorer", "scorer_content"):  # they judge answers, and change none
             parts["eval"].pop(key, None)
+        parts["data"].pop("validation_rows", None)  # taken after the test rows, of which they change none
         head = "labelled" if self.training.output_head == "liger" else self.training.output_head  # to evaluate, ours
         kernels = [self.training.attention, head]
         return parts | {"kernels": kernels if self.training.kernels is None else [*kernels, self.training.kernels]}

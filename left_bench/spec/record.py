@@ -54,6 +54,9 @@ METRICS: dict[str, Metric] = {
     "forgetting_nats": Metric(
         "nats", "lower", "quality", "rise in mean token loss on general text the training never saw"
     ),
+    "validation_loss": Metric(
+        "nats", "lower", "quality", "mean negative log-likelihood per answer token, validation rows, end of training"
+    ),
     # memory
     "peak_memory_bytes": Metric(
         "bytes", "lower", "memory", "highest device memory in the train phase, over the baseline after imports"
@@ -124,10 +127,17 @@ METRICS: dict[str, Metric] = {
         "count", "none", "fact", "pieces of code that torch.compile compiled, recompilations too"
     ),
     "train_rows": Metric("count", "none", "fact", "training rows there are"),
+    "validation_rows": Metric("count", "none", "fact", "validation rows there are"),
     "test_rows": Metric("count", "none", "fact", "test rows that were scored"),
     "train_epochs": Metric("count", "none", "fact", "times the steps go over the training rows"),
     "dropped_rows": Metric("count", "none", "fact", "rows of the source without a prompt or an answer"),
     "repeated_rows": Metric("count", "none", "fact", "rows left out because their question is a test row's"),
+    "repeated_validation_rows": Metric(
+        "count",
+        "none",
+        "fact",
+        "validation rows left out: their question is a training or test row's, or repeats",
+    ),
     "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
     "truncated_test_rows": Metric("count", "none", "fact", "test rows cut to training.max_length"),
     "judged_rows": Metric("count", "none", "fact", "pairs of answers that a judge decided"),
@@ -236,7 +246,8 @@ class Record(_Frozen):
     environment: dict[str, Any] = Field(default_factory=dict)
     """Machine and versions, from an allow-list; `effective` holds what was found after loading."""
     provenance: dict[str, Any] = Field(default_factory=dict)
-    """sweep, command, overrides, notes (list of confounders), log_tail of a failed cell."""
+    """sweep, command, overrides, notes (list of confounders), splits (which rows were used for what), log_tail of a
+    failed cell."""
 
     def write(self, run_dir: Path) -> Path:
         """Write `record.json` into `run_dir` whole or not at all."""

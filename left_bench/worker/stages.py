@@ -34,7 +34,7 @@ from left_bench.processes import ranks
 from left_bench.processes.ranks import Team
 from left_bench.processes.resources import assigned_cores, concurrent_cells
 from left_bench.spec.cell import Cell
-from left_bench.spec.events import ROW_COUNTS, EventWriter, progress_of
+from left_bench.spec.events import ROW_COUNTS, VALIDATION_COUNTS, EventWriter, progress_of
 from left_bench.spec.record import RECORDED_PACKAGES
 from left_bench.spec.run_files import ADAPTER_NAME, ROWS_NAME
 from left_bench.training import float8, loop, packing
@@ -129,8 +129,10 @@ def begin(
     meter = Meter(device, events, energy=joules)
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics |= counted_rows(splits, scored=len(test), cell=cell)
-    events.write("data", shape=splits.shape, **{name: meter.metrics[name] for name in ROW_COUNTS})
+    told = {name: meter.metrics[name] for name in (*ROW_COUNTS, *VALIDATION_COUNTS)}
+    events.write("data", shape=splits.shape, **told)
     found["provenance"]["rows"] = splits.fingerprint
+    found["provenance"]["splits"] = used_for(splits, scored=len(test))
     if cell.hardware.memory_limit is not None:
 
         def end_phase_too(used: int) -> None:
@@ -325,6 +327,13 @@ def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
     with meter.phase("evaluate") as counts:
         after = evaluate.evaluate_model(model, run.tokenizer, test, cell, device=run.device.kind, tell=tell)
         counts.tokens = after.tokens
+        if run.splits.validation:
+            meter.metrics["validation_loss"] = evaluate.mean_token_loss(
+                *(model, run.splits.validation, cell),
+                pad_id=evaluate.pad_of(run.tokenizer),
+                device=run.device.kind,
+                tell=tell,
+            )
         if run.tasks is not None:
             room = evaluate.room_of(model, cell)
             with costing_its_scores("tasks", effective, events):
@@ -420,13 +429,25 @@ def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
     rows_per_step = cell.training.batch_size * cell.training.gradient_accumulation
     return {
         "train_rows": len(splits.train),
+        "validation_rows": len(splits.validation),
         "test_rows": scored,
         "dropped_rows": splits.dropped_rows,
         "repeated_rows": splits.repeated_rows,
+        "repeated_validation_rows": splits.repeated_validation_rows,
         "truncated_rows": splits.truncated_rows,
         "truncated_test_rows": splits.truncated_test_rows,
         "train_epochs": cell.training.steps * rows_per_step / len(splits.train),
     }
+
+
+def used_for(splits: Any, *, scored: int) -> dict[str, dict[str, Any]]:
+    """Which rows were used for what: split -> how many rows, and the use made of them."""
+    found: dict[str, dict[str, Any]] = {"train": {"rows": len(splits.train), "used_for": ["training"]}}
+    if splits.validation:
+        found["validation"] = {"rows": len(splits.validation), "used_for": ["validation_loss"]}
+    if scored:
+        found["test"] = {"rows": scored, "used_for": ["scores, before and after training"]}
+    return found
 
 
 def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> None:
