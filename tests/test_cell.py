@@ -78,6 +78,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "beta": 0.3,
         "sft_steps": 5,
         "sft_learning_rate": 3e-4,
+        "max_seconds": 60,
+        "stop_patience": 3,
     },
     "data": {
         "source": "hub",
@@ -119,6 +121,9 @@ OTHER: dict[str, dict[str, Any]] = {
         "judge_rows": 2,
         "generate": False,
         "rows": 3,
+        "points": 4,
+        "every": 5,
+        "curve_scores": True,
         "batch_size": 2,
         "max_new_tokens": 7,
         "samples": 0,

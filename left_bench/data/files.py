@@ -43,9 +43,10 @@ def content_of(section: Data) -> str | None:
     """
     if section.path is not None or section.source == "jsonl":
         found = [_known_content(path) for path in data_files(section)]
-        for name, given in (("test", section.test_path), ("validation", section.validation_path)):
-            if given is not None:
-                found += [name, *(_known_content(path) for path in data_files(section, part=name))]
+        if section.test_path is not None:
+            found += ["test", *(_known_content(path) for path in data_files(section, part="test"))]
+        if section.validation_path is not None:
+            found += ["validation", *(_known_content(path) for path in data_files(section, part="validation"))]
         return found[0] if len(found) == 1 else fingerprint(found)
     read = _local_files(section)
     return fingerprint([_known_sha256(path) for path in read]) if read else None

@@ -155,7 +155,8 @@ def _source(section: Data) -> tuple[Any, list[str], Any]:
         columns = {"image": section.image_column, "label": section.answer_column}
     else:
         asked, columns = {"path": section.hub_id}, {}
-    own = None
+    found: Any
+    own: Any = None
     try:
         found = datasets.load_dataset(**asked, **{"split": "train", **section.config})
         if validation_rows_wanted(section) and brings_validation(found, section):

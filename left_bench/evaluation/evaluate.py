@@ -81,8 +81,7 @@ def evaluate_model(
             answers = greedy_answers(model, tokenizer, rows, cell, device=device, tell=partial(tell, "answers"))
             check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
             ends = end_tokens(model, tokenizer)
-            said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
-            found.predictions = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
+            found.predictions = [_said(ids, ends, tokenizer) for ids in answers]
         if cell.eval.forgetting and cell.model.task == "causal_lm":  # the others do not go on with a text
             passages = general_passages(tokenizer, room=room_of(model, cell))
             general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
@@ -124,6 +123,31 @@ def mean_token_loss(
     with torch.no_grad(), autocast(cell, device=device):
         found = row_losses(model, rows, cell, pad_id=pad_id, device=device, tell=partial(tell, "validation loss"))
     return sum(found.nll) / sum(found.answer_tokens)
+
+
+def answer_scores(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], cell: Cell, *, device: str
+) -> dict[str, float]:
+    """The first of the cell's metrics, of the answers that the model gives to `rows` now."""
+    model.eval()
+    with torch.no_grad(), autocast(cell, device=device):
+        if cell.model.task == "image_classification":
+            predictions = classify(model, rows, cell, device=device)
+        else:
+            ends = end_tokens(model, tokenizer)
+            ids = greedy_answers(model, tokenizer, rows, cell, device=device)
+            predictions = [_said(one, ends, tokenizer) for one in ids]
+    names, references = (cell.eval.metrics or [])[:1], [row.reference for row in rows]
+    return {
+        name: score_text(name, predictions=predictions, references=references, extractor=cell.eval.extractor)[0]
+        for name in names
+    }
+
+
+def _said(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """An answer's text; not every end is "special"."""
+    said = ids[:-1] if ids and ids[-1] in ends else ids
+    return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
 
 
 def greedy_answers(

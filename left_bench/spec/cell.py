@@ -153,6 +153,12 @@ class Training(_Section):
     """NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings while training (Jain et al. 2023)."""
     measure_after: int = Field(default=3, ge=0, le=_MOST)
     """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """End training after so many seconds of steps (evaluations and checkpoints aside), if `steps` are not taken before;
+    the learning rate's schedule then follows the time. None: `steps` alone decide."""
+    stop_patience: int | None = Field(default=None, ge=1, le=_MOST)
+    """End training when so many points of the curve in a row have no lower validation loss than one before them, and
+    take the weights of the best point in any case; None: the last weights are taken."""
     checkpoint_every: int | None = Field(default=None, ge=1, le=_MOST)
     """Steps between checkpoints from which a killed cell goes on when it is run again; None: it starts anew."""
 
@@ -271,6 +277,12 @@ class Eval(_Section):
     """False: held-out loss alone, nothing is generated."""
     rows: int | None = Field(default=None, ge=1, le=_MOST)
     """Score the first rows of the test set; None: all."""
+    points: int = Field(default=8, ge=0, le=_MOST)
+    """Times that the validation loss is taken along training, evenly over it and at its end; 0: afterwards alone."""
+    every: int | None = Field(default=None, ge=1, le=_MOST)
+    """The same after so many steps, and at the end of training; None: `points` decides."""
+    curve_scores: bool = False
+    """Score answers to the validation rows at each of these times too, by the first of `metrics`."""
     batch_size: int = Field(default=32, ge=1, le=_MOST)
     max_new_tokens: int | None = Field(default=None, ge=1, le=_MOST)
     """Longest generated answer; None: the data's own."""
@@ -417,6 +429,7 @@ class Cell(BaseModel):
         """The supervised fine-tuning that comes before preference tuning, as a cell of its own."""
         settings: dict[str, Any] = {"objective": "sft", "steps": self.training.sft_steps, "sft_steps": 0}
         settings |= {"learning_rate": self.training.sft_learning_rate, "checkpoint_every": None}
+        settings |= {"max_seconds": None, "stop_patience": None}
         return self.model_copy(update={"training": self.training.model_copy(update=settings)})
 
     def sections(self) -> dict[str, Any]:
@@ -452,6 +465,8 @@ class Cell(BaseModel):
         identity = self.identity
         parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
         for key in ("extractor", "scorer", "scorer_content"):  # they judge answers, and change none
+            parts["eval"].pop(key, None)
+        for key in ("points", "every", "curve_scores"):
             parts["eval"].pop(key, None)
         parts["data"].pop("validation_rows", None)  # taken after the test rows, of which they change none
         head = "labelled" if self.training.output_head == "liger" else self.training.output_head  # to evaluate, ours

@@ -220,6 +220,23 @@ class Sample(_Frozen):
     base_prediction: str | None = None
 
 
+class CurvePoint(_Frozen):
+    """What the model had learned at one moment of its training, and what that had taken."""
+
+    step: int
+    """Optimizer steps so far."""
+    seconds: float
+    """Of the steps so far alone: no evaluation, no checkpoint, no compiling."""
+    tokens: int
+    """Non-padding tokens so far."""
+    joules: float | None = None
+    """Of the device that trains, over the same steps."""
+    validation_loss: float
+    """Nats per answer token."""
+    scores: dict[str, float] | None = None
+    """Metric -> score of answers to the validation rows, where `eval.curve_scores` asks for it."""
+
+
 class Record(_Frozen):
     """What came of one cell, whatever happened."""
 
@@ -243,11 +260,13 @@ class Record(_Frozen):
     """Part -> bytes: weights, adapter, adapter_frozen, gradients, optimizer, activations_and_workspace."""
     scores: list[Score] = Field(default_factory=list)
     samples: list[Sample] = Field(default_factory=list)
+    curve: list[CurvePoint] = Field(default_factory=list)
+    """Validation loss along training; empty where there were no validation rows, and in older records."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Machine and versions, from an allow-list; `effective` holds what was found after loading."""
     provenance: dict[str, Any] = Field(default_factory=dict)
-    """sweep, command, overrides, notes (list of confounders), splits (which rows were used for what), log_tail of a
-    failed cell."""
+    """sweep, command, overrides, notes (list of confounders), splits (which rows were used for what), training_ended
+    (why, after how many steps, and of which step the weights are), log_tail of a failed cell."""
 
     def write(self, run_dir: Path) -> Path:
         """Write `record.json` into `run_dir` whole or not at all."""
