@@ -9,6 +9,7 @@ from typing import Any
 
 from left_bench import __version__
 from left_bench.report.cells import Row, machine_line, so_far
+from left_bench.report.curves import curves_section
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, SPEED, present, qualities
@@ -67,6 +68,7 @@ def write_document(report: Report) -> str:
         *leaderboard(report),
         *crossed_tables(report),
         *axis_tables(report),
+        *curves_section(report),
         *cells_tables(report),
         *seeds_table(report),
         *_failures(report),

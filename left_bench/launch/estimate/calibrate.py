@@ -198,7 +198,13 @@ def count_rows(cell: Cell, splits: Any, tokenizer: Any) -> Rows:
     # the first test rows are scored where `eval.rows` asks for a part
     test = splits.test[:_MOST_ROWS]
     general = [row.length for row in general_passages(tokenizer)] if cell.model.task == "causal_lm" else []
-    return Rows(train=counted(splits.train), test=counted(test), test_rows=len(splits.test), general=general)
+    return Rows(
+        train=counted(splits.train),
+        test=counted(test),
+        test_rows=len(splits.test),
+        validation_rows=len(splits.validation),
+        general=general,
+    )
 
 
 def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: float) -> Rates:
