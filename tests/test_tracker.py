@@ -430,6 +430,9 @@ class Broken:
     def log(self, step, *, time, **metrics):
         self._do("log")
 
+    def log_validation(self, step, *, time, **metrics):
+        self._do("log_validation")
+
     def finish(self, record):
         self._do("finish")
 

@@ -126,7 +126,7 @@ def along_training(rows: Sequence[Row], labels: Sequence[str], target: Target | 
             f"<p>{text(' '.join(one.remarks))}</p></details>"
         )
     listed = "\n".join(folds)
-    return f"<section>\n<h2>Along training</h2>\n{listed}\n</section>" if folds else ""
+    return f"<section>\n<h2>Along training</h2>\n{listed}\n</section>\n" if folds else ""
 
 
 def leaderboard(data: Mapping[str, Any]) -> str:
