@@ -188,3 +188,18 @@ def test_early_stopping_keeps_the_best_weights(tiny_cell, work_in_process):
 
 def held_out(found: dict[str, Any]) -> list[float]:
     return [json.loads(line)["nll"] for line in (found["run_dir"] / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "validation_rows", "points"),
+    [
+        (["training.steps=40", "training.batch_size=8"], 32, 3),
+        (["training.steps=1000", "training.batch_size=8"], 32, 8),
+        (["training.steps=4", "training.batch_size=8"], 32, 1),  # the last is taken in any case
+        (["training.steps=40", "training.batch_size=8", "eval.points=20"], 32, 20),
+        (["training.steps=40", "training.batch_size=8", "eval.points=0"], 32, 0),
+        (["training.steps=40", "training.batch_size=8", "training.stop_patience=2"], 32, 8),
+    ],
+)
+def test_a_curve_left_open_has_as_many_points_as_are_cheap(overrides, validation_rows, points, tiny_cell):
+    assert tiny_cell(*overrides).curve_points(validation_rows) == points

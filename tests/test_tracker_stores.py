@@ -63,7 +63,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     done = run(
         *("--config-dir=mine", "-m", "model=tiny_llama", "quantization=nf4", "precision=fp32", "hardware=cpu"),
         *("peft=lora,broken,full", "training.steps=3", "training.batch_size=4", "data.train_rows=12"),
-        *("data.test_rows=4", "eval.forgetting=false", "eval.max_new_tokens=3", "hydra.job.name=three"),
+        *(
+            "data.test_rows=4",
+            "eval.points=3",
+            "eval.forgetting=false",
+            "eval.max_new_tokens=3",
+            "hydra.job.name=three",
+        ),
         f"tracker=[{','.join(INSTALLED)}]",
         cwd=place,
     )
@@ -97,9 +103,7 @@ def read_wandb(place: Path) -> dict[str, dict[str, Any]]:
             "status": one["summary"].get("status"),
             "losses": {row["train/step"]: row["train/loss"] for row in one["history"] if "train/loss" in row},
             "curve": {
-                row["eval/step"]: row["eval/validation_loss"]
-                for row in one["history"]
-                if "eval/validation_loss" in row
+                row["eval/step"]: row["eval/validation_loss"] for row in one["history"] if "eval/validation_loss" in row
             },
             "metrics": {key: value for key, value in one["summary"].items() if isinstance(value, (int, float))},
             "method": one["config"].get("axis.peft"),

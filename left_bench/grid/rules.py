@@ -320,7 +320,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "training.stop_patience keeps the best weights whole, and hardware.sharding leaves each process a part of them",
     ),
     (
-        lambda cell: cell.training.stop_patience is not None and not (cell.eval.every or cell.eval.points),
+        lambda cell: cell.training.stop_patience is not None and cell.eval.points == 0 and cell.eval.every is None,
         "training.stop_patience looks at the curve of the validation loss; set eval.points or eval.every",
     ),
     (

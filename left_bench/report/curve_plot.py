@@ -21,6 +21,8 @@ _DRAWN = 12
 def curve_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     """Validation loss over seconds of training (over tokens, where the rows are of several machines); None where no
     row has a curve of two points, or their losses may not be compared."""
+    from matplotlib.ticker import LogLocator
+
     named = [
         (row, label) for row, label in zip(rows, labels, strict=True) if any(len(curve) > 1 for curve in curves_of(row))
     ]
@@ -51,6 +53,7 @@ def curve_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     lowest, highest = min(min(y) for _, y, *_ in lines), max(max(y) for _, y, *_ in lines)
     if lowest > 0 and highest > 8 * lowest:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # mathematics is switched off
         axes.yaxis.set_minor_formatter(lambda *_: "")
     notes = ["mean, band: lowest to highest seed"] if any(len(curves_of(row)) > 1 for row, _ in named) else []

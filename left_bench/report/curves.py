@@ -17,7 +17,7 @@ from left_bench.report.markdown import details, escape, table
 from left_bench.report.ranking import yardstick
 from left_bench.report.tables import ROWS_SHOWN, Report, cut_line, heading
 from left_bench.report.uncertainty import seeds_spread
-from left_bench.report.values import ABSENT, format_value, metric_of, significant
+from left_bench.report.values import ABSENT, format_error, format_value, metric_of, significant
 from left_bench.spec.record import METRICS, CurvePoint, find_metric
 
 LOSS = "validation_loss"
@@ -250,9 +250,10 @@ def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return ABSENT
-    text = format_value(LOSS, math.fsum(known) / len(known))
+    mean = math.fsum(known) / len(known)
     spread = seeds_spread(known)
-    return text if spread is None else f"{text} ± {format_value(LOSS, math.sqrt(spread.variance))}"
+    error = "" if spread is None else f" ± {format_error(LOSS, mean, math.sqrt(spread.variance))}"
+    return format_value(LOSS, mean) + error
 
 
 def _lowest_within(row: Row, named: Sequence[tuple[Row, str]]) -> str:

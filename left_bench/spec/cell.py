@@ -25,6 +25,9 @@ _MOST = 10**9
 """Of anything that is counted: a slip of the finger beyond it would run, or fill the memory, for ever."""
 _MOST_PROCESSES = 4096
 _LEAST_MEMORY = 2**20
+_CURVE_POINTS, _CURVE_SHARE = 8, 0.3
+"""Points of a curve that nobody has set, and the most rows that they may read, as a share of those that training does:
+docs/design.md says what that costs."""
 
 
 class _Section(BaseModel):
@@ -277,8 +280,9 @@ class Eval(_Section):
     """False: held-out loss alone, nothing is generated."""
     rows: int | None = Field(default=None, ge=1, le=_MOST)
     """Score the first rows of the test set; None: all."""
-    points: int = Field(default=8, ge=0, le=_MOST)
-    """Times that the validation loss is taken along training, evenly over it and at its end; 0: afterwards alone."""
+    points: int | None = Field(default=None, ge=0, le=_MOST)
+    """Times that the validation loss is taken along training, evenly over it and at its end; 0: afterwards alone. None:
+    eight, or as many fewer as keep it cheap beside training (see `Cell.curve_points`)."""
     every: int | None = Field(default=None, ge=1, le=_MOST)
     """The same after so many steps, and at the end of training; None: `points` decides."""
     curve_scores: bool = False
@@ -420,6 +424,19 @@ class Cell(BaseModel):
     def one_answer_a_row(self) -> bool:
         """Whether a conversation's answers are trained on apart: an activated LoRA begins at one place of a row."""
         return "alora_invocation_tokens" in self.peft.config
+
+    def curve_points(self, validation_rows: int) -> int:
+        """How many points the curve of the validation loss has, where `eval.every` does not decide.
+
+        Left open, so many that they read at most a share of the rows that training reads, but the one at the end.
+        """
+        training = self.training
+        if self.eval.points is not None or training.stop_patience is not None or not validation_rows:
+            asked = _CURVE_POINTS if self.eval.points is None else self.eval.points
+            return min(asked, training.steps)
+        read = training.steps * training.batch_size * training.gradient_accumulation
+        affordable = int(_CURVE_SHARE * read / validation_rows)
+        return min(max(1, affordable), _CURVE_POINTS, training.steps)
 
     def without_adapter(self) -> Cell:
         """The cell as it is for a model that has no adapter, before attaching or after merging: what autocast asks."""

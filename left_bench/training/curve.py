@@ -63,7 +63,8 @@ class Curve:
         self.points: list[CurvePoint] = []
         self._cell, self._rows, self._meter, self._team = cell, rows, meter, team
         self._tell, self._scores = tell, scores
-        self._steps = _due_steps(cell) if rows else set()
+        self._number = cell.curve_points(len(rows))
+        self._steps = _due_steps(cell, self._number) if rows else set()
         self._crossed = 0
         self._patience = cell.training.stop_patience if rows else None
         self._kept_by_checkpoint: int | None = None
@@ -161,12 +162,12 @@ class Curve:
         return self._crossed > before
 
     def _count(self, step: int, spent: float) -> int:
-        """How many of `eval.points` have come by then, evenly over the steps or the time, whichever ends first."""
+        """How many of the points have come by then, evenly over the steps or the time, whichever ends first."""
         training = self._cell.training
         share = step / training.steps
         if training.max_seconds is not None:
             share = max(share, min(1.0, spent / training.max_seconds))
-        return int(self._cell.eval.points * share)
+        return int(self._number * share)
 
     def _joules(self) -> float | None:
         """The accelerators' of all ranks, or the CPU packages'; None where not all of them are known."""
@@ -227,8 +228,8 @@ class Curve:
             path.unlink()
 
 
-def _due_steps(cell: Cell) -> set[int]:
-    steps, every, points = cell.training.steps, cell.eval.every, cell.eval.points
+def _due_steps(cell: Cell, points: int) -> set[int]:
+    steps, every = cell.training.steps, cell.eval.every
     if every is not None:
         return {*range(every, steps + 1, every), steps}
     return {max(1, round(steps * number / points)) for number in range(1, points + 1)}

@@ -166,7 +166,7 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
         both = [*seen, *(row.with_worse_answer() for row in seen)]
         found["reference"] = factors.evaluate * _passes(cell, rates.forward, both, training.batch_size)
     found["train"] = factors.train * _steps(cell, rates, rows)
-    if points := _points(cell):
+    if rows.validation_rows and (points := _points(cell, rows.validation_rows)):
         read = (rows.test * (-(-rows.validation_rows // len(rows.test))))[: rows.validation_rows]
         once = _passes(cell, rates.forward, read, training.batch_size)
         found["validate"] = points * factors.evaluate * once
@@ -180,10 +180,10 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
     return found
 
 
-def _points(cell: Cell) -> int:
+def _points(cell: Cell, validation_rows: int) -> int:
     """Times that the validation rows are gone over along training."""
     steps, every = cell.training.steps, cell.eval.every
-    return min(cell.eval.points, steps) if every is None else -(-steps // every)
+    return cell.curve_points(validation_rows) if every is None else -(-steps // every)
 
 
 def _steps(cell: Cell, rates: Rates, rows: Rows) -> float:
