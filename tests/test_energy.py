@@ -324,9 +324,9 @@ def test_a_stretch_of_few_updates_has_no_joules(monkeypatch):
     stretch.stop()
     assert stretch.joules is None
     stretch.start()
-    now[0], counter.now = 1.9, 600.0
+    now[0], counter.now = 1.4, 600.0
     stretch.stop()
-    assert stretch.joules is None  # two readings more want twice the time
+    assert stretch.joules is None  # two readings more want the square root of two times the time
     stretch.start()
     now[0], counter.now = 4.0, 1200.0
     stretch.stop()

@@ -303,6 +303,24 @@ def test_only_steps_are_fed_and_tokens_are_added_up():
     assert seen == [(1, 9.0, {"loss": 0.5, "tokens": 7}), (2, 9.5, {"loss": 0.25, "tokens": 12, "memory_bytes": 3})]
 
 
+def test_a_point_of_the_curve_is_fed_with_what_it_had_taken():
+    seen = []
+
+    class Keep(NoTracker):
+        def log_validation(self, step, *, time, **metrics):
+            seen.append((step, time, metrics))
+
+    point = {"step": 5, "seconds": 2.0, "tokens": 90, "validation_loss": 0.5}
+    feed = Feed(Keep())
+    feed.event({"event": "curve", "time": 9.0, **point})
+    feed.event({"event": "curve", "time": 9.5, **point, "joules": 3.0, "scores": {"exact_match": 0.25}})
+    spent = {"seconds": 2.0, "tokens": 90}
+    assert seen == [
+        (5, 9.0, {"validation_loss": 0.5, **spent}),
+        (5, 9.5, {"validation_loss": 0.5, **spent, "joules": 3.0, "exact_match": 0.25}),
+    ]
+
+
 def test_the_summary_has_every_number_of_a_record(tiny_cell):
     summary = summary_of(made(tiny_cell()))
     assert summary == {
@@ -429,6 +447,9 @@ class Broken:
 
     def log(self, step, *, time, **metrics):
         self._do("log")
+
+    def log_validation(self, step, *, time, **metrics):
+        self._do("log_validation")
 
     def finish(self, record):
         self._do("finish")

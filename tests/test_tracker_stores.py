@@ -63,7 +63,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     done = run(
         *("--config-dir=mine", "-m", "model=tiny_llama", "quantization=nf4", "precision=fp32", "hardware=cpu"),
         *("peft=lora,broken,full", "training.steps=3", "training.batch_size=4", "data.train_rows=12"),
-        *("data.test_rows=4", "eval.forgetting=false", "eval.max_new_tokens=3", "hydra.job.name=three"),
+        *(
+            "data.test_rows=4",
+            "eval.points=3",
+            "eval.forgetting=false",
+            "eval.max_new_tokens=3",
+            "hydra.job.name=three",
+        ),
         f"tracker=[{','.join(INSTALLED)}]",
         cwd=place,
     )
@@ -96,6 +102,9 @@ def read_wandb(place: Path) -> dict[str, dict[str, Any]]:
             "group": one["run"].run_group,
             "status": one["summary"].get("status"),
             "losses": {row["train/step"]: row["train/loss"] for row in one["history"] if "train/loss" in row},
+            "curve": {
+                row["eval/step"]: row["eval/validation_loss"] for row in one["history"] if "eval/validation_loss" in row
+            },
             "metrics": {key: value for key, value in one["summary"].items() if isinstance(value, (int, float))},
             "method": one["config"].get("axis.peft"),
             "whole": one,
@@ -116,7 +125,8 @@ def read_jsonl(place: Path) -> dict[str, dict[str, Any]]:
             "kind": "train",
             "group": start["group"],
             "status": finish["summary"]["status"],
-            "losses": {line["step"]: line["loss"] for line in steps},
+            "losses": {line["step"]: line["loss"] for line in steps if line["kind"] == "step"},
+            "curve": {line["step"]: line["validation_loss"] for line in steps if line["kind"] == "validation"},
             "metrics": finish["summary"],
             "method": start["config"]["axis.peft"],
         }
@@ -150,6 +160,7 @@ def read_tensorboard(place: Path) -> dict[str, dict[str, Any]]:
             "group": folder.parent.name,
             "status": axes["status"].string_value,
             "losses": {one.step: one.value for one in scalars.get("train/loss", [])},
+            "curve": {one.step: one.value for one in scalars.get("eval/validation_loss", [])},
             "metrics": {tag.removeprefix("record/"): values[-1].value for tag, values in scalars.items()},
             "method": axes["axis.peft"].string_value,
         }
@@ -171,6 +182,7 @@ def read_mlflow(place: Path) -> dict[str, dict[str, Any]]:
             "status": tags.get("left_bench.status"),
             "ended": ended,
             "losses": {step: value for name, value, step in rows if name == "train/loss"},
+            "curve": {step: value for name, value, step in rows if name == "eval/validation_loss"},
             "metrics": {name: value for name, value, _ in rows},
             "method": params.get("axis.peft"),
             "files": sorted(path.name for path in place.glob(f"runs/mlflow/artifacts/{key}/artifacts/*")),
@@ -192,6 +204,7 @@ def read_trackio(place: Path) -> dict[str, dict[str, Any]]:
             "group": config["_Group"],
             "status": config.get("status"),
             "losses": {step: row["train/loss"] for step, row in rows if "train/loss" in row},
+            "curve": {step: row["eval/validation_loss"] for step, row in rows if "eval/validation_loss" in row},
             "metrics": {name: value for _, row in rows for name, value in row.items()},
             "rows": len(rows),
             "method": config.get("axis.peft"),
@@ -233,6 +246,9 @@ def test_the_store_holds_the_three_cells_and_the_report(name: str, told: str, sw
     assert len(losses) == 3
     assert cells[swept.attempts["lora"].id]["losses"] == pytest.approx(losses, rel=1e-6)
     assert cells[swept.attempts["full"].id]["losses"] == {}
+    curve = {point.step: point.validation_loss for point in swept.records["lora"].curve}
+    assert len(curve) == 3
+    assert cells[swept.attempts["lora"].id]["curve"] == pytest.approx(curve, rel=1e-6)
 
 
 def test_wandb_ends_the_runs_as_the_cells_ended(swept: Swept) -> None:
@@ -282,7 +298,7 @@ def test_mlflow_ends_runs_and_keeps_tables(swept: Swept) -> None:
 @pytest.mark.skipif("trackio" not in INSTALLED, reason="pip install 'left-bench[trackio]' for this store")
 def test_trackios_rows_are_told_once(swept: Swept) -> None:
     rows = {run["method"]: run["rows"] for run in swept.after["trackio"].values()}
-    assert rows == {"lora": 4, "broken": 1, "full": 1, None: 1}
+    assert rows == {"lora": 7, "broken": 1, "full": 1, None: 1}  # three steps, three points of the curve
 
 
 @pytest.mark.skipif("tensorboard" not in INSTALLED, reason="pip install 'left-bench[tensorboard]' for this store")

@@ -104,8 +104,7 @@ def written_answers(
     answers = greedy_answers(model, tokenizer, rows, cell, device=device, shared=shared, tell=partial(tell, "answers"))
     check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
     ends = end_tokens(model, tokenizer)
-    said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
+    return [_said(ids, ends, tokenizer) for ids in answers]
 
 
 def row_losses(
@@ -135,6 +134,40 @@ def row_losses(
         seen += batch.tokens
         done.add(len(indices))
     return Evaluation(nll=nll, answer_tokens=tokens, tokens=seen)
+
+
+def mean_token_loss(
+    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str, tell: Tell = _untold
+) -> float:
+    """Nats per answer token of `rows`, every token weighing the same."""
+    model.eval()
+    with torch.no_grad(), autocast(cell, device=device):
+        shared = read_shared_prompt(model, rows, cell, pad_id=pad_id, device=device)
+        found = row_losses(
+            model, rows, cell, pad_id=pad_id, device=device, shared=shared, tell=partial(tell, "validation loss")
+        )
+    return sum(found.nll) / sum(found.answer_tokens)
+
+
+def answer_scores(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], cell: Cell, *, device: str
+) -> dict[str, float]:
+    """The first of the cell's metrics, of the answers that the model gives to `rows` now."""
+    model.eval()
+    with torch.no_grad(), autocast(cell, device=device):
+        shared = read_shared_prompt(model, rows, cell, pad_id=pad_of(tokenizer), device=device)
+        predictions = named(cell.task.predict)(model, tokenizer, rows, cell, device=device, shared=shared, tell=_untold)
+    names, references = (cell.eval.metrics or [])[:1], [row.reference for row in rows]
+    return {
+        name: score_text(name, predictions=predictions, references=references, extractor=cell.eval.extractor)[0]
+        for name in names
+    }
+
+
+def _said(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """An answer's text; not every end is "special"."""
+    said = ids[:-1] if ids and ids[-1] in ends else ids
+    return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
 
 
 def greedy_answers(

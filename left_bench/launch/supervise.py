@@ -20,7 +20,7 @@ from left_bench.processes import start_process as processes
 from left_bench.processes.ranks import Team, folder_of
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import EVENTS_NAME, EventReader
-from left_bench.spec.record import Phase, Record, Status, ended_without_outcome
+from left_bench.spec.record import CurvePoint, Phase, Record, Status, ended_without_outcome
 from left_bench.spec.run_files import ADAPTER_NAME, CELL_NAME, ROWS_NAME
 from left_bench.training.checkpoint import forget_checkpoints
 from left_bench.worker.classify_error import says_out_of_memory
@@ -111,6 +111,7 @@ def run_isolated(
         status, reason = _why_no_outcome(code, too_long, cell, kernel_kills, seen, run_dir, log_tail=tail)
         phases = _finished_phases(seen)
         outcome = ended_without_outcome(cell, status, reason, started_at=started_at, phases=phases)
+        outcome = outcome.model_copy(update={"curve": _curve_so_far(seen)})
     provenance = dict(outcome.provenance)
     if outcome.status != "ok":
         provenance["log_tail"] = tail
@@ -219,6 +220,11 @@ def _finished_phases(seen: list[dict[str, Any]]) -> list[Phase]:
         for event in seen
         if event["event"] == "phase_end"
     ]
+
+
+def _curve_so_far(seen: list[dict[str, Any]]) -> list[CurvePoint]:
+    points = [event for event in seen if event["event"] == "curve"]
+    return [CurvePoint.model_validate({k: v for k, v in one.items() if k in CurvePoint.model_fields}) for one in points]
 
 
 def _measured_so_far(seen: list[dict[str, Any]], cell: Cell) -> dict[str, float]:

@@ -12,6 +12,7 @@ from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
 from left_bench.report.cost import NO_PRICES, Prices, price, with_costs
+from left_bench.report.curves import Target, check_target, parse_target
 from left_bench.report.document import write_document
 from left_bench.report.export import csv_text, write_parquet
 from left_bench.report.leaderboard import check_group_by
@@ -37,6 +38,7 @@ class Wanted:
     needs: Sequence[Need] = ()
     claims: bool = False
     prices: Prices = NO_PRICES
+    target: Target | None = None
     plots: bool = True
     """Of the Markdown; the page draws its own."""
 
@@ -68,6 +70,7 @@ def main(argv: list[str]) -> int:
                 per_kwh=price(options.price_per_kwh, key="--price-per-kwh"),
                 per_hour=price(options.price_per_hour, key="--price-per-hour"),
             ),
+            target=None if options.target is None else parse_target(options.target),
         )
         for path in write_reports(options.runs, out=options.out, name=options.name, wanted=wanted, say=print):
             print(path)
@@ -92,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SELECTOR",
         help="the cell to compare with: a cell id or its beginning, or settings as peft=lora,quantization=none "
         "(default: unquantized full fine-tuning, else the first cell that is ok)",
+    )
+    parser.add_argument(
+        "--target",
+        metavar="METRIC=VALUE",
+        help="time, tokens and energy until each cell reached a quality along training: validation_loss=1.2",
     )
     parser.add_argument("--group-by", metavar="KEY", help="a leaderboard for each value of a setting, as peft")
     parser.add_argument(
@@ -151,6 +159,8 @@ def write_reports(
     chosen = _baselines([plan.rows for plan in plans], wanted.baseline)
     if wanted.group_by is not None:
         check_group_by([row for plan in plans for row in plan.rows], wanted.group_by)
+    if wanted.target is not None:
+        check_target([row for plan in plans for row in plan.rows], wanted.target)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -222,6 +232,7 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
             sweep=plan.sweep,
             problems=plan.problems,
             notes=advice,
+            target=wanted.target,
         )
         written.append(path)
     runs = [Run(run.record, run.path) for row in plan.rows for run in row.runs if run.record and run.path]
@@ -254,6 +265,7 @@ def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> st
         claims=wanted.claims or plan.name == CLAIMS_SWEEP,
         where=wanted.where,
         prices=wanted.prices,
+        target=wanted.target,
     )
     return write_document(report)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from left_bench import __version__
 from left_bench.report.cells import Row, machine_line, so_far
+from left_bench.report.curves import curves_section
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, SPEED, present, qualities
@@ -26,7 +27,7 @@ from left_bench.report.tables import (
 from left_bench.report.values import ABSENT, format_setting, metric_of, one_line
 from left_bench.report.verdicts import claims_section
 from left_bench.spec.cell import GROUPS
-from left_bench.spec.events import ROW_COUNTS, rows_in_words
+from left_bench.spec.events import ROW_COUNTS, VALIDATION_COUNTS, rows_in_words
 from left_bench.spec.record import Sample
 
 # Settings that a reader wants to see once where they are the same in every cell.
@@ -67,6 +68,7 @@ def write_document(report: Report) -> str:
         *leaderboard(report),
         *crossed_tables(report),
         *axis_tables(report),
+        *curves_section(report),
         *cells_tables(report),
         *seeds_table(report),
         *_failures(report),
@@ -157,6 +159,7 @@ def _rows_told(row: Row) -> str | None:
         return None
     metrics = row.record.metrics
     counts = {name: metrics[name] if name == "train_epochs" else int(metrics[name]) for name in ROW_COUNTS}
+    counts |= {name: int(metrics[name]) for name in VALIDATION_COUNTS if name in metrics}
     max_length = row.section("training").get("max_length")
     return f"{row.record.choices.get('data')}: {rows_in_words(counts, max_length=max_length)}"
 

@@ -353,6 +353,10 @@ def _figures(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[tuple[str, 
         yield "memory", figure, "What the memory peak of every cell is made of"
     if (figure := loss_figure(rows, labels)) is not None:
         yield "loss", figure, "Training loss of every cell, step by step"
+    from left_bench.report.curve_plot import curve_figure
+
+    if (figure := curve_figure(rows, labels)) is not None:
+        yield "curve", figure, "Validation loss of every cell over the time of training"
     if (figure := parameters_figure(rows, labels)) is not None:
         yield "parameters", figure, f"{heading(quality or '')} against trainable parameters of every cell"
     if (figure := steps_figure(rows, labels)) is not None:

@@ -99,7 +99,7 @@ _TOUCHES = {
 }
 _PEAKS_APART = 1.3
 """Measured peaks of one dtype are told where the highest is more than so many times the lowest."""
-_PER_TOKEN = ("eval_loss", "eval_perplexity", "forgetting_nats")
+_PER_TOKEN = ("eval_loss", "eval_perplexity", "validation_loss", "forgetting_nats")
 
 
 def own_metrics(rows: Sequence[Row]) -> list[str]:
@@ -172,6 +172,8 @@ def yardstick(row: Row, metric: str) -> Hashable:
         drawn = [data.get("config"), scoring.get("rows"), scoring.get("max_new_tokens")]
         if data.get("source") == "reasoning_gym":  # generated one after the other, the held-out rows last
             drawn.append(data.get("train_rows"))
+        if metric == "validation_loss":
+            drawn += [data.get("validation_rows"), data.get("train_rows")]
         if metric == "exact_match" and scoring.get("extractor") is not None:
             drawn.append(scoring["extractor"])
         elif metric.startswith(SCORER_PREFIX):

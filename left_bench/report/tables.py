@@ -41,6 +41,7 @@ from left_bench.report.values import (
 from left_bench.spec.record import SCORER_PREFIX, TASK_PREFIX
 
 if TYPE_CHECKING:
+    from left_bench.report.curves import Target
     from left_bench.report.recommend import Need
 
 ROWS_SHOWN = 200
@@ -53,7 +54,7 @@ _HOW = {
     "standard errors": "two standard errors, taken as independent",
 }
 
-PHASES = ("load", "load_cached", "attach", "evaluate_base", "train", "evaluate", "save", "merge")
+PHASES = ("load", "load_cached", "attach", "evaluate_base", "train", "validate", "evaluate", "save", "merge")
 _HEADINGS = {
     "exact_match": "exact match",
     "eval_loss": "eval loss (nats)",
@@ -65,6 +66,7 @@ _HEADINGS = {
     "judge_win_rate": "judge prefers it to the base",
     "preference_accuracy": "prefers the right answer",
     "preference_margin_nats": "preference margin (nats)",
+    "validation_loss": "validation loss",
     "forgetting_nats": "forgetting (nats)",
     "quantization_error": "quantization error",
     "peak_memory_bytes": "peak memory",
@@ -115,6 +117,8 @@ class Report:
     """The condition that chose the rows."""
     prices: Prices = NO_PRICES
     """What energy and hours cost."""
+    target: Target | None = None
+    """A quality, and when each row reached it along training."""
 
     @cached_property
     def records(self) -> list[Row]:

@@ -45,6 +45,9 @@ METRICS: dict[str, Metric] = {
     "forgetting_nats": Metric(
         "nats", "lower", "quality", "rise in mean token loss on general text the training never saw"
     ),
+    "validation_loss": Metric(
+        "nats", "lower", "quality", "mean negative log-likelihood per answer token, validation rows, end of training"
+    ),
     # memory
     "peak_memory_bytes": Metric(
         "bytes", "lower", "memory", "highest device memory in the train phase, over the baseline after imports"
@@ -115,10 +118,17 @@ METRICS: dict[str, Metric] = {
         "count", "none", "fact", "pieces of code that torch.compile compiled, recompilations too"
     ),
     "train_rows": Metric("count", "none", "fact", "training rows there are"),
+    "validation_rows": Metric("count", "none", "fact", "validation rows there are"),
     "test_rows": Metric("count", "none", "fact", "test rows that were scored"),
     "train_epochs": Metric("count", "none", "fact", "times the steps go over the training rows"),
     "dropped_rows": Metric("count", "none", "fact", "rows of the source without a prompt or an answer"),
     "repeated_rows": Metric("count", "none", "fact", "rows left out because their question is a test row's"),
+    "repeated_validation_rows": Metric(
+        "count",
+        "none",
+        "fact",
+        "validation rows left out: their question is a training or test row's, or repeats",
+    ),
     "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
     "truncated_test_rows": Metric("count", "none", "fact", "test rows cut to training.max_length"),
     "judged_rows": Metric("count", "none", "fact", "pairs of answers that a judge decided"),
@@ -197,6 +207,23 @@ class Sample(_Frozen):
     base_prediction: str | None = None
 
 
+class CurvePoint(_Frozen):
+    """What the model had learned at one moment of its training, and what that had taken."""
+
+    step: int
+    """Optimizer steps so far."""
+    seconds: float
+    """Of the steps so far alone: no evaluation, no checkpoint, no compiling."""
+    tokens: int
+    """Non-padding tokens so far."""
+    joules: float | None = None
+    """Of the device that trains, over the same steps."""
+    validation_loss: float
+    """Nats per answer token."""
+    scores: dict[str, float] | None = None
+    """Metric -> score of answers to the validation rows, where `eval.curve_scores` asks for it."""
+
+
 class Record(_Frozen):
     """What came of one cell, whatever happened."""
 
@@ -220,10 +247,13 @@ class Record(_Frozen):
     """Part -> bytes: weights, adapter, adapter_frozen, gradients, optimizer, activations_and_workspace."""
     scores: list[Score] = Field(default_factory=list)
     samples: list[Sample] = Field(default_factory=list)
+    curve: list[CurvePoint] = Field(default_factory=list)
+    """Validation loss along training; empty where there were no validation rows, and in older records."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Machine and versions, from an allow-list; `effective` holds what was found after loading."""
     provenance: dict[str, Any] = Field(default_factory=dict)
-    """sweep, command, overrides, notes (list of confounders), log_tail of a failed cell."""
+    """sweep, command, overrides, notes (list of confounders), splits (which rows were used for what), training_ended
+    (why, after how many steps, and of which step the weights are), log_tail of a failed cell."""
 
     def write(self, run_dir: Path) -> Path:
         """Write `record.json` into `run_dir` whole or not at all."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from left_bench.spec.cell import fingerprint
 from left_bench.spec.record import Record
 
+CURVE_METRICS = ("validation_loss", "tokens", "seconds", "joules")
 # of a step's event as they are; its `tokens` are added up, for they are an axis
 STEP_METRICS = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds")
 
@@ -114,6 +115,10 @@ class Tracker(Protocol):
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         """Metrics of one optimizer step (from 1), at `time` in seconds since 1970."""
 
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        """A point of the curve along training: `validation_loss`, scores, and the `tokens`, `seconds` and `joules` so
+        far."""
+
     def finish(self, record: Record) -> None:
         """Everything the record holds; closes the run."""
 
@@ -144,6 +149,9 @@ class NoTracker:
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         return None
 
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        return None
+
     def finish(self, record: Record) -> None:
         return None
 
@@ -158,7 +166,11 @@ class Feed:
         self._tracker, self._tokens = tracker, 0
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """A step is logged, with all tokens so far; other events are none of a tracker's."""
+        """A step is logged, with all tokens so far, and a point of the curve; other events are none of a tracker's."""
+        if event.get("event") == "curve":
+            found = {name: event[name] for name in CURVE_METRICS if event.get(name) is not None}
+            at = event.get("time") or time.time()
+            self._tracker.log_validation(event["step"], time=at, **found, **(event.get("scores") or {}))
         if event.get("event") != "step":
             return
         metrics = {name: event[name] for name in STEP_METRICS if name in event}

@@ -139,8 +139,21 @@ def panels(metric: str) -> dict[str, list[Any]]:
                 max_runs_to_show=100,
                 layout=at(12, 0),
             ),
-            wr.LinePlot(title="Tokens per second", x="train/step", y=["train/tokens_per_second"], layout=at(0, 9)),
-            wr.LinePlot(title="Memory", x="train/step", y=["train/memory_bytes"], layout=at(12, 9)),
+            *(
+                wr.LinePlot(
+                    title=f"Validation loss over {axis}",
+                    x=f"eval/{axis}",
+                    y=["eval/validation_loss"],
+                    title_x=axis,
+                    title_y="nats per answer token",
+                    legend_template=legend,
+                    max_runs_to_show=100,
+                    layout=at(x, 9),
+                )
+                for axis, x in (("tokens", 0), ("seconds", 12))
+            ),
+            wr.LinePlot(title="Tokens per second", x="train/step", y=["train/tokens_per_second"], layout=at(0, 18)),
+            wr.LinePlot(title="Memory", x="train/step", y=["train/memory_bytes"], layout=at(12, 18)),
         ],
         "Cells side by side": [wr.RunComparer(diff_only="split", layout=at(0, 0, 24, 15))],
     }

@@ -40,13 +40,21 @@ class Checkpoint:
     """Saves and restores one training loop, beside its events; does nothing where `checkpoint_every` is null."""
 
     def __init__(
-        self, cell: Cell, *, model: torch.nn.Module, optimizer: Any, schedule: Any, scaler: Any, meter: Meter
+        self,
+        cell: Cell,
+        *,
+        model: torch.nn.Module,
+        optimizer: Any,
+        schedule: Any,
+        scaler: Any,
+        meter: Meter,
+        curve: Any = None,
     ) -> None:
         self._every = cell.training.checkpoint_every
         self._optimizer_name = cell.optimizer.name
         self._key = fingerprint([cell.identity, versions_of(_SAME)])
         self._model, self._optimizer, self._schedule, self._scaler = model, optimizer, schedule, scaler
-        self._meter = meter
+        self._meter, self._curve = meter, curve
 
     def resume(self) -> int:
         """Put back the newest state there is; returns how many steps it holds, 0 when there is none to go on from."""
@@ -90,6 +98,7 @@ class Checkpoint:
             "random": _random_state(),
             "starts": self._meter.starts,
             "memory_breakdown": self._meter.memory_breakdown,
+            "curve": [] if self._curve is None else self._curve.state(),
         }
         try:
             _write(self._folder() / f"step-{step:09d}", state, steps=_step_lines(self._meter.events.path))
@@ -119,6 +128,8 @@ class Checkpoint:
         self._meter.take_over(
             state["steps"][: state["step"]], starts=state["starts"], memory_breakdown=state["memory_breakdown"]
         )
+        if self._curve is not None:
+            self._curve.restore(state["curve"])
 
 
 def _optimizer_state(optimizer: Any) -> dict[str, Any]:

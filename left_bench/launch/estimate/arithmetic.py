@@ -117,6 +117,8 @@ class Rows(BaseModel):
     train: list[Row]
     test: list[Row]
     test_rows: int
+    validation_rows: int = 0
+    """They are taken to be as long as the test rows."""
     general: list[int]
     """Tokens of the passages of general text."""
     shared: int = 0
@@ -166,6 +168,10 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
         both = [*seen, *(row.with_worse_answer() for row in seen)]
         found["reference"] = factors.evaluate * _passes(cell, rates.forward, both, training.batch_size)
     found["train"] = factors.train * _steps(cell, rates, rows)
+    if rows.validation_rows and (points := _points(cell, rows.validation_rows)):
+        read = (rows.test * (-(-rows.validation_rows // len(rows.test))))[: rows.validation_rows]
+        once = _passes(cell, rates.forward, read, training.batch_size)
+        found["validate"] = points * factors.evaluate * once
     found["evaluate"] = factors.evaluate * (_evaluation(cell, rates, rows) + _speed(cell, rates, rows))
     if cell.eval.check_reload:
         losses = _passes(cell, rates.forward, _scored(cell, rows), cell.eval.batch_size)
@@ -174,6 +180,12 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
         compared = rates.forward.of(_padded(rows.test[:_MERGE_ROWS], cell))
         found["merge"] = (1 + factors.evaluate) * compared + _speed(cell, rates, rows)
     return found
+
+
+def _points(cell: Cell, validation_rows: int) -> int:
+    """Times that the validation rows are gone over along training."""
+    steps, every = cell.training.steps, cell.eval.every
+    return cell.curve_points(validation_rows) if every is None else -(-steps // every)
 
 
 def _steps(cell: Cell, rates: Rates, rows: Rows) -> float:

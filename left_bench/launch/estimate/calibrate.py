@@ -203,6 +203,7 @@ def count_rows(cell: Cell, splits: Any, tokenizer: Any) -> Rows:
         train=counted(splits.train),
         test=counted(test),
         test_rows=len(splits.test),
+        validation_rows=len(splits.validation),
         general=general,
         shared=len(common_beginning(test)),
     )

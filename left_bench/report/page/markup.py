@@ -9,6 +9,7 @@ from typing import Any
 
 from left_bench import __version__
 from left_bench.report.cells import Row, machine_line, machines_of, so_far
+from left_bench.report.curves import Target, equal_cost, to_target
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
 from left_bench.report.ranking import confounders
@@ -105,6 +106,27 @@ def notices(rows: Sequence[Row], labels: Sequence[str], notes: Sequence[str], da
         lines.append(f"Loss curves are in this page for the first {CURVES} cells that have one.")
     listed = "\n".join(f"<p>{text(line)}</p>" for line in lines)
     return f'<div class="notices">\n{listed}\n</div>' if lines else ""
+
+
+def along_training(rows: Sequence[Row], labels: Sequence[str], target: Target | None) -> str:
+    """What the curves of the validation loss tell, folded; empty where there are none."""
+    told = [to_target(rows, labels, target)] if target is not None else []
+    told += [equal] if (equal := equal_cost(rows, labels)) is not None else []
+    folds = []
+    for one in told:
+        head = "".join(f"<th scope='col'>{text(name)}</th>" for name in one.header)
+        body = "\n".join(
+            f"<tr><th scope='row'>{text(name)}</th>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
+            for name, *cells in one.lines[:ROWS_SHOWN]
+        )
+        folds.append(
+            f"<details><summary>{text(one.title)}</summary>\n"
+            '<div class="scroll" tabindex="0"><table class="plain">'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+            f"<p>{text(' '.join(one.remarks))}</p></details>"
+        )
+    listed = "\n".join(folds)
+    return f"<section>\n<h2>Along training</h2>\n{listed}\n</section>\n" if folds else ""
 
 
 def leaderboard(data: Mapping[str, Any]) -> str:

@@ -42,6 +42,14 @@ class TensorboardTracker:
         self._last = (step, time)
         self._scalars({f"train/{name}": value for name, value in metrics.items()})
 
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        self._last = (step, time)
+        self._scalars({f"eval/{name}": value for name, value in metrics.items()})
+        # a chart of TensorBoard has steps or the clock below it: this one has tokens
+        self._last = (int(metrics["tokens"]), time)
+        self._scalars({"eval/validation_loss_over_tokens": metrics["validation_loss"]})
+        self._last = (step, time)
+
     def finish(self, record: Record) -> None:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 

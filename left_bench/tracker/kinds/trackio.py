@@ -41,8 +41,14 @@ class TrackioTracker:
         self._open(attempt.id, f"{attempt.name}-{attempt.id}", group=attempt.group, config=attempt.configuration())
 
     def log(self, step: int, *, time: float, **metrics: float) -> None:
+        self._take(step, time, {f"train/{name}": value for name, value in metrics.items()})
+
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        self._take(step, time, {f"eval/{name}": value for name, value in metrics.items()})
+
+    def _take(self, step: int, time: float, metrics: dict[str, Any]) -> None:
         self._step = step
-        self._rows.append((step, _iso(time), {f"train/{name}": value for name, value in metrics.items()}))
+        self._rows.append((step, _iso(time), metrics))
         if clock.monotonic() - self._written >= _WRITE_EVERY_SECONDS:
             self._write()
 
