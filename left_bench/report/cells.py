@@ -66,6 +66,11 @@ class Row:
     def _errors(self) -> dict[str, float | None]:
         return {}
 
+    @cached_property
+    def differences(self) -> dict[tuple[int, str], tuple[Row, Any]]:
+        """Where `statistics.difference` keeps what it found of this row and another in a metric."""
+        return {}
+
     @property
     def seed(self) -> Any:
         return self.record.config.get("seed") if self.record else None
@@ -148,7 +153,7 @@ class Row:
         found = self.record.environment.get(part) if self.record else None
         return found if isinstance(found, dict) else {}
 
-    @property
+    @cached_property
     def machine(self) -> str | None:
         """A short name that two records share only when they come from one machine; None: not noted."""
         machine = self.noted("machine")

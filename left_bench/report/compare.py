@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from left_bench.core.errors import UserError
-from left_bench.report.changes import Change, Comparison, compare
+from left_bench.report.changes import UNCHANGED, Change, Comparison, compare
 from left_bench.report.gate import MISSING, Gate, parse_gate
 from left_bench.report.markdown import escape, table
 from left_bench.report.tables import heading
@@ -86,7 +86,7 @@ def failures(found: Comparison, gates: Sequence[Gate], *, missing: bool = False)
         hits += [
             f"{gate.text}: {change.cell} went from {_value(change, 'before')} to {_value(change, 'after')}"
             for change in measured
-            if change.judgement != "tie" and gate.hit(change.before, change.after)
+            if change.judgement not in UNCHANGED and gate.hit(change.before, change.after)
         ]
         hits += [
             f"{gate.text}: {name} has no {gate.metric} in B"
@@ -148,10 +148,10 @@ def _head(found: Comparison) -> Iterator[str]:
 
 
 def _tail(found: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> Iterator[str]:
-    tied = sum(change.judgement == "tie" for change in found.changes)
+    tied = sum(change.judgement in UNCHANGED for change in found.changes)
     open_ = [change for change in found.changes if change.judgement == "not judged" and change.before != change.after]
     if found.changes and not every:
-        yield f"{tied} of {len(found.changes)} comparisons are ties; --all prints them."
+        yield f"{tied} of {len(found.changes)} comparisons show no change that is resolved; --all prints them."
     if open_:
         yield f"{len(open_)} have one measurement on either side and are not judged; repeat under other seeds."
     for name, before, after in found.ended:
@@ -171,7 +171,7 @@ def _tail(found: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -
 def _shown(found: Comparison, *, every: bool) -> list[Change]:
     if every:
         return list(found.changes)
-    return [change for change in found.changes if change.judgement != "tie" and change.before != change.after]
+    return [change for change in found.changes if change.judgement not in UNCHANGED and change.before != change.after]
 
 
 def _cells(change: Change) -> list[str]:

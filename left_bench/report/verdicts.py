@@ -9,6 +9,7 @@ from left_bench.report.cells import Row, option
 from left_bench.report.claims import CLAIMS, DEFAULT, NOT_MEASURED, Claim, Evidence, Missing, Verdict
 from left_bench.report.load import deciding, flatten
 from left_bench.report.markdown import code, escape, table
+from left_bench.report.ranking import family_of
 from left_bench.report.tables import heading, told_against
 from left_bench.report.values import ABSENT, format_error, format_value
 
@@ -81,7 +82,7 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Claims"
     yield (
         "Sentences that are often read, beside what was measured here: this model, this data, this machine and so few "
-        "steps. A verdict follows from its rule by the numbers; ties are ties, and a sentence that does not hold here "
+        "steps. A verdict follows from its rule by the numbers; a sentence that does not hold here "
         "may hold elsewhere. Square brackets hold 95 % intervals."
     )
     lines = [
@@ -109,6 +110,7 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
 
 def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
     reference = next((cells[name] for name in claim.cells if name in cells and cells[name].ok), None)
+    families = {metric: family_of([*cells.values()], metric) for metric in claim.metrics}
     lines = []
     for name in claim.cells:
         row = cells.get(name)
@@ -128,7 +130,7 @@ def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
             value, stderr = row.value(metric), row.stderr(metric)
             text = format_value(metric, value)
             text += f" ± {format_error(metric, value, stderr)}" if value is not None and stderr else ""
-            against = told_against(row, reference, metric, both=True)
+            against = told_against(row, reference, metric, families[metric], both=True)
             numbers.append(f"{text} ({against})" if against else text)
         seeds = sum(run.ok for run in row.runs)
         lines.append([escape(name), *numbers, str(seeds)])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from left_bench.report.cells import Axis, Row, settings
+from left_bench.report.judgement import Family
 from left_bench.report.load import read_losses
 from left_bench.report.ranking import (
     COST,
@@ -15,11 +16,12 @@ from left_bench.report.ranking import (
     SPEED,
     best_rows,
     comparable,
+    family_of,
     headline_quality,
     present,
     qualities,
     rankable,
-    ties_with_best,
+    standing,
     yardstick,
 )
 from left_bench.report.tables import heading, told_against
@@ -166,12 +168,13 @@ def _metric(rows: Sequence[Row], name: str, baseline: Row | None, put: Callable[
             None if error is None or value is None else put(format_error(name, value, error))
             for value, error in zip(values, errors, strict=True)
         ]
-    if meaning.better != "none" and not name.startswith("base_") and (found := ties_with_best(rows, name)):
-        tied = {id(row) for row in found[1]} - best
-        column["ties"] = [i for i, row in enumerate(rows) if id(row) in tied]
+    if meaning.better != "none" and not name.startswith("base_") and (found := standing(rows, name)):
+        unresolved = {id(row) for row, against in found.unresolved if against.interval is not None} - best
+        column["unresolved"] = [i for i, row in enumerate(rows) if id(row) in unresolved]
     if baseline is not None and len(rows) > 1 and not name.startswith("base_"):
         judged = len(rows) <= DETAILED_CELLS and (name in COLUMNS or meaning.kind == "quality")
-        column["against"] = [_against(row, baseline, name, put, judged=judged) for row in rows]
+        family = family_of(rows, name) if judged else None
+        column["against"] = [_against(row, baseline, name, put, family) for row in rows]
     if not rankable(rows, name):
         # rows of two groups are not to be ranked with each other
         groups: dict[Any, int] = {}
@@ -191,9 +194,9 @@ def _text(name: str, value: float, row: Row) -> str:
     return f"{text}, {share}" if share else text
 
 
-def _against(row: Row, baseline: Row, name: str, put: Callable[[object], int], *, judged: bool) -> int | None:
-    if judged:  # a bootstrap for each: only where a reader looks
-        text = told_against(row, baseline, name)
+def _against(row: Row, baseline: Row, name: str, put: Callable[[object], int], family: Family | None) -> int | None:
+    if family is not None:  # judged: only where a reader looks
+        text = told_against(row, baseline, name, family)
     elif row is baseline or not row.ok or not comparable(row, baseline, name):
         text = ""
     else:

@@ -201,7 +201,7 @@ def _number(strings: Sequence[str], metric: Mapping[str, Any], i: int) -> str:
     shown = f"<strong>{shown}</strong>" if best else shown
     if "error_texts" in metric and (error := metric["error_texts"][i]) is not None:
         shown += f' <span class="error">± {text(strings[error])}</span>'
-    shown += ' <span class="tie">≈</span>' if i in metric.get("ties", ()) else ""
+    shown += ' <span class="tie">≈</span>' if i in metric.get("unresolved", ()) else ""
     if "against" in metric and (against := metric["against"][i]) is not None:
         shown += f'<span class="against">{text(strings[against])}</span>'
     return f'<td class="number">{shown}</td>'

@@ -39,7 +39,7 @@ function drawTheme() {
 
 for (const metric of data.metrics) {
   metric.bestRows = new Set(metric.best);
-  metric.tiedRows = new Set(metric.ties ?? []);
+  metric.unresolvedRows = new Set(metric.unresolved ?? []);
 }
 drawTheme();
 drawControls();

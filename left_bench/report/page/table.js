@@ -123,7 +123,7 @@ function tableCell(column, i) {
     { class: "number", "data-metric": metric.name },
     el(best ? "strong" : "span", best ? { title: "best of the column" } : {}, say(metric.texts[i])),
     error === null ? null : el("span", { class: "error" }, ` ± ${say(error)}`),
-    metric.tiedRows.has(i) ? el("span", { class: "tie", title: "tied with the best: the difference lies inside the noise" }, " ≈") : null,
+    metric.unresolvedRows.has(i) ? el("span", { class: "tie", title: "not resolved from the best" }, " ≈") : null,
     against === null ? null : el("span", { class: "against", title: "against the baseline" }, say(against)),
   );
 }
