@@ -1,8 +1,8 @@
 """All records of a report in one file of JSON lines, with the steps and held-out rows beside them.
 
-The first line is the sweep, each other one a cell: `{"cell_id", "record", "events", "rows"}`. Reading gives every record
-the path that it had in its runs folder, below the file: `peft_methods.jsonl/<cell id>/record.json`. What reads beside a
-record (`lines_beside`) finds it there, so a report is made of such a file as of a folder, word for word.
+The first line is the sweep, each other one a cell: `{"cell_id", "record", "events", "rows"}`. Reading gives every
+record the path that it had in its runs folder, below the file: `peft_methods.jsonl/<cell id>/record.json`. What reads
+beside a record (`lines_beside`) finds it there, so a report is made of such a file as of a folder, word for word.
 """
 
 from __future__ import annotations

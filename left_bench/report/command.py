@@ -5,25 +5,38 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
+from left_bench.report.archive import is_archive
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
-from left_bench.report.cost import NO_PRICES, Prices, price, with_costs
+from left_bench.report.cost import NO_PRICES, Prices, add_price_options, check_prices, prices_of, with_costs
 from left_bench.report.document import write_document
 from left_bench.report.export import csv_text, write_parquet
+from left_bench.report.judgement import Margins, take_margins
 from left_bench.report.leaderboard import check_group_by
-from left_bench.report.load import PathLike, Problem, Run, Sweep, choose, frame_of, read_runs, read_sweeps
-from left_bench.report.recommend import Need, recommend, sentence, take_needs
+from left_bench.report.load import (
+    PathLike,
+    Problem,
+    Run,
+    Sweep,
+    choose,
+    frame_of,
+    read_runs,
+    read_sweeps,
+    write_records,
+)
+from left_bench.report.ranking import headline_quality
+from left_bench.report.recommend import BOUNDS_HELP, Need, named_margins, recommend, sentence, take_needs
 from left_bench.report.seeds import pool
 from left_bench.report.tables import Report
 from left_bench.spec.cell import slugify
 
 LOOSE_NAME = "cells"
 CLAIMS_SWEEP = "claims"
-FORMATS = ("md", "html", "csv", "parquet")
+FORMATS = ("md", "html", "csv", "parquet", "jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,7 @@ class Wanted:
     group_by: str | None = None
     where: str | None = None
     needs: Sequence[Need] = ()
+    margins: Margins = field(default_factory=dict)
     claims: bool = False
     prices: Prices = NO_PRICES
     plots: bool = True
@@ -63,12 +77,11 @@ def main(argv: list[str]) -> int:
             group_by=options.group_by,
             where=options.where,
             needs=needs,
+            margins=take_margins(options.margin),
             claims=options.claims,
-            prices=Prices(
-                per_kwh=price(options.price_per_kwh, key="--price-per-kwh"),
-                per_hour=price(options.price_per_hour, key="--price-per-hour"),
-            ),
+            prices=prices_of(options),
         )
+        check_prices(needs, wanted.prices)
         for path in write_reports(options.runs, out=options.out, name=options.name, wanted=wanted, say=print):
             print(path)
     except UserError as error:
@@ -82,10 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="left-bench report",
         allow_abbrev=False,
         description="Make reports from records: one per sweep, and one of the cells that belong to none.",
-        epilog="A cell to take is recommended among those that keep --budget-memory SIZE, --min-METRIC NUMBER and "
-        "--max-METRIC NUMBER, any metric by its name with dashes: --budget-memory 8GiB --min-exact-match 0.5",
+        epilog=BOUNDS_HELP,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs folder, cell folder or record file")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUNS", help="runs folder, cell folder, record file, or file of records (jsonl)"
+    )
     parser.add_argument("--out", default="reports", metavar="DIR", help="where the reports go (default: %(default)s)")
     parser.add_argument(
         "--baseline",
@@ -107,14 +121,22 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"put the field's usual sentences to the test in every report; the sweep '{CLAIMS_SWEEP}' always does",
     )
-    parser.add_argument("--price-per-kwh", metavar="PRICE", help="turn joules into money: what a kWh costs")
-    parser.add_argument(
-        "--price-per-hour",
-        metavar="PRICE",
-        help="turn wall time into money: what an hour of one accelerator costs, or of the machine without one",
-    )
+    add_price_options(parser)
+    add_margin_option(parser)
     parser.add_argument("--name", help="only the sweep of this name; where there is no sweep, the report's name")
     return parser
+
+
+def add_margin_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--margin",
+        action="append",
+        default=[],
+        metavar="[METRIC=]AMOUNT",
+        help="how far apart two values still count as equal: 0.02 of the score, exact_match=0.02, "
+        "peak_memory_bytes=5%%; the cell to take is then the cheapest shown to be within it of the best; may be "
+        "repeated",
+    )
 
 
 def write_report(
@@ -157,7 +179,7 @@ def write_reports(
     for plan, baseline in zip(plans, chosen, strict=True):
         written += _write(plan, baseline, wanted, out=out)
         if wanted.needs:
-            say(_advice(plan, wanted.needs))
+            say(_advice(plan, wanted))
     return written
 
 
@@ -169,7 +191,7 @@ def plans_of(paths: Sequence[PathLike], *, name: str | None, where: str | None, 
     """
     runs, problems = read_runs(paths)
     runs = with_costs(runs, prices)
-    sweeps, unread = read_sweeps([path for path in paths if Path(path).is_dir()])
+    sweeps, unread = read_sweeps([path for path in paths if Path(path).is_dir() or is_archive(Path(path))])
     problems = [*problems, *unread]
     listed = ", ".join(map(str, paths))
     if not runs:
@@ -213,7 +235,7 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
         from left_bench.report.page import write_page
 
         path = stem.with_name(f"{plan.file_name}.html")
-        advice = [_advice(plan, wanted.needs).removeprefix(f"{plan.name}: ")] if len(plan.rows) > 1 else []
+        advice = [_advice(plan, wanted).removeprefix(f"{plan.name}: ")] if len(plan.rows) > 1 else []
         write_page(
             plan.rows,
             title=plan.name,
@@ -231,6 +253,8 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
         written.append(path)
     if "parquet" in wanted.formats:
         written.append(write_parquet(frame_of(runs), stem.with_name(f"{plan.file_name}.parquet")))
+    if "jsonl" in wanted.formats:
+        written.append(write_records(stem.with_name(f"{plan.file_name}.jsonl"), runs, plan.sweep))
     return written
 
 
@@ -254,17 +278,18 @@ def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> st
         claims=wanted.claims or plan.name == CLAIMS_SWEEP,
         where=wanted.where,
         prices=wanted.prices,
+        margins=named_margins(wanted.margins, headline_quality(plan.rows)),
     )
     return write_document(report)
 
 
-def _advice(plan: Plan, needs: Sequence[Need]) -> str:
-    found = recommend(plan.rows, needs)
+def _advice(plan: Plan, wanted: Wanted) -> str:
+    found = recommend(plan.rows, wanted.needs, margins=wanted.margins)
     if found is None:
         return f"{plan.name}: no recommendation; no cell is ok with a score, or their scores may not be ranked"
     names = labels(plan.rows, find_axes(plan.rows))
     by_id = {id(row): label for row, label in zip(plan.rows, names, strict=True)}
-    return f"{plan.name}: {sentence(found, needs, by_id, plan.rows)}"
+    return f"{plan.name}: {sentence(found, wanted.needs, by_id, plan.rows)}"
 
 
 def _formats(text: str) -> list[str]:

@@ -54,7 +54,7 @@ ENERGY = (
     "cpu_train_watts",
     "cpu_cell_joules",
 )
-COST = ("cell_cost", "cell_energy_cost", "cell_hours_cost")
+COST = ("cell_cost", "cost_per_point", "cell_energy_cost", "cell_hours_cost")
 # Keys that change what a step costs, or what it learns from: they are named wherever the rows differ in them.
 _LAYOUT = (
     "training.batching",

@@ -52,7 +52,7 @@ def what_would_settle(a: Row, b: Row, metric: str, *, margin: float | None, conf
 
 
 def _rows_of_a_seed(row: Row, rows: int) -> float:
-    """How many held-out rows are scored in the time that all else of a seed takes; where unknown, as many as there are."""
+    """How many held-out rows are scored in the time that the rest of a seed takes; unknown: as many as there are."""
     scoring, whole = row.phase_seconds().get("evaluate"), row.value("wall_seconds")
     return rows * (whole - scoring) / scoring if scoring and whole and whole > scoring else float(rows)
 

@@ -92,6 +92,7 @@ _HEADINGS = {
     "cpu_train_watts": "CPUs' training power",
     "cpu_cell_joules": "CPUs' energy",
     "cell_cost": "cost",
+    "cost_per_point": "cost of a point",
     "cell_energy_cost": "cost of energy",
     "cell_hours_cost": "cost of hours",
 }
