@@ -46,10 +46,10 @@ def judged(found: Any, metric: str) -> list[str]:
     return [change.judgement for change in found.changes if change.metric == metric]
 
 
-def test_the_same_records_tie_in_everything(tmp_path: Path) -> None:
+def test_the_same_records_show_no_change(tmp_path: Path) -> None:
     a = write_side(tmp_path / "a", cells())
     found = compare(a, a)
-    assert len(found.matched) == 2 and {change.judgement for change in found.changes} == {"tie"}
+    assert len(found.matched) == 2 and {change.judgement for change in found.changes} == {"same", "not resolved"}
     assert not found.only_a and not found.only_b and not found.differing
 
 
@@ -68,7 +68,7 @@ def test_a_slowdown_beyond_the_steps_noise_fails_the_gate(tmp_path: Path, capsys
 
 def test_noise_passes_the_gate(tmp_path: Path) -> None:
     a, b = write_side(tmp_path / "a", cells(800)), write_side(tmp_path / "b", cells(799), draw=1)
-    assert judged(compare(a, b), "train_tokens_per_second") == ["tie", "tie"]
+    assert judged(compare(a, b), "train_tokens_per_second") == ["not resolved", "not resolved"]
     assert main([str(a), str(b), "--fail-on", "train_tokens_per_second<-0.01%"]) == 0
 
 
@@ -177,7 +177,7 @@ def test_the_newest_run_of_a_cell_counts(tmp_path: Path) -> None:
     for i, record in enumerate((old, new)):
         (merged / f"run{i}").mkdir(parents=True)
         (merged / f"run{i}" / "record.json").write_text(record.model_dump_json(exclude_none=True), encoding="utf-8")
-    assert judged(compare(a, merged), "exact_match") == ["tie"]
+    assert judged(compare(a, merged), "exact_match") == ["not resolved"]
 
 
 @pytest.mark.parametrize(

@@ -229,15 +229,21 @@ def _draw_point(
         [at[0]],
         [at[1]],
         marker=MARKERS[style.marker],
-        fillstyle=fill,
         markersize=6 if faint else 7,
         color=colour,
-        markerfacecoloralt="white",
+        **_filled(fill, colour),
         markeredgecolor=_INK if marked else colour,
         markeredgewidth=1.1 if marked else 0.7,
         zorder=4 if marked else 3,
     )
     point.set_gid(gid)
+
+
+def _filled(fill: Any, colour: str) -> dict[str, Any]:
+    """A marker's filling as matplotlib's options."""
+    if fill == "pale":
+        return {"markerfacecolor": f"{colour}55"}
+    return {"fillstyle": fill, "markerfacecoloralt": "white"}
 
 
 def _reach(row: Row, metric: str) -> float:
@@ -253,7 +259,7 @@ def _legend(figure: Figure, rows: Sequence[Row], fills: Mapping[str, Any]) -> No
     from matplotlib.lines import Line2D
 
     def mark(marker: str, colour: str, label: str, fill: Any = "full") -> Any:
-        options: dict[str, Any] = {"fillstyle": fill, "markerfacecoloralt": "white", "markersize": 5.5}
+        options: dict[str, Any] = {"markersize": 5.5, **_filled(fill, colour)}
         return Line2D([], [], linestyle="", marker=marker, color=colour, label=_label(label), **options)
 
     styles = {str(option(row, "peft")): style for row, style in zip(rows, row_styles(rows), strict=True)}

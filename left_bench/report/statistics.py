@@ -88,8 +88,7 @@ def mean_interval(row: Row, metric: str) -> Interval | None:
 
 def seed_values(row: Row, metric: str) -> dict[Any, float]:
     """Seed -> value of the row's ok runs."""
-    found = {run.seed: run.value(metric) for run in row.runs if run.ok}
-    return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+    return row.by_seed(metric)
 
 
 def difference(a: Row, b: Row, metric: str) -> Difference | None:
@@ -114,7 +113,7 @@ def _difference(a: Row, b: Row, metric: str) -> Difference | None:
     found = _over_rows(a, b, metric)
     if found is not None:
         several = len(seed_values(a, metric)) > 1 and len(seed_values(b, metric)) > 1
-        return Difference(x - y, found, "paired rows and seeds" if several else "paired rows")
+        return Difference(*found, "paired rows and seeds" if several else "paired rows")
     over_seeds = _over_seeds(seed_values(a, metric), seed_values(b, metric))
     if over_seeds is not None:
         return Difference(x - y, over_seeds, "seeds")
@@ -175,11 +174,13 @@ def paired_rows(a: Row, b: Row, metric: str) -> tuple[numpy.ndarray, numpy.ndarr
     return x.values[first] - y.values[second], x.weights
 
 
-def _over_rows(a: Row, b: Row, metric: str) -> Spread | None:
-    """Of the difference over the rows that both were asked; None where they were not kept, or differ."""
+def _over_rows(a: Row, b: Row, metric: str) -> tuple[float, Spread] | None:
+    """The difference over the rows that both were asked, and its spread; None where they were not kept, or differ."""
     paired = paired_rows(a, b, metric)
     if paired is not None:
-        return crossed_spread(*paired)
+        values, weights = paired
+        spread = crossed_spread(values, weights)
+        return None if spread is None else (float(values.mean(axis=0).sum() / weights.sum()), spread)
     x, y = a.scored_rows(metric), b.scored_rows(metric)
     if x is None or y is None or x.questions != y.questions:
         return None
@@ -187,7 +188,10 @@ def _over_rows(a: Row, b: Row, metric: str) -> Spread | None:
     means = x.values.mean(axis=0) - y.values.mean(axis=0)
     of_rows = crossed_spread(means[None], x.weights)
     of_seeds = [seeds_spread([*(side.values.sum(axis=1) / side.weights.sum())]) for side in (x, y)]
-    return None if of_rows is None else sum_of([of_rows, *(part for part in of_seeds if part is not None)])
+    if of_rows is None:
+        return None
+    apart = float(means.sum() / x.weights.sum())
+    return apart, sum_of([of_rows, *(part for part in of_seeds if part is not None)])
 
 
 class Draws(NamedTuple):
@@ -332,19 +336,16 @@ def ratio_of_sums(
     each side is drawn for itself.
     """
     import numpy as np
-    from scipy.stats import bootstrap
 
     if min(len(over), len(under)) < 3:
         return None
     (ta, sa), (tb, sb) = (np.array(steps, dtype=float).T for steps in (over, under))
-
-    def rate(tokens: numpy.ndarray, seconds: numpy.ndarray, axis: int = -1) -> Any:
-        return tokens.sum(axis=axis) / seconds.sum(axis=axis)
-
-    value = float(rate(ta, sa) / rate(tb, sb))
+    value = float(ta.sum() / sa.sum() / (tb.sum() / sb.sum()))
     if len(ta) == len(tb) <= _SHARED_DRAWS and bool((ta == tb).all()):
         counts = _draws(len(ta))  # the tokens cancel out
         return value, _middle((counts @ sb) / (counts @ sa))
-    options: dict[str, Any] = {"paired": True, "vectorized": True, "n_resamples": _RESAMPLES, "method": "percentile"}
-    sides = [bootstrap(side, rate, rng=i, **options) for i, side in enumerate(((ta, sa), (tb, sb)))]
-    return value, _middle(sides[0].bootstrap_distribution / sides[1].bootstrap_distribution)
+    drawn = [
+        np.random.default_rng(i).integers(0, len(side), (_RESAMPLES, len(side))) for i, side in enumerate((ta, tb))
+    ]
+    rates = [tokens[at].sum(axis=1) / s[at].sum(axis=1) for tokens, s, at in ((ta, sa, drawn[0]), (tb, sb, drawn[1]))]
+    return value, _middle(rates[0] / rates[1])

@@ -12,8 +12,8 @@ from left_bench.report.cells import Row, option
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p")
 """As matplotlib calls them; `page/scatter.js` draws the same shapes in the same order."""
-FILLS = ("full", "none", "left", "bottom", "right", "top")
-"""How a marker is filled, by the quantization, as matplotlib calls it."""
+FILLS = ("full", "none", "left", "bottom", "right", "top", "pale")
+"""How a marker is filled, by the quantization, as matplotlib calls it; `pale` is its colour thinned."""
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 # The place in this list decides, so a new method goes to its end. 7 colours and 11 markers are 77 pairs.
 METHODS = (
