@@ -453,8 +453,6 @@ def test_a_file_of_records_makes_the_same_report_as_their_folder(grid: Path, tmp
     runs, problems = read_runs(broken)
     assert len(runs) == 48 and [problem.message.partition(":")[0] for problem in problems] == ["line 50", "line 51"]
     assert problems[1].message.endswith("neither a cell with its record nor a sweep")
-        "neither a cell with its record nor a sweep"
-    )
 
 
 def test_every_method_that_ships_has_a_colour_and_marker_of_its_own() -> None:

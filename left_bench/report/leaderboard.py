@@ -116,6 +116,13 @@ def axis_tables(report: Report) -> Iterator[str]:
         yield f"## By {group}"
         yield f"The cells differ in {code(group)} alone: the leaderboard is this table."
         return
+    for group, own, others, blocks in axis_blocks(report):
+        yield f"## By {group}"
+        yield from _axis_table(report, group, own, others, blocks)
+
+
+def axis_blocks(report: Report) -> Iterator[tuple[str, list[Axis], list[Axis], list[list[Row]]]]:
+    """For each axis that varies: its own label columns, the others, and the blocks of rows that differ in it alone."""
     for group in AXES:
         own, others = _split(report, group)
         blocks = [  # with one that is ok there is nothing to compare, and the leaderboard has it
@@ -123,10 +130,8 @@ def axis_tables(report: Report) -> Iterator[str]:
             for rows in _contexts(report, others).values()
             if len({_texts(report, own, row) for row in rows if row.ok}) > 1
         ]
-        if not own or not blocks:
-            continue
-        yield f"## By {group}"
-        yield from _axis_table(report, group, own, others, blocks)
+        if own and blocks:
+            yield group, own, others, blocks
 
 
 def crossed_tables(report: Report) -> Iterator[str]:
@@ -232,7 +237,7 @@ def _axis_table(
     metrics = [metric for metric in metrics if metric not in alike] or metrics[:1]
     if not metrics:
         return
-    references = {id(row): _reference(report, own, block) for block in blocks for row in block}
+    references = {id(row): reference_of(report, own, block) for block in blocks for row in block}
     lines: list[list[str]] = []
     for block in blocks:
         if len(lines) >= ROWS_SHOWN:
@@ -354,7 +359,7 @@ def _context_line(axes: Sequence[Axis], texts: Sequence[str]) -> str:
     return f"Held equal: {told}."
 
 
-def _reference(report: Report, own: Sequence[Axis], block: Sequence[Row]) -> Row | None:
+def reference_of(report: Report, own: Sequence[Axis], block: Sequence[Row]) -> Row | None:
     """The row with the report's baseline's own option, else the first that is ok."""
     wanted = _texts(report, own, report.baseline) if report.baseline else None
     done = [row for row in block if row.ok]

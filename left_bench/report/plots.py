@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from left_bench.core.files import write_atomically
 from left_bench.report.cells import Row, option
-from left_bench.report.load import read_losses
 from left_bench.report.placement import place_labels
 from left_bench.report.ranking import headline_quality, pareto_front, rankable
 from left_bench.report.recommend import pareto_set
-from left_bench.report.statistics import mean_interval, measured_steps
+from left_bench.report.statistics import mean_interval, measured_steps, seed_losses
 from left_bench.report.styles import COLOURS, DASHES, FILLS, MARKERS, Style, quantizations, row_styles
 from left_bench.report.tables import heading
 from left_bench.report.values import format_error, format_value, is_number, metric_of, one_line
@@ -328,7 +327,7 @@ def loss_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     Of many cells each quantization has a panel of its own; a method has its colour in all of them.
     """
     styles = row_styles(rows)
-    curves = [(i, curve) for i, row in enumerate(rows) if row.path and len((curve := _seed_curves(row))[0]) > 1]
+    curves = [(i, curve) for i, row in enumerate(rows) if row.path and len((curve := seed_losses(row))[0]) > 1]
     if not curves:
         return None
     panels: dict[str, list[tuple[int, tuple[list[int], list[list[float]]]]]] = {}
@@ -395,16 +394,6 @@ def _draw_curve(axes: Axes, steps: Sequence[int], losses: Sequence[Sequence[floa
     )
     line.set_gid(gid)
     return line
-
-
-def _seed_curves(row: Row) -> tuple[list[int], list[list[float]]]:
-    """The steps that all seeds have, and each seed's training loss at them."""
-    found = [read_losses(run.path) for run in row.runs if run.path and (run.ok or not row.ok)]
-    curves = [dict(zip(*curve, strict=True)) for curve in found if len(curve[0]) > 1]
-    if not curves:
-        return [], []
-    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
-    return steps, [[curve[step] for step in steps] for curve in curves]
 
 
 def steps_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:

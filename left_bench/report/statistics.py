@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.report.cells import Row
-from left_bench.report.load import read_steps
+from left_bench.report.load import read_losses, read_steps
 from left_bench.report.uncertainty import (
     CONFIDENCE,
     Scored,
@@ -317,6 +317,16 @@ def speed_ratio(a: Row, b: Row) -> tuple[float, Interval] | None:
         for side, runs in zip(pooled, by_seed, strict=True):
             side += measured_steps(runs[seed])
     return ratio_of_sums(*pooled)
+
+
+def seed_losses(row: Row) -> tuple[list[int], list[list[float]]]:
+    """The steps that all seeds have, and each seed's training loss at them."""
+    found = [read_losses(run.path) for run in row.runs if run.path and (run.ok or not row.ok)]
+    curves = [dict(zip(*curve, strict=True)) for curve in found if len(curve[0]) > 1]
+    if not curves:
+        return [], []
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return steps, [[curve[step] for step in steps] for curve in curves]
 
 
 def measured_steps(run: Row) -> list[tuple[float, float]]:
