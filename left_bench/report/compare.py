@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,7 +35,10 @@ def main(argv: list[str]) -> int:
         print(f"left-bench compare: {error}", file=sys.stderr)
         return 2
     hits = failures(found, gates, missing=any(text.strip() == MISSING for text in options.fail_on))
-    print_comparison(found, hits, every=options.all, gated=bool(options.fail_on))
+    if options.json:
+        print(json.dumps(as_data(found, hits), indent=1))
+    else:
+        print_comparison(found, hits, every=options.all, gated=bool(options.fail_on))
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         with Path(summary).open("a", encoding="utf-8") as file:
@@ -47,11 +52,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Match the cells of two sets of records and print what changed beyond the noise from A to B. Cells "
         "match by everything that was set; versions, machine and commit may differ.",
-        epilog="A change is judged by the 95%% interval of the difference: quality over held-out rows and seeds, "
+        epilog="A change is judged by the 95 % interval of the difference: quality over held-out rows and seeds, "
         "training speed over the steps, other measurements over seeds. Where there is one measurement on either "
         "side the change is shown and not judged; --fail-on takes it as it is.",
     )
-    parser.add_argument("a", metavar="A", help="runs folder, cell folder or record file: before")
+    parser.add_argument("a", metavar="A", help="runs folder, cell folder, record file or file of records: before")
     parser.add_argument("b", metavar="B", help="the same: after")
     parser.add_argument(
         "--fail-on",
@@ -73,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--where", metavar="CONDITION", help="only the records that fulfil it, as in `left-bench report`"
     )
     parser.add_argument("--all", action="store_true", help="print what did not change too")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 
 
@@ -99,6 +105,35 @@ def failures(found: Comparison, gates: Sequence[Gate], *, missing: bool = False)
     if missing:
         hits += [f"{MISSING}: B has no {name}" for name in found.only_a]
     return hits
+
+
+def as_data(found: Comparison, hits: Sequence[str]) -> dict[str, Any]:
+    """The whole comparison for a program; a number that is none of JSON's is null."""
+    changes = [
+        {
+            **{name: getattr(change, name) for name in ("cell", "metric", "before", "after")},
+            "unit": metric_of(change.metric).unit,
+            "interval": None if change.interval is None else [*map(_finite, change.interval)],
+            "relative": _finite(change.relative),
+            "judged": change.judgement,
+            "over": change.how,
+        }
+        for change in found.changes
+    ]
+    return {
+        "matched": [name for name, _, _ in found.matched],
+        "only_in_a": list(found.only_a),
+        "only_in_b": list(found.only_b),
+        "differing": [{"what": what, "a": a, "b": b} for what, a, b in found.differing],
+        "ended_otherwise": [{"cell": cell, "a": a, "b": b} for cell, a, b in found.ended],
+        "changes": changes,
+        "unreadable": [str(problem) for problem in found.problems],
+        "failed": list(hits),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def print_comparison(found: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> None:

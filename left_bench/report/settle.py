@@ -82,4 +82,4 @@ def _fewest(enough: Callable[[int], bool], rows: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     step = 10 ** max(0, math.floor(math.log10(high)) - 1)
-    return math.ceil(high / step) * step
+    return int(math.ceil(high / step) * step)

@@ -38,7 +38,7 @@ class Style(NamedTuple):
 
 def method_style(method: str) -> Style:
     """A method's own; of one that left_bench does not ship its name decides, and two may then share a style."""
-    place = METHODS.index(method) if method in METHODS else zlib.crc32(method.encode()) % _PAIRS
+    place = METHODS.index(method) if method in METHODS else zlib.crc32(method.encode(errors="replace")) % _PAIRS
     return Style(place % len(COLOURS), place % len(MARKERS))
 
 
