@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from left_bench.report.load import (
     write_records,
 )
 from left_bench.report.ranking import headline_quality
-from left_bench.report.recommend import BOUNDS_HELP, Need, named_margins, recommend, sentence, take_needs
+from left_bench.report.recommend import BOUNDS_HELP, Need, how_sure, named_margins, recommend, sentence, take_needs
 from left_bench.report.seeds import pool
 from left_bench.report.tables import Report
 from left_bench.spec.cell import slugify
@@ -179,7 +179,7 @@ def write_reports(
     for plan, baseline in zip(plans, chosen, strict=True):
         written += _write(plan, baseline, wanted, out=out)
         if wanted.needs:
-            say(_advice(plan, wanted))
+            say(f"{plan.name}: {next(_advices(plan, wanted))}")
     return written
 
 
@@ -235,7 +235,7 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
         from left_bench.report.page import write_page
 
         path = stem.with_name(f"{plan.file_name}.html")
-        advice = [_advice(plan, wanted).removeprefix(f"{plan.name}: ")] if len(plan.rows) > 1 else []
+        advice = [*_advices(plan, wanted)] if len(plan.rows) > 1 else []
         write_page(
             plan.rows,
             title=plan.name,
@@ -283,13 +283,17 @@ def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> st
     return write_document(report)
 
 
-def _advice(plan: Plan, wanted: Wanted) -> str:
+def _advices(plan: Plan, wanted: Wanted) -> Iterator[str]:
+    """The cell to take, then how sure that is."""
     found = recommend(plan.rows, wanted.needs, margins=wanted.margins)
     if found is None:
-        return f"{plan.name}: no recommendation; no cell is ok with a score, or their scores may not be ranked"
+        yield "no recommendation; no cell is ok with a score, or their scores may not be ranked"
+        return
     names = labels(plan.rows, find_axes(plan.rows))
     by_id = {id(row): label for row, label in zip(plan.rows, names, strict=True)}
-    return f"{plan.name}: {sentence(found, wanted.needs, by_id, plan.rows)}"
+    yield sentence(found, wanted.needs, by_id, plan.rows)
+    if len(found.fitting) > 1:
+        yield from how_sure(found, by_id)
 
 
 def _formats(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from left_bench.spec.events import EVENTS_NAME
 from left_bench.spec.record import Record
 from left_bench.tracker.base import Attempt, Feed, Tracker
 from left_bench.tracker.choose import TRACKERS, check_trackers, defaults_of, make_tracker
-from left_bench.tracker.comparison import compare
+from left_bench.tracker.comparison import compare, images_of
 from left_bench.tracker.several import Shielded
 
 
@@ -136,7 +136,13 @@ def _tell_sweep(tracker: Tracker, sweep: Sweep, runs: Sequence[Run], paths: Sequ
         return
     with tempfile.TemporaryDirectory() as folder:
         [markdown] = write_reports(paths, out=folder, name=sweep.name)
+        mine = [run for run in runs if run.record.cell_id in sweep.cells]
         compared = compare(
-            records, sweep=sweep.name, started_at=sweep.started_at, command=sweep.command, markdown=markdown
+            records,
+            sweep=sweep.name,
+            started_at=sweep.started_at,
+            command=sweep.command,
+            markdown=markdown,
+            plots=images_of(mine, name=markdown.stem, out=Path(folder)),
         )
         tracker.report(compared)
