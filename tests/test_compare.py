@@ -53,6 +53,21 @@ def test_the_same_records_show_no_change(tmp_path: Path) -> None:
     assert not found.only_a and not found.only_b and not found.differing
 
 
+def test_json_holds_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_side(tmp_path / "a", cells(800))
+    b = write_side(tmp_path / "b", cells(800 / 1.1), slower=1.1, draw=1)
+    assert main([str(a), str(b), "--json", "--fail-on", "train_tokens_per_second<-5%"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    found = compare(a, b)
+    assert told["matched"] == [name for name, _, _ in found.matched] and len(told["failed"]) == 2
+    assert [(one["metric"], one["judged"]) for one in told["changes"]] == [(c.metric, c.judgement) for c in found.changes]
+    speed = next(one for one in told["changes"] if one["metric"] == "train_tokens_per_second")
+    assert speed["unit"] == "tokens/s" and speed["interval"][0] < speed["after"] - speed["before"] < speed["interval"][1]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "95 % interval" in capsys.readouterr().out
+
+
 def test_a_slowdown_beyond_the_steps_noise_fails_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_side(tmp_path / "a", cells(800))
     b = write_side(tmp_path / "b", cells(800 / 1.1), slower=1.1, draw=1)

@@ -535,6 +535,9 @@ def test_the_doctor_says_what_can_be_read_and_why_not(powercap, capsys, monkeypa
     monkeypatch.setattr("left_bench.cli.doctor._CHECKS", {})
     monkeypatch.setenv("COLUMNS", "400")
     powercap(**{"intel-rapl_0": ("package-0", 100)})
+    assert doctor(["--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["healthy"] is True and {"machine", "versions", "wandb", "CPU energy"} <= set(told)
     assert doctor([]) == 0
     told = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "RAPL, 1 CPU package" in told["CPU energy"]
