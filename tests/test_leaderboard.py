@@ -278,7 +278,7 @@ def test_what_would_settle_a_choice_is_said(tmp_path: Path) -> None:
     score = {id(row): row.scored_rows("exact_match").values.mean() for row in rows}  # type: ignore[union-attr]
     assert len(rows) == 2 and len(set(score.values())) == 2
     told = what_would_settle(rows[0], rows[1], "exact_match", margin=None, confidence=0.95)
-    assert told is not None and "in place of" in told and "with a chance of 80%" in told
+    assert told is not None and "in place of" in told and "with a chance of 80 %" in told
     assert what_would_settle(rows[0], rows[0], "exact_match", margin=None, confidence=0.95) is None
 
 

@@ -281,7 +281,7 @@ def _about_places(report: Report, found: Standing, metric: str) -> str:
     )
     return (
         f"`#`: cells share a place with the first of them unless the paired difference in {heading(metric)} is "
-        f"resolved ({found.family.size:,} pairs judged together, false-discovery rate {FALSE_DISCOVERIES:.0%}); {told}."
+        f"resolved ({found.family.size:,} pairs judged together, false-discovery rate {100 * FALSE_DISCOVERIES:.0f} %); {told}."
     )
 
 

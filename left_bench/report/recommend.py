@@ -235,7 +235,7 @@ def how_sure(found: Recommendation, names: Mapping[int, str]) -> Iterator[str]:
     yield f"Not resolved from {_name(found.best, names)}: {named}{f', and {more} more' if more > 0 else ''}."
     yield (
         f"The brackets hold the 95 % interval of each difference alone. All {found.standing.family.size:,} pairs are "
-        f"judged together: of the differences called resolved at most {FALSE_DISCOVERIES:.0%} are expected to be none "
+        f"judged together: of the differences called resolved at most {100 * FALSE_DISCOVERIES:.0f} % are expected to be none "
         f"(false-discovery rate, Benjamini and Hochberg; here p ≤ {found.standing.family.threshold:.2g})."
     )
     best, (rival, _) = found.best, rivals[0]

@@ -47,7 +47,7 @@ def what_would_settle(a: Row, b: Row, metric: str, *, margin: float | None, conf
     beside = "; one seed tells nothing of others, so begin with `seed=0,1,2`" if seeds == 1 else ""
     return (
         f"if the true difference is the {apart:.3f} measured{where}, {told} resolve it with a chance of "
-        f"{CHANCE:.0%}{beside}"
+        f"{100 * CHANCE:.0f} %{beside}"
     )
 
 

@@ -234,7 +234,7 @@ def how_to_read(report: Report) -> Iterator[str]:
             "or the ratio, where it may be none; `same` where the values print alike."
         )
         parts.append(
-            f"All pairs of cells are judged together, metric by metric (false-discovery rate {FALSE_DISCOVERIES:.0%}, "
+            f"All pairs of cells are judged together, metric by metric (false-discovery rate {100 * FALSE_DISCOVERIES:.0f} %, "
             "Benjamini and Hochberg): an interval that leaves none out alone may be unresolved among so many."
         )
     if report.margins:

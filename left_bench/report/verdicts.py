@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from left_bench.report.cells import Row, option
 from left_bench.report.claims import CLAIMS, DEFAULT, NOT_MEASURED, Claim, Evidence, Missing, Verdict
+from left_bench.report.judgement import judge
 from left_bench.report.load import deciding, flatten
 from left_bench.report.markdown import code, escape, table
-from left_bench.report.ranking import family_of
 from left_bench.report.tables import heading, told_against
 from left_bench.report.values import ABSENT, format_error, format_value
 
@@ -83,7 +83,8 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         "Sentences that are often read, beside what was measured here: this model, this data, this machine and so few "
         "steps. A verdict follows from its rule by the numbers; a sentence that does not hold here "
-        "may hold elsewhere. Square brackets hold 95 % intervals."
+        "may hold elsewhere. Square brackets hold 95 % intervals. Each claim was written down before it was measured, so its "
+        "comparisons are judged alone."
     )
     lines = [
         [
@@ -110,7 +111,6 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
 
 def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
     reference = next((cells[name] for name in claim.cells if name in cells and cells[name].ok), None)
-    families = {metric: family_of([*cells.values()], metric) for metric in claim.metrics}
     lines = []
     for name in claim.cells:
         row = cells.get(name)
@@ -130,7 +130,9 @@ def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
             value, stderr = row.value(metric), row.stderr(metric)
             text = format_value(metric, value)
             text += f" ± {format_error(metric, value, stderr)}" if value is not None and stderr else ""
-            against = told_against(row, reference, metric, families[metric], both=True)
+            against = told_against(
+                row, reference, metric, judge([(row, reference)] if reference else [], metric), both=True
+            )
             numbers.append(f"{text} ({against})" if against else text)
         seeds = sum(run.ok for run in row.runs)
         lines.append([escape(name), *numbers, str(seeds)])
