@@ -23,6 +23,7 @@ from left_bench.spec.record import METRICS, find_metric
 
 FALSE_DISCOVERIES = 1 - CONFIDENCE
 """The share of false ones that is expected, at most, among the differences said to be resolved."""
+TOLD_RATE = f"{100 * FALSE_DISCOVERIES:.0f} %"
 COMPARED = 100
 """Rows of which every pair is judged together; of more, the best ones set the threshold for all."""
 Word = Literal["resolved", "equal", "not resolved", "not judged"]

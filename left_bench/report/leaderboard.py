@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.report.cells import Axis, Row, option, settings
-from left_bench.report.judgement import FALSE_DISCOVERIES
+from left_bench.report.judgement import TOLD_RATE
 from left_bench.report.markdown import code, escape, table
 from left_bench.report.ranking import (
     Standing,
@@ -281,7 +281,7 @@ def _about_places(report: Report, found: Standing, metric: str) -> str:
     )
     return (
         f"`#`: cells share a place with the first of them unless the paired difference in {heading(metric)} is "
-        f"resolved ({found.family.size:,} pairs judged together, false-discovery rate {100 * FALSE_DISCOVERIES:.0f} %); {told}."
+        f"resolved ({found.family.size:,} pairs judged together, false-discovery rate {TOLD_RATE}); {told}."
     )
 
 

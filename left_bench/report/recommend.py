@@ -12,7 +12,7 @@ from typing import NamedTuple
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.units import parse_bytes, parse_joules, parse_seconds
 from left_bench.report.cells import Row
-from left_bench.report.judgement import FALSE_DISCOVERIES, Judged, Margins, in_order
+from left_bench.report.judgement import TOLD_RATE, Judged, Margins, in_order
 from left_bench.report.ranking import Standing, headline_quality, pareto_front, rankable, standing
 from left_bench.report.settle import what_would_settle
 from left_bench.report.statistics import best_shares, front_shares
@@ -235,7 +235,7 @@ def how_sure(found: Recommendation, names: Mapping[int, str]) -> Iterator[str]:
     yield f"Not resolved from {_name(found.best, names)}: {named}{f', and {more} more' if more > 0 else ''}."
     yield (
         f"The brackets hold the 95 % interval of each difference alone. All {found.standing.family.size:,} pairs are "
-        f"judged together: of the differences called resolved at most {100 * FALSE_DISCOVERIES:.0f} % are expected to be none "
+        f"judged together: of the differences called resolved at most {TOLD_RATE} are expected to be none "
         f"(false-discovery rate, Benjamini and Hochberg; here p ≤ {found.standing.family.threshold:.2g})."
     )
     best, (rival, _) = found.best, rivals[0]

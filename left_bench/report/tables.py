@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from left_bench.report.cells import Axis, Row
 from left_bench.report.cost import NO_PRICES, Prices
-from left_bench.report.judgement import FALSE_DISCOVERIES, Family, Judged, Margins
+from left_bench.report.judgement import TOLD_RATE, Family, Judged, Margins
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.markdown import details, escape, table
 from left_bench.report.ranking import (
@@ -234,7 +234,7 @@ def how_to_read(report: Report) -> Iterator[str]:
             "or the ratio, where it may be none; `same` where the values print alike."
         )
         parts.append(
-            f"All pairs of cells are judged together, metric by metric (false-discovery rate {100 * FALSE_DISCOVERIES:.0f} %, "
+            f"All pairs of cells are judged together, metric by metric (false-discovery rate {TOLD_RATE}, "
             "Benjamini and Hochberg): an interval that leaves none out alone may be unresolved among so many."
         )
     if report.margins:

@@ -83,8 +83,8 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         "Sentences that are often read, beside what was measured here: this model, this data, this machine and so few "
         "steps. A verdict follows from its rule by the numbers; a sentence that does not hold here "
-        "may hold elsewhere. Square brackets hold 95 % intervals. Each claim was written down before it was measured, so its "
-        "comparisons are judged alone."
+        "may hold elsewhere. Square brackets hold 95 % intervals. Each claim was written down before it was measured, "
+        "so its comparisons are judged alone."
     )
     lines = [
         [
