@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from left_bench import __version__
+from left_bench.report.archive import ENDING
 from left_bench.report.cells import Row, machine_line, so_far
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
@@ -278,5 +279,8 @@ def _sources(report: Report) -> Iterator[str]:
 
 
 def _short(path: Path) -> str:
-    """The runs folder's name and what lies below: where it lies on this machine is nobody's business."""
-    return "/".join(path.parts[-3:])
+    """The runs folder's name and what lies below: where it lies on this machine is nobody's business.
+
+    Of a record in a file of records its path in that file: two reports may share a cell, and each file has its record.
+    """
+    return "/".join(path.parts[-2 if path.parent.parent.suffix == ENDING else -3 :])
