@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
+from recorded.committed import RECORDS
 
 from left_bench.grid.compose import compose
 from left_bench.grid.sweep import jobs_of
@@ -18,9 +16,9 @@ from left_bench.measure.auto_precision import (
     product_speeds,
 )
 from left_bench.measure.instruction_sets import FLAGS_VARIABLE, capabilities_in, cuda_capability, flags_of
+from left_bench.report.load import read_sweeps
 from left_bench.spec.cell import Cell
 
-RECORDS = Path(__file__).resolve().parents[1] / "reports" / "records"
 X86 = "fpu sse2 ssse3 fma avx f16c"
 # flags as /proc/cpuinfo has them
 CPUS = {
@@ -95,7 +93,7 @@ def test_on_a_machine_with_bfloat16_the_ids_are_those_of_the_committed_records(m
     machine("avx2 avx512f avx512_bf16")
     config = composed("+sweep=peft_methods", "seed=0,1,2", "hardware=cpu")
     ids = {compose(job, job.hydra)[0].id for _, job in jobs_of(config)}
-    assert ids == set(json.loads((RECORDS / "sweeps" / "peft_methods.json").read_text())["cells"])
+    assert ids == set(read_sweeps(RECORDS / "peft_methods.jsonl")[0][0].cells)
 
 
 @pytest.mark.parametrize("flags", ["avx2", "avx512_bf16"])

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded.committed import committed_runs
 from rich.console import Console
 
 from left_bench.launch.estimate import Planned, calibrate, experience, say_estimate, tell
 from left_bench.launch.estimate.arithmetic import Factors, Line, Measured, Rates, Row, Rows, seconds_of, total_of
 from left_bench.launch.estimate.experience import Experience, base_of, gathered
 from left_bench.launch.estimate.tell import added_up, how_to_narrow
-from left_bench.spec.record import Phase, Record, read_record
+from left_bench.spec.record import Phase, Record
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = Rates(
@@ -448,8 +449,7 @@ def test_a_cell_that_has_run_corrects_those_to_come(cache, tmp_path, tiny_cell, 
 
 def test_the_committed_cells_are_told_within_twofold():
     """From one method's cell of a sweep, whatever the rates: the others of that sweep, quantized or not."""
-    paths = sorted((ROOT / "reports" / "records").glob("*-s0-*/record.json"))
-    records = [record for path in paths if (record := read_record(path)).status == "ok"]
+    records = [run.record for run in committed_runs() if run.record.status == "ok" and run.record.config["seed"] == 0]
     records = [record for record in records if record.config["training"]["steps"] == 20]
     rows = Rows(train=[Row(38, 4)] * 64, test=[Row(38, 4)] * 128, test_rows=128, general=[80] * 8)
     rates = RATES.model_copy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -18,12 +19,17 @@ from left_bench.spec.cell import GROUPS, Cell
 
 
 def main(argv: list[str]) -> int:
-    """Print all groups, or the ones named."""
+    """Print all groups, or the ones named; with `--json` for a program."""
+    as_json, argv = "--json" in argv, [name for name in argv if name != "--json"]
     groups = ("sweep", "recipe", *GROUPS, "tracker")
     for name in argv:
         if name not in groups:
             raise UserError(f"unknown group '{name}'; groups are {', '.join(groups)}")
     command_line.register_resolvers()
+    if as_json:
+        found = [_as_data(group, option) for group in argv or groups for option in command_line.options(group)]
+        print(json.dumps(found, indent=1))
+        return 0
     console = Console()
     for group in argv or groups:
         console.print(f"[bold]{group}[/]")
@@ -32,6 +38,18 @@ def main(argv: list[str]) -> int:
             text = f"  {option:24}{_verdict(group, option)}{told}"
             console.print(text, soft_wrap=True, highlight=False)
     return 0
+
+
+def _as_data(group: str, option: str) -> dict[str, str | bool | None]:
+    """An option; `runs_here` is null where nothing is to be tried (sweeps, recipes, trackers)."""
+    reason = _why_not(group, option) if group in GROUPS else None
+    return {
+        "group": group,
+        "option": option,
+        "summary": summary_of(_file(group, option)) + _here(group, option),
+        "runs_here": reason is None if group in GROUPS else None,
+        "reason": reason,
+    }
 
 
 def _here(group: str, option: str) -> str:
@@ -59,6 +77,12 @@ def _verdict(group: str, option: str) -> str:
     """`runs here`, or `not here` with the rule that refuses the default cell with this option."""
     if group not in GROUPS:
         return ""
+    reason = _why_not(group, option)
+    return "[green]runs here[/]  " if reason is None else f"[yellow]not here[/]   ({escape(reason)}) "
+
+
+def _why_not(group: str, option: str) -> str | None:
+    """Why the default cell with this option does not run here; None: it does."""
     try:
         try:
             cell = compose_option(group, option)
@@ -66,9 +90,8 @@ def _verdict(group: str, option: str) -> str:
             cell = _composed_by_hydra(group, option)
         check_extras(cell)
     except UserError as error:
-        return f"[yellow]not here[/]   ({escape(str(error))}) "
-    reason = why_unsupported(cell)
-    return "[green]runs here[/]  " if reason is None else f"[yellow]not here[/]   ({escape(reason)}) "
+        return str(error)
+    return why_unsupported(cell)
 
 
 def _composed_by_hydra(group: str, option: str) -> Cell:

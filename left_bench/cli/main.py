@@ -114,8 +114,8 @@ def help_text() -> str:
         "left-bench init DIR                           a project of your own: options, a sweep, rows to start from",
         "left-bench plan [GROUP=OPTION | KEY=VALUE ...]   the memory a run or sweep will need; nothing is run",
         "left-bench data [GROUP=OPTION | KEY=VALUE ...]   rows as the model will read them: tokens, loss, lengths",
-        "left-bench list                               every group's options, one line each",
-        "left-bench doctor                             what this machine has and can run",
+        "left-bench list [GROUP...] [--json]           every group's options, one line each",
+        "left-bench doctor [--json]                    what this machine has and can run",
         "",
         f"sweeps: {', '.join(options('sweep'))}",
     ]

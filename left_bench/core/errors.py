@@ -23,8 +23,13 @@ class Unsupported(ValueError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'grid'?"` when a known word is close to `word`, else an empty string."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    word = str(word)
+    close = difflib.get_close_matches(word, list(known), n=5, cutoff=0.5)
+    if not close:
+        return ""
+    # letters that changed places are a likelier slip than letters that are none of the word's: lroa is lora, not road
+    same_letters = [one for one in close if sorted(one) == sorted(word)]
+    return f"; did you mean '{(same_letters or close)[0]}'?"
 
 
 def in_one_sentence(error: Exception) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from left_bench.report.cells import Row
 from left_bench.report.curves import LOSS, Axis, Curve, curves_of, measured_alike, value_at
-from left_bench.report.plots import _LINES, _MARKERS, COLOURS, _new_figure
+from left_bench.report.plots import _new_figure
+from left_bench.report.styles import COLOURS, DASHES, MARKERS, row_styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,21 +31,24 @@ def curve_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
         return None
     timed = measured_alike([row for row, _ in named], "train_seconds")
     axis: Axis = "seconds" if timed else "tokens"
-    lines = [(*_mean_and_band(curves_of(row), axis), label) for row, label in named]
+    styles = row_styles([row for row, _ in named])
+    lines = [
+        (*_mean_and_band(curves_of(row), axis), label, style) for (row, label), style in zip(named, styles, strict=True)
+    ]
     more = len(lines) - _DRAWN
     if more > 0:  # the lowest ends are named
         lines = sorted(lines, key=lambda line: line[1][-1])[:_DRAWN]
     figure, axes = _new_figure(7.2, 4.2)
-    for i, (x, y, low, high, label) in enumerate(lines):
-        colour, line = COLOURS[i % len(COLOURS)], _LINES[i // len(COLOURS) % len(_LINES)]
+    for x, y, low, high, label, style in lines:
+        colour = COLOURS[style.colour]
         if low != high:
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(
             *(x, y),
             color=colour,
-            linestyle=line,
+            linestyle=DASHES[style.dash],
             linewidth=1.4,
-            marker=_MARKERS[i % len(_MARKERS)],
+            marker=MARKERS[style.marker],
             markersize=3.5,
             label=label,
         )

@@ -105,7 +105,9 @@ def measured_alike(rows: Sequence[Row], metric: str) -> bool:
 
 def value_at(curve: Curve, axis: Axis, budget: float, metric: str = LOSS) -> float | None:
     """The metric when so much of `axis` was spent, on a straight line between points; None outside of them."""
-    found = [(getattr(point, axis), _metrics(point).get(metric)) for point in curve]
+    found: list[tuple[float | None, float | None]] = [
+        (getattr(point, axis), _metrics(point).get(metric)) for point in curve
+    ]
     known = [(x, y) for x, y in found if x is not None and y is not None]
     for x, y in known:
         if math.isclose(x, budget, rel_tol=1e-9):
@@ -123,13 +125,14 @@ def spent_until(curve: Curve, target: Target, axis: Axis) -> float | None:
     """
     last: tuple[float, float] | None = None
     for point in curve:
-        x, y = getattr(point, axis), _metrics(point).get(target.metric)
+        x: float | None = getattr(point, axis)
+        y = _metrics(point).get(target.metric)
         if x is None or y is None:
             continue
         if target.met(y):
             if last is None:
                 return float(x)
-            return last[0] + (x - last[0]) * (target.bound - last[1]) / (y - last[1])
+            return last[0] + (float(x) - last[0]) * (target.bound - last[1]) / (y - last[1])
         last = x, y
     return None
 

@@ -96,6 +96,9 @@ METRICS: dict[str, Metric] = {
     "cell_cost": Metric("money", "lower", "cost", "what the cell costs by the prices given: energy, hours, or both"),
     "cell_energy_cost": Metric("money", "lower", "cost", "price per kWh x joules of the cell, the CPU packages' too"),
     "cell_hours_cost": Metric("money", "lower", "cost", "price per hour x wall time x accelerators"),
+    "cost_per_point": Metric(
+        "money", "lower", "cost", "cell_cost / hundredths of the score gained over the base model (scores of 0 to 1)"
+    ),
     # size
     "trainable_params": Metric("params", "lower", "size", "parameters that receive a gradient"),
     "total_params": Metric("params", "none", "size", "logical parameters, also where storage is packed"),
@@ -308,6 +311,11 @@ def read_record(path: Path, *, known: KnownParts | None = None) -> Record:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: unreadable ({error})") from error
+    return parse_record(raw, path, known=known)
+
+
+def parse_record(raw: Any, path: Path, *, known: KnownParts | None = None) -> Record:
+    """A record from its JSON; `path` is what its errors name, else as `read_record`."""
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         kind = NewerSchema if isinstance(version, int) and version > SCHEMA_VERSION else ValueError

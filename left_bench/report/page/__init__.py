@@ -32,12 +32,13 @@ from left_bench.report.page.markup import (
     introduction,
     leaderboard,
     notices,
+    versions,
 )
 from left_bench.report.values import one_line
 
 _STYLE = "page.css"
 # One script, in this order: each part uses what stands above it.
-_SCRIPTS = ("core.js", "table.js", "detail.js", "scatter.js", "charts.js", "start.js")
+_SCRIPTS = ("core.js", "address.js", "table.js", "axes.js", "detail.js", "scatter.js", "charts.js", "start.js")
 # What could end the block early, or a line of the script that some parsers take the block for.
 _IN_JSON = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
@@ -109,6 +110,7 @@ def render_page(
         style=style,
         introduction=introduction(rows, sweep),
         commands=commands(rows, sweep),
+        versions=versions(rows),
         constants=constants(data),
         notices=notices(rows, labels, notes, data),
         leaderboard=leaderboard(data),

@@ -13,6 +13,7 @@ from left_bench.tracker.base import (
     Attempt,
     Comparison,
     TrackerKind,
+    file_name,
     flat_environment,
     markdown_table,
     numbers_of,
@@ -36,7 +37,7 @@ class TensorboardTracker:
 
     def start(self, attempt: Attempt) -> None:
         self._attempt = attempt
-        self._open(attempt.group, f"{attempt.name}-{attempt.id}")
+        self._open(attempt.group, f"{file_name(attempt.name)}-{attempt.id}")
 
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         self._last = (step, time)

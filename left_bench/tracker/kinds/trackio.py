@@ -19,6 +19,7 @@ from left_bench.tracker.base import (
     Attempt,
     Comparison,
     TrackerKind,
+    file_name,
     flat_environment,
     sample_rows,
     summary_of,
@@ -38,7 +39,9 @@ class TrackioTracker:
         self._step, self._written = 0, 0.0
 
     def start(self, attempt: Attempt) -> None:
-        self._open(attempt.id, f"{attempt.name}-{attempt.id}", group=attempt.group, config=attempt.configuration())
+        self._open(
+            attempt.id, f"{file_name(attempt.name)}-{attempt.id}", group=attempt.group, config=attempt.configuration()
+        )
 
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         self._take(step, time, {f"train/{name}": value for name, value in metrics.items()})

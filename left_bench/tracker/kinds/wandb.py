@@ -60,7 +60,7 @@ class WandbTracker:
         self._run.define_metric("eval/validation_loss", step_metric="eval/tokens", summary="min")
         self._run.define_metric("train/*", step_metric="train/step")
         self._run.define_metric("train/loss", step_metric="train/tokens", summary="min")
-        self._run.define_metric("train/memory_bytes", step_metric="train/step", summary="max")
+        self._run.define_metric("train/memory_gib", step_metric="train/step", summary="max")
 
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         row = {f"train/{name}": value for name, value in metrics.items()}
