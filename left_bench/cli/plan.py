@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from left_bench.cli.plan_tables import CARDS_GB, Answer, print_answers, print_cards, print_rows, verdict
 from left_bench.core.errors import Unsupported, UserError, in_one_sentence
+from left_bench.launch.planning import Question, get_ready, outcomes
 from left_bench.launch.progress import still_at_work
 from left_bench.processes.start_process import output_discarded
 from left_bench.spec.cell import Cell, fingerprint
-
-if TYPE_CHECKING:
-    from left_bench.plan.predict import Plan
 
 _HELP = """left-bench plan [GROUP=OPTION | KEY=VALUE | +sweep=NAME ...] [--cards[=GB,GB,...] | --json | --csv]
 
@@ -36,10 +33,10 @@ def main(argv: list[str]) -> int:
         argv = [*argv, "hardware=cuda"]
     with still_at_work() as tell:
         tell("composing the cells")
-        alike = {fingerprint(cell.identity | {"seed": None}): cell for cell in reversed(list(cells_of(argv)))}
-        cells = list(reversed(alike.values()))  # seeds take the same memory: the first one stands for them
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        answers = list(answers_of(cells, tell=tell))
+        get_ready()
+        alike = {fingerprint(one.cell.identity | {"seed": None}): one for one in reversed(list(trials_of(argv)))}
+        trials = list(reversed(alike.values()))  # seeds take the same memory: the first one stands for them
+        answers = list(answers_of(trials, tell=tell))
     if form is not None:
         return print_rows(answers, form=form)
     return print_cards(answers, cards) if cards else print_answers(answers)
@@ -74,6 +71,23 @@ def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
     Raises:
         UserError: a key or a value is not allowed.
     """
+    from left_bench.launch.preflight import refusal_of
+
+    for trial in trials_of(argv, command=command):
+        if trial.own_method is not None:
+            with output_discarded():
+                refusal = refusal_of(trial.cell, own_method=trial.own_method)
+            if refusal is not None:
+                raise UserError(refusal)
+        yield trial.cell
+
+
+def trials_of(argv: list[str], *, command: str = "plan") -> Iterator[Question]:
+    """The cells of a command line, and whether there are values of a person's own in them to be tried.
+
+    Raises:
+        UserError: a key or a value is not allowed.
+    """
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_config_search_path
     from hydra.core.global_hydra import GlobalHydra
@@ -87,7 +101,7 @@ def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
     from left_bench.grid.loader import use_sweep_loader
     from left_bench.grid.rules import why_unsupported
     from left_bench.grid.sweep import jobs_of
-    from left_bench.launch.preflight import Trial, has_user_values, refusal_of
+    from left_bench.launch.preflight import Trial, has_user_values
 
     folders = command_line.config_dirs(argv)
     for one in argv:
@@ -111,48 +125,51 @@ def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
         checked: set[str] = set()
         for _, job in jobs_of(config):
             cell, settings = compose(job, job.hydra)
+            own_method = None
             if has_user_values(job.hydra) and (settings.force_unsupported or why_unsupported(cell) is None):
-                with output_discarded():
-                    refusal = refusal_of(cell, own_method=Trial.of(cell, job.hydra).own_method)
-                if refusal is not None:
-                    raise UserError(refusal)
+                own_method = Trial.of(cell, job.hydra).own_method
             kind = fingerprint([cell.identity["model"], cell.identity["data"]])
             if kind not in checked:
                 check_cell(cell)
                 checked.add(kind)
-            yield cell
+            yield Question(cell, own_method=own_method)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(in_one_sentence(error)) from error
     finally:
         GlobalHydra.instance().clear()
 
 
-def answers_of(cells: list[Cell], *, tell: Callable[[str], None]) -> Iterator[Answer]:
-    """Each cell's answer in turn; `tell` is told which is worked on.
+def answers_of(questions: list[Question], *, tell: Callable[[str], None]) -> Iterator[Answer]:
+    """Each cell's answer in turn; `tell` is told which are worked on.
 
     Raises:
-        UserError: the only cell cannot run; one of several is `cannot run`.
+        UserError: a value is mistaken, and with it the only cell, or one that was tried.
     """
     from left_bench.grid.rules import why_unsupported
 
-    followed: dict[str, Plan] = {}
-    for number, (cell, name) in enumerate(zip(cells, _names(cells), strict=True), start=1):
-        tell(f"planning {number} of {len(cells)}: {name}")
-        if (refusal := why_unsupported(cell)) is not None:
+    names = _names([one.cell for one in questions])
+    refused = [why_unsupported(one.cell) for one in questions]
+    asked = [number for number, refusal in enumerate(refused) if refusal is None]
+
+    def tell_numbers(done: int, at_work: Sequence[int]) -> None:
+        beside = f": {', '.join(names[asked[number]] for number in at_work)}" if at_work else ""
+        tell(f"planned {done} of {len(asked)}{beside}")
+
+    found = outcomes([questions[number] for number in asked], tell=tell_numbers)
+    for question, name, refusal in zip(questions, names, refused, strict=True):
+        cell = question.cell
+        if refusal is not None:
             yield Answer(name, cell, refusal=refusal)
             continue
-        try:
-            plan = _predict(cell, followed=followed)
-        except Unsupported as error:
-            yield Answer(name, cell, refusal=str(error))
-            continue
-        except UserError as error:
-            if len(cells) == 1:
-                raise
-            yield Answer(name, cell, fits="cannot run", refusal=str(error))
+        outcome = next(found)
+        if outcome.plan is None:
+            if outcome.mistaken and (len(questions) == 1 or question.own_method is not None):
+                raise UserError(str(outcome.refusal))
+            fits = "cannot run" if outcome.mistaken else "unsupported"
+            yield Answer(name, cell, fits=fits, refusal=outcome.refusal)
             continue
         limit = limit_of(cell)
-        yield Answer(name, cell, plan, verdict(plan, limit, cell=cell), limit_bytes=limit)
+        yield Answer(name, cell, outcome.plan, verdict(outcome.plan, limit, cell=cell), limit_bytes=limit)
 
 
 def _names(cells: list[Cell]) -> list[str]:
@@ -177,13 +194,6 @@ def _names(cells: list[Cell]) -> list[str]:
         for cell in cells
     ]
     return labels(rows, find_axes(rows))
-
-
-def _predict(cell: Cell, *, followed: dict[str, Plan]) -> Plan:
-    with output_discarded():  # what libraries say of a model that holds nothing
-        from left_bench.plan.predict import predict
-
-        return predict(cell, followed=followed)
 
 
 def limit_of(cell: Cell) -> int | None:

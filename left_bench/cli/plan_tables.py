@@ -7,12 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from left_bench.plan.peak import measured_range, room_needed
+from left_bench.plan.result import Plan
 from left_bench.spec.cell import Cell
-
-if TYPE_CHECKING:
-    from left_bench.plan.predict import Plan
 
 _PARTS = ("weights", "adapter", "adapter_frozen", "gradients", "optimizer", "activations_and_workspace")
 _HEADINGS = {"adapter_frozen": "frozen", "activations_and_workspace": "activations"}
@@ -38,8 +37,6 @@ class Answer:
     @property
     def range_bytes(self) -> tuple[int, int] | None:
         """Between what a run's measured peak may be expected; None where that is not known."""
-        from left_bench.plan.peak import measured_range
-
         return None if self.plan is None else measured_range(self.plan, self.cell)
 
 
@@ -48,8 +45,6 @@ def verdict(plan: Plan, limit: int | None, *, cell: Cell) -> str:
 
     What is known can be too much already.
     """
-    from left_bench.plan.peak import room_needed
-
     if limit is None:
         return "?"
     if sum(plan.parts.values()) > limit:
@@ -134,8 +129,6 @@ def print_cards(answers: Sequence[Answer], cards_gb: Sequence[float]) -> int:
 
 def on_card(plan: Plan, cell: Cell, *, gb: float) -> str:
     """`yes +3.1 GiB` left over, `perhaps`, `no, 1.2 GiB short`, or `?`."""
-    from left_bench.plan.peak import room_needed
-
     size = int(gb * 10**9)
     word, needed = verdict(plan, size, cell=cell), room_needed(plan, cell)
     if word == "yes" and needed is not None:

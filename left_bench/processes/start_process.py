@@ -70,6 +70,20 @@ def may_fork() -> bool:
     return sys.platform == "linux" and "forkserver" in multiprocessing.get_all_start_methods()
 
 
+def serve_forks(preload: str, *, environment: dict[str, str]) -> None:
+    """Start the server that processes are forked from, where none runs yet, and come back while it imports.
+
+    Args:
+        preload: the module that it imports, with all that this one imports.
+    """
+    from multiprocessing import forkserver  # of systems that can fork
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload([preload])
+    # the server keeps the environment of its start; what a cell sets itself is set again in the fork
+    with _environment(environment), output_discarded():
+        forkserver.ensure_running()
+
+
 def run_within(seconds: float, folder: Path, *, environment: dict[str, str], fork: bool, program: str) -> None:
     """Run a program of the package on `folder` to its end, or end it after so many seconds; its log lies there too.
 
@@ -113,13 +127,8 @@ class _Spawned:
 
 class _Forked:
     def __init__(self, program: str, run_dir: Path, *, log: Path, environment: dict[str, str]) -> None:
-        from multiprocessing import forkserver  # of systems that can fork
-
+        serve_forks(PRELOAD, environment=environment)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([PRELOAD])
-        # the server keeps the environment of its start; what a cell sets itself is set again in the fork
-        with _environment(environment), output_discarded():
-            forkserver.ensure_running()
         self._process: Any = context.Process(target=_run_forked, args=(program, str(run_dir), str(log), environment))
         with _main_hidden():
             self._process.start()
