@@ -5,6 +5,7 @@ A plan that was made before is taken from the cache. Where torch is imported alr
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -158,7 +159,9 @@ def main(argv: Sequence[str], *, forked: bool = False) -> int:
     """Answer the groups of questions in the folder above one's own that no other process has taken."""
     if forked:
         processes.die_with_parent()
-    folder, known = Path(argv[0]).parent, []  # type: Path, list[Known]
+    gc.freeze()  # what was imported stays, and is not to be gone through by every collection
+    folder = Path(argv[0]).parent
+    known: list[Known] = []
     for path in sorted(folder.glob("*.json"), key=lambda one: int(one.stem)):
         try:
             path.with_suffix(".taken").touch(exist_ok=False)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _ASKING = (_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.rand.default)
 """What asks for numbers: `.item()` and `if tensor`, the places of a mask, a comparison, a draw."""
 
@@ -50,6 +51,8 @@ class Storages(TorchDispatchMode):
         self.peaks[place] = max(self.peaks.get(place, 0), self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # asked twice for every operation
+            return args[0].fake_device
         out = self._answer(func, args) if self.answering and func in _ASKING else None
         if out is None:
             out = _entries_kept(func, args)

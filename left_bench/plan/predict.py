@@ -186,9 +186,10 @@ def _passes(cell: Cell, rows: Rows, known: Known) -> tuple[Pass, Pass]:
         return tuple(_assumed_pass(cell, length) for length in (rows.longest, rows.mean or rows.longest))  # type: ignore[return-value]
     told_by = [cell.identity[group] for group in ("model", "data")]
     shape = cell.training.model_dump(include={"batch_size", "gradient_accumulation", "batching", "steps", "max_length"})
-    key = fingerprint([*told_by, shape, cell.hardware.processes, cell.one_answer_a_row, cell.seed])
+    key = fingerprint([*told_by, shape, rows.with_mean, cell.hardware.processes, cell.one_answer_a_row, cell.seed])
     if key not in known.passes:
-        known.passes[key] = largest_pass(cell), mean_pass(cell) if rows.with_mean else largest_pass(cell)
+        largest = largest_pass(cell)
+        known.passes[key] = largest, mean_pass(cell) if rows.with_mean else largest
     return known.passes[key]
 
 
