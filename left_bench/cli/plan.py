@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from left_bench.cli.plan_tables import CARDS_GB, Answer, print_answers, print_cards, print_rows, verdict
-from left_bench.core.errors import Unsupported, UserError, in_one_sentence
+from left_bench.cli.plan_tables import CARDS_GB, Answer, print_answers, print_cards, print_fits, print_rows, verdict
+from left_bench.core.errors import UserError, in_one_sentence
 from left_bench.launch.planning import Question, get_ready, outcomes
 from left_bench.launch.progress import still_at_work
+from left_bench.measure.device import find_device
+from left_bench.model.positions import check_positions
+from left_bench.plan.result import Rows
 from left_bench.processes.start_process import output_discarded
-from left_bench.spec.cell import Cell, fingerprint
+from left_bench.spec.cell import Cell, Model, fingerprint, slugify
 
-_HELP = """left-bench plan [GROUP=OPTION | KEY=VALUE | +sweep=NAME ...] [--cards[=GB,GB,...] | --json | --csv]
+_HELP = """left-bench plan [GROUP=OPTION | KEY=VALUE | +sweep=NAME ...] [OPTION ...]
 
 Predicts the memory that each cell holds while it trains, from shapes alone: nothing is run, loaded or downloaded but
 a hub model's small configuration. Takes the overrides of a run. Exit code 1 when a cell will not fit in
 hardware.memory_limit, or in the machine where there is none; 3 when a peak could not be predicted.
 
---cards          a column for each size of GPU, 8 to 141 GB, or of those given as --cards=24,80
---json, --csv    the answers for a program, sizes in bytes"""
+model=PATH             plans for any model by its configuration alone: a config.json, or a folder that holds one
+--length N[,MEAN]      rows of at most N tokens (and MEAN on the average), in place of the data's
+--mean                 also what a step of ordinary rows holds
+--fit batch|length     the largest micro-batch, or length of rows, that fits
+--remedies             what would make a cell fit that does not, from the cheapest change on
+--cards[=GB,GB,...]    a column for each size of GPU, 8 to 141 GB, or of those given
+--json, --csv          the answers for a program, sizes in bytes"""
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is asked besides the cells."""
+
+    rest: list[str]
+    """The arguments that are Hydra's."""
+    form: str | None = None
+    """`json` or `csv`; None: a table."""
+    cards_gb: tuple[float, ...] = ()
+    rows: Rows = field(default_factory=Rows)
+    fit: str | None = None
+    remedies: bool = False
 
 
 def main(argv: list[str]) -> int:
@@ -28,31 +54,58 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(_HELP)
         return 0
-    argv, form, cards = _own_options(argv)
-    if cards and not any(one.startswith("hardware=") for one in argv):
-        argv = [*argv, "hardware=cuda"]
+    options = _own_options(argv)
+    overrides, model = own_architecture(options.rest)
+    if options.cards_gb and not any(one.startswith("hardware=") for one in overrides):
+        overrides = [*overrides, "hardware=cuda"]
+    if options.rows.longest is not None:
+        overrides = [*overrides, f"training.max_length={options.rows.longest}"]
     with still_at_work() as tell:
         tell("composing the cells")
         get_ready()
-        alike = {fingerprint(one.cell.identity | {"seed": None}): one for one in reversed(list(trials_of(argv)))}
-        trials = list(reversed(alike.values()))  # seeds take the same memory: the first one stands for them
-        answers = list(answers_of(trials, tell=tell))
-    if form is not None:
-        return print_rows(answers, form=form)
-    return print_cards(answers, cards) if cards else print_answers(answers)
+        trials = (_with_model(one, model) for one in trials_of(overrides))
+        alike = {fingerprint(one.cell.identity | {"seed": None}): one for one in reversed(list(trials))}
+        # seeds take the same memory: the first one stands for them
+        questions = [_asked(one, options) for one in reversed(alike.values())]
+        answers = list(answers_of(questions, tell=tell))
+    if options.form is not None:
+        return print_rows(answers, form=options.form)
+    if options.fit is not None:
+        return print_fits(answers, fit=options.fit, cards_gb=options.cards_gb)
+    return print_cards(answers, options.cards_gb) if options.cards_gb else print_answers(answers)
 
 
-def _own_options(argv: list[str]) -> tuple[list[str], str | None, tuple[float, ...]]:
-    """What is left of the arguments for Hydra; `json` or `csv`; the cards that are asked about, in GB.
+def _asked(question: Question, options: _Options) -> Question:
+    limits = [int(size * 10**9) for size in options.cards_gb]
+    if not limits and (limit := limit_of(question.cell)) is not None:
+        limits = [limit]
+    own: Any = {"fit": options.fit, "remedies": options.remedies, "limits": tuple(limits), "rows": options.rows}
+    return replace(question, **own)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"left-bench plan: {message}")
+
+
+def _own_options(argv: list[str]) -> _Options:
+    """What is asked, and what is left of the arguments for Hydra.
 
     Raises:
-        UserError: sizes of cards that are no numbers above 0, or more than one form at once.
+        UserError: sizes or lengths that are no numbers above 0, or options that exclude each other.
     """
-    forms = [one for one in ("json", "csv") if f"--{one}" in argv]
+    parser = _Parser(prog="left-bench plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--length")
+    parser.add_argument("--mean", action="store_true")
+    parser.add_argument("--fit", choices=("batch", "length"))
+    for flag in ("remedies", "json", "csv"):
+        parser.add_argument(f"--{flag}", action="store_true")
     asked = [one for one in argv if one == "--cards" or one.startswith("--cards=")]
-    if len(forms) + bool(asked) > 1:
-        given = [*(f"--{one}" for one in forms), *asked]
-        raise UserError(f"left-bench plan: {' and '.join(given)} at once; give one of them")
+    given, rest = parser.parse_known_args([one for one in argv if one not in asked])
+    forms = [one for one in ("json", "csv") if getattr(given, one)]
+    if len(forms) + bool(asked and given.fit is None) > 1:
+        together = [*(f"--{one}" for one in forms), *asked]
+        raise UserError(f"left-bench plan: {' and '.join(together)} at once; give one of them")
     cards: tuple[float, ...] = ()
     if asked:
         _, _, sizes = asked[-1].partition("=")
@@ -62,7 +115,71 @@ def _own_options(argv: list[str]) -> tuple[list[str], str | None, tuple[float, .
             cards = (0.0,)
         if not all(0 < size < float("inf") for size in cards):
             raise UserError(f"--cards={sizes}: sizes are numbers of GB, such as --cards=24,80")
-    return [one for one in argv if one not in ("--json", "--csv", *asked)], forms[0] if forms else None, cards
+    return _Options(rest, forms[0] if forms else None, cards, _rows(given), given.fit, given.remedies)
+
+
+def _rows(given: argparse.Namespace) -> Rows:
+    if given.length is None:
+        return Rows(with_mean=given.mean)
+    numbers = given.length.split(",")
+    if not 1 <= len(numbers) <= 2 or not all(one.strip().isdigit() and int(one) >= 8 for one in numbers):
+        raise UserError(
+            f"--length={given.length}: tokens of the longest row and, after a comma, of an ordinary one, numbers from "
+            "8, such as --length 768 or --length 768,210"
+        )
+    longest, mean = int(numbers[0]), int(numbers[-1])
+    if mean > longest:
+        raise UserError(f"--length={given.length}: the mean is larger than the longest; write the longest row first")
+    return Rows(longest, mean, with_mean=given.mean or len(numbers) == 2)
+
+
+def own_architecture(argv: list[str]) -> tuple[list[str], Model | None]:
+    """The arguments without a model given as a path to its configuration, and that model; else None.
+
+    `model=PATH` and `model.name_or_path=PATH` may be a configuration's file, or a folder in which it lies; beside
+    weights a folder is a model like any other, and is left to Hydra.
+
+    Raises:
+        UserError: the path is none, or holds no configuration.
+    """
+    found, rest = None, []
+    for one in argv:
+        key, _, value = one.lstrip("+").partition("=")
+        path = Path(value).expanduser()
+        names_a_path = key == "model" and (value.startswith((".", "~")) or os.sep in value or value.endswith(".json"))
+        if key not in ("model", "model.name_or_path") or not (names_a_path or key != "model"):
+            rest.append(one)
+            continue
+        if path.is_dir():
+            if any(path.glob("*.safetensors")) or not (path / "config.json").is_file():
+                rest.append(f"model.name_or_path={value}")  # refused there, in words of its own, or loaded
+                continue
+            path = path / "config.json"
+        elif not names_a_path and not (value.endswith(".json") and path.is_file()):
+            rest.append(one)
+            continue
+        found = _architecture_in(path, given=one)
+    return rest, found
+
+
+def _architecture_in(path: Path, *, given: str) -> Model:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        told = getattr(error, "strerror", None) or "no JSON"
+        raise UserError(f"{given}: {path} cannot be read ({told}); give a model's config.json") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{given}: {path} names no model_type; give a model's config.json")
+    name = path.parent.absolute().name if path.name == "config.json" else path.stem
+    return Model(name=slugify(name), name_or_path=str(path.absolute()), weights="random", config=config)
+
+
+def _with_model(question: Question, model: Model | None) -> Question:
+    if model is None:
+        return question
+    cell = question.cell.model_copy(update={"model": model, "choices": question.cell.choices | {"model": model.name}})
+    check_positions(cell)
+    return replace(question, cell=cell)
 
 
 def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
@@ -169,7 +286,8 @@ def answers_of(questions: list[Question], *, tell: Callable[[str], None]) -> Ite
             yield Answer(name, cell, fits=fits, refusal=outcome.refusal)
             continue
         limit = limit_of(cell)
-        yield Answer(name, cell, outcome.plan, verdict(outcome.plan, limit, cell=cell), limit_bytes=limit)
+        fits = verdict(outcome.plan, limit, cell=cell)
+        yield Answer(name, cell, outcome.plan, fits, None, limit, question.rows, outcome.fits, outcome.remedies)
 
 
 def _names(cells: list[Cell]) -> list[str]:
@@ -204,6 +322,8 @@ def limit_of(cell: Cell) -> int | None:
         import psutil
 
         return int(psutil.virtual_memory().total)
+    if find_device("auto") == "cpu":  # asking torch takes seconds
+        return None
     import torch
 
     module: Any = getattr(torch, cell.hardware.device, None)

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from left_bench.core import interrupt
 from left_bench.core.errors import Unsupported, UserError
-from left_bench.launch.supervise import log_tail, worker_environment
+from left_bench.launch.fit import Fit, Planner, Remedy, largest_batch, largest_length, remedies
+from left_bench.launch.supervise import log_tail
 from left_bench.measure.device import find_device
 from left_bench.plan.kept import keep, kept_plan
+from left_bench.plan.peak import room_needed
 from left_bench.plan.result import Plan, Rows
 from left_bench.processes import start_process as processes
 from left_bench.processes.resources import available_cores
@@ -42,7 +44,13 @@ class Question:
     cell: Cell
     rows: Rows = field(default_factory=Rows)
     own_method: bool | None = None
-    """None: nothing of the cell is a person's own value; else as `preflight.Trial.own_method`, and it is tried first."""
+    """None: nothing in the cell is a person's own value; else as `preflight.Trial.own_method`, and tried first."""
+    fit: Literal["batch", "length"] | None = None
+    """What is to be as large as fits each of the limits."""
+    remedies: bool = False
+    """Whether to look for what makes the cell fit the first limit."""
+    limits: tuple[int, ...] = ()
+    """In bytes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class Outcome:
     refusal: str | None = None
     mistaken: bool = False
     """Whether the refusal is of something mistyped, and not of what does not go together."""
+    fits: tuple[Fit, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
 
 
 def get_ready() -> None:
@@ -95,7 +105,7 @@ def _heard(
     groups: list[list[int]],
     tell: Callable[[int, Sequence[int]], None],
 ) -> Iterator[Outcome]:
-    team = []
+    team: list[processes.Process] = []
     try:
         for _ in range(min(len(available_cores()), len(groups), _MOST_PROCESSES)):
             own = folder / f"process_{len(team)}"
@@ -146,13 +156,32 @@ def answer(question: Question, *, known: list[Known]) -> Outcome:
                 refusal = refusal_of(question.cell, own_method=question.own_method)
                 if refusal is not None:
                     return Outcome(refusal=refusal, mistaken=True)
-            plan = predict(question.cell, known=known[0], rows=question.rows)
+
+            def plan_of(cell: Cell, rows: Rows) -> Plan:
+                plan = kept_plan(cell, rows)
+                if plan is None:
+                    plan = predict(cell, known=known[0], rows=rows)
+                    keep(plan, cell, rows)
+                return plan
+
+            return _worked_out(question, plan_of)
         except Unsupported as error:
             return Outcome(refusal=str(error))
         except UserError as error:
             return Outcome(refusal=str(error), mistaken=True)
-    keep(plan, question.cell, question.rows)
-    return Outcome(plan)
+
+
+def _worked_out(question: Question, plan: Planner) -> Outcome:
+    cell, rows = question.cell, question.rows
+    found, fits, changes = plan(cell, rows), [], []  # type: Plan, list[Fit], list[Remedy]
+    if question.fit is not None:
+        search = largest_batch if question.fit == "batch" else largest_length
+        fits = [search(cell, limit, rows=rows, plan=plan) for limit in question.limits]
+    if question.remedies and question.limits:
+        needed = room_needed(found, cell)
+        if needed is not None and needed > question.limits[0]:
+            changes = remedies(cell, question.limits[0], rows=rows, plan=plan)
+    return Outcome(found, fits=tuple(fits), remedies=tuple(changes))
 
 
 def main(argv: Sequence[str], *, forked: bool = False) -> int:
@@ -168,11 +197,7 @@ def main(argv: Sequence[str], *, forked: bool = False) -> int:
         except FileExistsError:
             continue
         for plain in json.loads(path.read_text(encoding="utf-8")):
-            question = Question(
-                Cell.model_validate_json(plain["cell"]), Rows(**plain["rows"]), own_method=plain["own_method"]
-            )
-            found = answer(question, known=known)
-            written = {"plan": found.plan and found.plan.plain(), "refusal": found.refusal, "mistaken": found.mistaken}
+            written = asdict(answer(_question(plain), known=known))
             begun = folder / f"{plain['number']}.begun"
             begun.write_text(json.dumps(written), encoding="utf-8")
             begun.rename(begun.with_suffix(".done"))
@@ -181,17 +206,27 @@ def main(argv: Sequence[str], *, forked: bool = False) -> int:
 
 def _kept(question: Question) -> Plan | None:
     """A plan that was made of the same before; what was planned then had also passed its trial."""
-    return kept_plan(question.cell, question.rows)
+    alone = question.fit is None and not question.remedies
+    return kept_plan(question.cell, question.rows) if alone else None
 
 
 def _plain(number: int, question: Question) -> dict[str, Any]:
+    plain = {name: getattr(question, name) for name in ("own_method", "fit", "remedies", "limits")}
     cell = question.cell.model_dump_json(by_alias=True)
-    return {"number": number, "cell": cell, "rows": asdict(question.rows), "own_method": question.own_method}
+    return plain | {"number": number, "cell": cell, "rows": asdict(question.rows)}
+
+
+def _question(plain: dict[str, Any]) -> Question:
+    given = {name: plain[name] for name in ("own_method", "fit", "remedies")}
+    cell, rows = Cell.model_validate_json(plain["cell"]), Rows(**plain["rows"])
+    return Question(cell, rows, limits=tuple(plain["limits"]), **given)
 
 
 def _outcome(plain: dict[str, Any]) -> Outcome:
     plan = None if plain["plan"] is None else Plan.from_plain(plain["plan"])
-    return Outcome(plan, plain["refusal"], plain["mistaken"])
+    fits = tuple(Fit(**one) for one in plain["fits"])
+    changes = tuple(Remedy(**one | {"overrides": tuple(one["overrides"])}) for one in plain["remedies"])
+    return Outcome(plan, plain["refusal"], plain["mistaken"], fits, changes)
 
 
 def _torch_is_here() -> bool:

@@ -19,7 +19,17 @@ from left_bench.spec.cell import Cell, fingerprint
 
 _MOST_PLANS = 4096
 _PACKAGES = (
-    *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "optimum-quanto", "hqq", "galore-torch"),
+    *(
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "torchao",
+        "optimum-quanto",
+        "hqq",
+        "galore-torch",
+    ),
     *("apollo-torch", "lion-pytorch", "liger-kernel", "tokenizers", "datasets", "reasoning-gym"),
 )
 _ROOMS = ("plan", "training", "methods", "model", "fivebit", "hqq", "measure", "pretrained", "data", "spec")

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +37,13 @@ from left_bench.plan.follow import Storages, as_on
 from left_bench.plan.formats import stored_bytes_of
 from left_bench.plan.repeat import Walk, are_alike, extrapolated, repeats_of, shortened, tell_layers
 from left_bench.plan.result import Pass, Plan, Rows
-from left_bench.plan.shapes import adapter_of_shapes, give_numbers, model_of_shapes, replace_tensors
+from left_bench.plan.shapes import (
+    adapter_of_shapes,
+    give_numbers,
+    is_architecture_alone,
+    model_of_shapes,
+    replace_tensors,
+)
 from left_bench.pretrained import fetched, load_tokenizer, source
 from left_bench.pretrained.make import byte_tokenizer
 from left_bench.spec.cell import Cell, fingerprint
@@ -76,7 +83,10 @@ def predict(cell: Cell, *, known: Known | None = None, rows: Rows | None = None)
     plan.total_params = sum(parameter.numel() for parameter in model.parameters())
     stored = stored_bytes_of(cell)
     workspace = 0
-    if cell.quantization.checkpoint_method is not None or (quantized and stored is None):
+    published = getattr(model.config, "quantization_config", None)
+    if published is not None and cell.quantization.checkpoint_method is None:
+        plan.unknown.append("weights: the checkpoint comes quantized, and how its layers are stored is not known here")
+    elif cell.quantization.checkpoint_method is not None or (quantized and stored is None):
         plan.unknown.append(f"weights: how {cell.quantization.name} stores a layer is not known here")
     else:
         dequantized = sum(layer.weight.nbytes for layer in quantized.values())
@@ -250,8 +260,10 @@ def _passes_at_hand(cell: Cell) -> Iterator[Pass]:
 
 def _rows_at_hand(cell: Cell) -> Sequence[Example] | None:
     folder = fetched(cell.model, dtype=cell.precision.weights_dtype)
-    if cell.data.source == "hub" and cell.data.path is None:
+    if (cell.data.source == "hub" and cell.data.path is None) or is_architecture_alone(cell.model):
         return None
+    if folder is not None and source(cell.model) == "hub" and not any(Path(folder).glob("token*")):
+        return None  # the hub's configuration alone
     if folder is not None:
         tokenizer = load_tokenizer(folder, cell.model)
     elif source(cell.model) == "random":

@@ -142,7 +142,7 @@ def _list_of_layers(model: Any) -> torch.nn.ModuleList:
 
 
 def tell_layers(layers: Sequence[torch.nn.Module], storages: Storages) -> None:
-    """Have `storages` told which layer a step is in; a layer that runs in the backward pass runs for the second time."""
+    """Have `storages` told which layer a step is in; one that runs in the backward pass runs again."""
     for number, layer in enumerate(layers):
         layer.register_forward_pre_hook(_entering(storages, number))
         layer.register_forward_hook(_leaving(storages, number))
@@ -189,9 +189,7 @@ def extrapolated(short: Walk, longer: Walk, repeats: Repeats) -> Walk:
         first, last = layer % period, kept - period + (layer - kept) % period
         grows_above = longer.peaks[name, first] - short.peaks[name, first]
         grows_below = longer.peaks[name, last + period] - short.peaks[name, last]
-        if layer < period:
-            grows = grows_above
-        else:
-            grows = grows_below if layer >= kept else max(grows_above, grows_below)
+        between = max(grows_above, grows_below)
+        grows = grows_above if layer < period else grows_below if layer >= kept else between
         found.peaks[place] = there + (times - 1) * grows
     return found
