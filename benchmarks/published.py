@@ -121,8 +121,12 @@ def cell_of(row: dict[str, Any], setting: dict[str, Any]) -> Cell:
         "precision": option("precision", "bf16"),
         "optimizer": option("optimizer", "adamw"),
         "training": {
-            **{"name": "published", "steps": setting["steps"], "batch_size": batch, "gradient_accumulation": 1},
-            **{"max_length": length, "output_head": "all"},
+            "name": "published",
+            "steps": setting["steps"],
+            "batch_size": batch,
+            "gradient_accumulation": 1,
+            "max_length": length,
+            "output_head": "all",
         },
         "data": {"name": "published", "source": "hub", "hub_id": "meta-math/MetaMathQA"},
         "eval": {"name": "loss", "generate": False},
@@ -145,7 +149,7 @@ def in_words(one: Compared) -> str:
 def table(rows: list[Compared]) -> list[str]:
     """Markdown, sizes in GiB."""
     lines = [
-        "| experiment | trained parameters | static planned | published | ratio | peak planned | published p99 | ratio |",
+        "| experiment | trained | static planned | published | ratio | peak planned | published p99 | ratio |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for one in rows:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import left_bench
 from left_bench.core.errors import UserError
 from left_bench.core.files import write_atomically
 from left_bench.core.paths import cache_dir, contents_of, versions_of
@@ -88,5 +87,5 @@ def _versions() -> dict[str, str]:
 
 @functools.cache
 def _own_code() -> str:
-    root = Path(left_bench.__file__).parent
+    root = Path(__file__).resolve().parents[1]
     return contents_of([path for room in _ROOMS for path in (root / room).rglob("*.py")], root=root)
