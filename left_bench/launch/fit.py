@@ -114,24 +114,25 @@ def _largest(least: int, most: int, limit: int, needed: Callable[[int], int | No
 
 def remedies(cell: Cell, limit: int, *, rows: Rows, plan: Planner) -> list[Remedy]:
     """The changes of a recipe that save memory, from the cheapest on, until one fits; then together, until they fit."""
-    found: list[Remedy] = []
-    changes = list(_changes(cell))
-    for overrides, changed in changes:
-        found.append(_judged((overrides,), changed, limit, rows=rows, plan=plan))
-        if found[-1].fits:
-            return found
-    together, so_far = cell, ()  # type: Cell, tuple[str, ...]
-    for place in range(len(changes)):
-        own = dict(_changes(together))
-        overrides = changes[place][0]
-        if overrides not in own:
-            continue
-        together, so_far = own[overrides], (*so_far, overrides)
-        if len(so_far) > 1:
-            found.append(_judged(so_far, together, limit, rows=rows, plan=plan))
-            if found[-1].fits:
+    tried: list[Remedy] = []
+    before = room_needed(plan(cell, rows), cell)
+    useful: list[str] = []
+    for overrides, changed in _changes(cell):
+        remedy = _judged((overrides,), changed, limit, rows=rows, plan=plan)
+        if before is not None and remedy.needed_bytes is not None and remedy.needed_bytes >= before:
+            continue  # what saves nothing is no remedy
+        tried.append(remedy)
+        useful.append(overrides)
+        if remedy.fits:
+            return tried
+    together = cell
+    for number, overrides in enumerate(useful, start=1):
+        together = dict(_changes(together)).get(overrides, together)
+        if number > 1:
+            tried.append(_judged(tuple(useful[:number]), together, limit, rows=rows, plan=plan))
+            if tried[-1].fits:
                 break
-    return found
+    return tried
 
 
 def _judged(overrides: tuple[str, ...], cell: Cell, limit: int, *, rows: Rows, plan: Planner) -> Remedy:

@@ -31,7 +31,10 @@ _PACKAGES = (
     ),
     *("apollo-torch", "lion-pytorch", "liger-kernel", "tokenizers", "datasets", "reasoning-gym"),
 )
-_ROOMS = ("plan", "training", "methods", "model", "fivebit", "hqq", "measure", "pretrained", "data", "spec")
+_ROOMS = (
+    *("plan", "training", "methods", "model", "quantization", "fivebit", "hqq", "measure", "pretrained", "data"),
+    *("spec", "compat"),
+)
 
 
 def kept_plan(cell: Cell, rows: Rows) -> Plan | None:

@@ -28,7 +28,7 @@ _LAYER_BY_LAYER = {
     *("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig", "peft.CartridgeConfig"),
     *("peft.AdaptionPromptConfig", "peft.TrainableTokensConfig", "peft.DeloraConfig", "peft.GraloraConfig"),
     *("peft.GloraConfig", "peft.MultitaskPromptTuningConfig", "peft.PeanutConfig", "peft.PveraConfig"),
-    *("peft.BeftConfig", "peft.DeftConfig", "peft.OSFConfig", "peft.PsoftConfig", "peft.SuperTuningConfig"),
+    *("peft.BeftConfig", "peft.DeftConfig", "peft.OSFConfig", "peft.PsoftConfig", "peft.SupertuningConfig"),
     *("left_bench.methods.BottleneckConfig", "left_bench.methods.BitFitConfig"),
 }
 """Methods that do to every layer what they do to the others, whatever there is of them; a test holds each to that."""
@@ -104,9 +104,8 @@ def _looks(layer: torch.nn.Module) -> list[Any]:
         }
         tensors = [
             (key, tuple(one.shape), one.dtype, one.requires_grad)
-            for owned in (module._parameters, module._buffers)
-            for key, one in owned.items()
-            if one is not None
+            for owned in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            for key, one in owned
         ]
         found.append((name, type(module), plain, tensors))
     return found
