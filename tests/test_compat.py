@@ -81,6 +81,7 @@ ELSEWHERE = {
     "hydra.": "Hydra's doors are the business of `grid` and `cli`",
     "._option_string_actions": "of Hydra's parser",
     "_aten.": "torch's operators are called so, and a mode that watches them meets them by these names",
+    "._target_": "the key by which Hydra names a class",
     "._model_call": "lm-eval's abstract method, which its models define",
     "._model_generate": "lm-eval's abstract method, which its models define",
 }
@@ -339,6 +340,10 @@ def test_torch_still_tells_of_compilations_in_private_alone_and_has_no_undo():
     x = torch.ones(1, 2)
     compiled = layer(x)
     assert len(begun) == len(ended) == 1
+    with compat_torch.run_eagerly([layer]):
+        assert torch.equal(layer(torch.ones(5, 2))[:1], compiled)
+        assert len(begun) == 1
+    assert torch.equal(layer(x), compiled) and layer._compiled_call_impl is not None
     compat_torch.uncompile(layer)
     assert torch.equal(layer(torch.ones(3, 2))[:1], compiled)
     assert len(begun) == 1  # another shape, and nothing was compiled for it

@@ -67,7 +67,7 @@ def refused(left_bench, tmp_path, monkeypatch):
         (["eval.metrics=[exact_macth]"], ["eval.metrics=", "did you mean 'exact_match'?", "there are exact_match"]),
         (
             ["data.metrics=[f1,zzz]"],
-            ["data.metrics=", "no such metric (there are exact_match, accuracy, rouge_l"],
+            ["data.metrics=", "no such metric (there are exact_match, rouge_l"],
         ),
         (["training.setps=4"], ["training.setps: no such key", "did you mean 'steps'"]),
         ([f"training.schedule={LONG}"], ["training.schedule='xxx", "…"]),

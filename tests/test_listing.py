@@ -39,7 +39,7 @@ def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
 
 
 def test_json_has_an_object_for_each_option(capsys, monkeypatch):
-    monkeypatch.setattr("left_bench.cli.list_options.find_device", lambda asked: "cpu")
+    monkeypatch.setattr("left_bench.grid.compose.find_device", lambda asked: "cpu")
     assert main(["precision", "sweep", "--json"]) == 0
     found = {(one["group"], one["option"]): one for one in json.loads(capsys.readouterr().out)}
     assert {name for group, name in found if group == "precision"} == set(command_line.options("precision"))

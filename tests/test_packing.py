@@ -207,7 +207,7 @@ def test_noise_on_packed_rows_goes_by_each_rows_length(tiny_cell, load_tiny):
     batch, seen = collate(rows, pad_id=0, packed=True), []
     embedding = model.get_input_embeddings()
     plain = embedding(batch.input_ids)
-    with embedding_noise(model, 5.0), torch.no_grad():
+    with embedding_noise(model.train(), 5.0), torch.no_grad():
         embedding.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
         with attending_in_segments(model, kernel=None):
             model(**batch.inputs())

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -113,6 +114,14 @@ def test_a_forked_worker_has_the_environment_folder_and_import_path_it_was_given
     environment, *facts = json.loads((tmp_path / "facts").read_text())
     assert environment == dict(os.environ) | {"LEFT_BENCH_TEST": "ä=1\n2"}
     assert facts == [str(tmp_path), sys.path, [str(tmp_path)], True, True]
+
+
+def test_a_logs_relative_path_is_of_the_folder_that_the_launcher_is_in_now(fork, tmp_path, monkeypatch):
+    assert fork("pass").wait(60) == 0  # the server has begun elsewhere
+    monkeypatch.chdir(tmp_path)
+    options = {"environment": dict(os.environ), "fork": True, "program": "program_0"}
+    assert start_process.start(tmp_path, log=Path("relative.log"), **options).wait(60) == 0
+    assert (tmp_path / "relative.log").is_file()
 
 
 def test_workers_run_side_by_side_and_end_one_by_one(fork, tmp_path):

@@ -7,8 +7,9 @@
 - `sparse_parts`, `sparse_like`: `indices()` and `values()` refuse a tensor that is not coalesced.
 - `watch_compiling`: `torch.compiler` tells nobody of a compilation; the callbacks are torch._dynamo's
   (pytorch/pytorch#120764).
-- `uncompile`: `nn.Module.compile` has no undo (torch/nn/modules/module.py). `torch.compiler.set_stance("force_eager")`
-  is no such thing: it holds for the whole process, and leaves a wrapper around every call of the layer.
+- `uncompile`, `run_eagerly`: `nn.Module.compile` has no undo (torch/nn/modules/module.py).
+  `torch.compiler.set_stance("force_eager")` is no such thing: it holds for the whole process, and leaves a wrapper
+  around every call of the layer.
 - `leave_out_of_ddp`: what DDP is to pass by is told it in no public way (pytorch/pytorch#43690, open).
 - `MovedNotCast`: `.to(dtype)`, `.half()` and their like all go through `nn.Module._apply`, and nothing public lets a
   module say that one of its buffers is stored in the dtype it has.
@@ -16,7 +17,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ __all__ = [
     "TorchDispatchMode",
     "UnsupportedFakeTensorException",
     "leave_out_of_ddp",
+    "run_eagerly",
     "sparse_like",
     "sparse_parts",
     "storage_key",
@@ -81,6 +84,19 @@ def watch_compiling(begin: Callable[[Any], None], end: Callable[[Any], None]) ->
 def uncompile(module: torch.nn.Module) -> None:
     """Undo `module.compile()`."""
     module._compiled_call_impl = None
+
+
+@contextmanager
+def run_eagerly(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Inside, modules that `compile()` has compiled run without it."""
+    compiled: list[Any] = [module._compiled_call_impl for module in modules]
+    for module in modules:
+        uncompile(module)
+    try:
+        yield
+    finally:
+        for module, call in zip(modules, compiled, strict=True):
+            module._compiled_call_impl = call
 
 
 def leave_out_of_ddp(module: torch.nn.Module, names: Iterable[str]) -> None:

@@ -369,7 +369,7 @@ def _report(manifest: Manifest, settings: Settings) -> None:
     except OSError as error:
         raise UserError(
             f"reports_dir={out}: {error.filename or out} cannot be written "
-            f"({error.strerror or error}); the records are kept, mend that and give the same command again"
+            f"({error.strerror or error}); the records are kept; fix that and give the same command again"
         ) from error
     print(f"report: {markdown}\npage: {markdown.with_suffix('.html')}")
     track_sweep(

@@ -171,11 +171,11 @@ def _work(launcher: Connection, *, server: int) -> int:
     launcher.send(pid=os.getpid())
     launcher.close()
     assert asked is not None
+    os.chdir(asked["folder"])  # which the log's path may be relative to
     output = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
-    os.chdir(asked["folder"])
     sys.path[:] = asked["path"]
     os.environ.clear()
     os.environ.update(asked["environment"])

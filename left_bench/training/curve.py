@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from left_bench.compat.torch import run_eagerly
 from left_bench.core.errors import UserError
 from left_bench.data import Example, collate
 from left_bench.measure.meter import Meter
@@ -106,7 +106,7 @@ class Curve:
         with (
             meter.aside("validate"),
             torch.random.fork_rng(devices=_devices(meter.device.kind)),
-            _eager(model),
+            run_eagerly(layers_of(model)),
         ):
             point = CurvePoint(
                 step=step,
@@ -241,17 +241,3 @@ def _place(model: torch.nn.Module) -> torch.device:
 
 def _devices(kind: str) -> list[int]:
     return [torch.cuda.current_device()] if kind == "cuda" else []
-
-
-@contextmanager
-def _eager(model: torch.nn.Module) -> Iterator[None]:
-    """Without torch.compile, which would compile the layers once more for a pass without gradients."""
-    layers: Any = layers_of(model)
-    compiled = [layer._compiled_call_impl for layer in layers]
-    for layer in layers:
-        layer._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for layer, call in zip(layers, compiled, strict=True):
-            layer._compiled_call_impl = call

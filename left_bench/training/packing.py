@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from left_bench.compat.transformers import attention_kernel
 from left_bench.data import Example, collate
-from left_bench.methods.attach import virtual_positions
+from left_bench.methods.attach import has_virtual_tokens
 from left_bench.model.load import autocast
 from left_bench.spec.cell import Cell
 from left_bench.training.loss import AnswerLoss
@@ -310,7 +310,7 @@ def why_not_packed(
         return str(getattr(rows[0], "not_packed", "rows of this task are not text"))
     if model.config.is_encoder_decoder:
         return "an encoder and a decoder have rows of their own"
-    if virtual_positions(model) or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if has_virtual_tokens(model):
         return "virtual tokens come before each row"
     settings = getattr(model, "active_peft_config", None)
     for name, why in _READS_WHOLE_ROWS.items():

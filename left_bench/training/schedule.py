@@ -28,7 +28,7 @@ class Schedule:
     @property
     def learning_rate(self) -> float:
         """Of the next step."""
-        return float(self._inner.get_last_lr()[0])
+        return float(self._inner.optimizer.param_groups[0]["lr"])
 
     def step(self, *, seconds: float) -> None:
         """A step has been taken; `seconds` of training so far."""
@@ -40,7 +40,6 @@ class Schedule:
         rates = [base * shape(place) for base, shape in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
         for group, rate in zip(inner.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        inner._last_lr = rates
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self._inner.state_dict()
