@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from left_bench.plan.peak import measured_range
-from left_bench.plan.predict import Plan, predict
+from left_bench.plan.predict import Known, predict
 from left_bench.report.load import read_runs
 from left_bench.spec.cell import Cell, fingerprint
 from left_bench.spec.record import Record
@@ -39,11 +39,11 @@ def main() -> int:
             cell = Cell.from_config(record.config, choices=record.choices)
             cells.setdefault(key := fingerprint(cell.identity | {"seed": None}), cell)
             runs[key].append(record)
-    followed: dict[str, Plan] = {}
+    known = Known()
     rows, wrong = [], 0
     for number, (key, cell) in enumerate(cells.items(), start=1):
         start = time.perf_counter()
-        plan = predict(cell, followed=followed)
+        plan = predict(cell, known=known)
         seconds = time.perf_counter() - start
         unlike = {
             part: [plan.parts.get(part), record.memory_breakdown.get(part)]

@@ -25,7 +25,8 @@ from left_bench.methods.attach import after_optimizer_step, attach_adapter, trai
 from left_bench.plan import predict as predicting
 from left_bench.plan.follow import Storages
 from left_bench.plan.peak import measured_range
-from left_bench.plan.predict import Pass, Plan, largest_pass, predict
+from left_bench.plan.predict import Known, largest_pass, predict
+from left_bench.plan.result import Pass, Plan
 from left_bench.spec.cell import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,9 +151,9 @@ def test_methods_that_ask_for_numbers_are_told_the_ordinary_case():
 
 
 @pytest.fixture(scope="module")
-def followed():
+def known():
     """What was followed for one quantization is not followed again for the others."""
-    return {}
+    return Known()
 
 
 def committed(kind: str) -> list[dict]:
@@ -163,7 +164,7 @@ def committed(kind: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", [*(f"{name}-lora" for name in RECORDED_WEIGHTS), "nf4_dq-ln_tuning", "none-full"])
-def test_committed_records_beside_their_plans(kind, monkeypatch, followed):
+def test_committed_records_beside_their_plans(kind, monkeypatch, known):
     """Their parts to the byte, and every measured peak within what the plan says a run will measure."""
     # what `largest_pass` finds where the default model's tokenizer is at hand, which tests must not count on
     monkeypatch.setattr(predicting, "largest_pass", lambda cell: Pass(8, 42, 30, measured=True))
@@ -171,7 +172,7 @@ def test_committed_records_beside_their_plans(kind, monkeypatch, followed):
     assert len(records) >= 3
     for record in records:
         cell = Cell.from_config(record["config"], choices=record["choices"])
-        plan = predict(cell, followed=followed)
+        plan = predict(cell, known=known)
         for part in PARTS:
             assert plan.parts.get(part) == record["memory_breakdown"].get(part), part
         least, most = measured_range(plan, cell)

@@ -6,13 +6,13 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from left_bench.launch.fit import Fit, Remedy
+from left_bench.plan.peak import measured_range, room_needed
+from left_bench.plan.result import Pass, Plan, Rows
 from left_bench.spec.cell import Cell
-
-if TYPE_CHECKING:
-    from left_bench.plan.predict import Plan
 
 _PARTS = ("weights", "adapter", "adapter_frozen", "gradients", "optimizer", "activations_and_workspace")
 _HEADINGS = {"adapter_frozen": "frozen", "activations_and_workspace": "activations"}
@@ -34,12 +34,15 @@ class Answer:
     """`yes`, `no`, `perhaps` or `?` (`verdict`); `unsupported`; `cannot run`."""
     refusal: str | None = None
     limit_bytes: int | None = None
+    rows: Rows = field(default_factory=Rows)
+    """What was asked about the rows."""
+    largest: tuple[Fit, ...] = ()
+    """The largest batch or length, for each limit that was asked about."""
+    remedies: tuple[Remedy, ...] = ()
 
     @property
     def range_bytes(self) -> tuple[int, int] | None:
         """Between what a run's measured peak may be expected; None where that is not known."""
-        from left_bench.plan.peak import measured_range
-
         return None if self.plan is None else measured_range(self.plan, self.cell)
 
 
@@ -48,8 +51,6 @@ def verdict(plan: Plan, limit: int | None, *, cell: Cell) -> str:
 
     What is known can be too much already.
     """
-    from left_bench.plan.peak import room_needed
-
     if limit is None:
         return "?"
     if sum(plan.parts.values()) > limit:
@@ -69,7 +70,9 @@ def print_answers(answers: Sequence[Answer]) -> int:
     parts = [part for part in _PARTS if part in held or part != "adapter_frozen"]  # few methods have the last
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("cell", overflow="fold")
-    for heading in (*(_HEADINGS.get(part, part) for part in parts), "peak", "as measured", "limit"):
+    mean = any(answer.rows.with_mean for answer in answers)
+    ends = (*(["mean"] if mean else []), "peak", "as measured", "limit")
+    for heading in (*(_HEADINGS.get(part, part) for part in parts), *ends):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     said: dict[str, None] = {}
@@ -78,18 +81,20 @@ def print_answers(answers: Sequence[Answer]) -> int:
         style = {"yes": "green", "no": "red", "cannot run": "red"}.get(answer.fits, "yellow")
         verdict_text = Text(answer.fits, style=style)
         if plan is None:
-            table.add_row(Text(name), *[""] * (len(parts) + 3), verdict_text)
+            table.add_row(Text(name), *[""] * (len(parts) + len(ends)), verdict_text)
             said[f"{name}: {answer.refusal}"] = None
             continue
         between = answer.range_bytes
         measured = _size(None) if between is None else f"{_size(between[0])} to {_size(between[1])}"
-        sizes = (_size(plan.parts.get(part)) for part in parts)
+        sizes = [_size(plan.parts.get(part)) for part in parts] + ([_size(plan.mean_bytes)] if mean else [])
         table.add_row(Text(name), *sizes, _size(plan.peak_bytes), measured, _size(answer.limit_bytes), verdict_text)
         said |= {f"{name}: not predicted: {one}": None for one in plan.unknown}
         if plan.paged_optimizer_bytes:
             paged = _size(plan.paged_optimizer_bytes)
             said[f"{name}: {paged} of optimizer states beside the peak, in memory that CUDA pages to the host"] = None
-        said[_pass_in_words(plan, answer.cell)] = None
+        said |= dict.fromkeys(_in_words(answer))
+    if mean:
+        said["mean: what a step of ordinary rows holds at most"] = None
     said["peak: what the tensors of a step hold at once; as measured: what a run's record will say"] = None
     _print(table, said)
     return exit_code(answers)
@@ -126,16 +131,55 @@ def print_cards(answers: Sequence[Answer], cards_gb: Sequence[float]) -> int:
         table.add_row(Text(answer.name), _size(answer.plan.peak_bytes), *shown)
         code = max(code, int(all(word.startswith("no") for word in words)))
         said |= {f"{answer.name}: not predicted: {one}": None for one in answer.plan.unknown}
-        said[_pass_in_words(answer.plan, answer.cell)] = None
+        said |= dict.fromkeys(_in_words(answer))
     said["yes +: what is left over, with what lies beside a step's tensors taken off (docs/plan.md)"] = None
     _print(table, said)
     return code
 
 
+def print_fits(answers: Sequence[Answer], *, fit: str, cards_gb: Sequence[float]) -> int:
+    """The largest batch or length of each cell, for every limit; 1 where a cell fits into none of them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    limits = [f"{size:g} GB" for size in cards_gb] or ["limit", f"largest {fit}"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("cell", overflow="fold")
+    for heading in limits:
+        table.add_column(heading, justify="right", no_wrap=True)
+    said: dict[str, None] = {}
+    code = 0
+    for answer in answers:
+        if answer.plan is None:
+            table.add_row(Text(answer.name), *[Text(answer.fits, style="yellow")] * len(limits))
+            said[f"{answer.name}: {answer.refusal}"] = None
+            code = max(code, int(answer.fits == "cannot run"))
+            continue
+        words = [fit_in_words(one, fit=fit) for one in answer.largest] or ["?"]
+        shown = words if cards_gb else [_size(answer.limit_bytes), *words]
+        table.add_row(Text(answer.name), *map(Text, shown))
+        values = [one.value for one in answer.largest]
+        code = max(code, int(bool(values) and all(value is None for value in values)))
+        said |= {f"{answer.name}: not predicted: {one}": None for one in answer.plan.unknown}
+    if fit == "batch":
+        said["rows of a pass × passes of a step (training.batch_size, training.gradient_accumulation)"] = None
+        said["all: a step's rows in one pass; a step has as many rows as before"] = None
+    else:
+        said["tokens of every row (training.max_length); all: as many as the model has positions"] = None
+    _print(table, said)
+    return code
+
+
+def fit_in_words(one: Fit, *, fit: str) -> str:
+    """`4 × 2`, or a length; `none` where not even the least fits, `?` where that is not known."""
+    if one.value is None:
+        return "?" if one.needed_bytes is None else "none"
+    value = f"{one.value} × {one.gradient_accumulation}" if fit == "batch" else f"{one.value:,}"
+    return f"{value} (all)" if one.bounded else value
+
+
 def on_card(plan: Plan, cell: Cell, *, gb: float) -> str:
     """`yes +3.1 GiB` left over, `perhaps`, `no, 1.2 GiB short`, or `?`."""
-    from left_bench.plan.peak import room_needed
-
     size = int(gb * 10**9)
     word, needed = verdict(plan, size, cell=cell), room_needed(plan, cell)
     if word == "yes" and needed is not None:
@@ -155,6 +199,12 @@ def row_of(answer: Answer) -> dict[str, Any]:
         row |= {"paged_optimizer_bytes": plan.paged_optimizer_bytes, "trainable_params": plan.trainable_params}
         row |= {"total_params": plan.total_params, "not_predicted": "; ".join(plan.unknown)}
         row |= {f"largest_pass_{name}": value for name, value in asdict(plan.largest).items()}
+        if plan.mean is not None:
+            row |= {"mean_bytes": plan.mean_bytes, "mean_pass_tokens": plan.mean.rows * plan.mean.length}
+    for one in answer.largest:
+        row |= {f"fits_{one.limit_bytes}_{key}": value for key, value in asdict(one).items() if key != "limit_bytes"}
+    for remedy in answer.remedies:
+        row[f"needs_bytes_with {' '.join(remedy.overrides)}"] = remedy.needed_bytes
     return row
 
 
@@ -189,8 +239,26 @@ def _size(value: float | None) -> str:
     return format_value("peak_memory_bytes", value)
 
 
-def _pass_in_words(plan: Plan, cell: Cell) -> str:
-    one = plan.largest
+def _in_words(answer: Answer) -> list[str]:
+    """The passes that were planned, and what would make the cell fit."""
+    plan = answer.plan
+    assert plan is not None
+    said = [f"largest pass: {_pass_in_words(plan.largest, answer)}"]
+    if plan.mean is not None:
+        said.append(f"mean pass: {_pass_in_words(plan.mean, answer)}")
+    for one in answer.remedies:
+        needs = f"needs {_size(one.needed_bytes)}" + (", and fits" if one.fits else "")
+        said.append(f"{answer.name}: with {' '.join(one.overrides)} it {needs}")
+    if answer.remedies and not answer.remedies[-1].fits:
+        said.append(f"{answer.name}: nothing that is known here makes it fit; take a smaller model, or shorter rows")
+    return said
+
+
+def _pass_in_words(one: Pass, answer: Answer) -> str:
     shape = f"{one.length} tokens end to end" if one.packed else f"{one.rows} rows of {one.length} tokens"
-    rows = f"largest pass: {shape}, {one.answer_tokens} of them answers"
-    return rows if one.measured else f"{rows} (the rows are not on this machine: training.max_length taken for each)"
+    rows = f"{shape}, {one.answer_tokens} of them answers"
+    if one.measured:
+        return rows
+    if answer.rows.longest is not None:
+        return f"{rows} (as --length says)"
+    return f"{rows} (the rows are not on this machine: training.max_length taken for each)"

@@ -44,17 +44,24 @@ def check_positions(cell: Cell) -> None:
     Raises:
         UserError: naming the keys, the model and its positions.
     """
-    config, virtual = config_at_hand(cell), virtual_tokens(cell)
-    learned = positions_of(config)
-    positions = learned or _configured(config)
-    if positions is None or cell.training.max_length + virtual <= positions:
+    most, virtual = most_tokens(cell), virtual_tokens(cell)
+    if most is None or cell.training.max_length <= most:
         return
+    positions = most + virtual
+    learned = positions_of(config_at_hand(cell))
     beside = f" and peft.config.num_virtual_tokens={virtual}" if virtual else ""
     has = "has learned" if learned else "is configured for"
     raise UserError(
         f"training.max_length={cell.training.max_length}{beside}: {cell.model.name} {has} {positions} positions; "
-        f"give training.max_length={positions - virtual} or less"
+        f"give training.max_length={most} or less"
     )
+
+
+def most_tokens(cell: Cell) -> int | None:
+    """Tokens that a row may have beside a method's virtual ones; None where the model's configuration does not say."""
+    config = config_at_hand(cell)
+    positions = positions_of(config) or _configured(config)
+    return None if positions is None else positions - virtual_tokens(cell)
 
 
 def _configured(config: Mapping[str, Any]) -> int | None:

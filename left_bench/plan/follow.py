@@ -14,21 +14,45 @@ from torch.overrides import TorchFunctionMode
 from left_bench.compat.torch import FakeTensor, TorchDispatchMode, sparse_like, sparse_parts, storage_key
 
 _aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _ASKING = (_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.rand.default)
 """What asks for numbers: `.item()` and `if tensor`, the places of a mask, a comparison, a draw."""
 
 
+Place = tuple[str, int]
+"""A part of a step, and the number of the layer it is in; -1 where it is in none."""
+
+
 class Storages(TorchDispatchMode):
-    """Bytes of all storages alive that were made while it is on, and the most there were at once."""
+    """Bytes of all storages alive that were made while it is on, and the most there were at once at each place."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.stage = ""
+        self.peaks: dict[Place, int] = {}
+        """The most that there was at each place of the step since the first `begin`."""
+        self._place: Place = ("", -1)
         self.answering = False
         """Whether questions about numbers have answers; an optimizer that has some is tried on real ones instead."""
         self._alive: dict[int, int] = {}
 
+    def begin(self, stage: str) -> None:
+        """The step comes to a stage of its own: a pass forward, a pass backward, the optimizer's part."""
+        self.stage = stage
+        self._come_to((stage, -1))
+
+    def at(self, what: str, layer: int = -1) -> None:
+        """The stage comes to another place: what is done, and in which layer."""
+        self._come_to((f"{self.stage}: {what}", layer))
+
+    def _come_to(self, place: Place) -> None:
+        self._place = place
+        self.peaks[place] = max(self.peaks.get(place, 0), self.now)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # asked twice for every operation
+            return args[0].fake_device
         out = self._answer(func, args) if self.answering and func in _ASKING else None
         if out is None:
             out = _entries_kept(func, args)
@@ -58,7 +82,8 @@ class Storages(TorchDispatchMode):
         if key not in self._alive:
             self._alive[key] = storage.nbytes()
             self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
+            if self._place in self.peaks:
+                self.peaks[self._place] = max(self.peaks[self._place], self.now)
             weakref.finalize(storage, self._end, key)
 
     def _end(self, key: int) -> None:

@@ -6,12 +6,10 @@ for CUDA, of `reports/gpu.md`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from left_bench.plan.result import Plan
 from left_bench.spec.cell import Cell
-
-if TYPE_CHECKING:
-    from left_bench.plan.predict import Plan
 
 _MIB = 2**20
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,9 +32,18 @@ from left_bench.measure.meter import stored_bytes
 from left_bench.measure.method_buffers import Modules, frozen_tensors, modules_of
 from left_bench.methods import data_init
 from left_bench.methods.attach import added_parameters, after_optimizer_step, regularization, trainable_parameters
+from left_bench.methods.partial import decoder_layers
 from left_bench.model.load import DTYPES, autocast
 from left_bench.plan.follow import Storages, as_on
-from left_bench.plan.shapes import adapter_of_shapes, give_numbers, model_of_shapes, replace_tensors
+from left_bench.plan.repeat import Walk, are_alike, extrapolated, repeats_of, shortened, tell_layers
+from left_bench.plan.result import Pass, Plan, Rows
+from left_bench.plan.shapes import (
+    adapter_of_shapes,
+    give_numbers,
+    is_architecture_alone,
+    model_of_shapes,
+    replace_tensors,
+)
 from left_bench.pretrained import fetched, load_tokenizer, source
 from left_bench.pretrained.make import byte_tokenizer
 from left_bench.quantization import stored_bytes_of
@@ -47,57 +57,37 @@ _LARGEST_TRIED = 2**26
 _LEAST_PAGED = 100_000  # weights; bitsandbytes keeps the states of smaller parameters as they are (optim/optimizer.py)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """The shape of a step's largest pass."""
-
-    rows: int
-    length: int
-    """Tokens of its longest row."""
-    answer_tokens: int
-    measured: bool
-    """Whether the training rows were looked at; else every row is taken to be as long as `training.max_length` lets."""
-    packed: bool = False
-    """Rows end to end: planned as one row of `length` tokens, whose attention is the memory of its kernel alone."""
-
-
 @dataclass
-class Plan:
-    """Bytes by the names of a record's `memory_breakdown`; what could not be predicted is absent and in `unknown`."""
+class Known:
+    """What was worked out for other cells and stands for several: a step is the same over every quantization."""
 
-    largest: Pass
-    total_params: int = 0
-    trainable_params: int = 0
-    parts: dict[str, int] = field(default_factory=dict)
-    paged_optimizer_bytes: int = 0
-    """Optimizer states in CUDA's managed memory, which no allocator counts: beside the parts and the peak."""
-    unknown: list[str] = field(default_factory=list)
-    """What was not predicted, and why, in words."""
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """The most that a step holds at once; None when a part of it is not known."""
-        wanted = {"weights", "gradients", "optimizer", "activations_and_workspace"}
-        return sum(self.parts.values()) if wanted <= self.parts.keys() else None
+    methods: dict[str, Plan] = field(default_factory=dict)
+    passes: dict[str, tuple[Pass, Pass]] = field(default_factory=dict)
 
 
-def predict(cell: Cell, *, followed: dict[str, Plan] | None = None) -> Plan:
+def predict(cell: Cell, *, known: Known | None = None, rows: Rows | None = None) -> Plan:
     """What `cell` will hold in memory while it trains.
 
     Args:
-        followed: what was worked out for other cells; a step is the same over every quantization, and is taken from it.
+        known: what was worked out for other cells, and is to be taken from there.
+        rows: how long they are, where the data is not to be asked.
 
     Raises:
         UserError: the model's configuration cannot be had.
     """
-    plan = Plan(largest_pass(cell))
+    known, rows = known or Known(), rows or Rows()
+    largest, mean = _passes(cell, rows, known)
+    plan = Plan(largest)
     model = model_of_shapes(cell)
     quantized = quantizable(model) if cell.quantization.target is not None else {}
     dense = bytes_of(chain(model.parameters(), model.buffers()))
     plan.total_params = sum(parameter.numel() for parameter in model.parameters())
     stored = stored_bytes_of(cell)
     workspace = 0
-    if cell.quantization.checkpoint_method is not None or (quantized and stored is None):
+    published = getattr(model.config, "quantization_config", None)
+    if published is not None and cell.quantization.checkpoint_method is None:
+        plan.unknown.append("weights: the checkpoint comes quantized, and how its layers are stored is not known here")
+    elif cell.quantization.checkpoint_method is not None or (quantized and stored is None):
         plan.unknown.append(f"weights: how {cell.quantization.name} stores a layer is not known here")
     else:
         dequantized = sum(layer.weight.nbytes for layer in quantized.values())
@@ -105,55 +95,125 @@ def predict(cell: Cell, *, followed: dict[str, Plan] | None = None) -> Plan:
         plan.parts["weights"] = dense - dequantized + kept
         item = DTYPES[cell.precision.compute_dtype].itemsize
         workspace = max((layer.weight.numel() * item for layer in quantized.values()), default=0)
-    followed = {} if followed is None else followed
-    alike = fingerprint([cell.identity | dict.fromkeys(("quantization", "eval", "seed")), asdict(plan.largest)])
-    if alike not in followed:
-        followed[alike] = _with_method(plan.largest, model, cell)
-    method = followed[alike]
+    method = _with_method(largest, model, cell, known)
     plan.parts |= method.parts
     if "activations_and_workspace" in plan.parts:
         plan.parts["activations_and_workspace"] += workspace
     plan.unknown += method.unknown
     plan.trainable_params, plan.paged_optimizer_bytes = method.trainable_params, method.paged_optimizer_bytes
+    if rows.with_mean:
+        plan.mean = mean
+        ordinary = _with_method(mean, model_of_shapes(cell), cell, known).parts.get("activations_and_workspace")
+        plan.mean_activations_bytes = None if ordinary is None else ordinary + workspace
     return plan
 
 
-def _with_method(largest: Pass, model: Any, cell: Cell) -> Plan:
+def _with_method(largest: Pass, model: Any, cell: Cell, known: Known) -> Plan:
     """The parts that the method, its optimizer and a step add to the base model's weights."""
+    alike = fingerprint([cell.identity | dict.fromkeys(("quantization", "eval", "seed")), asdict(largest)])
+    if alike not in known.methods:
+        walk = None
+        with contextlib.suppress(Exception):  # whatever it is, the whole model tells it in its own words
+            walk = _short_walk(largest, model, cell)
+        known.methods[alike] = _plan_of(walk or _whole_walk(largest, model, cell), largest)
+    return known.methods[alike]
+
+
+def _short_walk(largest: Pass, model: Any, cell: Cell) -> Walk | None:
+    """That of a model whose layers repeat, from two that have few of them; None where they do not."""
+    repeats = repeats_of(model, cell)
+    if repeats is None:
+        return None
+    lengths = repeats.kept, repeats.kept + repeats.period
+    short, longer = (_walk(largest, shortened(model, layers), cell, period=repeats.period) for layers in lengths)
+    return extrapolated(short, longer, repeats)
+
+
+def _whole_walk(largest: Pass, model: Any, cell: Cell) -> Walk:
     try:
-        plan = Plan(largest)
-        _take_in_method(plan, model, cell)
+        return _walk(largest, model, cell)
     except (UserError, Unsupported):
         raise
     except Exception:  # a method that looks at the weights, or draws what decides a shape
-        plan = Plan(largest)
+        walk = Walk()
         model = model_of_shapes(cell)
         try:
             give_numbers(model)
-            _take_in_method(plan, model, cell)
+            return _walk(largest, model, cell, into=walk)
         except (UserError, Unsupported):
             raise
         except Exception as error:
-            attached = "adapter" in plan.parts or cell.peft.target is None
+            attached = "adapter" in walk.amounts or cell.peft.target is None
             what = "the step" if attached else f"the adapter of peft={cell.peft.name} and all that follows"
-            plan.unknown.append(f"{what}: it cannot be followed without the model itself ({_short(error)})")
+            walk.unknown.append(f"{what}: it cannot be followed without the model itself ({_short(error)})")
+    return walk
+
+
+def _plan_of(walk: Walk, largest: Pass) -> Plan:
+    """A walk's numbers by the names of a plan; a part that the walk did not come to is absent."""
+    amounts = walk.amounts
+    plan = Plan(largest, trainable_params=amounts.get("trainable_params", 0), unknown=walk.unknown)
+    plan.paged_optimizer_bytes = amounts.get("paged_optimizer", 0)
+    named = {"adapter": "adapter", "gradients": "gradients", "optimizer": "optimizer", "frozen": "adapter_frozen"}
+    for key, part in named.items():
+        if key in amounts and (key != "frozen" or amounts[key]):
+            plan.parts[part] = amounts[key]
+    if walk.peaks:
+        made_in_step = amounts["frozen"] - amounts["frozen_before"]
+        beyond = max(walk.peaks.values()) - amounts["held"] - amounts["gradients"] - made_in_step
+        plan.parts["activations_and_workspace"] = max(0, beyond)
     return plan
 
 
-def _take_in_method(plan: Plan, model: Any, cell: Cell) -> None:
-    """Attach the cell's method to the base model, and take a step where steps can be followed."""
+def _walk(largest: Pass, model: Any, cell: Cell, *, into: Walk | None = None, period: int | None = None) -> Walk:
+    """Attach the cell's method to the base model, and take a step where steps can be followed.
+
+    Args:
+        into: what is counted stays there when an exception ends the walk.
+        period: of the layers, for a model that stands for one with more of them.
+    """
+    walk = Walk() if into is None else into
+    layers = decoder_layers(model) if period is not None else []
     of_base, modules = [name for name, _ in model.named_parameters()], modules_of(model)
     model = adapter_of_shapes(model, cell, rows=_rows_to_start_from(cell))
     trained = trainable_parameters(model)
-    plan.trainable_params = sum(parameter.numel() for parameter in trained)
+    walk.amounts["trainable_params"] = sum(parameter.numel() for parameter in trained)
     if cell.peft.target is not None:
-        plan.parts["adapter"] = bytes_of(added_parameters(model, base=of_base))
+        walk.amounts["adapter"] = bytes_of(added_parameters(model, base=of_base))
     if not cell.task.is_decoder or cell.training.objective != "sft":
-        plan.unknown.append("the step: only a decoder's supervised fine-tuning is followed")
+        walk.unknown.append("the step: only a decoder's supervised fine-tuning is followed")
     elif cell.hardware.sharding is not None:
-        plan.unknown.append(f"the step: hardware.sharding={cell.hardware.sharding} is not followed")
+        walk.unknown.append(f"the step: hardware.sharding={cell.hardware.sharding} is not followed")
     else:
-        _take_step(plan, model, cell, base=modules)
+        if period is not None and not are_alike(layers, period=period):
+            raise ValueError(f"peft={cell.peft.name} makes the layers differ")
+        _take_step(walk, model, cell, largest=largest, base=modules, layers=layers)
+    return walk
+
+
+def _passes(cell: Cell, rows: Rows, known: Known) -> tuple[Pass, Pass]:
+    """The largest pass and the ordinary one."""
+    if rows.longest is not None:
+        return tuple(_assumed_pass(cell, length) for length in (rows.longest, rows.mean or rows.longest))  # type: ignore[return-value]
+    told_by = [cell.identity[group] for group in ("model", "data")]
+    shape = cell.training.model_dump(include={"batch_size", "gradient_accumulation", "batching", "steps", "max_length"})
+    key = fingerprint([*told_by, shape, rows.with_mean, cell.hardware.processes, cell.one_answer_a_row, cell.seed])
+    if key not in known.passes:
+        largest = largest_pass(cell)
+        known.passes[key] = largest, mean_pass(cell) if rows.with_mean else largest
+    return known.passes[key]
+
+
+def _assumed_pass(cell: Cell, length: int) -> Pass:
+    """The pass of rows that are all as long."""
+    each = _rows_of_a_process(cell)
+    if cell.training.batching == "packed":
+        return Pass(1, each * length, each * length, False, True)
+    return Pass(each, length, each * length, False)
+
+
+def _rows_of_a_process(cell: Cell) -> int:
+    return max(1, cell.training.batch_size // cell.hardware.processes)
 
 
 def largest_pass(cell: Cell) -> Pass:
@@ -161,13 +221,30 @@ def largest_pass(cell: Cell) -> Pass:
 
     Rows are read and tokenized only when the tokenizer and the data are on this machine already.
     """
+    found = None
+    for one in _passes_at_hand(cell):
+        if found is None or one.rows * one.length > found.rows * found.length:
+            found = one
+    return found or _assumed_pass(cell, cell.training.max_length)
+
+
+def mean_pass(cell: Cell) -> Pass:
+    """The pass of so many tokens, padding included, as the cell's passes have on the average."""
+    passes = list(_passes_at_hand(cell))
+    if not passes:
+        return _assumed_pass(cell, cell.training.max_length)
+    rows = max(one.rows for one in passes)
+    length = round(sum(one.rows * one.length for one in passes) / len(passes) / rows)
+    answers = round(sum(one.answer_tokens for one in passes) / len(passes))
+    return Pass(rows, max(1, length), max(1, answers), True, passes[0].packed)
+
+
+def _passes_at_hand(cell: Cell) -> Iterator[Pass]:
+    """The passes of the first steps, one after the other; none where the rows are not on this machine."""
     settings, rows = cell.training, _rows_at_hand(cell)
-    each = max(1, settings.batch_size // cell.hardware.processes)
-    packed = settings.batching == "packed"
     if rows is None:
-        tokens = each * settings.max_length
-        return Pass(1, tokens, tokens, False, True) if packed else Pass(each, settings.max_length, tokens, False)
-    found = Pass(0, 0, 0, measured=True)
+        return
+    each, packed = _rows_of_a_process(cell), settings.batching == "packed"
     for indices in step_rows(
         len(rows),
         rows_per_step=settings.batch_size * settings.gradient_accumulation,
@@ -179,15 +256,15 @@ def largest_pass(cell: Cell) -> Pass:
             mine = one[:each]
             lengths = [example.length for example in mine]
             shape = (1, sum(lengths)) if packed else (len(mine), max(lengths))
-            if shape[0] * shape[1] > found.rows * found.length:
-                found = Pass(*shape, sum(example.labels for example in mine), True, packed)
-    return found
+            yield Pass(*shape, sum(example.labels for example in mine), True, packed)
 
 
 def _rows_at_hand(cell: Cell) -> Sequence[Example] | None:
     folder = fetched(cell.model, dtype=cell.precision.weights_dtype)
-    if cell.data.source == "hub" and cell.data.path is None:
+    if (cell.data.source == "hub" and cell.data.path is None) or is_architecture_alone(cell.model):
         return None
+    if folder is not None and source(cell.model) == "hub" and not any(Path(folder).glob("token*")):
+        return None  # the hub's configuration alone
     if folder is not None:
         tokenizer = load_tokenizer(folder, cell.model)
     elif source(cell.model) == "random":
@@ -225,21 +302,24 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum({storage_key(storage): storage.nbytes() for storage in storages}.values())
 
 
-def _take_step(plan: Plan, model: Any, cell: Cell, *, base: Modules) -> None:
-    """One optimizer step, every storage followed; fills in gradients, optimizer and what the peak holds beyond."""
+def _take_step(
+    walk: Walk, model: Any, cell: Cell, *, largest: Pass, base: Modules, layers: Sequence[torch.nn.Module]
+) -> None:
+    """One optimizer step, every storage followed; fills in gradients, optimizer and the peak at each place."""
+    amounts = walk.amounts
     with FakeTensorMode(allow_non_fake_inputs=True), Storages() as storages:
         # autocast passes by tensors on the meta device
         replace_tensors(model, _fake)
         trained = trainable_parameters(model)
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-        plan.parts["gradients"] = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
+        amounts["gradients"] = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
         optimizer = None
         with contextlib.suppress(DataDependentOutputException, UnsupportedFakeTensorException, RuntimeError):
             optimizer = make_optimizer(model, _in_plain_memory(cell), device="cpu")
             optimizer.step()  # makes the states; the step that is followed is one that has them
-            plan.parts["optimizer"] = bytes_of(state_tensors(optimizer))
-        if "optimizer" not in plan.parts:
+            amounts["optimizer"] = bytes_of(state_tensors(optimizer))
+        if "optimizer" not in amounts:
             optimizer = None
         storages.answering = True
         after_optimizer_step(model, 0)
@@ -247,44 +327,47 @@ def _take_step(plan: Plan, model: Any, cell: Cell, *, base: Modules) -> None:
 
         everywhere = cell.training.output_head == "all"
         loss = AnswerLoss(model, everywhere=True) if everywhere else AnswerLoss.assumed(model, kind=cell.device_type)
-        held, kept = storages.now, bytes_of(frozen_tensors(model, base=base))
-        storages.peak = held
+        amounts["held"] = storages.now
+        amounts["frozen_before"] = bytes_of(frozen_tensors(model, base=base))
+        tell_layers(layers, storages)
         model.train()
-        for _ in range(min(2, cell.training.gradient_accumulation)):  # the second pass has the first one's gradients
+        for number in range(min(2, cell.training.gradient_accumulation)):  # the second has the first one's gradients
+            storages.begin(f"forward {number}")
             with autocast(cell, device="cpu"), as_on(cell.device_type, autocasting=cell.autocast):
-                total = loss.summed(_batch(plan.largest))
+                total = loss.summed(_batch(largest))
             penalty = regularization(model)
+            storages.begin(f"backward {number}")
             (total if penalty is None else total + penalty).backward()
             del total, penalty
         storages.answering = False
         if len(trainable_parameters(model)) > len(trained):  # MonteCLoRA makes its samplers where there are numbers
             raise ValueError("a part that is trained is made in the first pass alone")
-        _take_in_gradients(plan, trained, optimizer)
+        _take_in_gradients(amounts, trained, optimizer)
+        storages.begin("clip")
         torch.nn.utils.clip_grad_norm_(trained, cell.training.max_grad_norm or math.inf)
         if optimizer is not None:
+            storages.begin("optimizer")
             optimizer.step()
-    if frozen := bytes_of(frozen_tensors(model, base=base)):
-        plan.parts["adapter_frozen"] = frozen
+    amounts["frozen"] = bytes_of(frozen_tensors(model, base=base))
     if optimizer is None:  # one whose states only numbers make
-        plan.parts["optimizer"], _ = _states_by_trial(model, cell)
+        amounts["optimizer"], _ = _states_by_trial(model, cell)
     if ".Paged" in cell.optimizer.target:  # counted apart, as a run does: the card's allocator does not hold them
-        states, plan.paged_optimizer_bytes = _states_by_trial(model, cell)
-        plan.parts["optimizer"] = states - plan.paged_optimizer_bytes
-    beyond = storages.peak - held - plan.parts["gradients"] - (frozen - kept)  # made in the first pass
-    plan.parts["activations_and_workspace"] = max(0, beyond)
+        states, amounts["paged_optimizer"] = _states_by_trial(model, cell)
+        amounts["optimizer"] = states - amounts["paged_optimizer"]
+    walk.peaks = storages.peaks
 
 
-def _take_in_gradients(plan: Plan, trained: Sequence[torch.Tensor], optimizer: Any) -> None:
+def _take_in_gradients(amounts: dict[str, int], trained: Sequence[torch.Tensor], optimizer: Any) -> None:
     """Gradients as they are after a step's passes: some are slices of larger ones (OSF), and some never come.
 
     Trainable parameters that the loss does not reach have no optimizer's states either (ShadowPEFT has some).
     """
-    plan.parts["gradients"] = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
+    amounts["gradients"] = bytes_of(parameter.grad for parameter in trained if parameter.grad is not None)
     untouched = [parameter for parameter in trained if parameter.grad is None]
     if optimizer is not None and untouched:
         for parameter in untouched:
             optimizer.state.pop(parameter, None)
-        plan.parts["optimizer"] = bytes_of(state_tensors(optimizer))
+        amounts["optimizer"] = bytes_of(state_tensors(optimizer))
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:

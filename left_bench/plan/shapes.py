@@ -13,7 +13,7 @@ from left_bench.data import Example
 from left_bench.methods.attach import attach_adapter
 from left_bench.model.load import DTYPES
 from left_bench.pretrained import fetched, make, source, unloadable
-from left_bench.spec.cell import Cell
+from left_bench.spec.cell import Cell, Model
 
 _STARTS_FROM_NUMBERS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal")
 """peft's values of `init_lora_weights`, or their beginnings, that look at weights or rows."""
@@ -27,7 +27,9 @@ def architecture(cell: Cell) -> Any:
         UserError: it cannot be had, or a value in it is none of its architecture's.
     """
     model, folder = cell.model, fetched(cell.model, dtype=cell.precision.weights_dtype)
-    if source(model) in ("random", "wheel") and model.config is not None:
+    if is_architecture_alone(model):
+        folder = model.name_or_path
+    elif source(model) in ("random", "wheel") and model.config is not None:
         return make.architecture(model.config)
     try:
         return AutoConfig.from_pretrained(
@@ -35,6 +37,11 @@ def architecture(cell: Cell) -> Any:
         )
     except (OSError, ValueError) as error:
         raise unloadable(model, error) from error
+
+
+def is_architecture_alone(model: Model) -> bool:
+    """Whether the model is a configuration's file, without weights or a tokenizer."""
+    return model.weights == "random" and model.name_or_path.endswith(".json")
 
 
 def model_of_shapes(cell: Cell) -> Any:

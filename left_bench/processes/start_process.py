@@ -68,6 +68,11 @@ def may_fork() -> bool:
     return sys.platform == "linux"
 
 
+def serve_forks(environment: dict[str, str]) -> None:
+    """Start the server that processes are forked from, where none runs yet, and come back while it imports."""
+    _server_of_this_process(environment)
+
+
 def run_within(seconds: float, folder: Path, *, environment: dict[str, str], fork: bool, program: str) -> None:
     """Run a program of the package on `folder` to its end, or end it after so many seconds; its log lies there too.
 
