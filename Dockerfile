@@ -14,6 +14,7 @@ WORKDIR /src
 RUN pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY left_bench ./left_bench
+COPY hydra_plugins ./hydra_plugins
 COPY conf ./conf
 COPY sweeps ./sweeps
 RUN pip install '.[joblib,optuna,text-metrics,five-bit,digits]' -c constraints.txt

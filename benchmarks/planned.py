@@ -16,6 +16,7 @@ from pathlib import Path
 
 from left_bench.plan.peak import measured_range
 from left_bench.plan.predict import Plan, predict
+from left_bench.report.load import read_runs
 from left_bench.spec.cell import Cell, fingerprint
 from left_bench.spec.record import Record
 
@@ -33,8 +34,7 @@ def main() -> int:
     given = parser.parse_args()
     cells: dict[str, Cell] = {}
     runs: dict[str, list[Record]] = defaultdict(list)
-    for path in sorted(given.records.glob("*/record.json")):
-        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+    for record, _ in read_runs(given.records)[0]:
         if record.status == "ok" and "peak_memory_bytes" in record.metrics:
             cell = Cell.from_config(record.config, choices=record.choices)
             cells.setdefault(key := fingerprint(cell.identity | {"seed": None}), cell)

@@ -43,8 +43,8 @@ def overrides(cells: int, folder: Path) -> list[str]:
 def run(cells: int, folder: Path) -> dict[str, Any]:
     """One size, in this process."""
     from left_bench.cli.main import main
-    from left_bench.launch import hydra_job as launch
     from left_bench.launch import run_cell as one_cell
+    from left_bench.launch.launching import Launch
     from left_bench.report import main as report
     from left_bench.spec.record import Record
 
@@ -80,17 +80,18 @@ def run(cells: int, folder: Path) -> dict[str, Any]:
         marks["cpu"] = time.process_time()
         return now
 
-    class Watched(launch.Launch):
-        def on_multirun_start(self, config: Any, **named: Any) -> None:
-            super().on_multirun_start(config, **named)
-            marks["composed"] = done("compose", marks["start"])
+    opened, closed = Launch._open_manifest, Launch._close_manifest
 
-        def on_multirun_end(self, config: Any, **named: Any) -> None:
-            marks["launched"] = done("launch", marks["composed"])
-            super().on_multirun_end(config, **named)
+    def open_manifest(self: Launch, config: Any) -> None:
+        opened(self, config)
+        marks["composed"] = done("compose", marks["start"])
 
+    def close_manifest(self: Launch) -> None:
+        marks["launched"] = done("launch", marks["composed"])
+        closed(self)
+
+    Launch._open_manifest, Launch._close_manifest = open_manifest, close_manifest  # type: ignore[method-assign]
     one_cell.run_isolated = stand_in
-    launch.Launch = Watched  # type: ignore[misc]
     one_cell._fetch_model = lambda cell: None
     arguments = overrides(cells, folder)
     with _quiet(folder / "out.log"):
@@ -174,8 +175,8 @@ def section(rows: list[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "compose: every cell composed and checked before the first starts. launch: composed again by Hydra's launcher, "
-        "run, recorded. finish: summary, report, manifest. resume: the whole command again over finished "
+        "compose: every cell composed and checked before the first starts. launch: carried by Hydra's launcher, run, "
+        "recorded. finish: summary, report, manifest. resume: the whole command again over finished "
         "cells. report: `left-bench report` alone.",
         "",
     ]

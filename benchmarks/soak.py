@@ -30,8 +30,9 @@ from functools import partial
 from pathlib import Path
 
 from left_bench.core import interrupt
-from left_bench.launch import hydra_job
+from left_bench.grid.compose import Settings
 from left_bench.launch import run_cell as run
+from left_bench.launch.cell_lock import until_done
 from left_bench.launch.supervise import run_isolated
 from left_bench.spec import record as records
 from left_bench.spec.cell import GROUPS, Cell
@@ -195,7 +196,7 @@ def start_launch(cells: list[Cell], runs: Path, *, broken: str | None = None) ->
         command = [sys.executable, "-I", "-S", "-c", WORKER, str(STEP_SECONDS * (5 if broken == "claims" else 1))]
         run.run_isolated = partial(run_isolated, command=command)
         run._fetch_model = lambda cell: None
-        settings = hydra_job.Settings(
+        settings = Settings(
             runs_dir=runs,
             reports_dir=runs,
             force=False,
@@ -203,13 +204,12 @@ def start_launch(cells: list[Cell], runs: Path, *, broken: str | None = None) ->
             tracker={},
         )
         with interrupt.noted():
-            hydra_job.begin([cell.id for cell in cells], settings, later=[])
-            later = [
-                partial(run.run_cell, cell, settings, overrides=[])
+            recorded, _ = run.note_records([cell.id for cell in cells], runs, keep=())
+            attempts = [
+                partial(run.run_cell, cell, settings, overrides=[], command="", recorded_before=recorded[cell.id])
                 for cell in cells
-                if run.run_cell(cell, settings, overrides=[], command="left-bench") is None
             ]
-            hydra_job.until_done(later)
+            until_done([attempt for attempt in attempts if attempt() is None])
         code = 0
     finally:
         os._exit(code)

@@ -1,11 +1,13 @@
-"""HQQ (Badri & Shaji 2023) through its own library's call, for transformers 5 refuses its own `HqqConfig` ("not
-available yet", seen with 5.23.0): the model is loaded dense, then its linear layers are quantized in place.
+"""HQQ (Badri & Shaji 2023) through its own library's layer, for transformers 5 refuses its own `HqqConfig` ("not
+available yet", seen with 5.23.0; tests/test_compat.py looks whether it still does): the model is loaded dense, then its
+linear layers are quantized in place.
 
 Importing this module makes the quantization known to transformers; the package `hqq` is needed when a model is loaded.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -34,26 +36,20 @@ class HqqHfQuantizer(HfQuantizer):
     quantization_config: HqqConfig
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-        from hqq.models.hf.base import AutoHQQHFModel
+        from hqq.core.quantize import BaseQuantizeConfig
 
-        class Linear(HQQLinear, nn.Linear):
-            """HQQ's layer, which peft's `all-linear` knows for a linear layer."""
-
-            weight = property(lambda self: self.W_q)  # the packed one; `in_force` watches who reads it
-
-        config = self.quantization_config
-        AutoHQQHFModel.quantize_model(
-            model,
-            quant_config=BaseQuantizeConfig(nbits=config.nbits, group_size=config.group_size),
-            compute_dtype=getattr(torch, config.compute_dtype),
-            device=str(model.device),
-        )
-        for layer in model.modules():
-            if isinstance(layer, HQQLinear):
-                layer.__class__ = Linear
-                layer.W_q.requires_grad_(False)
+        config, kind = self.quantization_config, layer_class()
+        dtype, device = getattr(torch, config.compute_dtype), str(model.device)
+        model.eval().requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            # which layers, and that all others compute in the same dtype, is as `AutoHQQHFModel.quantize_model` has it
+            if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head":
+                settings = BaseQuantizeConfig(nbits=config.nbits, group_size=config.group_size)
+                layer = kind(module, settings, compute_dtype=dtype, device=device)
+                model.set_submodule(name, layer)
                 _tell_constants(layer)
+            elif not any(True for _ in module.children()):
+                module.to(dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -62,6 +58,21 @@ class HqqHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+@functools.cache
+def layer_class() -> Any:
+    """HQQ's layer, which says that it is a linear layer: peft's `all-linear` looks for those."""
+    from hqq.core.quantize import HQQLinear
+
+    class LinearWithoutWeight(nn.Linear):
+        def __init__(self) -> None:  # what HQQ's layer, which knows no other bases, gives to the next one
+            nn.Module.__init__(self)
+
+    class Linear(HQQLinear, LinearWithoutWeight):
+        weight = property(lambda self: self.W_q)  # the packed one; `methods.verify` watches who reads it
+
+    return Linear
 
 
 def _tell_constants(layer: Any) -> None:

@@ -96,7 +96,7 @@ def composed() -> Callable[..., Any]:
 
     from left_bench.core.paths import config_root
     from left_bench.grid.command_line import launch_name, open_section, register_resolvers, register_sweeps
-    from left_bench.grid.loader import SweepLoader, use_sweep_loader
+    from left_bench.grid.read_once import reading_once
 
     opened: list[Any] = []
 
@@ -109,21 +109,15 @@ def composed() -> Callable[..., Any]:
             # stays open: a sweep's jobs are composed by the same loader
             folder = str(config_root() / "conf")
             hydra.initialize_config_dir(version_base="1.3", config_dir=folder, job_name="left_bench")
-            use_sweep_loader()
-            opened[:] = [GlobalHydra.instance().hydra]
-        else:  # what one configuration's jobs left in the loader is not the next one's
-            loader = SweepLoader(opened[0].config_loader)
-            loader.repository = opened[0].config_loader.repository
-            opened[0].config_loader = loader
+            opened[:] = [GlobalHydra.instance().hydra, reading_once(GlobalHydra.instance().config_loader())]
         multirun = "-m" in overrides or any(one.startswith("+sweep=") for one in overrides)
         overrides = tuple(one for one in overrides if one != "-m")
         named = [f"hydra.job.name={launch_name(list(overrides))}"] if multirun else []
-        return GlobalHydra.instance().hydra.compose_config(
-            config_name="config",
-            overrides=[*(open_section(one) for one in overrides), *named],
+        return opened[1].load_configuration(
+            "config",
+            [*(open_section(one) for one in overrides), *named],
             run_mode=RunMode.MULTIRUN if multirun else RunMode.RUN,
             from_shell=False,
-            with_log_configuration=False,
         )
 
     return composed
@@ -205,10 +199,10 @@ def left_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(sys, "argv", ["left-bench"])
     monkeypatch.setattr(
-        "left_bench.launch.hydra_job.rehearse", lambda cells, **_: None
+        "left_bench.launch.launching.rehearse", lambda cells, **_: None
     )  # a process of its own, see test_rehearse.py
     monkeypatch.setattr(
-        "left_bench.launch.hydra_job.say_estimate", lambda planned, runs_dir, **_: None
+        "left_bench.launch.launching.say_estimate", lambda planned, runs_dir, **_: None
     )  # see test_estimate.py
 
     def left_bench(*arguments: str) -> Answer:

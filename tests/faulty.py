@@ -12,10 +12,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 FAULT = "LEFT_BENCH_TEST_FAULT"
+IDLE_PARAMETER = "idle_parameter"
 
 
 def arm() -> None:
@@ -74,21 +76,11 @@ def hang_for_ever() -> None:
         time.sleep(60)
 
 
-def run_forked(program: str, run_dir: str, log: str, environment: dict[str, str]) -> None:
-    """What the fork server runs in place of `left_bench.processes.start_process._run_forked`."""
-    from left_bench.processes import start_process
-
-    os.environ[FAULT] = environment[FAULT]
-    arm()
-    start_process._run_forked(program, run_dir, log, environment)
-
-
-def run_forked_with_an_idle_parameter(program: str, run_dir: str, log: str, environment: dict[str, str]) -> None:
-    """The same, for a worker whose method has a parameter that takes no part in the loss."""
+def add_an_idle_parameter() -> None:
+    """Give the method of this process's worker a parameter that takes no part in the loss."""
     import torch
 
     from left_bench.methods import attach as adapter
-    from left_bench.processes import start_process
 
     attach = adapter.attach_adapter
 
@@ -98,11 +90,18 @@ def run_forked_with_an_idle_parameter(program: str, run_dir: str, log: str, envi
         return model
 
     adapter.attach_adapter = attach_and_add
-    start_process._run_forked(program, run_dir, log, environment)
+
+
+def main(argv: Sequence[str], *, forked: bool = False) -> int:
+    """`left_bench.worker.run.main` with the fault; what is started in its place."""
+    from left_bench.worker import run
+
+    if os.environ[FAULT] == IDLE_PARAMETER:
+        add_an_idle_parameter()
+    else:
+        arm()
+    return run.main(list(argv), forked=forked)
 
 
 if __name__ == "__main__":
-    from left_bench.worker.run import main
-
-    arm()
     main(sys.argv[1:])

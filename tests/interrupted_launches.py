@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 # unused here: what a launch imports, so that the forks begin with it
-import hydra._internal.core_plugins.basic_launcher
-import hydra._internal.core_plugins.basic_sweeper  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
+from hydra.core.plugins import Plugins
 
 import left_bench.report.plots  # noqa: F401
 from left_bench.cli.main import main as command
 from left_bench.core import interrupt
-from left_bench.launch import hydra_job as launch
-from left_bench.launch import run_cell
+from left_bench.launch import launching, run_cell
 from left_bench.launch.supervise import run_isolated
 
 AT_ONCE = 2
@@ -46,6 +44,9 @@ record = {"schema_version": 1, "cell_id": folder.name, "status": "ok", "started_
 (folder / ".outcome").write_text(json.dumps(record))
 os.replace(folder / ".outcome", folder / "outcome.json")
 """
+
+
+Plugins.instance()  # imports them all
 
 
 class Launch:
@@ -73,7 +74,9 @@ class Launch:
             for stream, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
             run_cell._fetch_model = lambda cell: None
-            launch.say_estimate = lambda planned, runs_dir, **_: None  # what it imports first is not what is tried here
+            launching.say_estimate = lambda planned, runs_dir, **_: (
+                None
+            )  # what it imports first is not what is tried here
             run_cell.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", WORKER])
             noted = interrupt.noted
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
+from recorded.committed import RECORDS
 
 from left_bench.grid.compose import compose
 from left_bench.grid.sweep import jobs_of
 from left_bench.measure import auto_precision, instruction_sets
 from left_bench.measure.auto_precision import (
-    CARRIED_VARIABLE,
     advice,
     emulated,
     emulation_note,
     fast_precision,
-    field_of,
     product_speeds,
 )
 from left_bench.measure.instruction_sets import FLAGS_VARIABLE, capabilities_in, cuda_capability, flags_of
+from left_bench.report.load import read_sweeps
 from left_bench.spec.cell import Cell
 
-RECORDS = Path(__file__).resolve().parents[1] / "reports" / "records"
 X86 = "fpu sse2 ssse3 fma avx f16c"
 # flags as /proc/cpuinfo has them
 CPUS = {
@@ -42,7 +38,6 @@ def machine(monkeypatch):
     """`machine(flags, capability)`: this machine has those."""
 
     def machine(flags: str = "avx2", capability: tuple[int, int] | None = None) -> None:
-        monkeypatch.delenv(CARRIED_VARIABLE, raising=False)
         monkeypatch.setenv(FLAGS_VARIABLE, flags)
         monkeypatch.setattr(auto_precision, "cuda_capability", lambda: capability)
         monkeypatch.setattr(auto_precision, "is_rocm", lambda: False)
@@ -98,7 +93,7 @@ def test_on_a_machine_with_bfloat16_the_ids_are_those_of_the_committed_records(m
     machine("avx2 avx512f avx512_bf16")
     config = composed("+sweep=peft_methods", "seed=0,1,2", "hardware=cpu")
     ids = {compose(job, job.hydra)[0].id for _, job in jobs_of(config)}
-    assert ids == set(json.loads((RECORDS / "sweeps" / "peft_methods.json").read_text())["cells"])
+    assert ids == set(read_sweeps(RECORDS / "peft_methods.jsonl")[0][0].cells)
 
 
 @pytest.mark.parametrize("flags", ["avx2", "avx512_bf16"])
@@ -122,14 +117,6 @@ def test_each_device_of_a_sweep_gets_its_own(machine, composed):
     config = composed("-m", "hardware=cpu,cuda")
     cells = [compose(job, job.hydra)[0] for _, job in jobs_of(config)]
     assert [cell.choices["precision"] for cell in cells] == ["fp32", "bf16"]
-
-
-def test_a_job_takes_what_its_launch_found(machine, monkeypatch):
-    machine("avx2")
-    monkeypatch.setenv(CARRIED_VARIABLE, "cuda=fp16_mixed,cpu=bf16")
-    assert [fast_precision(device).option for device in ("cpu", "cuda", "mps")] == ["bf16", "fp16_mixed", "fp32"]
-    assert field_of("loss_scaling", "cuda") is True
-    assert field_of("weights_dtype", "cpu") == "bfloat16"
 
 
 # --- emulated ---

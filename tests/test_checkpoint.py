@@ -100,6 +100,22 @@ def test_losses_are_bit_identical(name, tiny_cell, losses_of):
     assert found["metrics"]["train_steps"] == STEPS
 
 
+def test_the_curve_goes_on_where_it_was(tiny_cell, losses_of):
+    early = ["peft=full", "training.learning_rate=0.02", "training.schedule=constant", "training.stop_patience=7"]
+    cell = tiny_cell(*QUICK, *early, "training.checkpoint_every=3", "eval.every=1", "data.validation_rows=6")
+    _, whole = losses_of(cell, "whole")
+    losses_of(cell, "killed", kill_after=5)
+    _, resumed = losses_of(cell, "killed")
+
+    def told(found: dict[str, Any]) -> list[tuple[int, int, float]]:
+        return [(point.step, point.tokens, point.validation_loss) for point in found["curve"]]
+
+    assert told(resumed) == told(whole) and len(told(whole)) == STEPS
+    assert resumed["provenance"]["training_ended"] == whole["provenance"]["training_ended"]
+    for name in ("validation_loss", "eval_loss"):
+        assert resumed["metrics"].get(name) == whole["metrics"].get(name)
+
+
 def test_what_one_run_draws_before_training_changes_no_loss(tiny_cell, losses_of, monkeypatch):
     """A sweep's first cell measures the machine's peak, on random matrices and for as long as it takes."""
     cell = tiny_cell(*QUICK, *CELLS["noise"])

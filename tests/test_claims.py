@@ -204,6 +204,6 @@ def test_the_page_of_the_sweep_opens_with_the_claims(tmp_path: Path) -> None:
     assert text.index("## Claims") < text.index("## Leaderboard")
     for sentence in ISSUE:
         assert f"\n### {sentence}: " in text
-    assert "| NF4 | 0.490 ± 0.044 (tie) |" in text and "| **not run** |" in text
+    assert "| NF4 | 0.490 ± 0.044 (not resolved, −0.132 to +0.112) |" in text and "| **not run** |" in text
     assert main([str(tmp_path / records[0].cell_id), "--out", str(tmp_path / "one"), "--claims"]) == 0
     assert "## Claims" in (tmp_path / "one" / "cells.md").read_text(encoding="utf-8")

@@ -12,8 +12,11 @@ from left_bench import __version__
 from left_bench.cli.main import help_text
 from left_bench.core.errors import UserError
 from left_bench.core.paths import config_root
+from left_bench.grid import command_line
 from left_bench.grid.command_line import check_choices, launch_name, open_section
-from left_bench.spec.cell import GROUPS
+from left_bench.grid.compose import Settings
+from left_bench.spec.cell import GROUPS, Cell
+from left_bench.spec.record import Record, not_started
 
 SWEEPS = ("smoke", "lora_rank", "peft_methods", "precision", "quantization")
 
@@ -108,7 +111,7 @@ def test_version_and_help(left_bench):
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, words, left_bench, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     answer = left_bench(*arguments)
     assert answer.code == 2, answer
     assert "Traceback" not in answer.err
@@ -131,12 +134,26 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, words, left
 )
 def test_bad_input_in_the_last_job_runs_nothing(arguments, left_bench, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", lambda *a, **k: started.append(a))
+    monkeypatch.setattr("left_bench.launch.job.run_cell", lambda *a, **k: started.append(a))
     monkeypatch.chdir(tmp_path)
     answer = left_bench(*arguments, "tracker=none")
     assert answer.code == 2, answer
     assert started == []
     assert not list(tmp_path.rglob("*.json"))
+
+
+def done(cell: Cell, settings: Settings) -> Record:
+    """A stand-in for running a cell."""
+    record = not_started(cell, "unsupported", "a stand-in")
+    record.write(settings.runs_dir / cell.id)
+    return record
+
+
+def test_hydras_options_are_known():
+    from hydra._internal.utils import get_args_parser
+
+    found = {one for action in get_args_parser()._actions for one in action.option_strings}
+    assert found - {"--config-path", "-cp"} == set(command_line._HYDRA_OPTIONS)
 
 
 def test_cfg_job(left_bench, tmp_path, monkeypatch):
@@ -154,8 +171,9 @@ def test_cfg_job(left_bench, tmp_path, monkeypatch):
 )
 def test_multirun(arguments, left_bench, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_job", lambda config: seen.append(config.seed) or "ok")
-    monkeypatch.setattr("left_bench.launch.hydra_job._finish", lambda *a, **k: None)
+    monkeypatch.setattr(
+        "left_bench.launch.job.run_cell", lambda cell, *a, **k: seen.append(cell.seed) or done(cell, *a)
+    )
     monkeypatch.chdir(tmp_path)
     answer = left_bench(*arguments, "model=tiny_llama")
     assert answer.code == 0, answer
@@ -178,8 +196,9 @@ def test_config_dir_adds_options_and_sweeps(left_bench, tmp_path, monkeypatch):
     assert yaml.safe_load(answer.out)["peft"]["config"]["r"] == 1
 
     seen = []
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_job", lambda config: seen.append(config.peft.name) or "ok")
-    monkeypatch.setattr("left_bench.launch.hydra_job._finish", lambda *a, **k: None)
+    monkeypatch.setattr(
+        "left_bench.launch.job.run_cell", lambda cell, *a, **k: seen.append(cell.peft.name) or done(cell, *a)
+    )
     answer = left_bench("--config-dir=mine", "+sweep=two", "model=tiny_llama")
     assert answer.code == 0, answer
     assert seen == ["slim", "lora"]

@@ -46,11 +46,28 @@ def judged(found: Any, metric: str) -> list[str]:
     return [change.judgement for change in found.changes if change.metric == metric]
 
 
-def test_the_same_records_tie_in_everything(tmp_path: Path) -> None:
+def test_the_same_records_show_no_change(tmp_path: Path) -> None:
     a = write_side(tmp_path / "a", cells())
     found = compare(a, a)
-    assert len(found.matched) == 2 and {change.judgement for change in found.changes} == {"tie"}
+    assert len(found.matched) == 2 and {change.judgement for change in found.changes} == {"same", "not resolved"}
     assert not found.only_a and not found.only_b and not found.differing
+
+
+def test_json_holds_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_side(tmp_path / "a", cells(800))
+    b = write_side(tmp_path / "b", cells(800 / 1.1), slower=1.1, draw=1)
+    assert main([str(a), str(b), "--json", "--fail-on", "train_tokens_per_second<-5%"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    found = compare(a, b)
+    assert told["matched"] == [name for name, _, _ in found.matched] and len(told["failed"]) == 2
+    changes = told["changes"]
+    assert [(one["metric"], one["judged"]) for one in changes] == [(c.metric, c.judgement) for c in found.changes]
+    speed = next(one for one in changes if one["metric"] == "train_tokens_per_second")
+    low, high = speed["interval"]
+    assert speed["unit"] == "tokens/s" and low < speed["after"] - speed["before"] < high
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "95 % interval" in capsys.readouterr().out
 
 
 def test_a_slowdown_beyond_the_steps_noise_fails_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +85,7 @@ def test_a_slowdown_beyond_the_steps_noise_fails_the_gate(tmp_path: Path, capsys
 
 def test_noise_passes_the_gate(tmp_path: Path) -> None:
     a, b = write_side(tmp_path / "a", cells(800)), write_side(tmp_path / "b", cells(799), draw=1)
-    assert judged(compare(a, b), "train_tokens_per_second") == ["tie", "tie"]
+    assert judged(compare(a, b), "train_tokens_per_second") == ["not resolved", "not resolved"]
     assert main([str(a), str(b), "--fail-on", "train_tokens_per_second<-0.01%"]) == 0
 
 
@@ -177,7 +194,7 @@ def test_the_newest_run_of_a_cell_counts(tmp_path: Path) -> None:
     for i, record in enumerate((old, new)):
         (merged / f"run{i}").mkdir(parents=True)
         (merged / f"run{i}" / "record.json").write_text(record.model_dump_json(exclude_none=True), encoding="utf-8")
-    assert judged(compare(a, merged), "exact_match") == ["tie"]
+    assert judged(compare(a, merged), "exact_match") == ["not resolved"]
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def test_the_workspace_shows_what_the_tracker_logs():
         kinds
     )
     scatter, bars, parallel = (panel["config"] for panel in shown[:3])
-    assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:peak_memory_bytes", "summary:exact_match")
-    assert "summary_metrics.peak_memory_bytes/train" in bars["metrics"]
+    assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:peak_memory_gib", "summary:exact_match")
+    assert "summary_metrics.peak_memory_gib/train" in bars["metrics"]
     accessors = [column["accessor"] for column in parallel["columns"]]
     assert {"config:peft.value.name", "config:quantization.value.name", "summary:exact_match"} <= set(accessors)
     assert shown[3]["config"]["xAxis"] == "train/tokens"

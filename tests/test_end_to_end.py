@@ -83,7 +83,7 @@ def test_each_cell_has_an_ok_record_and_a_place_in_the_summary(sweep: dict[str, 
         assert record.cell_id in sweep["done"].stdout
         assert set(record.metrics) <= set(METRICS) | {f"base_{name}" for name in METRICS}
         names = [phase.name for phase in record.phases if phase.name != "peak"]  # the first cell alone measures it
-        assert names[-5:] == ["attach", "train", "evaluate", "save", "merge"]
+        assert names[-6:] == ["attach", "train", "validate", "evaluate", "save", "merge"]
     assert (place / "reports" / "smoke.md").is_file()
 
 

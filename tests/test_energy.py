@@ -324,9 +324,9 @@ def test_a_stretch_of_few_updates_has_no_joules(monkeypatch):
     stretch.stop()
     assert stretch.joules is None
     stretch.start()
-    now[0], counter.now = 1.9, 600.0
+    now[0], counter.now = 1.4, 600.0
     stretch.stop()
-    assert stretch.joules is None  # two readings more want twice the time
+    assert stretch.joules is None  # two readings more want the square root of two times the time
     stretch.start()
     now[0], counter.now = 4.0, 1200.0
     stretch.stop()
@@ -535,6 +535,9 @@ def test_the_doctor_says_what_can_be_read_and_why_not(powercap, capsys, monkeypa
     monkeypatch.setattr("left_bench.cli.doctor._CHECKS", {})
     monkeypatch.setenv("COLUMNS", "400")
     powercap(**{"intel-rapl_0": ("package-0", 100)})
+    assert doctor(["--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["healthy"] is True and {"machine", "versions", "wandb", "CPU energy"} <= set(told)
     assert doctor([]) == 0
     told = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "RAPL, 1 CPU package" in told["CPU energy"]
@@ -586,10 +589,11 @@ def test_prices_turn_joules_and_seconds_into_money(tmp_path, capsys):
     assert "cell_cost" not in load_records(tmp_path / "runs").columns
 
 
-def test_one_price_is_one_column():
+def test_one_price_is_the_cost_of_a_cell_and_of_a_point():
     [full, _] = records()
-    assert Prices(per_kwh=0.3).of(full) == {"cell_cost": pytest.approx(0.9)}
-    assert Prices(per_hour=2.0).of(full) == {"cell_cost": 1.0}
+    points = 100 * (0.5 - 0.0625)  # of exact match, gained over the base model
+    assert Prices(per_kwh=0.3).of(full) == pytest.approx({"cell_cost": 0.9, "cost_per_point": 0.9 / points})
+    assert Prices(per_hour=2.0).of(full) == pytest.approx({"cell_cost": 1.0, "cost_per_point": 1.0 / points})
     assert Prices().of(full) == {}
 
 
@@ -600,9 +604,14 @@ def test_a_cost_that_lacks_a_part_is_none():
 
 def test_hours_are_those_of_every_accelerator():
     on_gpus = make_record(wall=1800, changes={"hardware.device": "cuda", "hardware.processes": 4})
-    assert Prices(per_hour=2.0).of(on_gpus) == {"cell_cost": 4.0}
+    assert Prices(per_hour=2.0).of(on_gpus)["cell_cost"] == 4.0
     on_cpu = make_record(wall=1800, changes={"hardware.processes": 4})
-    assert Prices(per_hour=2.0).of(on_cpu) == {"cell_cost": 1.0}
+    assert Prices(per_hour=2.0).of(on_cpu)["cell_cost"] == 1.0
+
+
+def test_a_cell_that_gained_nothing_has_no_cost_of_a_point():
+    worse = make_record(exact_match=0.03, wall=1800)
+    assert Prices(per_hour=2.0).of(worse) == {"cell_cost": 1.0}
 
 
 @pytest.mark.parametrize("price", ["free", "-1", "nan", "inf", ""])

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from faulty import FAULT, run_forked
+from faulty import FAULT
 
 from left_bench.launch import supervise
 from left_bench.launch.supervise import run_isolated
@@ -29,7 +30,7 @@ def strike(monkeypatch, tiny_cell, tmp_path):
 
     def strike(fault: str, *overrides: str) -> tuple[Record, list[dict[str, Any]]]:
         monkeypatch.setenv(FAULT, fault)
-        monkeypatch.setattr(start_process, "_run_forked", run_forked)
+        monkeypatch.setattr(start_process, "start", partial(start_process.start, program="faulty"))
         seen: list[dict[str, Any]] = []
         cell = tiny_cell("training.steps=4", "training.measure_after=0", "eval.generate=false", *overrides)
         return run_isolated(cell, tmp_path / "run", on_event=seen.append), seen
@@ -133,10 +134,10 @@ LAUNCHER = """
 import sys
 from functools import partial
 from left_bench.cli import main
-from left_bench.launch import hydra_job, run_cell
+from left_bench.launch import launching, run_cell
 from left_bench.launch.supervise import run_isolated
 run_cell._fetch_model = lambda cell: None
-hydra_job.say_estimate = lambda planned, runs_dir, **_: None
+launching.say_estimate = lambda planned, runs_dir, **_: None
 run_cell.run_isolated = partial(run_isolated, command=[sys.executable, "-I", "-S", "-c", sys.argv.pop(1)])
 sys.exit(main.main())
 """

@@ -157,7 +157,7 @@ def test_a_task_file_is_known_by_all_that_it_names(task_cell, here, monkeypatch)
 
 
 def test_a_task_file_in_a_file_of_options_is_refused(here, left_bench, monkeypatch):
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     (here / "conf" / "eval").mkdir(parents=True)
     (here / "conf" / "eval" / "theirs.yaml").write_text("defaults: [default]\nname: theirs\ntasks: [choices.yaml]\n")
     answer = left_bench("--config-dir", "conf", "eval=theirs", "model=tiny_llama", "hardware=cpu", "tracker=none")

@@ -28,7 +28,7 @@ LONG = "x" * 4096
 def refused(left_bench, tmp_path, monkeypatch):
     """`refused(*overrides)`: the one line that refuses them, with nothing run and nothing written."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
 
     def refused(*overrides: str) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -67,7 +67,7 @@ def refused(left_bench, tmp_path, monkeypatch):
         (["eval.metrics=[exact_macth]"], ["eval.metrics=", "did you mean 'exact_match'?", "there are exact_match"]),
         (
             ["data.metrics=[f1,zzz]"],
-            ["data.metrics=", "no such metric (there are exact_match, accuracy, rouge_l"],
+            ["data.metrics=", "no such metric (there are exact_match, rouge_l"],
         ),
         (["training.setps=4"], ["training.setps: no such key", "did you mean 'steps'"]),
         ([f"training.schedule={LONG}"], ["training.schedule='xxx", "…"]),
@@ -310,7 +310,7 @@ def test_a_damaged_record_is_kept_aside_and_the_cell_run_again(damage, left_benc
 def test_a_hostile_name_stays_inside_the_runs_folder(name, tiny_cell, tmp_path, monkeypatch):
     """Names come from files of options as well as from the command line."""
     from left_bench.grid.compose import Settings
-    from left_bench.launch.hydra_job import run_cell
+    from left_bench.launch.run_cell import run_cell
     from left_bench.spec.record import Record
 
     cell = tiny_cell()

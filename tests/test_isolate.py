@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -292,6 +291,17 @@ def test_the_environment(tiny_cell, monkeypatch):
     assert worker_environment(tiny_cell("hardware=cuda"))["CUDA_VISIBLE_DEVICES"] == "0"
 
 
+def test_a_workers_threads_sleep_soon_unless_the_user_says_how_they_wait(tiny_cell, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert worker_environment(tiny_cell())["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    assert worker_environment(tiny_cell())["GOMP_SPINCOUNT"] == "5"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in worker_environment(tiny_cell())
+
+
 # --- the real worker ---
 
 
@@ -446,18 +456,6 @@ def test_a_process_that_cannot_be_started_is_a_row(error, kernel_kills, status, 
     assert record.status == status
     assert words in record.reason
     assert record.cell_id == cell.id
-
-
-@linux
-def test_after_a_fork_server_that_died_the_next_cell_gets_a_new_one(tiny_cell, tmp_path):
-    from multiprocessing import forkserver
-
-    cell = tiny_cell("training.steps=1", "eval.generate=false")
-    assert run_isolated(cell, tmp_path / "before", on_event=lambda event: None).status == "ok"
-    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
-    records = [run_isolated(cell, tmp_path / f"after-{i}", on_event=lambda event: None) for i in range(2)]
-    assert records[1].status == "ok"
-    assert records[0].status in ("ok", "crashed")  # it may have been asked before it was seen to be dead
 
 
 def test_a_folder_that_cannot_be_written_is_no_crash(cell, tmp_path, monkeypatch):

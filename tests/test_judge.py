@@ -235,7 +235,7 @@ def test_what_cannot_be_judged_is_refused(overrides, words, compose_cell, monkey
 
 def test_a_judge_in_a_file_is_refused(tmp_path, left_bench, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     (tmp_path / "conf" / "eval").mkdir(parents=True)
     for name, line in (("a", "judge: https://thief.example/v1"), ("b", "judge_key_from: HF_TOKEN")):
         (tmp_path / "conf" / "eval" / f"{name}.yaml").write_text(f"defaults: [default]\nname: {name}\n{line}\n")
@@ -264,8 +264,8 @@ def test_a_launch_says_it_first(sweep, left_bench, tmp_path, monkeypatch):
         said.append(cell.eval.judge)
         raise UserError("stopped here")
 
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", run_cell)
-    monkeypatch.setattr("left_bench.launch.hydra_job.check_cell", lambda cell: None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", run_cell)
+    monkeypatch.setattr("left_bench.launch.launching.check_cell", lambda cell: None)
     options = ["model=smollm2_135m", "hardware=cpu", "precision=fp32", "tracker=none", "eval.judge_model=stub"]
     answer = left_bench(*sweep, *options, "eval.judge=http://127.0.0.1:1/v1")
     assert said == ["http://127.0.0.1:1/v1"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from left_bench.grid.sweep import command_of, scope_of
+from left_bench.grid.sweep import command_of
 from left_bench.spec.record import RECORD_NAME, Record, read_record
 
 QUICK = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=1", "data.train_rows=8"]
@@ -89,42 +89,99 @@ def test_what_is_emulated_is_said_once_and_done(place, runs, left_bench, monkeyp
 
 
 def test_a_sweep_has_the_precision_of_the_machine_that_launches_it(place, runs, left_bench, monkeypatch):
-    """Its jobs run where other instruction sets are found: they take what the launch has found."""
-    from left_bench.launch import hydra_job
+    """Its jobs run where other instruction sets are found: they are composed where the launch began."""
+    from left_bench.launch import job
     from left_bench.measure.auto_precision import fast_precision
 
     monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2 avx512_bf16")
     quick = [one for one in QUICK if not one.startswith("precision=")]
-    take = hydra_job.scope_of
+    take = job.take
 
-    def elsewhere(*how):
+    def elsewhere(*how, **named):
         monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2")
-        assert fast_precision("cpu") == ("bf16", "found where the launch began")
-        return take(*how)
+        assert fast_precision("cpu").option == "fp32"
+        return take(*how, **named)
 
-    monkeypatch.setattr("left_bench.launch.hydra_job.scope_of", elsewhere)
+    monkeypatch.setattr(job, "take", elsewhere)
     answer = left_bench("-m", *quick, "seed=0,1")
     assert answer.code == 0, answer
     assert [cell.choices["precision"] for cell in runs] == ["bf16", "bf16"]
-    assert fast_precision("cpu").option == "fp32", "and it is forgotten with the launch"
 
 
-def test_a_sweep_that_may_go_elsewhere_says_what_it_takes_along(composed, monkeypatch, capsys, place):
-    from hydra.core.global_hydra import GlobalHydra
-
-    from left_bench.launch.hydra_job import Launch
-    from left_bench.measure.auto_precision import CARRIED_VARIABLE
-
+def test_a_sweep_that_may_go_elsewhere_says_what_it_takes_along(place, runs, left_bench, monkeypatch):
     monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2 avx512_bf16")
-    monkeypatch.setattr("left_bench.launch.hydra_job.rehearse", lambda cells, **_: None)
-    monkeypatch.setattr("left_bench.launch.hydra_job.runs_elsewhere", lambda hydra: True)
-    config = composed("-m", *(one for one in QUICK if not one.startswith("precision=")), "seed=0,1")
-    Launch().on_multirun_start(config)
-    said = capsys.readouterr().err
-    assert said.count("precision=auto is bf16 on cpu (avx512_bf16)") == 1
-    loader = GlobalHydra.instance().config_loader()
-    job = loader.load_sweep_config(config, ["seed=0"])
-    assert job.hydra.job.env_set[CARRIED_VARIABLE] == "cpu=bf16"
+    monkeypatch.setattr("left_bench.launch.launching.runs_elsewhere", lambda hydra: True)
+    quick = [one for one in QUICK if not one.startswith("precision=")]
+    answer = left_bench("-m", *quick, "seed=0,1")
+    assert answer.code == 0, answer
+    assert answer.err.count("precision=auto is bf16 on cpu (avx512_bf16)") == 1
+    assert [cell.choices["precision"] for cell in runs] == ["bf16", "bf16"]
+
+
+def test_a_job_whose_files_are_others_elsewhere_is_refused(place, runs, left_bench, monkeypatch):
+    from left_bench.launch import job
+
+    rows = "".join(json.dumps({"prompt": f"{n} + {n}", "answer": str(2 * n)}) + "\n" for n in range(20))
+    (place / "rows.jsonl").write_text(rows)
+    monkeypatch.setattr("left_bench.launch.launching.runs_elsewhere", lambda hydra: True)
+    quick = [*(one for one in QUICK if not one.startswith("data")), "data=jsonl", "data.path=rows.jsonl"]
+    quick += ["data.train_rows=8", "data.test_rows=4"]
+    assert left_bench("-m", *quick, "seed=0,1").code == 0
+    take = job.take
+
+    def elsewhere(*how, **named):
+        (place / "rows.jsonl").write_text(rows.replace("2 + 2", "2+2"))
+        return take(*how, **named)
+
+    monkeypatch.setattr(job, "take", elsewhere)
+    answer = left_bench("-m", *quick, "seed=2,3")
+    assert answer.code == 2 and "this machine resolves it otherwise" in answer.err, answer
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1,2"]], ids=["one cell", "a sweep"])
+def test_a_cell_is_composed_once_and_its_files_are_read_once(sweep, place, runs, left_bench, monkeypatch):
+    """By whoever composes: nothing is composed again to check it, to run it or to sum it up."""
+    from left_bench.grid import compose as composing
+    from left_bench.launch import launching
+
+    composed, looked_at = [], []
+    compose, with_content = launching.compose, composing.model_with_content
+    monkeypatch.setattr(launching, "compose", lambda *a, **k: composed.append(a) or compose(*a, **k))
+    monkeypatch.setattr(composing, "model_with_content", lambda model: looked_at.append(model) or with_content(model))
+    assert left_bench(*sweep, *QUICK).code == 0
+    assert len(runs) == len(composed) == len(looked_at) == (3 if sweep else 1)
+
+
+def test_hydra_composes_a_sweeps_jobs_before_the_launcher_has_them(place, runs, left_bench, monkeypatch):
+    """A launcher asks a loader for every job; what it gets was composed for the launch."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    composed, load = [], ConfigLoaderImpl.load_sweep_config
+    monkeypatch.setattr(
+        ConfigLoaderImpl, "load_sweep_config", lambda self, *a: composed.append(len(runs)) or load(self, *a)
+    )
+    assert left_bench("-m", *QUICK, "peft=lora,ia3", "seed=0,1").code == 0
+    assert len(runs) == 4
+    assert composed == [0, 0], "once for each option, before the first cell runs"
+
+
+def test_the_name_in_configurations_of_earlier_versions_goes_on_working(place, runs, left_bench):
+    (place / "conf" / "recipe").mkdir(parents=True)
+    body = "hydra:\n  callbacks:\n    launch:\n      _target_: left_bench.launch.Launch\n"
+    body = f"# @package _global_\n# As before.\n{body}"
+    (place / "conf" / "recipe" / "before.yaml").write_text(body)
+    for sweep in ([], ["-m", "seed=0,1"]):
+        answer = left_bench("--config-dir", "conf", *sweep, *QUICK, "+recipe=before")
+        assert answer.code == 0, answer
+    assert [cell.seed for cell in runs] == [0, 1]
+    assert list((place / "reports").glob("multirun_*.md"))
+
+
+def test_a_dollar_sign_in_a_cell_is_no_interpolation(place, runs, left_bench):
+    answer = left_bench("-m", *QUICK, "seed=0,1", r"data.template='costs \${question} \\$ {question}'")
+    assert answer.code in (0, 2), answer
+    if answer.code == 0:
+        assert "$" in runs[0].data.template
 
 
 def test_a_sweep(place, runs, left_bench):
@@ -156,7 +213,10 @@ def test_a_grid_passes_by_what_is_done(place, runs, left_bench, monkeypatch):
     left_bench("-m", *QUICK, "seed=1,3")
     runs.clear()
     launched = []
-    monkeypatch.setattr("left_bench.launch.hydra_job.scope_of", lambda *a: launched.append(a[2].seed) or scope_of(*a))
+    from left_bench.launch import job
+
+    take = job.take
+    monkeypatch.setattr(job, "take", lambda one, **named: launched.append(one.cell.seed) or take(one, **named))
     answer = left_bench("-m", *QUICK, "seed=0,1,2,3")
     assert answer.code == 0, answer
     assert [cell.seed for cell in runs] == launched == [0, 2]
@@ -414,7 +474,7 @@ def test_an_option_named_as_one_that_ships_is_refused(place, runs, left_bench):
 
 def test_another_launch_of_the_same_sweep_takes_nothing_from_this_one(place, runs, left_bench, monkeypatch):
     """Its manifest comes to lie over this one's while the cells run."""
-    from left_bench.launch import hydra_job as launching
+    from left_bench.launch import job as launching
 
     inner = launching.run_cell
 

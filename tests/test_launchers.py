@@ -105,6 +105,8 @@ def lasting(record: Record) -> dict[str, Any]:
     }
     plain["memory_breakdown"].pop("activations_and_workspace", None)
     plain["phases"] = [phase.name for phase in record.phases if phase.name != "peak"] if record.status == "ok" else []
+    for point in plain["curve"] or ():
+        point.pop("seconds")
     effective = plain["environment"].get("effective", {})
     for name in ("concurrent_cells", "peak_flops_per_second", "peak_other_cpu_share", "utilization_withheld"):
         effective.pop(name, None)

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pandas
 import pytest
-from recorded.build import LAPTOP, make_record, peft, seeded, write_runs, write_steps, write_sweep
+from recorded.build import LAPTOP, make_record, peft, seeded, write_rows, write_runs, write_steps, write_sweep
 
 from left_bench.core.errors import UserError
 from left_bench.report import main, write_report
 from left_bench.report.cells import Row, row_of
-from left_bench.report.recommend import Need, recommend, sentence, take_needs
+from left_bench.report.judgement import take_margins
+from left_bench.report.load import read_runs
+from left_bench.report.recommend import Need, how_sure, recommend, sentence, take_needs
 from left_bench.report.seeds import pool
-from left_bench.report.values import format_against_both
+from left_bench.report.settle import what_would_settle
+from left_bench.report.values import format_against_both, format_value
 from left_bench.spec.record import METRICS, Record
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -64,8 +67,9 @@ def test_the_leaderboard_is_sorted_marked_and_keeps_failures_in_place(page: str)
     assert shown == sorted(shown, reverse=True)
     assert scores[0].startswith("**0.602**") and scores[1].startswith("<u>0.523</u>")
     assert scores[13:] == ["**unsupported**"] * 3
-    # the ninth is not told from the eighth: one more than the cells that are better beyond the noise
-    assert [line["#"] for line in lines] == [*"12345678", "8", "10", "11", "12", "13", *"–––"]
+    places = [int(line["#"]) for line in lines[:13]]
+    assert places == sorted(places) and places[:2] == [1, 2] and [line["#"] for line in lines[13:]] == [*"–––"]
+    assert all(place == i + 1 or place == places[i - 1] for i, place in enumerate(places))
     full, lora = lines[0], lines[1]
     assert full["peft"] == "full *(baseline)*" and lora["peft"] == "lora"
     assert lora["exact match"] == "<u>0.523</u> ± 0.044 (−0.078, 0.87×)"
@@ -157,7 +161,7 @@ def test_confounders_stand_under_the_table_they_touch() -> None:
     assert "attention" in section(text, "Memory and size") and "threads" not in section(text, "Memory and size")
 
 
-def test_what_the_noise_covers_is_a_tie_and_no_rank() -> None:
+def test_what_the_noise_covers_is_not_resolved_and_no_rank() -> None:
     scores = (0.50, 0.53, 0.47, 0.10)
     rows = rows_of(
         *(
@@ -173,8 +177,9 @@ def test_what_the_noise_covers_is_a_tie_and_no_rank() -> None:
     text = write_document(Report(name="x", rows=rows, axes=axes, labels=labels(rows, axes), baseline=rows[0]))
     lines = {line["peft"]: line for line in tables(section(text, "Leaderboard"))[0]}
     assert [lines[name]["#"] for name in ("m1", "m0 *(baseline)*", "m2", "m3")] == ["1", "1", "1", "4"]
-    assert lines["m1"]["exact match"].endswith("(tie)") and lines["m3"]["exact match"].endswith("(−0.400, 0.20×)")
-    assert "the noise does not tell 3 cells from the best (m1, m0, m2)" in text
+    assert lines["m1"]["exact match"].endswith("(not resolved, −0.092 to +0.152)")
+    assert lines["m3"]["exact match"].endswith("(−0.400, 0.20×)")
+    assert "2 cells are not resolved from the best, m1: m0, m2" in text
     assert "peak memory 900 MiB" in text and "Each cell was run once" in text
     assert "the leaderboard is this table" in section(text, "By peft") and "base weights" in section(
         text, "Leaderboard"
@@ -231,23 +236,50 @@ def test_bounds_that_cannot_be_kept_are_refused(arguments: list[str], message: s
         take_needs(arguments)
 
 
-def test_the_cheapest_of_those_as_good_as_the_best_is_taken() -> None:
+def test_the_best_is_taken_and_with_a_margin_the_cheapest_shown_to_be_within_it() -> None:
     rows = rows_of(
         make_record(exact_match=0.60, peak_mib=1400),
         make_record(changes=peft("lora"), exact_match=0.58, peak_mib=900),
         make_record(changes=peft("ia3"), exact_match=0.50, peak_mib=700),
     )
+    names = {id(rows[0]): "full", id(rows[1]): "lora", id(rows[2]): "ia3"}
     found = recommend(rows)
-    assert found is not None and found.chosen is rows[1] and list(found.front) == [rows[2], rows[1], rows[0]]
-    told = sentence(found, [], {id(rows[0]): "full", id(rows[1]): "lora"}, rows)
-    assert told == (
-        "Take lora (0.580 exact match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, it is within one "
-        "standard error of the best exact match (full, 0.600), and of those that are it needs the least memory."
+    assert found is not None and found.chosen is rows[0] and set(found.front) == set(map(id, rows))
+    assert sentence(found, [], names, rows) == (
+        "Take full (0.600 exact match, 1.37 GiB peak memory, 800 training tokens/s): of 3 cells, it has the best exact "
+        "match, from which 2 others are not resolved."
     )
+    sure = " ".join(how_sure(found, names))
+    assert "Not resolved from full: lora −0.020 [−0.140, +0.100] with less memory (900 MiB)" in sure
+    assert "All 3 pairs are judged together" in sure and "false-discovery rate" in sure
+    margins = take_margins(["0.15"])  # the interval reaches 0.140 below the best
+    found = recommend(rows, margins=margins)
+    assert found is not None and found.chosen is rows[1] and list(found.as_good) == [rows[1]]
+    assert sentence(found, [], names, rows) == (
+        "Take lora (0.580 exact match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, 2 are shown to be "
+        "within 0.150 exact match of the best (full, 0.600), and of these it needs the least memory."
+    )
+    found = recommend(rows, margins=take_margins(["exact_match=0.05"]))
+    assert found is not None and found.chosen is rows[0]
+    assert "none that costs less is shown to be within 0.050 exact match" in sentence(found, [], names, rows)
     needs = [Need("peak_memory_bytes", False, 800 * MIB)]
     found = recommend(rows, needs)
     assert found is not None and found.chosen is rows[2]
     assert "the only one of 3 cells that fits peak memory ≤ 800 MiB" in sentence(found, needs, {}, rows)
+
+
+def test_what_would_settle_a_choice_is_said(tmp_path: Path) -> None:
+    records = [make_record(changes=peft(name) | {"seed": s}) for name in ("lora", "ia3") for s in range(3)]
+    write_runs(tmp_path, records)
+    for i, record in enumerate(records):
+        right = [(7 * k + 3 * (i % 3) + (k % 5 == 0) * (i >= 3)) % 11 < 5 + (i >= 3) * (k % 9 == 0) for k in range(128)]
+        write_rows(tmp_path / record.cell_id, right=right, nll=[1.0] * 128)
+    rows = pool([row_of(run) for run in read_runs(tmp_path)[0]])
+    score = {id(row): row.scored_rows("exact_match").values.mean() for row in rows}  # type: ignore[union-attr]
+    assert len(rows) == 2 and len(set(score.values())) == 2
+    told = what_would_settle(rows[0], rows[1], "exact_match", margin=None, confidence=0.95)
+    assert told is not None and "in place of" in told and "with a chance of 80 %" in told
+    assert what_would_settle(rows[0], rows[0], "exact_match", margin=None, confidence=0.95) is None
 
 
 def test_where_nothing_fits_the_nearest_is_named() -> None:
@@ -311,8 +343,8 @@ def test_the_command_refuses_in_one_sentence(
 # ---- plots
 
 
-def test_a_crowded_scatter_names_the_unbeaten_and_tells_the_others_by_colour_and_shape() -> None:
-    from left_bench.report.plots import pareto_figure, plot_style
+def test_a_crowded_scatter_names_the_unbeaten_and_tells_the_others_when_pointed_at(tmp_path: Path) -> None:
+    from left_bench.report.plots import pareto_figure, plot_style, write_plots
     from left_bench.report.ranking import pareto_front
 
     rows = rows_of(
@@ -334,7 +366,12 @@ def test_a_crowded_scatter_names_the_unbeaten_and_tells_the_others_by_colour_and
     names = {text.get_text() for text in figure.axes[0].texts if text.get_text()}
     assert names == {f"cell {rows.index(row)}" for row in front} and len(names) < len(rows) // 2
     told = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert told == ["none", "int8", "nf4", "nf5", "", "full", "lora", "dora", "ia3", "vera", "oft", "prompt", "prefix"]
+    assert told == ["dora", "full", "ia3", "lora", "oft", "prefix", "prompt", "vera", "", "none", "int8", "nf4", "nf5"]
+    write_plots(rows, [f"cell {i}" for i in range(len(rows))], out=tmp_path, name="x")
+    tips = re.findall(
+        r"<title>(cell \d+): exact match [^<]*peak memory", (tmp_path / "x_pareto.svg").read_text("utf-8")
+    )
+    assert sorted(tips) == sorted(f"cell {i}" for i in range(len(rows)))
 
 
 def test_no_names_overlap_in_the_plots_of_seeds(grid: Path) -> None:
@@ -367,4 +404,61 @@ def test_a_recommendation_says_what_it_went_by() -> None:
     found = recommend(rows)
     assert found is not None and "peak_memory_bytes" not in found.metrics
     told = sentence(found, [], {id(rows[0]): "full", id(rows[1]): "lora"}, rows)
-    assert "memory" not in told and ("trains the fastest" in told or "trains faster" in told)
+    assert "memory" not in told and "best exact match" in told
+
+
+def test_budgets_are_bounds_in_their_own_units_and_money_wants_a_price(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--budget-time", "2h", "--budget-joules=5kJ", "--budget-money", "0.5", "--budget-memory", "8GiB"]
+    assert [(need.metric, need.at_least, need.bound) for need in take_needs(words)[0]] == [
+        *(("wall_seconds", False, 7200.0), ("cell_joules", False, 5000.0)),
+        *(("cell_cost", False, 0.5), ("peak_memory_bytes", False, 8 * 2**30)),
+    ]
+    for arguments, message in (
+        (["--budget-tme", "2h"], "no such budget; did you mean '--budget-time'?"),
+        (["--budget-time", "long"], "not a time"),
+        (["--budget-joules", "5 mAh"], "not an energy"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            take_needs(arguments)
+    assert main([str(grid), "--out", str(tmp_path), "--budget-money", "1"]) == 2
+    assert "wants a price" in capsys.readouterr().err
+    arguments = [str(grid), "--out", str(tmp_path), "--price-per-hour", "3.6", "--budget-money", "1"]
+    assert main(arguments) == 0
+    text = (tmp_path / "grid.md").read_text(encoding="utf-8")
+    [costs] = tables(section(text, "Cost"))
+    assert "cost of a point" in costs[0] and "cost ≤ 1" in text
+    full = next(line for line in costs if line["peft"].startswith("full") and line["quantization"] == "none")
+    runs = [run.record for run in read_runs(grid)[0] if run.record.choices["peft"] == "full" and run.record.metrics]
+    each = [r.metrics["wall_seconds"] / 1000 / (100 * (r.metrics["exact_match"] - 0.0625)) for r in runs]
+    assert full["cost of a point"].strip("*").startswith(format_value("cost_per_point", sum(each) / len(each)))
+
+
+def test_a_file_of_records_makes_the_same_report_as_their_folder(grid: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    assert main([str(grid), "--out", str(folder), "--format", "jsonl"]) == 0
+    of_folder = write_report(grid, name="grid", out=tmp_path / "a")
+    of_file = write_report(folder / "grid.jsonl", name="grid", out=tmp_path / "b")
+    of_files = write_report(folder, name="grid", out=tmp_path / "c")
+    told = of_folder.read_text(encoding="utf-8").replace(f"{grid.name}/", "")
+    assert told == of_file.read_text(encoding="utf-8") == of_files.read_text(encoding="utf-8")
+    for plot in (tmp_path / "a").glob("*.svg"):
+        assert plot.read_bytes() == (tmp_path / "b" / plot.name).read_bytes()
+    again = tmp_path / "again"
+    assert main([str(folder / "grid.jsonl"), "--out", str(again), "--format", "jsonl"]) == 0
+    assert (again / "grid.jsonl").read_bytes() == (folder / "grid.jsonl").read_bytes()
+    broken = folder / "broken.jsonl"
+    broken.write_text((folder / "grid.jsonl").read_text(encoding="utf-8") + '{"torn\n[1]\n', encoding="utf-8")
+    runs, problems = read_runs(broken)
+    assert len(runs) == 48 and [problem.message.partition(":")[0] for problem in problems] == ["line 50", "line 51"]
+    assert problems[1].message.endswith("neither a cell with its record nor a sweep")
+
+
+def test_every_method_that_ships_has_a_colour_and_marker_of_its_own() -> None:
+    from left_bench.report.styles import COLOURS, MARKERS, method_style
+
+    shipped = {path.stem for path in (Path(__file__).parents[1] / "conf" / "peft").glob("*.yaml")}
+    styles = {method: method_style(method) for method in shipped}
+    assert len(set(styles.values())) == len(shipped) <= len(COLOURS) * len(MARKERS)
+    assert method_style("a_method_of_ones_own") == method_style("a_method_of_ones_own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -9,9 +10,11 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from left_bench.cli import list_options
-from left_bench.cli.list_options import OnlyHydraKnows, composed_cell, main
-from left_bench.core.errors import UserError
+from left_bench.cli.list_options import main
+from left_bench.core.errors import UserError, nearest
 from left_bench.grid import command_line
+from left_bench.grid.compose import compose_option
+from left_bench.grid.options import OnlyHydraKnows
 from left_bench.spec.cell import GROUPS
 
 
@@ -28,11 +31,25 @@ def test_every_option_of_every_group_is_one_line(capsys):
 
 
 def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
-    monkeypatch.setattr("left_bench.cli.list_options.find_device", lambda asked: "cpu")
+    monkeypatch.setattr("left_bench.grid.compose.find_device", lambda asked: "cpu")
     main(["precision"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert "not here" in lines["tf32"] and "CUDA" in lines["tf32"]
     assert "runs here" in lines["bf16"]
+
+
+def test_json_has_an_object_for_each_option(capsys, monkeypatch):
+    monkeypatch.setattr("left_bench.grid.compose.find_device", lambda asked: "cpu")
+    assert main(["precision", "sweep", "--json"]) == 0
+    found = {(one["group"], one["option"]): one for one in json.loads(capsys.readouterr().out)}
+    assert {name for group, name in found if group == "precision"} == set(command_line.options("precision"))
+    assert found["precision", "bf16"]["runs_here"] is True and found["precision", "bf16"]["reason"] is None
+    assert found["precision", "tf32"]["runs_here"] is False and "CUDA" in found["precision", "tf32"]["reason"]
+    assert found["sweep", "peft_methods"]["runs_here"] is None and found["sweep", "peft_methods"]["summary"]
+
+
+def test_letters_that_changed_places_are_the_likeliest_slip():
+    assert nearest("lroa", command_line.options("peft")) == "; did you mean 'lora'?"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +73,7 @@ def test_what_is_read_from_the_file_is_what_hydra_composes(group, compose_cell):
     command_line.register_resolvers()
     for option in command_line.options(group):
         if (group, option) != ("peft", "custom"):  # nothing without the user's own word, by either way
-            assert composed_cell(group, option) == compose_cell(f"{group}={option}"), option
+            assert compose_option(group, option) == compose_cell(f"{group}={option}"), option
 
 
 def test_what_only_hydra_can_read_is_left_to_it(monkeypatch, capsys):
@@ -66,7 +83,7 @@ def test_what_only_hydra_can_read_is_left_to_it(monkeypatch, capsys):
     GlobalHydra.instance().clear()  # other tests leave their composition open
     main(["hardware"])
     expected = capsys.readouterr().out
-    monkeypatch.setattr(list_options, "composed_cell", refuse)
+    monkeypatch.setattr(list_options, "compose_option", refuse)
     main(["hardware"])
     assert capsys.readouterr().out == expected
 

@@ -20,7 +20,7 @@ from left_bench.report.load import Problem, read_runs, read_sweeps
 from left_bench.report.page import _SCRIPTS, _asset, as_json, write_page
 from left_bench.report.page.data import CURVE_POINTS, status_of, thin_out
 from left_bench.report.page.markup import ROWS_SHOWN
-from left_bench.report.ranking import ties_with_best
+from left_bench.report.ranking import standing
 from left_bench.report.values import format_value
 from left_bench.spec.record import STATUSES, Record, Sample
 
@@ -147,11 +147,11 @@ def test_the_data_hold_the_numbers_and_their_text(methods: str) -> None:
     assert strings[memory["texts"][0]] == "1.36 GiB" and (memory["scale"], memory["unit"]) == (2**30, "GiB")
     lora = next(i for i, row in enumerate(rows) if row.ok and row.record and row.record.choices["peft"] == "lora")
     [exact] = [metric for metric in data["metrics"] if metric["name"] == "exact_match"]
-    best, tied = ties_with_best(rows, "exact_match")[:2]
-    assert [rows[i].cell_id for i in exact["best"]] == [best.cell_id]
-    assert {rows[i].cell_id for i in exact["ties"]} == {row.cell_id for row in tied} != set()
+    found = standing(rows, "exact_match")
+    assert found is not None and [rows[i].cell_id for i in exact["best"]] == [found.best.cell_id]
+    assert {rows[i].cell_id for i in exact["unresolved"]} == {row.cell_id for row, _ in found.unresolved} != set()
     assert methods.count('<span class="tie">') == sum(
-        len(m.get("ties", ())) for m in data["metrics"] if m["name"] in data["shown"]
+        len(m.get("unresolved", ())) for m in data["metrics"] if m["name"] in data["shown"]
     )
     assert strings[memory["against"][lora]] == "0.61×" and memory["best"] == [lora + 1]
     assert strings[data["commands"][lora]] == "left-bench peft=lora"

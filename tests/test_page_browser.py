@@ -20,7 +20,8 @@ from test_page import HOSTILE, hostile_record, recorded_rows
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of
 from left_bench.report.page import write_page
 from left_bench.report.page.data import status_of
-from left_bench.report.ranking import pareto_front
+from left_bench.report.ranking import pareto_front, standing
+from left_bench.report.recommend import recommend
 from left_bench.report.values import one_line
 
 pytest.importorskip("selenium", reason="selenium is not installed (pip install -e '.[test]')")
@@ -282,13 +283,17 @@ def test_an_axis_of_many_sizes_is_logarithmic(page: Browser) -> None:
     assert not page.one("#log-x").is_selected()
     Select(page.one("#scatter-x")).select_by_value("trainable_params")  # 11.5 k to 135 M
     assert page.one("#log-x").is_selected()
-    placed = {i: point.rect["x"] for i, point in points(page).items()}
+
+    def middle(point: WebElement) -> float:
+        return float(point.rect["x"] + point.rect["width"] / 2)
+
+    placed = {i: middle(point) for i, point in points(page).items()}
     assert sorted(placed, key=placed.__getitem__) == sorted(
         placed, key=lambda i: METHODS[i].value("trainable_params") or 0
     )
     widest = max(placed.values()) - min(placed.values())
     page.click(page.one("#log-x"))
-    linear = sorted(point.rect["x"] for point in points(page).values())
+    linear = sorted(middle(point) for point in points(page).values())
     assert linear[-2] - linear[0] < 0.1 * (linear[-1] - linear[0]) and widest > 300  # all but one in a heap
 
 
@@ -314,12 +319,89 @@ def test_light_dark_and_the_choice_between_them(page: Browser) -> None:
     assert (button.text, paper()) == ("Theme: auto", light)
 
 
+def test_the_scatter_is_within_ten_tab_stops(page: Browser) -> None:
+    for _ in range(10):
+        page.run("return document.activeElement").send_keys(Keys.TAB)
+        if page.run("return document.activeElement.classList.contains('point')"):
+            break
+    assert page.run("return document.activeElement.classList.contains('point')")
+
+
+def test_places_and_the_pareto_set_are_columns_and_a_filter(page: Browser) -> None:
+    found = recommend(METHODS)
+    ranked = standing(METHODS, "exact_match")
+    assert found is not None and ranked is not None
+    script = "return [...document.querySelectorAll('#leaderboard thead th button')].map((n) => n.firstChild.data)"
+    names = page.run(script)
+    lines = {int(tr.get_attribute("data-row")): tr for tr in page.all("#leaderboard tr[data-row]")}
+    for i, row in enumerate(METHODS):
+        cells = [cell.text for cell in lines[i].find_elements(By.CSS_SELECTOR, "th,td")]
+        assert cells[names.index("#")] == str(ranked.places.get(id(row), "–"))
+        assert bool(cells[names.index("Pareto set")]) == (id(row) in found.front)
+    menu = page.one(".menu.filter[data-filter='pareto']")
+    page.click(menu.find_element(By.TAG_NAME, "summary"))
+    no = next(box for box in menu.find_elements(By.TAG_NAME, "label") if box.text.startswith("no"))
+    page.click(no)
+    assert {id(METHODS[i]) for i in page.rows()} == set(found.front)
+
+
+def test_a_view_is_sent_by_its_address(page: Browser) -> None:
+    page.click(page.heading("exact match").find_element(By.TAG_NAME, "button"))
+    page.one("#query").send_keys("tuning")
+    Select(page.one("#scatter-x")).select_by_value("wall_seconds")
+    page.click(page.one("#log-y"))
+    page.click(page.one(".menu.columns summary"))
+    page.click(page.one("[data-column='eval_loss']"))
+    menu = page.one(".menu.filter[data-filter='status']")
+    page.click(menu.find_element(By.TAG_NAME, "summary"))
+    page.click(menu.find_elements(By.TAG_NAME, "label")[0])
+    seen, heads = page.rows(), page.texts("#leaderboard thead th")
+    address = page.run("return location.href")
+    assert "#" in address and seen and len(seen) < len(METHODS)
+    page.driver.get("about:blank")
+    page.driver.get(address)
+    assert page.rows() == seen and page.texts("#leaderboard thead th") == heads
+    assert page.one("#query").get_attribute("value") == "tuning" and page.one("#log-y").is_selected()
+    assert page.one("#scatter-x").get_attribute("value") == "wall_seconds"
+    page.driver.get(address.partition("#")[0] + "#sort=metric+no_such_metric+down&x=%3Cscript%3E&filter=nothing")
+    page.driver.refresh()
+    assert page.rows() == list(range(len(METHODS))) and not page.complaints()
+
+
+def test_curves_are_read_by_keyboard(page: Browser) -> None:
+    chart = page.one("#loss svg")
+    page.run("arguments[0].focus()", chart)
+    names = labels(METHODS, find_axes(METHODS))
+    first = page.one("#loss-readout").text
+    assert any(first.startswith(f"{name}: step ") for name in names)
+    chart.send_keys(Keys.ARROW_RIGHT)
+    second = page.one("#loss-readout").text
+    assert second != first and second.partition(":")[0] == first.partition(":")[0]
+    page.one("#loss svg").send_keys(Keys.ARROW_DOWN)
+    assert page.one("#loss-readout").text.partition(":")[0] != first.partition(":")[0]
+    assert len(page.all("#loss .line.mark")) == 1
+
+
+def test_tables_by_axis_hold_the_blocks_of_the_report(browser: Browser, tmp_path: Path) -> None:
+    rows = [
+        row_of(make_record(changes=peft(method) | {"quantization.name": name}, choices={"quantization": name}))
+        for method in ("lora", "ia3")
+        for name in ("none", "nf4")
+    ]
+    browser.open(written(rows, tmp_path))
+    assert browser.texts("#by-axis h2") == ["By quantization", "By peft"]
+    tables = browser.all("#by-axis table")
+    assert [len(table.find_elements(By.TAG_NAME, "tbody")) for table in tables] == [2, 2]
+    assert [len(table.find_elements(By.CSS_SELECTOR, "tr.reference")) for table in tables] == [2, 2]
+
+
 @pytest.mark.parametrize("width", [320, 360])
 def test_a_phone_scrolls_tables_in_their_own_box(page: Browser, width: int) -> None:
     size = {"width": width, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     page.driver.refresh()
     assert page.run("return document.documentElement.scrollWidth") <= width
+    assert len(page.all("#leaderboard thead th.number")) == 1 + 3  # the place and three metrics
     box, first = page.one("#leaderboard-box"), page.one("#leaderboard tbody th")
     inside, seen = page.run("return [arguments[0].scrollWidth, arguments[0].clientWidth]", box)
     assert inside > seen and first.rect["width"] < width / 2
@@ -367,7 +449,7 @@ def test_hostile_records_are_text_and_nothing_else(browser: Browser, tmp_path: P
     assert not {"img", "iframe", "image", "object", "embed", "link"} & set(made) and made.count("script") == 2
     attributes = browser.run("return [...document.querySelectorAll('*')].flatMap((n) => n.getAttributeNames())")
     assert not [name for name in attributes if name.startswith("on")]
-    assert browser.complaints() == [] and browser.requests() == [browser.driver.current_url]
+    assert browser.complaints() == [] and browser.requests() == [browser.driver.current_url.partition("#")[0]]
     with pytest.raises(Exception, match="no such alert"):
         browser.driver.switch_to.alert  # noqa: B018
 

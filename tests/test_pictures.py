@@ -70,7 +70,7 @@ def test_test_pictures_do_not_depend_on_the_training_pictures(tiny_cell):
 def test_loss_is_the_models_own(tiny_cell):
     model, splits = load(tiny_cell(*VIT))
     batch = collate(splits.train[:5], pad_id=0)
-    theirs = model(pixel_values=batch.pixels, labels=batch.targets).loss
+    theirs = model(**batch.inputs(), labels=batch.targets).loss
     ours = AnswerLoss(model).summed(batch)
     assert ours.item() == pytest.approx(5 * theirs.item(), rel=1e-5)
 

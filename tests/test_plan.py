@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded.committed import committed_runs
 from test_train import SMALLER
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -28,7 +29,6 @@ from left_bench.plan.predict import Pass, Plan, largest_pass, predict
 from left_bench.spec.cell import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = Path(__file__).parent.parent / "reports" / "records"
 PARTS = ("weights", "adapter", "adapter_frozen", "gradients", "optimizer")
 RECORDED_WEIGHTS = ("none", "fp4", "nf4", "nf4_dq", "nf5", "int5", "int8")
 METHODS = sorted(path.stem for path in (config_root() / "conf" / "peft").glob("*.yaml"))
@@ -157,9 +157,9 @@ def followed():
 
 def committed(kind: str) -> list[dict]:
     """The default model's committed records, ok and with the default training."""
-    paths = sorted(RECORDS.glob(f"smollm2_135m-{kind}-bf16-chain_sum-s*/record.json"))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return [one for one in records if one["status"] == "ok" and one["config"]["training"]["name"] == "default"]
+    records = [run.record for run in committed_runs()]
+    named = [one for one in records if one.cell_id.startswith(f"smollm2_135m-{kind}-bf16-chain_sum-s")]
+    return [one.model_dump() for one in named if one.status == "ok" and one.config["training"]["name"] == "default"]
 
 
 @pytest.mark.parametrize("kind", [*(f"{name}-lora" for name in RECORDED_WEIGHTS), "nf4_dq-ln_tuning", "none-full"])

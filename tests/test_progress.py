@@ -98,6 +98,7 @@ def test_a_cell_tells_how_far_its_evaluation_is_and_no_timed_generation(tiny_cel
     assert "generate_tokens_per_second" in found["metrics"]
     assert told_in(found["run_dir"] / "events.jsonl") == [
         ("peak", "matrix products, measured"),
+        ("train", "validation loss"),
         ("evaluate", "loss"),
         ("evaluate", "answers"),
     ]

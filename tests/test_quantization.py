@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from left_bench.core.errors import NotInForce
+from left_bench.compat.bitsandbytes import keep_trainable
 from left_bench.fivebit import FiveBitConfig
-from left_bench.model.load import _keep_trainable, quantized_weights
+from left_bench.model.load import quantized_weights
 from left_bench.model.quantization_error import quantization_error
 from left_bench.quantization import dequantized
 
@@ -64,18 +64,10 @@ def test_more_bits_less_error(folder):
 
 def test_the_dequantized_weight_is_what_the_layer_multiplies_by(folder):
     model = load(folder, "nf4")
-    _keep_trainable(model)  # the first product in eval mode would repack the weights
+    keep_trainable(model)  # the first product in eval mode would repack the weights
     layer = model.model.layers[0].mlp.up_proj
     eye = torch.eye(64)
     torch.testing.assert_close(layer(eye).T, dequantized(layer.weight), atol=1e-4, rtol=1e-3)
-
-
-def test_a_bitsandbytes_without_the_switch_for_repacking_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("left_bench.model.load._REPACKS", "no_such_switch")
-    monkeypatch.setattr("left_bench.model.load.versions_of", lambda packages: dict.fromkeys(packages, "0.99"))
-    with pytest.raises(NotInForce, match=r"bitsandbytes 0\.99: its 4-bit layers have no no_such_switch any more"):
-        _keep_trainable(load(folder, "nf4"))
-    _keep_trainable(load(folder, "int8"))  # has no such layers
 
 
 def test_no_local_checkpoint_no_error_figure(folder):

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from faulty import FAULT, run_forked, run_forked_with_an_idle_parameter
+from faulty import FAULT, IDLE_PARAMETER
 from hypothesis import given
 from hypothesis import strategies as st
 from recorded.build import make_record
@@ -122,6 +123,36 @@ def test_two_processes_lose_what_one_loses(overrides, unlike, tiny_cell, work_in
     assert left == {"cell.json", "events.jsonl", "worker.log", "rows.jsonl", "adapter"}
 
 
+@linux
+@pytest.mark.parametrize("sharding", [None, "fsdp2"])
+def test_two_processes_have_the_validation_losses_of_one(sharding, tiny_cell, work_in_process, tmp_path):
+    # five rows: one more than the ranks can share evenly
+    asked = [*STEPS, "eval.every=1", "data.validation_rows=5"]
+    sharded = [] if sharding is None else [f"hardware.sharding={sharding}"]
+    record, _ = run(tiny_cell(*asked, TWO, *sharded), tmp_path / "run")
+    assert record.status == "ok", record.provenance
+    alone = work_in_process(tiny_cell(*asked))["curve"]
+    assert [point.step for point in record.curve] == [point.step for point in alone] == [1, 2, 3]
+    assert [point.tokens for point in record.curve] == [point.tokens for point in alone]
+    losses = [point.validation_loss for point in alone]
+    assert [point.validation_loss for point in record.curve] == pytest.approx(losses, rel=1e-5)
+
+
+@linux
+def test_ranks_stop_together_by_time_and_by_validation_loss(tiny_cell, tmp_path):
+    asked = [*STEPS, "training.steps=100000", "data.validation_rows=5", TWO]
+    timed, steps = run(tiny_cell(*asked, "training.max_seconds=0.5"), tmp_path / "timed")
+    assert timed.status == "ok", timed.provenance
+    assert timed.provenance["training_ended"]["by"] == "max_seconds"
+    assert timed.curve[-1].step == len(steps) < 100000
+    rising = ["peft=full", "training.learning_rate=0.05", "eval.every=1", "training.stop_patience=2"]
+    stopped, steps = run(tiny_cell(*asked, "training.steps=50", *rising), tmp_path / "stopped")
+    assert stopped.status == "ok", stopped.provenance
+    ended = stopped.provenance["training_ended"]
+    assert ended["by"] == "stop_patience" and ended["weights_of_step"] == len(steps) - 2
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+
+
 def test_the_ranks_of_these_cells_have_unlike_answers(unlike, tiny_cell):
     """Else a mean of the ranks' means would pass for the mean over all answer tokens."""
     from left_bench.model.load import open_pretrained
@@ -144,7 +175,7 @@ def test_dropout_and_noise_differ_between_ranks_and_a_killed_cell_goes_on(tiny_c
     assert whole.status == "ok", whole.provenance
     monkeypatch.setenv(FAULT, "kill@step2")
     with monkeypatch.context() as patch:
-        patch.setattr(process, "_run_forked", run_forked)
+        patch.setattr(process, "start", partial(process.start, program="faulty"))
         killed, _ = run(cell, tmp_path / "cell")
     assert killed.status == "crashed"
     resumed, steps = run(cell, tmp_path / "cell")
@@ -165,7 +196,8 @@ def test_dropout_and_noise_differ_between_ranks_and_a_killed_cell_goes_on(tiny_c
 def test_nobody_waits_for_a_parameter_without_a_gradient(unlike, tiny_cell, work_in_process, tmp_path, monkeypatch):
     cell = tiny_cell(*unlike, "training.gradient_accumulation=2")
     alone = steps_in_process(work_in_process(cell))
-    monkeypatch.setattr(process, "_run_forked", run_forked_with_an_idle_parameter)
+    monkeypatch.setenv(FAULT, IDLE_PARAMETER)
+    monkeypatch.setattr(process, "start", partial(process.start, program="faulty"))
     record, steps = run(tiny_cell(*unlike, "training.gradient_accumulation=2", TWO), tmp_path / "run")
     assert record.status == "ok", record.provenance["log_tail"]
     assert record.metrics["trainable_params"] % 2 == 1  # it is there: LoRA's own are even
@@ -194,7 +226,7 @@ def test_some_get_no_gradient(tiny_cell, load_tiny, addition_rows):
 def strike(monkeypatch, tiny_cell, tmp_path):
     def strike(fault: str, *overrides: str) -> Record:
         monkeypatch.setenv(FAULT, fault)
-        monkeypatch.setattr(process, "_run_forked", run_forked)
+        monkeypatch.setattr(process, "start", partial(process.start, program="faulty"))
         return run(tiny_cell(*STEPS, TWO, *overrides), tmp_path / "run")[0]
 
     return strike

@@ -25,7 +25,7 @@ TOKEN = "hf_secretsecretsecretsecret"
 )
 def test_a_secret_in_an_override_is_refused_and_never_written(override, key, left_bench, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     monkeypatch.chdir(tmp_path)
     answer = left_bench("model=tiny_llama", "tracker=[wandb,jsonl]", override)
     assert answer.code == 2, answer

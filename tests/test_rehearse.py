@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from left_bench.cli.list_options import composed_cell
 from left_bench.core.errors import Unsupported, UserError
 from left_bench.grid.command_line import register_resolvers
+from left_bench.grid.compose import compose_option
 from left_bench.grid.rules import why_unsupported
 from left_bench.launch.preflight import Trial, has_user_values, refusal_of, rehearse
 from left_bench.worker.classify_error import status_of
@@ -33,7 +33,7 @@ def there(group: str, name: str) -> bool:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_what_ships_passes(group, option, tiny_cell):
     register_resolvers()
-    chosen = getattr(composed_cell(group, option), group)
+    chosen = getattr(compose_option(group, option), group)
     cell = tiny_cell("training.steps=10").model_copy(update={group: chosen})  # AdaLoRA wants more than two
     assert why_unsupported(cell) is not None or refusal_of(cell) is None
 

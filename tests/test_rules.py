@@ -116,6 +116,13 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     ([*TWO, "hardware=cuda", "hardware.device=mps"], "MPS is one", []),
     (["hardware.sharding=fsdp2"], "more than one", []),
 ]
+# what validation along training does not go with; words of the reason; the nearest neighbour
+ALONG_TRAINING: list[tuple[list[str], str, list[str]]] = [
+    (["training.stop_patience=1", *FSDP2], "best weights whole", ["training.stop_patience=1"]),
+    (["training.stop_patience=1", "eval.points=0"], "set eval.points", ["training.stop_patience=1", "eval.points=2"]),
+    (["training.max_seconds=5", "peft=adalora"], "plans its ranks", ["training.max_seconds=5"]),
+    (["eval.curve_scores=true", "training=packed"], "padded rows", ["eval.curve_scores=true"]),
+]
 # on two processes of the CPU: what is refused over shards, words of the reason, what the forced cell says
 SHARDED: list[tuple[list[str], str, str]] = [
     (INT8, "divide these quantized weights", "no attribute 'CB'"),
@@ -304,12 +311,19 @@ def test_an_installed_package_runs(module, tiny_cell, work_in_process):
     assert work_in_process(cell)["metrics"]["train_steps"] == 2
 
 
+@pytest.mark.parametrize(("refused", "words", "allowed"), ALONG_TRAINING, ids=map(names, ALONG_TRAINING))
+def test_what_does_not_go_with_validation_along_training_is_refused(refused, words, allowed, tiny_cell):
+    assert words in str(why_unsupported(tiny_cell(*CHEAP, *refused)))
+    assert why_unsupported(tiny_cell(*CHEAP, *allowed)) is None
+
+
 def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     """A new rule must come with a cell that it refuses, here or among the checkpoints and packages above."""
     cells = [tiny_cell(*CHEAP, *refused) for refused, _, _ in PAIRS]
     cells += [tiny_cell(*CHEAP, *refused, *FSDP2) for refused, _, _ in SHARDED]
     cells += [tiny_cell(*CHEAP, f"quantization={method}") for method in CHECKPOINTS]
     cells += [tiny_cell("hardware=cuda", *refused) for refused, _, _ in ON_CUDA]
+    cells += [tiny_cell(*CHEAP, *refused) for refused, _, _ in ALONG_TRAINING]
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
     monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: False)
     wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]

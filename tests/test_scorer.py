@@ -151,7 +151,7 @@ def test_a_scorer_without_answers_is_refused(own_cell, here):
 
 @pytest.mark.parametrize("chosen", [["eval=theirs"], ["+sweep=sly"]])
 def test_a_scorer_in_a_file_is_refused(chosen, here, left_bench, monkeypatch):
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     here("score.py", LENGTHS)
     here("conf/eval/theirs.yaml", "defaults: [default]\nname: theirs\nscorer: score.py:score\n")
     parameters = {"++eval.scorer": "score.py:score"}

@@ -7,8 +7,8 @@ import json
 import pytest
 import yaml
 
-from left_bench.launch import remote_results
-from left_bench.launch.remote_results import Ended, store_received
+from left_bench.launch.job import Ended
+from left_bench.launch.run_cell import store_received
 from left_bench.spec.record import RECORD_NAME, Record, read_record
 
 SEARCH = [
@@ -132,21 +132,13 @@ def test_a_job_is_a_number_or_fails():
             float(Ended.of(record, objective=objective, sent_back=False))
 
 
-def travelled(job: Ended) -> Ended:
-    """The return as another process receives it."""
-    receive, arguments = job.__reduce__()
-    return receive(*arguments)
-
-
 def test_records_come_back_where_no_storage_is_shared(tmp_path):
     record = ended()
-    job = Ended.of(record, objective="eval_loss", sent_back=True)
-    assert travelled(job) == job
-    assert travelled(Ended.of(ended(cell_id="b"), objective="eval_loss", sent_back=False)).record is None
-    assert store_received(tmp_path) == ["a-cell"]
+    sent = Ended.of(record, objective="eval_loss", sent_back=True)
+    assert sent.cell_id == "a-cell"
+    assert Ended.of(ended(cell_id="b"), objective="eval_loss", sent_back=False).record is None
+    store_received(sent.record, tmp_path)
     assert read_record(tmp_path / "a-cell" / RECORD_NAME) == record
     assert [path.name for path in tmp_path.iterdir()] == ["a-cell"]
-    assert remote_results._RECEIVED == {}
-    travelled(Ended.of(ended(metrics={}, finished_at="2025-01-01"), objective="x", sent_back=True))
-    store_received(tmp_path)
+    store_received(ended(metrics={}, finished_at="2025-01-01").model_dump_json(), tmp_path)
     assert read_record(tmp_path / "a-cell" / RECORD_NAME) == record  # an older one does not take its place

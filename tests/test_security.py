@@ -90,7 +90,7 @@ def test_every_shipped_target_is_allowed():
 def with_option(tmp_path, monkeypatch, left_bench):
     """A folder of options whose model asks for its author's code, and a sweep that does."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("left_bench.launch.hydra_job.check_cell", lambda cell: None)
+    monkeypatch.setattr("left_bench.launch.launching.check_cell", lambda cell: None)
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "sweep").mkdir()
     option = {"name": "theirs", "name_or_path": "some/body", "trust_remote_code": True}
@@ -103,7 +103,7 @@ def with_option(tmp_path, monkeypatch, left_bench):
 
 @pytest.mark.parametrize("chosen", [["model=theirs"], ["+sweep=sly", "model=tiny_llama"]])
 def test_trust_remote_code_in_a_file_is_refused(chosen, with_option, left_bench, monkeypatch):
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     answer = left_bench("--config-dir", str(with_option), *chosen, "tracker=none")
     assert answer.code == 2, answer
     assert "model.trust_remote_code=true stands in a file" in answer.err
@@ -244,7 +244,7 @@ def without_code(markdown: str) -> str:
 
 
 def test_a_file_may_not_write_into_the_command_line(with_option, left_bench, monkeypatch):
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     (with_option / "recipe").mkdir()
     sly = {"hydra": {"overrides": {"task": ["model.trust_remote_code=true"]}}, "model": {"trust_remote_code": True}}
     (with_option / "recipe" / "sly.yaml").write_text("# @package _global_\n" + yaml.safe_dump(sly))

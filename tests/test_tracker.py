@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +152,15 @@ def test_a_run_is_all_in_the_offline_file(tiny_cell, offline):
     tracker = wandb_tracker(offline)
     tracker.start(attempt_of(cell, folder=offline, number=2, sweep="smoke"))
     for step, loss in enumerate([3.0, 1.0, 2.0], start=1):
-        tracker.log(step, time=100.0 + step, loss=loss, learning_rate=0.1, memory_bytes=5.0 - step, tokens=10.0 * step)
+        tracker.log(step, time=100.0 + step, loss=loss, learning_rate=0.1, memory_gib=5.0 - step, tokens=10.0 * step)
     tracker.finish(made(cell))
 
     found = only(offline)
     run, identity = found["run"], cell.id.rpartition("-")[2]
     assert (run.project, run.run_group, run.job_type) == ("left_bench", f"smoke-{LAUNCH}", "train")
-    assert f"{run.display_name}-{identity}" == cell.id
+    assert run.display_name == "lora · s0"
     assert run.run_id == f"{identity}-2-{LAUNCH}"
-    assert {"lora", "tiny_llama", "none"} <= set(run.tags)
+    assert {"peft:lora", "model:tiny_llama", "quantization:none"} <= set(run.tags)
     rows = [row for row in found["history"] if "train/step" in row]
     assert [(row["train/step"], row["train/loss"]) for row in rows] == [(1, 3.0), (2, 1.0), (3, 2.0)]
     assert [row["_timestamp"] for row in rows] == [101.0, 102.0, 103.0]
@@ -169,7 +170,7 @@ def test_a_run_is_all_in_the_offline_file(tiny_cell, offline):
     assert found["config"]["environment.machine.cores"] == 2
     summary = found["summary"]
     assert (summary["status"], summary["eval_loss"], summary["seconds/train"]) == ("ok", 0.5, 2.5)
-    assert (summary["memory/weights_bytes"], summary["score/sums/exact_match/value"]) == (11, 0.25)
+    assert (summary["memory_gib/weights"], summary["score/sums/exact_match/value"]) == (11 / 2**30, 0.25)
     assert found["exit"] == 0
     [table] = offline.glob("wandb/offline-run-*/files/media/table/*.json")
     assert json.loads(table.read_text())["data"] == [["1 + 1?", "2", "3", "x"]]
@@ -177,7 +178,7 @@ def test_a_run_is_all_in_the_offline_file(tiny_cell, offline):
     metrics = found["metrics"]
     assert {"train/step", "train/tokens"} <= set(metrics)
     assert (metrics["train/loss"].step_metric, metrics["train/loss"].summary.min) == ("train/tokens", True)
-    assert (metrics["train/memory_bytes"].step_metric, metrics["train/memory_bytes"].summary.max) == (
+    assert (metrics["train/memory_gib"].step_metric, metrics["train/memory_gib"].summary.max) == (
         "train/step",
         True,
     )
@@ -285,6 +286,12 @@ def test_ids_tell_cells_attempts_and_launches_apart(tiny_cell, tmp_path):
     assert all(len(attempt.id) <= 64 and not set(attempt.id) & set(":;,#?/'\\%") for attempt in attempts)
 
 
+def test_a_run_has_a_short_name(tiny_cell, tmp_path):
+    attempt = attempt_of(tiny_cell("seed=2"), folder=tmp_path)
+    assert attempt.name == "lora · s2"
+    assert replace(attempt, choices={"peft": "dora", "quantization": "nf4"}).name == "dora · nf4 · s2"
+
+
 def test_a_launch_is_named_by_its_start():
     assert launch_id("2026-11-23T20:31:25+00:00") == "20261123T203125"
 
@@ -299,8 +306,26 @@ def test_only_steps_are_fed_and_tokens_are_added_up():
     feed = Feed(Keep())
     feed.event({"event": "phase", "name": "train"})
     feed.event({"event": "step", "time": 9.0, "step": 1, "loss": 0.5, "tokens": 7, "other": 1})
-    feed.event({"event": "step", "time": 9.5, "step": 2, "loss": 0.25, "tokens": 5, "peak_memory_bytes": 3})
-    assert seen == [(1, 9.0, {"loss": 0.5, "tokens": 7}), (2, 9.5, {"loss": 0.25, "tokens": 12, "memory_bytes": 3})]
+    feed.event({"event": "step", "time": 9.5, "step": 2, "loss": 0.25, "tokens": 5, "peak_memory_bytes": 3 * 2**29})
+    assert seen == [(1, 9.0, {"loss": 0.5, "tokens": 7}), (2, 9.5, {"loss": 0.25, "tokens": 12, "memory_gib": 1.5})]
+
+
+def test_a_point_of_the_curve_is_fed_with_what_it_had_taken():
+    seen = []
+
+    class Keep(NoTracker):
+        def log_validation(self, step, *, time, **metrics):
+            seen.append((step, time, metrics))
+
+    point = {"step": 5, "seconds": 2.0, "tokens": 90, "validation_loss": 0.5}
+    feed = Feed(Keep())
+    feed.event({"event": "curve", "time": 9.0, **point})
+    feed.event({"event": "curve", "time": 9.5, **point, "joules": 3.0, "scores": {"exact_match": 0.25}})
+    spent = {"seconds": 2.0, "tokens": 90}
+    assert seen == [
+        (5, 9.0, {"validation_loss": 0.5, **spent}),
+        (5, 9.5, {"validation_loss": 0.5, **spent, "joules": 3.0, "exact_match": 0.25}),
+    ]
 
 
 def test_the_summary_has_every_number_of_a_record(tiny_cell):
@@ -311,8 +336,9 @@ def test_the_summary_has_every_number_of_a_record(tiny_cell):
         "eval_loss": 0.5,
         "peak_memory_bytes": 7.0,
         "seconds/train": 2.5,
-        "peak_memory_bytes/train": 7,
-        "memory/weights_bytes": 11,
+        "peak_memory_gib": 7 / 2**30,
+        "peak_memory_gib/train": 7 / 2**30,
+        "memory_gib/weights": 11 / 2**30,
         "score/sums/exact_match/value": 0.25,
         "score/sums/exact_match/base": 0.0,
         "score/sums/exact_match/n": 4,
@@ -367,7 +393,7 @@ def test_a_missing_package_is_said_before_the_sweep_starts(left_bench, tmp_path,
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
-    monkeypatch.setattr("left_bench.launch.hydra_job.run_cell", None)
+    monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     monkeypatch.chdir(tmp_path)
     answer = left_bench("+sweep=smoke", "tracker=[jsonl,mlflow]")
     assert answer.code == 2, answer
@@ -429,6 +455,9 @@ class Broken:
 
     def log(self, step, *, time, **metrics):
         self._do("log")
+
+    def log_validation(self, step, *, time, **metrics):
+        self._do("log_validation")
 
     def finish(self, record):
         self._do("finish")

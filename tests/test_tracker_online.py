@@ -131,7 +131,7 @@ def test_a_run_told_twice_is_one_run_and_its_address_is_said_once(server, tmp_pa
     upserts = [given for kind, given in server.seen if kind == "upsert"]
     assert {(given["name"], given["project"]) for given in upserts} == {("abc-1-20260101T120000", "p")}
     assert {given["groupName"] for given in upserts} == {"online-20260101T120000"}
-    assert {given["displayName"] for given in upserts} == {"tiny"}
+    assert {given["displayName"] for given in upserts} == {"lora · s0"}
     [path] = {kind for kind, _ in server.seen if kind.startswith("/files/")}
     assert path == "/files/me/p/abc-1-20260101T120000/file_stream"
     sent = json.dumps([told for kind, told in server.seen if kind == path])

@@ -63,7 +63,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     done = run(
         *("--config-dir=mine", "-m", "model=tiny_llama", "quantization=nf4", "precision=fp32", "hardware=cpu"),
         *("peft=lora,broken,full", "training.steps=3", "training.batch_size=4", "data.train_rows=12"),
-        *("data.test_rows=4", "eval.forgetting=false", "eval.max_new_tokens=3", "hydra.job.name=three"),
+        *(
+            "data.test_rows=4",
+            "eval.points=3",
+            "eval.forgetting=false",
+            "eval.max_new_tokens=3",
+            "hydra.job.name=three",
+        ),
         f"tracker=[{','.join(INSTALLED)}]",
         cwd=place,
     )
@@ -96,6 +102,9 @@ def read_wandb(place: Path) -> dict[str, dict[str, Any]]:
             "group": one["run"].run_group,
             "status": one["summary"].get("status"),
             "losses": {row["train/step"]: row["train/loss"] for row in one["history"] if "train/loss" in row},
+            "curve": {
+                row["eval/step"]: row["eval/validation_loss"] for row in one["history"] if "eval/validation_loss" in row
+            },
             "metrics": {key: value for key, value in one["summary"].items() if isinstance(value, (int, float))},
             "method": one["config"].get("axis.peft"),
             "whole": one,
@@ -116,7 +125,8 @@ def read_jsonl(place: Path) -> dict[str, dict[str, Any]]:
             "kind": "train",
             "group": start["group"],
             "status": finish["summary"]["status"],
-            "losses": {line["step"]: line["loss"] for line in steps},
+            "losses": {line["step"]: line["loss"] for line in steps if line["kind"] == "step"},
+            "curve": {line["step"]: line["validation_loss"] for line in steps if line["kind"] == "validation"},
             "metrics": finish["summary"],
             "method": start["config"]["axis.peft"],
         }
@@ -144,12 +154,13 @@ def read_tensorboard(place: Path) -> dict[str, dict[str, Any]]:
         data = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
         axes = HParamsPluginData.FromString(data).session_start_info.hparams
         scalars = {tag: events.Scalars(tag) for tag in tags["scalars"]}
-        slug = next(part for part in ("-s0-",) if part in folder.name)
+        slug = next(part for part in ("_s0-",) if part in folder.name)
         found[folder.name.partition(slug)[2]] = {
             "kind": "train",
             "group": folder.parent.name,
             "status": axes["status"].string_value,
             "losses": {one.step: one.value for one in scalars.get("train/loss", [])},
+            "curve": {one.step: one.value for one in scalars.get("eval/validation_loss", [])},
             "metrics": {tag.removeprefix("record/"): values[-1].value for tag, values in scalars.items()},
             "method": axes["axis.peft"].string_value,
         }
@@ -171,6 +182,7 @@ def read_mlflow(place: Path) -> dict[str, dict[str, Any]]:
             "status": tags.get("left_bench.status"),
             "ended": ended,
             "losses": {step: value for name, value, step in rows if name == "train/loss"},
+            "curve": {step: value for name, value, step in rows if name == "eval/validation_loss"},
             "metrics": {name: value for name, value, _ in rows},
             "method": params.get("axis.peft"),
             "files": sorted(path.name for path in place.glob(f"runs/mlflow/artifacts/{key}/artifacts/*")),
@@ -192,6 +204,7 @@ def read_trackio(place: Path) -> dict[str, dict[str, Any]]:
             "group": config["_Group"],
             "status": config.get("status"),
             "losses": {step: row["train/loss"] for step, row in rows if "train/loss" in row},
+            "curve": {step: row["eval/validation_loss"] for step, row in rows if "eval/validation_loss" in row},
             "metrics": {name: value for _, row in rows for name, value in row.items()},
             "rows": len(rows),
             "method": config.get("axis.peft"),
@@ -233,6 +246,9 @@ def test_the_store_holds_the_three_cells_and_the_report(name: str, told: str, sw
     assert len(losses) == 3
     assert cells[swept.attempts["lora"].id]["losses"] == pytest.approx(losses, rel=1e-6)
     assert cells[swept.attempts["full"].id]["losses"] == {}
+    curve = {point.step: point.validation_loss for point in swept.records["lora"].curve}
+    assert len(curve) == 3
+    assert cells[swept.attempts["lora"].id]["curve"] == pytest.approx(curve, rel=1e-6)
 
 
 def test_wandb_ends_the_runs_as_the_cells_ended(swept: Swept) -> None:
@@ -247,7 +263,7 @@ def test_wandb_ends_the_runs_as_the_cells_ended(swept: Swept) -> None:
     tokens = [row["train/tokens"] for row in steps]
     assert tokens == sorted(tokens) and len(set(tokens)) == 3
     assert all({"train/learning_rate", "train/gradient_norm", "train/tokens_per_second"} <= set(row) for row in steps)
-    assert max(row["train/memory_bytes"] for row in steps) <= swept.records["lora"].metrics["peak_memory_bytes"]
+    assert max(row["train/memory_gib"] for row in steps) <= swept.records["lora"].metrics["peak_memory_bytes"] / 2**30
 
 
 def test_wandbs_report_run_has_table_page_and_plots(swept: Swept) -> None:
@@ -282,7 +298,7 @@ def test_mlflow_ends_runs_and_keeps_tables(swept: Swept) -> None:
 @pytest.mark.skipif("trackio" not in INSTALLED, reason="pip install 'left-bench[trackio]' for this store")
 def test_trackios_rows_are_told_once(swept: Swept) -> None:
     rows = {run["method"]: run["rows"] for run in swept.after["trackio"].values()}
-    assert rows == {"lora": 4, "broken": 1, "full": 1, None: 1}
+    assert rows == {"lora": 7, "broken": 1, "full": 1, None: 1}  # three steps, three points of the curve
 
 
 @pytest.mark.skipif("tensorboard" not in INSTALLED, reason="pip install 'left-bench[tensorboard]' for this store")
@@ -297,14 +313,14 @@ def test_tensorboards_table_opens_with_the_numbers_that_matter(swept: Swept) -> 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    for path in swept.place.glob("runs/tensorboard/*/tiny*/events.*"):
+    for path in swept.place.glob("runs/tensorboard/*/*_s0-*/events.*"):
         events = EventAccumulator(str(path))
         events.Reload()
         told = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/experiment"]).experiment
         tags = [metric.name.tag for metric in told.metric_infos]
         assert tags[:3] == ["record/eval_loss", "record/exact_match", "record/peak_memory_bytes"]
         assert {"axis.peft", "status"} <= {axis.name for axis in told.hparam_infos if axis.differs}
-        assert ("record/peak_memory_bytes" in events.Tags()["scalars"]) == ("-lora-" in str(path))
+        assert ("record/peak_memory_bytes" in events.Tags()["scalars"]) == (path.parent.name.startswith("lora_"))
 
 
 def test_no_secret_is_in_any_file(swept: Swept) -> None:

@@ -235,7 +235,9 @@ def test_neftune_disturbs_by_its_formula_and_only_inside(tiny_cell, load_tiny):
     model, _ = load_tiny(tiny_cell())
     embedding, ids = model.get_input_embeddings(), torch.arange(32).repeat(4, 1)
     plain = embedding(ids)
-    with embedding_noise(model, 5.0):
+    with embedding_noise(model.eval(), 5.0):
+        assert torch.equal(embedding(ids), plain)  # a validation loss is without noise
+    with embedding_noise(model.train(), 5.0):
         noise = embedding(ids) - plain
     bound = 5 / math.sqrt(32 * 64)
     assert bound * 0.95 < noise.abs().max() <= bound * 1.001

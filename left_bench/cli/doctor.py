@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import json
+import netrc
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -15,52 +21,60 @@ from left_bench.core.paths import cache_dir, config_root
 
 def main(argv: list[str]) -> int:
     """Print machine, versions, files and what works; 1 when something that every run needs does not."""
-    if argv:
-        print("usage: left-bench doctor")
+    if argv not in ([], ["--json"]):
+        print("usage: left-bench doctor [--json]")
         return 0 if argv[0] in ("-h", "--help") else 2
+    found, healthy = examine()
+    if argv:
+        print(json.dumps({"healthy": healthy, **found}, indent=1))
+        return 0 if healthy else 1
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, told in found.items():
+        table.add_row(name, told)
+    Console().print(table)
+    return 0 if healthy else 1
+
+
+def examine() -> tuple[dict[str, str], bool]:
+    """What is asked -> what was found, and whether all that every run needs works."""
     from left_bench.core.paths import versions_of
     from left_bench.measure.device import describe_machine, find_device, open_device
     from left_bench.measure.energy import open_cpu, open_gpu
     from left_bench.spec.record import RECORDED_PACKAGES
 
-    console = Console()
-    table = Table(box=None, show_header=False, pad_edge=False)
     device = open_device(find_device("auto"))
+    aside = _begun_aside(device.kind)
     machine = describe_machine(device)
-    table.add_row("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB")
+    found = {"machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB"}
     if sets := machine.get("instruction_sets"):
-        table.add_row("instruction sets", ", ".join(sets))
-    table.add_row("device", f"{device.kind} {device.name() or ''}".strip())
-    table.add_row("peak memory", device.peak_source)
-    table.add_row("python", f"{machine['python']} on {machine['platform']}")
-    table.add_row(
-        "versions", ", ".join(f"{name} {version}" for name, version in versions_of(RECORDED_PACKAGES).items())
-    )
-    table.add_row("conf and sweeps", str(config_root()))
-    table.add_row("cache", f"{cache_dir()} ({_free(cache_dir()):.0f} GiB free)")
-    table.add_row("default model", _default_model())
-    table.add_row("wandb", _wandb())
-    table.add_row("5-bit decoding", _five_bits(device.kind))
+        found["instruction sets"] = ", ".join(sets)
+    found |= {
+        "device": f"{device.kind} {device.name() or ''}".strip(),
+        "peak memory": device.peak_source,
+        "python": f"{machine['python']} on {machine['platform']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions_of(RECORDED_PACKAGES).items()),
+        "conf and sweeps": str(config_root()),
+        "cache": f"{cache_dir()} ({_free(cache_dir()):.0f} GiB free)",
+        "default model": _default_model(),
+        "wandb": _wandb(),
+        "5-bit decoding": _five_bits(device.kind),
+    }
     gpu = open_gpu(device.kind)
     for name, counter in {"GPU energy": gpu, "CPU energy": open_cpu()}.items():
-        table.add_row(name, counter.source if counter.readable else f"not read: {counter.source}")
+        found[name] = counter.source if counter.readable else f"not read: {counter.source}"
     if facts := gpu.facts() | gpu.clocks():
-        table.add_row("GPU", ", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in facts.items()))
+        found["GPU"] = ", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in facts.items())
     healthy = True
     for name, check in _CHECKS.items():
         try:
-            verdict = check(device.kind)
+            found[name] = aside[name].result() if name in aside else check(device.kind)
         except Exception as error:
-            verdict, healthy = f"does not work: {type(error).__name__}: {error}", False
-        table.add_row(name, verdict)
-    console.print(table)
-    return 0 if healthy else 1
+            found[name], healthy = f"does not work: {type(error).__name__}: {error}", False
+    return found, healthy
 
 
 def _free(path: os.PathLike[str]) -> float:
-    import pathlib
-
-    existing = pathlib.Path(path)
+    existing = Path(path)
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free / 2**30
@@ -73,20 +87,37 @@ def _default_model() -> str:
 
 
 def _wandb() -> str:
-    from left_bench.tracker import logged_in
-
+    """Without importing wandb, which takes seconds: what a login leaves is an entry in the netrc file."""
     mode = os.environ.get("WANDB_MODE")
-    return f"WANDB_MODE={mode}" if mode else ("online, logged in" if logged_in() else "offline: no login")
+    if mode:
+        return f"WANDB_MODE={mode}"
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].partition("/")[0]
+    return "online, logged in" if os.environ.get("WANDB_API_KEY") or _in_netrc(host) else "offline: no login"
+
+
+def _in_netrc(host: str) -> bool:
+    names = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    for path in (Path(name).expanduser() for name in names):
+        try:
+            if netrc.netrc(path).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
 
 
 def _five_bits(device: str) -> str:
+    """On a CPU by what is installed: asking the package itself would import transformers."""
+    if device == "cpu":
+        compiled = importlib.util.find_spec("llvmlite") is not None
+        return (
+            "code that llvmlite compiles" if compiled else "torch (pip install 'left-bench[five-bit]' makes it faster)"
+        )
     import torch
 
-    from left_bench.fivebit import Linear5bit, native
+    from left_bench.fivebit import Linear5bit
 
-    found = Linear5bit(32, 32, compute_dtype=torch.bfloat16, device=device).decoded_by
-    on_cpu = device == "cpu" and found == native.TORCH
-    return f"{found} (pip install 'left-bench[five-bit]' makes it faster)" if on_cpu else found
+    return Linear5bit(32, 32, compute_dtype=torch.bfloat16, device=device).decoded_by
 
 
 def _matrix_product(device: str) -> str:
@@ -119,8 +150,19 @@ def _bitsandbytes(device: str) -> str:
     return f"nf4 on {device}: relative error {error:.3f}"
 
 
+def _begun_aside(device: str) -> dict[str, Future[str]]:
+    """Checks that mostly import, begun in a process of their own: one core imports while the other does too."""
+    if "bitsandbytes" not in _CHECKS:
+        return {}
+    pool = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+    begun = pool.submit(_bitsandbytes, device)
+    pool.shutdown(wait=False)
+    return {"bitsandbytes": begun}
+
+
+# bitsandbytes first: the speeds are to be measured when nothing else runs
 _CHECKS: dict[str, Callable[[str], str]] = {
+    "bitsandbytes": _bitsandbytes,
     "matrix products": _matrix_product,
     "precision": _precision,
-    "bitsandbytes": _bitsandbytes,
 }

@@ -11,11 +11,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from left_bench import __version__
 from left_bench.core import interrupt
-from left_bench.core.errors import UserError, nearest, user_errors
+from left_bench.core.errors import UserError, nearest
 from left_bench.core.paths import config_root
 from left_bench.grid.command_line import (
     GROUPS,
@@ -115,8 +114,8 @@ def help_text() -> str:
         "left-bench init DIR                           a project of your own: options, a sweep, rows to start from",
         "left-bench plan [GROUP=OPTION | KEY=VALUE ...]   the memory a run or sweep will need; nothing is run",
         "left-bench data [GROUP=OPTION | KEY=VALUE ...]   rows as the model will read them: tokens, loss, lengths",
-        "left-bench list                               every group's options, one line each",
-        "left-bench doctor                             what this machine has and can run",
+        "left-bench list [GROUP...] [--json]           every group's options, one line each",
+        "left-bench doctor [--json]                    what this machine has and can run",
         "",
         f"sweeps: {', '.join(options('sweep'))}",
     ]
@@ -138,8 +137,7 @@ def _run(argv: list[str]) -> int:
         check_plugins(argv)
     import hydra
 
-    from left_bench.grid.compose import command_line
-    from left_bench.launch.hydra_job import run_job
+    from left_bench.launch.launching import Launch
 
     # composing makes millions of objects; looking for cycles after every 700 of them takes a tenth of its time
     gc.set_threshold(50_000, 20, 50)
@@ -152,12 +150,9 @@ def _run(argv: list[str]) -> int:
     # all overrides in one row at the end: Hydra's parser refuses them on both sides of an option
     sys.argv = ["left-bench", *(argument for argument in argv if not is_override(argument)), *overrides]
 
-    def task(config: Any) -> Any:
-        with user_errors():
-            return run_job(config)
-
-    with command_line(overrides), hydra_errors():
-        hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(task)()
+    launch = Launch(overrides)
+    with hydra_errors():
+        hydra.main(version_base="1.3", config_path=str(config_root() / "conf"), config_name="config")(launch)()
     return 0
 
 

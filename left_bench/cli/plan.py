@@ -74,8 +74,7 @@ def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
     Raises:
         UserError: a key or a value is not allowed.
     """
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
+    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from hydra.types import RunMode
@@ -84,7 +83,6 @@ def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
     from left_bench.core.paths import config_root
     from left_bench.grid import command_line
     from left_bench.grid.compose import check_cell, compose
-    from left_bench.grid.loader import use_sweep_loader
     from left_bench.grid.rules import why_unsupported
     from left_bench.grid.sweep import jobs_of
     from left_bench.launch.preflight import Trial, has_user_values, refusal_of
@@ -99,21 +97,20 @@ def cells_of(argv: list[str], *, command: str = "plan") -> Iterator[Cell]:
     command_line.check_choices(argv)
     command_line.register_resolvers()
     command_line.register_sweeps()
-    search: Any = create_config_search_path(str(config_root() / "conf"))
-    for folder in folders:
-        search.prepend("command-line", f"file://{folder.absolute()}", anchor="schema")  # Hydra wants that one last
     GlobalHydra.instance().clear()
-    hydra = Hydra.create_main_hydra2("plan", search)
+    initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf"), job_name="plan")
+    loader = GlobalHydra.instance().config_loader()
+    typed = [command_line.open_section(one) for one in argv if command_line.is_override(one)]
     try:
-        overrides = [command_line.open_section(one) for one in argv if command_line.is_override(one)]
-        config = hydra.config_loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
-        use_sweep_loader()
+        searched = [command_line.also_searched(folders)] if folders else []
+        config = loader.load_configuration("config", [*searched, *typed], run_mode=RunMode.MULTIRUN)
         checked: set[str] = set()
-        for _, job in jobs_of(config):
-            cell, settings = compose(job, job.hydra)
-            if has_user_values(job.hydra) and (settings.force_unsupported or why_unsupported(cell) is None):
+        for _, job in jobs_of(config, loader):
+            cell, settings = compose(job, job.hydra, typed=typed)
+            trial = Trial.of(cell, job.hydra) if has_user_values(job.hydra) else None
+            if trial is not None and (settings.force_unsupported or why_unsupported(cell) is None):
                 with output_discarded():
-                    refusal = refusal_of(cell, own_method=Trial.of(cell, job.hydra).own_method)
+                    refusal = refusal_of(cell, own_method=trial.own_method)
                 if refusal is not None:
                     raise UserError(refusal)
             kind = fingerprint([cell.identity["model"], cell.identity["data"]])
@@ -157,25 +154,10 @@ def answers_of(cells: list[Cell], *, tell: Callable[[str], None]) -> Iterator[An
 
 def _names(cells: list[Cell]) -> list[str]:
     """What sets the cells apart, as the reports have it."""
-    from left_bench.core.clock import utc_now
     from left_bench.report.cells import find_axes, labels, row_of
-    from left_bench.spec.record import Record
+    from left_bench.spec.record import not_started
 
-    now = utc_now()
-    rows = [
-        row_of(
-            Record(
-                cell_id=cell.id,
-                status="unsupported",
-                reason="planned",
-                started_at=now,
-                finished_at=now,
-                choices=cell.choices,
-                config=cell.sections(),
-            )
-        )
-        for cell in cells
-    ]
+    rows = [row_of(not_started(cell, "unsupported", "planned")) for cell in cells]
     return labels(rows, find_axes(rows))
 
 

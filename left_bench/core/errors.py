@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
-import traceback
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 _LONGEST = 500
 
@@ -24,8 +23,13 @@ class Unsupported(ValueError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'grid'?"` when a known word is close to `word`, else an empty string."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    word = str(word)
+    close = difflib.get_close_matches(word, list(known), n=5, cutoff=0.5)
+    if not close:
+        return ""
+    # letters that changed places are a likelier slip than letters that are none of the word's: lroa is lora, not road
+    same_letters = [one for one in close if sorted(one) == sorted(word)]
+    return f"; did you mean '{(same_letters or close)[0]}'?"
 
 
 def in_one_sentence(error: Exception) -> str:
@@ -35,29 +39,23 @@ def in_one_sentence(error: Exception) -> str:
     return found if len(found) <= _LONGEST else f"{found[:_LONGEST]}…"
 
 
-class user_errors:
-    """Turns a UserError into one line and exit code 2.
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a UserError in a task of Hydra's into one line and exit code 2: Hydra would print a line of its own first.
 
-    Hydra swallows what its callbacks raise, with a warning, and would run what could not be checked: `callback` makes
-    an end of any other exception as well.
+    Raises:
+        SystemExit: with 2.
     """
-
-    def __init__(self, *, callback: bool = False) -> None:
-        self._callback = callback
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UserError):
-            print(f"left-bench: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        if isinstance(error, Exception) and type(error).__module__.startswith(("hydra.", "omegaconf.")):
-            print(f"left-bench: {in_one_sentence(error)}", file=sys.stderr)
-            raise SystemExit(2) from None
-        if isinstance(error, Exception) and self._callback:
-            traceback.print_exception(error)
-            raise SystemExit(1) from None
+    try:
+        yield
+    except UserError as error:
+        print(f"left-bench: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Exception as error:
+        if not type(error).__module__.startswith(("hydra.", "omegaconf.")):
+            raise
+        print(f"left-bench: {in_one_sentence(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 class NotInForce(RuntimeError):

@@ -8,7 +8,7 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.paths import contents_of, file_sha256, is_installed
@@ -57,7 +57,9 @@ def content_of(section: Data) -> str | None:
     if section.path is not None or section.source == "jsonl":
         found = [_known_content(path) for path in data_files(section)]
         if section.test_path is not None:
-            found += ["test", *(_known_content(path) for path in data_files(section, test=True))]
+            found += ["test", *(_known_content(path) for path in data_files(section, part="test"))]
+        if section.validation_path is not None:
+            found += ["validation", *(_known_content(path) for path in data_files(section, part="validation"))]
         return found[0] if len(found) == 1 else fingerprint(found)
     read = _local_files(section)
     return fingerprint([_known_sha256(path) for path in read]) if read else None
@@ -109,13 +111,18 @@ def _sha256(path: str, size: int, modified: int) -> str:
     return file_sha256(Path(path))
 
 
-def data_files(section: Data, *, test: bool = False) -> list[Path]:
-    """What `data.path` (or `data.test_path`) names: a file, the files of a glob, or a folder of `save_to_disk`.
+def data_files(section: Data, *, part: Literal["train", "test", "validation"] = "train") -> list[Path]:
+    """What `data.path` (`data.test_path`, `data.validation_path`) names: a file, the files of a glob, or a folder of
+    `save_to_disk`.
 
     Raises:
         UserError: no path, nothing there, a folder that holds no data set, or a kind of file that is not read.
     """
-    key, given = ("data.test_path", section.test_path) if test else ("data.path", section.path)
+    key, given = {
+        "train": ("data.path", section.path),
+        "test": ("data.test_path", section.test_path),
+        "validation": ("data.validation_path", section.validation_path),
+    }[part]
     if not given:
         raise UserError(f"{key} is missing; set {key}=FILE to rows of yours: {', '.join(_KINDS)}")
     path = Path(given).expanduser()
@@ -210,19 +217,19 @@ def _as_text(path: Path, *, sep: str) -> dict[str, Any]:
     return arguments | {"features": datasets.Features({str(name): datasets.Value("string") for name in columns})}
 
 
-def has_test_split(path: Path) -> bool:
-    """Whether a folder is a DatasetDict that brings test rows of its own."""
+def has_split(path: Path, split: str) -> bool:
+    """Whether a folder is a DatasetDict that brings rows of its own for `split`."""
     listed = path / _DATASET[1]
-    return listed.is_file() and "test" in json.loads(listed.read_text(encoding="utf-8")).get("splits", [])
+    return listed.is_file() and split in json.loads(listed.read_text(encoding="utf-8")).get("splits", [])
 
 
-def test_split_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a DatasetDict's split `test`."""
+def split_records(path: Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of one split of a DatasetDict."""
     import datasets
 
-    found: Any = datasets.load_from_disk(str(path))["test"]
+    found: Any = datasets.load_from_disk(str(path))[split]
     for number, record in enumerate(found, start=1):
-        yield f"test row {number}", record
+        yield f"{split} row {number}", record
 
 
 def _opened(path: Path) -> IO[bytes]:

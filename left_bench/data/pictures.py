@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from left_bench.core.errors import UserError, nearest
 from left_bench.data.batches import ClassBatch
 from left_bench.data.lazy import LazyRows
+from left_bench.data.rows import brings_validation, validation_rows_wanted
 from left_bench.data.tokens import Splits
 from left_bench.spec.cell import Data
 
@@ -77,7 +78,8 @@ class Pictures(LazyRows[Picture]):
 
 
 def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
-    """Training and test pictures, shuffled by `data.seed`; the test pictures do not depend on `data.train_rows`.
+    """Training, validation and test pictures, shuffled by `data.seed`; the test pictures depend on the number of
+    neither of the others.
 
     Args:
         processor: the model's image processor of `transformers`.
@@ -86,7 +88,7 @@ def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
     Raises:
         UserError: a source, column or count that cannot be used; the message names the key and the mend.
     """
-    source, names = _source(section)
+    source, names, own = _source(section)
     order = list(range(len(source)))
     random.Random(section.seed).shuffle(order)
     where = _name_of(section)
@@ -101,7 +103,11 @@ def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
             f"data.train_rows={section.train_rows}: {where} leaves only {len(train)} training pictures beside "
             f"{section.test_rows} test pictures; set data.train_rows={len(train)} or lower, or null for all"
         )
-    train = train[: section.train_rows]
+    train, validation = _for_validation(section, train, where, apart=own is not None)
+    if own is not None:
+        order = list(range(len(own)))
+        random.Random(section.seed).shuffle(order)
+        validation = order[: validation_rows_wanted(section)]
     if not section.hold_out:
         train, test = [*train, *test], []
     column, label_column = str(section.image_column), section.answer_column
@@ -115,6 +121,7 @@ def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
     return Splits(
         train=Pictures(source, train, read=read),
         test=Pictures(source, test, read=read),
+        validation=Pictures(source if own is None else own, validation, read=read),
         truncated_rows=0,
         fingerprint=_fingerprint(source, [*train, *test], label_column, section),
         classes=names,
@@ -130,10 +137,34 @@ def probe(model: Any, *, tokens: int) -> dict[str, Any]:
     return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, device=first.device)}
 
 
-def _source(section: Data) -> tuple[Any, list[str]]:
-    """Rows with a picture and a class's number, and the classes' names."""
+def _for_validation(section: Data, train: list[int], where: str, *, apart: bool) -> tuple[list[int], list[int]]:
+    """The pictures to train on, and those for validation as `data.validation_rows` has them, from no source of their
+    own."""
+    used = len(train) if section.train_rows is None else section.train_rows
+    if apart:
+        return train[:used], []
+    wanted = validation_rows_wanted(section)
+    held_out = train[used : used + wanted]
+    if section.validation_rows is None or len(held_out) == wanted:
+        return train[:used], held_out
+    if section.train_rows is not None or wanted >= len(train):
+        most = len(train) - (section.train_rows or 1)
+        raise UserError(
+            f"data.validation_rows={wanted}: {where} leaves only {most} pictures beside those for training and test;"
+            f" set data.validation_rows={most} or lower"
+        )
+    return train[:-wanted], train[-wanted:]
+
+
+def _source(section: Data) -> tuple[Any, list[str], Any]:
+    """Rows with a picture and a class's number; the classes' names; the rows of a split `validation`, None without."""
+    if section.validation_path is not None:
+        raise UserError(
+            f"data.validation_path={section.validation_path}: pictures are not read from a file; a split"
+            " `validation` is taken where there is one, else set data.validation_rows=NUMBER"
+        )
     if section.source == "scikit_learn":
-        return _digits(section)
+        return *_digits(section), None
     import datasets
 
     where = _name_of(section)
@@ -147,15 +178,19 @@ def _source(section: Data) -> tuple[Any, list[str]]:
         columns = {"image": section.image_column, "label": section.answer_column}
     else:
         asked, columns = {"path": section.hub_id}, {}
+    found: Any
+    own: Any = None
     try:
         found = datasets.load_dataset(**asked, **{"split": "train", **section.config})
+        if validation_rows_wanted(section) and brings_validation(found, section):
+            own = datasets.load_dataset(**asked, **section.config | {"split": "validation"})
     except Exception as error:  # the hub's errors and the folder's share no base class
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"{where}: not loaded ({reason}); check it, or point data.path= at a folder of pictures"
         ) from error
     others = {old: new for old, new in columns.items() if old != new and old in found.column_names}
-    found = found.rename_columns(others)
+    found, own = (None if one is None else one.rename_columns(others) for one in (found, own))
     for key, column in (("data.image_column", section.image_column), ("data.answer_column", section.answer_column)):
         if column not in found.column_names:
             hint = nearest(str(column), found.column_names)
@@ -167,7 +202,7 @@ def _source(section: Data) -> tuple[Any, list[str]]:
         raise UserError(
             f"data.answer_column={section.answer_column!r}: {where} holds no classes there; name the column that does"
         )
-    return found, list(feature.names)
+    return found, list(feature.names), own
 
 
 @functools.cache

@@ -7,15 +7,18 @@ import functools
 import itertools
 import random
 import string
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.data.files import Records, data_files, file_records, has_test_split, test_split_records
+from left_bench.data.files import Records, data_files, file_records, has_split, split_records
 from left_bench.data.shapes import Row, Shape, in_words, shape_of, text_of, whole_lines
 from left_bench.spec.cell import Data
 
 _ROUNDS = 50  # draws of a generator, in multiples of the rows asked for, before it counts as exhausted
+DEFAULT_VALIDATION_ROWS = 32
+"""Of `data.validation_rows: null`, where they cost training no row."""
 _BARREN_ROUNDS = 3  # rounds in a row without one new question: the same
 
 
@@ -32,6 +35,9 @@ class RowSplits(NamedTuple):
     """What the records were found to be, in words; None: columns by their names."""
     test_there: int | None = None
     """Different questions that the source's own test rows have; None: they are held out of the rows."""
+    validation: Sequence[Row] = ()
+    repeated_validation: int = 0
+    """Validation rows left out because their question is trained on, tested on or repeated."""
 
 
 def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
@@ -41,13 +47,14 @@ def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
 
 
 def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
-    """Training rows and test rows, drawn from one distribution, with no question in both, and what was left out.
+    """Training, validation and test rows, drawn from one distribution, with no question in two of them, and what was
+    left out.
 
     With `data.pairs` every row has a worse answer: that of `data.rejected_column`, else another row's of its split.
 
     A file (`data.path`, whatever the source) is read with the standard library alone. Rows with a blank prompt or
     answer are left out; a question that repeats stays on its side of the split. The test rows do not depend on
-    `data.train_rows` where rows are read rather than generated.
+    `data.train_rows` where rows are read rather than generated, and in no case on `data.validation_rows`.
 
     Args:
         keep_records: each row with the record it comes from, all its columns included.
@@ -63,26 +70,16 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
         raise UserError("data.train_on=all: of a pair (data.pairs) the answers alone are compared; leave it out")
     dropped: list[str] = []
     held_out: list[Row] | None = None
+    for_validation: list[Row] | None = None
     read = functools.partial(_rows, keep_records=keep_records)
     if section.path is not None or section.source == "jsonl":
         paths = data_files(section)
         source = f"data.path={section.path if len(paths) > 1 else paths[0]}"
         records, shape = _detect_shape(section, file_records(paths))
         rows = list(read(section, records, source, dropped, shape))
-        if section.test_path is not None:
-            files = data_files(section, test=True)
-            apart: Records | None = file_records(files)
-            named = f"data.test_path={section.test_path}"
-        elif len(paths) == 1 and has_test_split(paths[0]):
-            apart, named = test_split_records(paths[0]), f"{source}: split test"
-        else:
-            apart, named = None, ""
-        if apart is not None:
-            apart, shape_apart = _detect_shape(section, apart)
-            if _plain(shape_apart) != _plain(shape):
-                one, other = (named, source) if _plain(shape_apart) else (source, named)
-                raise UserError(f"{one}: holds plain text, and {other} does not; give test rows of the same shape")
-            held_out = list(read(section, apart, named, dropped, shape_apart))
+        held_out = _rows_apart(section, "test", paths, shape, source=source, read=read, dropped=dropped)
+        if section.validation_rows != 0 and section.hold_out:
+            for_validation = _rows_apart(section, "validation", paths, shape, source=source, read=read, dropped=dropped)
     elif section.source == "hub":
         source = f"data.hub_id={section.hub_id}"
         records, shape = _detect_shape(section, _hub_records(section, whole=keep_records))
@@ -91,15 +88,61 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
                 f"{source}: holds plain text; to train on that, give data.shape=text, else name two columns"
             )
         rows = list(read(section, records, source, dropped, shape))
+        if section.validation_path is not None:
+            raise UserError(
+                f"data.validation_path={section.validation_path}: {source} is no file; its split `validation` is taken"
+                " where it has one, else set data.validation_rows=NUMBER"
+            )
+        if section.validation_rows != 0 and section.hold_out:
+            for_validation = _hub_validation(section, f"{source}: split validation", read, dropped)
     else:
         source, shape = f"data.task={section.task}", None
-        rows = _generated_rows(section, source, read)
+        rows, for_validation = _generated_rows(section, source, read)
     train, test, repeated = _hold_out(section, rows, source, held_out=held_out)
+    validation: list[Row] = []
+    left_out = 0
+    if section.hold_out:
+        train, validation, left_out = _for_validation(section, train, held_out or test, source, apart=for_validation)
+        train = train[: section.train_rows]
     if section.pairs and section.rejected_column is None and not any(row.rejected for row in rows):
         train, test = _mismatched(train, source), _mismatched(test, source)
     words = None if shape is None else in_words(shape, section)
     there = None if held_out is None else len({_question(row) for row in held_out})
-    return RowSplits(train, test, dropped=dropped, repeated=repeated, shape=words, test_there=there)
+    return RowSplits(
+        *(train, test),
+        dropped=dropped,
+        repeated=repeated,
+        shape=words,
+        test_there=there,
+        validation=validation,
+        repeated_validation=left_out,
+    )
+
+
+def _rows_apart(
+    section: Data,
+    part: Literal["test", "validation"],
+    paths: Sequence[Path],
+    shape: Shape | None,
+    *,
+    source: str,
+    read: Callable[..., Iterator[Row]],
+    dropped: list[str],
+) -> list[Row] | None:
+    """The rows of a file of their own, or of the data set's own split; None where there is neither."""
+    given = section.test_path if part == "test" else section.validation_path
+    if given is not None:
+        records: Records = file_records(data_files(section, part=part))
+        named = f"data.{part}_path={given}"
+    elif len(paths) == 1 and has_split(paths[0], part):
+        records, named = split_records(paths[0], part), f"{source}: split {part}"
+    else:
+        return None
+    records, shape_apart = _detect_shape(section, records)
+    if _plain(shape_apart) != _plain(shape):
+        one, other = (named, source) if _plain(shape_apart) else (source, named)
+        raise UserError(f"{one}: holds plain text, and {other} does not; give {part} rows of the same shape")
+    return list(read(section, records, named, dropped, shape_apart))
 
 
 def with_shape(section: Data) -> Data:
@@ -138,7 +181,32 @@ def _detect_shape(section: Data, records: Records) -> tuple[Records, Shape | Non
 # --- sources: records with named columns ---
 
 
-def _hub_records(section: Data, *, whole: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _hub_records(section: Data, *, whole: bool, split: str | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    found = _hub_dataset(section, split=split)
+    needed = [column for _, column in _columns(section)]
+    if not whole and found.column_names is not None and set(needed) <= set(found.column_names):
+        found = found.select_columns(sorted(set(needed)))  # images and the like beside the text are not decoded
+    for number, record in enumerate(found, start=1):
+        yield f"{'' if split is None else f'{split} '}row {number}", record
+
+
+def _hub_validation(
+    section: Data, named: str, read: Callable[..., Iterator[Row]], dropped: list[str]
+) -> list[Row] | None:
+    """The rows of the data set's split `validation`; None where there is none, or where it is trained on."""
+    if not brings_validation(_hub_dataset(section), section):
+        return None
+    records, shape = _detect_shape(section, _hub_records(section, whole=False, split="validation"))
+    return list(read(section, records, named, dropped, shape))
+
+
+def brings_validation(found: Any, section: Data) -> bool:
+    """Whether a data set of `datasets` has a split `validation` beside the one that was asked for."""
+    return "validation" in (found.info.splits or {}) and "validation" not in str(section.config.get("split", ""))
+
+
+def _hub_dataset(section: Data, *, split: str | None = None) -> Any:
+    """A split of the data set: `split`, else `data.config.split`, else `train`."""
     if not section.hub_id:
         raise UserError("data.hub_id is missing; set it to a hub dataset, or data.path=FILE to a JSON-lines file")
     import datasets
@@ -146,7 +214,8 @@ def _hub_records(section: Data, *, whole: bool) -> Iterator[tuple[str, Mapping[s
     where = f"data.hub_id={section.hub_id}"
     local = "point data.path= at a local JSON-lines file"
     try:
-        found = datasets.load_dataset(section.hub_id, **{"split": "train", **section.config})
+        asked = {"split": "train", **section.config} | ({} if split is None else {"split": split})
+        found = datasets.load_dataset(section.hub_id, **asked)
     except ConnectionError as error:
         raise UserError(f"{where}: the hub cannot be reached from here; {local}") from error
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -156,20 +225,21 @@ def _hub_records(section: Data, *, whole: bool) -> Iterator[tuple[str, Mapping[s
         raise UserError(f"{where}: not loaded with data.config={section.config} ({reason}); or {local}") from error
     if isinstance(found, dict):
         raise UserError(f"{where}: data.config.split must name one split; it has {', '.join(map(str, found))}")
-    needed = [column for _, column in _columns(section)]
-    if not whole and found.column_names is not None and set(needed) <= set(found.column_names):
-        found = found.select_columns(sorted(set(needed)))  # images and the like beside the text are not decoded
-    for number, record in enumerate(found, start=1):
-        yield f"row {number}", record
+    return found
 
 
-def _generated_rows(section: Data, source: str, read: Callable[..., Iterator[Row]]) -> list[Row]:
-    """Unique questions of a reasoning_gym task (https://github.com/open-thought/reasoning-gym), enough for both."""
+def _generated_rows(
+    section: Data, source: str, read: Callable[..., Iterator[Row]]
+) -> tuple[list[Row], list[Row] | None]:
+    """Unique questions of a reasoning_gym task (https://github.com/open-thought/reasoning-gym): enough for training and
+    test, and those generated after them, which are for validation; None where validation was asked for and they do not
+    suffice."""
     if not section.task:
         raise UserError("data.task is missing; name a reasoning_gym dataset, such as data.task=chain_sum")
     if section.train_rows is None:
         raise UserError(f"data.train_rows=null: {source} is generated without end; give a number")
     wanted = section.train_rows + section.test_rows
+    beside = validation_rows_wanted(section)
     # The library seeds item i with seed + i: neighbouring seeds would share all but one of their items.
     seeds = random.Random(section.seed)
     unique: dict[str, Row] = {}
@@ -179,17 +249,31 @@ def _generated_rows(section: Data, source: str, read: Callable[..., Iterator[Row
         drawn = _drawn_records(section, size=max(wanted, 100), seed=seeds.getrandbits(31))
         for row in read(section, drawn, source):
             unique.setdefault(_question(row), row)
-            if len(unique) == wanted:
-                return list(unique.values())
+            if len(unique) == wanted + beside:
+                return _split_at(wanted, unique)
         barren = barren + 1 if len(unique) == before else 0
         if barren == _BARREN_ROUNDS:
             break
+    if len(unique) >= wanted and section.validation_rows is None:
+        return _split_at(wanted, unique)
+    if len(unique) >= wanted:
+        most = len(unique) - wanted
+        raise UserError(
+            f"data.validation_rows={section.validation_rows}: {source} has only {most} questions beside"
+            f" {section.train_rows} training and {section.test_rows} test rows; set data.validation_rows={most} or"
+            " lower, or widen data.config"
+        )
     most = max(len(unique) - section.test_rows, 0)
     mend = f"set data.train_rows={most} or lower" if most else "lower data.train_rows and data.test_rows"
     raise UserError(
         f"data.train_rows={section.train_rows}: {source} has only {len(unique)} different questions"
         f" for {section.train_rows} training and {section.test_rows} test rows; {mend}, or widen data.config"
     )
+
+
+def _split_at(place: int, unique: Mapping[str, Row]) -> tuple[list[Row], list[Row]]:
+    rows = list(unique.values())
+    return rows[:place], rows[place:]
 
 
 def check_generated(section: Data) -> None:
@@ -355,7 +439,7 @@ def _hold_out(
     Test rows that the source brings itself (`held_out`) are drawn from those alone, and none of them is trained on,
     drawn or not. Of a conversation that is held out one turn is asked: those of one conversation are no independent
     draws. The number is of the rows that repeat a test row's question. Without `data.hold_out` all are training rows,
-    those of `held_out` too.
+    those of `held_out` too. How many of the training rows are taken is not decided here.
     """
     shuffled = random.Random(section.seed).sample(rows, len(rows))
     if held_out is None:
@@ -380,17 +464,74 @@ def _hold_out(
     train = [row for row in shuffled if _question(row) not in asked]
     if not train:
         raise UserError(f"{source}: each of its questions is a test row's too, and none is left to train on")
-    if section.train_rows is not None and len(train) < section.train_rows:
-        raise UserError(
-            f"data.train_rows={section.train_rows}: {source} leaves only {len(train)} training rows beside"
-            f" {len(test)} test rows; set data.train_rows={len(train)} or lower, or null for all"
-        )
+    _check_train_rows(section, train, source, beside=f"{len(test)} test rows")
     if not section.hold_out:  # the limit is of both together, and a question of the test rows may repeat
         together = [*shuffled, *(drawn if held_out is not None else [])]
         return together[: section.train_rows and section.train_rows + len(test)], [], 0
     repeated = len(rows) - len(train) - len(test) if held_out is None else len(rows) - len(train)
     repeated += 0 if held_out is None else len(held_out) - len(asked)
-    return train[: section.train_rows], list(test.values()), repeated
+    return train, list(test.values()), repeated
+
+
+def _check_train_rows(section: Data, train: Sequence[Row], source: str, *, beside: str) -> None:
+    if section.train_rows is not None and len(train) < section.train_rows:
+        raise UserError(
+            f"data.train_rows={section.train_rows}: {source} leaves only {len(train)} training rows beside"
+            f" {beside}; set data.train_rows={len(train)} or lower, or null for all"
+        )
+
+
+def validation_rows_wanted(section: Data) -> int:
+    """How many validation rows there are to be, if there can be so many."""
+    if not section.hold_out:
+        return 0
+    return DEFAULT_VALIDATION_ROWS if section.validation_rows is None else section.validation_rows
+
+
+def _for_validation(
+    section: Data, train: list[Row], test: Sequence[Row], source: str, *, apart: Sequence[Row] | None
+) -> tuple[list[Row], list[Row], int]:
+    """The rows that are left to train on, the validation rows, and how many of `apart` could not be such.
+
+    Rows from a place of their own (`apart`) are drawn by `data.seed`; those whose question is trained on or tested on
+    are left out, so that they take no row from training. Without such a place they are rows beyond `data.train_rows`,
+    and then, if asked for by number, the last of the training rows.
+
+    Args:
+        train: all rows that may be trained on, in their order.
+        test: the test rows, or all that they were drawn from.
+    """
+    wanted, asked = validation_rows_wanted(section), section.validation_rows is not None
+    used = train if section.train_rows is None else train[: section.train_rows]
+    taken = {_question(row) for row in [*used, *test]}
+    found: dict[str, Row] = {}
+    if apart is not None:
+        fresh: dict[str, Row] = {}
+        for row in random.Random(section.seed).sample(apart, len(apart)):
+            if (question := _question(row)) not in taken:
+                fresh.setdefault(question, _one_turn(row, seed=section.seed))
+        found = dict(itertools.islice(fresh.items(), wanted))
+        left_out = len(apart) - len(fresh)
+        if asked and len(found) < wanted:
+            raise UserError(
+                f"data.validation_rows={wanted}: {source} has only {len(found)} validation rows whose question is"
+                f" neither trained on nor tested on; set data.validation_rows={len(found)} or lower"
+            )
+        return train, list(found.values()), left_out
+    beyond = [row for row in train[len(used) :] if _question(row) not in taken]
+    for row in [*beyond, *(reversed(used) if asked else ())]:
+        if len(found) == wanted:
+            break
+        found.setdefault(_question(row), _one_turn(row, seed=section.seed))
+    left = [row for row in train if _question(row) not in found]
+    if asked and (len(found) < wanted or not left):
+        most = max(0, len({_question(row) for row in train}) - 1)
+        raise UserError(
+            f"data.validation_rows={wanted}: {source} has only {most + 1} different questions beside {len(test)} test"
+            f" rows, and one must be left to train on; set data.validation_rows={most} or lower"
+        )
+    _check_train_rows(section, left, source, beside=f"{len(test)} test rows and {len(found)} validation rows")
+    return left, list(found.values()), 0
 
 
 def _one_turn(row: Row, *, seed: int) -> Row:

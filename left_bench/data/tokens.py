@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-_LAYOUT = 5  # raise it when the same rows would give other tokens or files: older folders are then not found
+_LAYOUT = 6  # raise it when the same rows would give other tokens or files: older folders are then not found
 _FACTS_NAME = "splits.json"
 _NAMED = 20  # of the dropped rows that are named one by one
 
@@ -124,7 +124,7 @@ class Examples(LazyRows[Example]):
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and test rows as a model reads them."""
+    """Training, validation and test rows as a model reads them."""
 
     train: Sequence[Any]
     """Of `Example`, or of `Picture`."""
@@ -132,7 +132,8 @@ class Splits:
     truncated_rows: int
     """Training rows cut to the maximum length."""
     fingerprint: str
-    """Hash of the tokens and references themselves: equal where two cells saw the same rows, on any machine."""
+    """Hash of the training and test rows' tokens and references: equal where two cells saw the same rows, on any
+    machine."""
     truncated_test_rows: int = 0
     dropped_rows: int = 0
     """Rows of the source without a prompt or an answer."""
@@ -148,6 +149,9 @@ class Splits:
     """Different questions among the source's own test rows; None: it brings none."""
     classes: list[str] | None = None
     """Names of the classes, where pictures are classified."""
+    validation: Sequence[Any] = ()
+    repeated_validation_rows: int = 0
+    """Validation rows left out because their question is trained on, tested on or repeated."""
 
 
 def load_data(
@@ -334,6 +338,7 @@ def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape)
     if (found := content_of(section)) is not None:
         plain.pop("path")  # the same file elsewhere is the same data
         plain.pop("test_path")
+        plain.pop("validation_path")
         content["sha256"] = found
         if section.content not in (None, found):
             key = f"data.path={section.path!r}" if section.path else f"data.hub_id={section.hub_id!r}"
@@ -373,12 +378,17 @@ def _read(folder: Path, *, decoder_start: int | None) -> Splits | None:
 
     try:
         facts = json.loads((folder / _FACTS_NAME).read_text(encoding="utf-8"))
-        test: Sequence[Example] = []
-        if facts.get("held_out", True):
-            test = Examples(datasets.Dataset.load_from_disk(str(folder / "test")), decoder_start=decoder_start)
+        train, validation, test = (
+            Examples(datasets.Dataset.load_from_disk(str(folder / name)), decoder_start=decoder_start)
+            if facts["rows"][name]
+            else []
+            for name in ("train", "validation", "test")
+        )
         return Splits(
-            train=Examples(datasets.Dataset.load_from_disk(str(folder / "train")), decoder_start=decoder_start),
+            train=train,
+            validation=validation,
             test=test,
+            repeated_validation_rows=facts["repeated_validation_rows"],
             truncated_rows=facts["truncated_rows"],
             truncated_test_rows=facts["truncated_test_rows"],
             dropped_rows=facts["dropped_rows"],
@@ -406,6 +416,7 @@ def _write(
     common: dict[str, Any] = {"section": section, "tokenizer": tokenizer, "shape": shape}
     made = {
         "train": _examples(found.train, training=True, **common),
+        "validation": _examples(list(found.validation), training=False, **common),
         "test": _examples(found.test, training=False, **common),
     }
     splits = {name: [one.example for one in rows] for name, rows in made.items()}
@@ -419,8 +430,9 @@ def _write(
         "test_there": found.test_there,
         "repeated_rows": found.repeated,
         "shape": found.shape,
-        "held_out": bool(splits["test"]),
-        "fingerprint": _content_fingerprint(splits),
+        "repeated_validation_rows": found.repeated_validation,
+        "rows": {name: len(examples) for name, examples in splits.items()},
+        "fingerprint": _content_fingerprint({name: splits[name] for name in ("train", "test")}),
     }
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:

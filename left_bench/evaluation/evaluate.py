@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from left_bench.core.errors import NotInForce
 from left_bench.core.extensions import named
 from left_bench.data import Example, collate, start_ids, turn_end
+from left_bench.evaluation.shared_prompt import SharedPrompt, read_shared_prompt
 from left_bench.evaluation.text_metrics import score_text
 from left_bench.measure.device import Device
 from left_bench.model.load import autocast
@@ -70,13 +71,16 @@ def evaluate_model(
     model.eval()
     losses: dict[str, Any] = {"pad_id": pad_of(tokenizer), "device": device}
     with torch.no_grad(), autocast(cell, device=device):
-        found = row_losses(model, rows, cell, tell=partial(tell, "loss"), **losses)
+        shared = read_shared_prompt(model, rows, cell, **losses)
+        found = row_losses(model, rows, cell, shared=shared, tell=partial(tell, "loss"), **losses)
         if cell.data.pairs:
             worse = [with_worse_answer(row) for row in rows]
             found.rejected_nll = row_losses(
-                model, worse, cell, tell=partial(tell, "loss of worse answers"), **losses
+                model, worse, cell, shared=shared, tell=partial(tell, "loss of worse answers"), **losses
             ).nll
-        found.predictions = named(cell.task.predict)(model, tokenizer, rows, cell, device=device, tell=tell)
+        found.predictions = named(cell.task.predict)(
+            model, tokenizer, rows, cell, device=device, shared=shared, tell=tell
+        )
         if cell.eval.forgetting and cell.task.is_decoder:  # the others do not go on with a text
             passages = general_passages(tokenizer, room=room_of(model, cell))
             general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
@@ -91,16 +95,16 @@ def written_answers(
     cell: Cell,
     *,
     device: str,
+    shared: SharedPrompt | None = None,
     tell: Tell = _untold,
 ) -> list[str] | None:
     """Each row's greedy answer as text; None where the cell generates none."""
     if not cell.generates:
         return None
-    answers = greedy_answers(model, tokenizer, rows, cell, device=device, tell=partial(tell, "answers"))
+    answers = greedy_answers(model, tokenizer, rows, cell, device=device, shared=shared, tell=partial(tell, "answers"))
     check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
     ends = end_tokens(model, tokenizer)
-    said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]  # not every end is "special"
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
+    return [_said(ids, ends, tokenizer) for ids in answers]
 
 
 def row_losses(
@@ -110,16 +114,19 @@ def row_losses(
     *,
     pad_id: int,
     device: str,
+    shared: SharedPrompt | None = None,
     tell: Callable[[int, int], None] = _untold,
 ) -> Evaluation:
-    """Summed loss of each row, batched by length."""
+    """Summed loss of each row, batched by length; `shared` is what their prompts begin with, where it has been read."""
     loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
+    shared = shared or SharedPrompt(model)
+    loss = shared.after(loss)
     nll = [0.0] * len(rows)
     tokens = [0] * len(rows)
-    seen = 0
+    seen = len(shared.ids)
     done = _Counted(len(rows), tell)
     for indices in batches_by_length([row.length for row in rows], cell.eval.batch_size):
-        batch = collate([rows[index] for index in indices], pad_id=pad_id).to(device)
+        batch = collate([shared.rest(rows[index]) for index in indices], pad_id=pad_id).to(device)
         losses = loss.of_tokens(batch).split(batch.answer_lengths)
         for index, of_row, length in zip(indices, losses, batch.answer_lengths, strict=True):
             nll[index] = of_row.sum().item()
@@ -129,6 +136,40 @@ def row_losses(
     return Evaluation(nll=nll, answer_tokens=tokens, tokens=seen)
 
 
+def mean_token_loss(
+    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str, tell: Tell = _untold
+) -> float:
+    """Nats per answer token of `rows`, every token weighing the same."""
+    model.eval()
+    with torch.no_grad(), autocast(cell, device=device):
+        shared = read_shared_prompt(model, rows, cell, pad_id=pad_id, device=device)
+        found = row_losses(
+            model, rows, cell, pad_id=pad_id, device=device, shared=shared, tell=partial(tell, "validation loss")
+        )
+    return sum(found.nll) / sum(found.answer_tokens)
+
+
+def answer_scores(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], cell: Cell, *, device: str
+) -> dict[str, float]:
+    """The first of the cell's metrics, of the answers that the model gives to `rows` now."""
+    model.eval()
+    with torch.no_grad(), autocast(cell, device=device):
+        shared = read_shared_prompt(model, rows, cell, pad_id=pad_of(tokenizer), device=device)
+        predictions = named(cell.task.predict)(model, tokenizer, rows, cell, device=device, shared=shared, tell=_untold)
+    names, references = (cell.eval.metrics or [])[:1], [row.reference for row in rows]
+    return {
+        name: score_text(name, predictions=predictions, references=references, extractor=cell.eval.extractor)[0]
+        for name in names
+    }
+
+
+def _said(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """An answer's text; not every end is "special"."""
+    said = ids[:-1] if ids and ids[-1] in ends else ids
+    return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+
+
 def greedy_answers(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -136,9 +177,12 @@ def greedy_answers(
     cell: Cell,
     *,
     device: str,
+    shared: SharedPrompt | None = None,
     tell: Callable[[int, int], None] = _untold,
 ) -> list[list[int]]:
     """Each row's greedy answer, its end token included; batched by prompt length with a key-value cache.
+
+    `shared` is what their prompts begin with, where it has been read.
 
     A batch ends when all its rows have.
     """
@@ -146,10 +190,13 @@ def greedy_answers(
     answers: list[list[int]] = [[]] * len(rows)
     done, most, ends = _Counted(len(rows), tell), cell.eval.max_new_tokens, end_tokens(model, tokenizer)
     assert most is not None  # the data's own where null
+    shared = shared or SharedPrompt(model)
     for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
-        inputs, before = prompt_inputs([rows[index] for index in indices], pad_of(tokenizer), device=device)
+        asked = [shared.rest(rows[index]) for index in indices]
+        inputs, before = prompt_inputs(asked, pad_of(tokenizer), device=device, begin=shared.ids)
         outputs = decode(
             **inputs,
+            **shared.arguments(len(asked)),
             max_new_tokens=most,
             do_sample=False,
             use_cache=True,
@@ -235,9 +282,10 @@ def classify(
     cell: Cell,
     *,
     device: str,
+    shared: SharedPrompt | None = None,
     tell: Tell = _untold,
 ) -> list[str]:
-    """The likeliest class of each row, by name."""
+    """The likeliest class of each row, by name; nothing is `shared` by rows that are read whole."""
     forward: Any = model
     names, found = forward.config.id2label, []
     done = _Counted(len(rows), partial(tell, "classes"))
@@ -423,20 +471,23 @@ def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return pad
 
 
-def prompt_inputs(rows: Sequence[Example], pad_id: int, *, device: str) -> tuple[dict[str, torch.Tensor], int]:
+def prompt_inputs(
+    rows: Sequence[Example], pad_id: int, *, device: str, begin: Sequence[int] = ()
+) -> tuple[dict[str, torch.Tensor], int]:
     """Arguments of `generate` for the rows' prompts, and how many tokens come before the new ones in its output.
 
     A decoder goes on with its prompt, so padding stands at the left; an encoder's prompt is padded as in training.
+    `begin` comes before all of it: tokens that the rows' prompts were cut by, because a cache holds them.
     """
     longest = max(len(row.prompt_ids) for row in rows)
     of_decoder = rows[0].decoder_start is None
     ids, mask = [], []
     for row in rows:
         padding, ones = [pad_id] * (longest - len(row.prompt_ids)), [1] * len(row.prompt_ids)
-        ids.append(padding + row.prompt_ids if of_decoder else row.prompt_ids + padding)
-        mask.append([0] * len(padding) + ones if of_decoder else ones + [0] * len(padding))
+        ids.append([*begin, *padding, *row.prompt_ids] if of_decoder else row.prompt_ids + padding)
+        mask.append([1] * len(begin) + [0] * len(padding) + ones if of_decoder else ones + [0] * len(padding))
     inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
-    return inputs, longest if of_decoder else 1
+    return inputs, len(begin) + longest if of_decoder else 1
 
 
 def _until_end(output: list[int], ends: set[int]) -> list[int]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from left_bench.compat.lm_eval import weights_left_tied
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.paths import file_sha256, is_installed
 from left_bench.spec.cell import Cell, fingerprint, is_task_file
@@ -295,9 +296,7 @@ def _watched(
             self._go_on(len(context))
             return found
 
-    # it ties weights anew, which is for a model just loaded and not for one with an adapter in it
-    model.tie_weights = lambda *_, **__: None
-    try:
+    with weights_left_tied(model):
         return Watched(
             pretrained=model,
             backend="seq2seq" if cell.task.has_encoder else "causal",
@@ -305,8 +304,6 @@ def _watched(
             batch_size=cell.eval.task_batch_size or min(_BATCH_SIZE, cell.eval.batch_size),
             max_length=room,
         )
-    finally:
-        del model.tie_weights
 
 
 def _scores(results: dict[str, Any], tasks: dict[str, Any]) -> Iterator[Score]:

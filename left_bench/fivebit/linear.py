@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from left_bench.compat.peft import AskedToDequantize
+from left_bench.compat.torch import MovedNotCast
 from left_bench.fivebit import blocks, native
 
 
-class Linear5bit(nn.Linear):
+class Linear5bit(AskedToDequantize, MovedNotCast, nn.Linear):
     """`nn.Linear` over a frozen 5-bit weight; gradients flow to the input and the bias.
 
     `weight` holds the packed codes, uint8 and one-dimensional; the constants are buffers beside it. It starts out empty
@@ -51,7 +52,7 @@ class Linear5bit(nn.Linear):
     @property
     def constants(self) -> dict[str, torch.Tensor]:
         """The quantization constants by name."""
-        return {name: self._buffers[name] for name in self.constant_names}  # type: ignore[misc]
+        return {name: getattr(self, name) for name in self.constant_names}
 
     @property
     def decoded_by(self) -> str:
@@ -96,11 +97,6 @@ class Linear5bit(nn.Linear):
             after=after,
         )
 
-    @property
-    def W_q(self) -> torch.Tensor:
-        """The packed weight by the name that makes peft (DoRA) ask the layer for `dequantize()`, as it does HQQ's."""
-        return self.weight
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The product in the compute dtype (autocast's where that is on), returned in the input's dtype."""
         kind = input.device.type
@@ -118,27 +114,19 @@ class Linear5bit(nn.Linear):
         super().register_parameter(name, param)
         self._tell_weight()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear5bit:
-        before = self.constants
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            now = self._buffers[name]
-            assert now is not None
-            if now.dtype != value.dtype:  # `.to(dtype)` means the computation, not what is stored
-                self._buffers[name] = value.to(now.device)
+    def after_moving(self) -> None:
         self._tell_weight()
-        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tell_weight()  # copying a parameter drops its attributes
 
     def _tell_weight(self) -> None:
-        weight = self._parameters.get("weight")
+        weight = getattr(self, "weight", None)
         if weight is not None:
             state = QuantState(self)
-            weight.quant_state = state  # type: ignore[attr-defined]
-            weight.left_dequantize = state.dequantize  # type: ignore[attr-defined]  # for left_bench.model.quantization_error
+            weight.quant_state = state
+            weight.left_dequantize = state.dequantize  # for left_bench.model.quantization_error
 
 
 class QuantState:

@@ -11,6 +11,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from left_bench.compat.transformers import kept_in_float32
 from left_bench.core.errors import UserError
 from left_bench.fivebit import native
 from left_bench.fivebit.linear import Linear5bit
@@ -97,7 +98,7 @@ class FiveBitHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
-        keep = self.get_modules_to_not_convert(model, config.modules_to_not_convert, model._keep_in_fp32_modules)
+        keep = self.get_modules_to_not_convert(model, config.modules_to_not_convert, kept_in_float32(model))
         replaced = 0
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and should_convert_module(name, keep):

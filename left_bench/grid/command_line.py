@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,13 @@ GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training",
 # files with defaults of their own, package _global_: a named set of cells, a named choice in several groups
 PRESETS = ("sweep", "recipe")
 
+
+_HYDRA_OPTIONS = (
+    *("-h", "--help", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
+    *("--multirun", "-m", "--shell-completion", "-sc", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--experimental-rerun", "--info", "-i"),
+)
+"""Hydra's own options but for `--config-path`; test_cli.py holds them against its parser."""
 
 _ROOT_KEYS = (
     *(*PRESETS, "seed", "runs_dir", "reports_dir", "force", "force_unsupported"),
@@ -79,13 +86,10 @@ def check_options(argv: list[str]) -> None:
     Raises:
         UserError: naming option and mend.
     """
-    from hydra._internal.utils import get_args_parser
-
-    known = [one for one in get_args_parser()._option_string_actions if one not in ("--config-path", "-cp")]
     for argument in argv:
         name = argument.partition("=")[0]
-        if name.startswith("-") and name not in known:
-            hint = nearest(name, known) or f"; options are {', '.join(known)}"
+        if name.startswith("-") and name not in _HYDRA_OPTIONS:
+            hint = nearest(name, _HYDRA_OPTIONS) or f"; options are {', '.join(_HYDRA_OPTIONS)}"
             raise UserError(f"{name}: no such option{hint}")
     for folder in config_dirs(argv):
         check_config_dir(folder)
@@ -222,6 +226,13 @@ def register_sweeps() -> None:
         if parameters:  # the same spelling as on the command line, so that an override there replaces the sweep's
             node.hydra.sweeper.params = {open_section(key): value for key, value in parameters.items()}
         ConfigStore.instance().store(group="sweep", name=path.stem, node=node, package="_global_", provider=str(path))
+
+
+def also_searched(folders: Sequence[Path]) -> str:
+    """The override that has Hydra look for options in these folders too, as `--config-dir` does."""
+    quoted = (str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'") for folder in folders)
+    places = ",".join(f"'file://{path}'" for path in quoted)
+    return f"hydra.searchpath=[{places}]"
 
 
 def config_dirs(argv: list[str]) -> list[Path]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from left_bench.evaluation.harness import with_content as tasks_with_content
 from left_bench.evaluation.judge import check as check_judge
 from left_bench.evaluation.scorer import with_content as scorer_with_content
 from left_bench.grid.class_arguments import check_arguments
+from left_bench.grid.options import OnlyHydraKnows, default_options, option_folders, read_option, shipped_folders
 from left_bench.grid.rules import check_extras
 from left_bench.measure.auto_precision import resolved_choices
 from left_bench.measure.device import find_device
@@ -51,8 +51,12 @@ class Settings(BaseModel):
     """Of an accelerator, or of the machine without one: turns wall time into money there."""
 
 
-def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
+def compose(config: DictConfig, hydra: DictConfig, *, typed: Sequence[str] | None = None) -> tuple[Cell, Settings]:
     """The cell and the settings of a composed configuration; nothing below this sees OmegaConf.
+
+    Args:
+        typed: the overrides that a person has typed: what may be said on the command line alone must be among them, for
+            a file may write into Hydra's list of overrides. None: that list is all there is.
 
     Raises:
         UserError: a value is missing or not allowed.
@@ -71,7 +75,6 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     if absent:
         raise UserError(f"~{absent[0]}: a cell needs every group; choose another option with {absent[0]}=NAME")
     choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
-    choices = resolved_choices(choices, plain["precision"])
     if (whole := _whole_architecture(hydra)) is not None:
         plain["model"]["config"] = whole
     given = _overridden(hydra, "model.name_or_path")
@@ -79,8 +82,7 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
         _check_alone(hydra, str(plain["model"]["name_or_path"]))
     if given or _renamed(plain["model"], choices["model"], hydra):
         plain["model"], choices["model"] = _named_model(plain["model"], given=given)
-    plain["hardware"] = plain["hardware"] | {"device": find_device(plain["hardware"]["device"])}
-    if plain["model"].get("trust_remote_code") and not _on_command_line(hydra, "model.trust_remote_code"):
+    if plain["model"].get("trust_remote_code") and not _on_command_line(hydra, "model.trust_remote_code", typed):
         raise UserError(
             "model.trust_remote_code=true stands in a file; code of a model's author runs only where the command line "
             "says so: give model.trust_remote_code=true there"
@@ -90,7 +92,7 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
     if unknown:
         raise UserError(f"{unknown[0]}: no such key; groups are {', '.join(GROUPS)}")
     try:
-        cell, found = Cell.from_config(plain, choices=choices), Settings.model_validate(settings)
+        cell, read = _on_this_machine(plain, choices), Settings.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg'].lower()}") from error
@@ -105,21 +107,77 @@ def compose(config: DictConfig, hydra: DictConfig) -> tuple[Cell, Settings]:
             "data.hold_out=false: without held-out rows a cell has no score to compare; `left-bench train CELL "
             "--all-rows` trains a finished cell's recipe on all rows, in a folder of its own"
         )
-    cell = cell.model_copy(update={"model": model_with_content(cell.model)})
-    cell = _with_own_evaluation(cell, hydra)
-    if cell.data.path is not None or cell.data.source == "hub":
-        cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})
+    _check_given_by_hand(cell, hydra, typed)
+    cell = _with_contents(cell, option_folders(hydra))
+    check_judge(cell)
     check_arguments(cell)
     check_extras(cell)
     refuse_secrets(overrides=hydra.overrides.task, config=cell.model_dump_json())
-    return cell, found
+    return cell, read
 
 
-def _with_own_evaluation(cell: Cell, hydra: DictConfig) -> Cell:
-    """The cell with its scorer and its task files known by content, its judge checked.
+def compose_option(group: str, option: str) -> Cell:
+    """The default cell with one shipped option chosen: what `left-bench GROUP=OPTION` runs, composed without Hydra.
+
+    Raises:
+        UserError: a value is missing or not allowed.
+        OnlyHydraKnows: the files say something that only Hydra understands.
+    """
+    default, chosen = default_options(), read_option(group, option, shipped_folders())
+    sections: dict[str, Any] = default.sections | chosen.sections
+    referring = [name for name, section in sections.items() if "${" in str(section)]
+    if "???" in str(chosen.sections):
+        key = min(OmegaConf.missing_keys(OmegaConf.create(chosen.sections)))
+        raise UserError(f"{key}: no value; give {key}=VALUE")
+    if referring:
+        whole = OmegaConf.create(sections)
+        try:
+            sections |= {name: OmegaConf.to_container(whole[name], resolve=True) for name in referring}
+        except OmegaConfBaseException as error:
+            raise OnlyHydraKnows(str(error)) from error
+    return _on_this_machine({**sections, "seed": 0}, default.choices | chosen.choices)
+
+
+def _on_this_machine(plain: Mapping[str, Any], choices: Mapping[str, str]) -> Cell:
+    """The cell of resolved sections: its device and its precision are this machine's where they are left to it."""
+    hardware = plain["hardware"] | {"device": find_device(plain["hardware"]["device"])}
+    return Cell.from_config({**plain, "hardware": hardware}, choices=resolved_choices(choices, plain["precision"]))
+
+
+def _with_contents(cell: Cell, folders: Sequence[Path]) -> Cell:
+    """The cell with the files it names known by their content: model, rows, scorer and tasks.
+
+    Args:
+        folders: of options, where a scorer or a task that is not in the working directory is looked for.
+    """
+    cell = cell.model_copy(update={"model": model_with_content(cell.model)})
+    cell = tasks_with_content(scorer_with_content(cell, folders), folders)
+    if cell.data.path is not None or cell.data.source == "hub":
+        cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})
+    return cell
+
+
+def check_same_files(cell: Cell) -> None:
+    """Refuse a cell that was composed on another machine, if the files that it names are others here.
+
+    Raises:
+        UserError: they are.
+    """
+    if _with_contents(cell, ()).id != cell.id:
+        raise UserError(
+            f"this job's cell {cell.id} is not one of the sweep's: this machine resolves it otherwise than the one "
+            "that started the sweep (files or version); give the same files to both and use the same left-bench"
+        )
+
+
+def _check_given_by_hand(cell: Cell, hydra: DictConfig, typed: Sequence[str] | None) -> None:
+    """Refuse a scorer, a task's file or a judge that stands in a file.
 
     Code that is run and addresses that rows are sent to count on the command line alone: files of options may be
     somebody else's.
+
+    Raises:
+        UserError: naming the key.
     """
     files = [task for task in cell.eval.tasks if is_task_file(task)]
     alone = (
@@ -129,14 +187,10 @@ def _with_own_evaluation(cell: Cell, hydra: DictConfig) -> Cell:
         ("eval.judge_key_from", cell.eval.judge_key_from, "a key is sent"),
     )
     for key, value, what in alone:
-        if value is not None and not _on_command_line(hydra, key):
+        if value is not None and not _on_command_line(hydra, key, typed):
             raise UserError(
                 f"{key}={value} stands in a file; {what} only where the command line says so: give {key}={value} there"
             )
-    folders = _option_folders(hydra)
-    cell = tasks_with_content(scorer_with_content(cell, folders), folders)
-    check_judge(cell)
-    return cell
 
 
 def _whole_architecture(hydra: DictConfig) -> dict[str, Any] | None:
@@ -169,26 +223,12 @@ def _overridden(hydra: DictConfig, key: str) -> bool:
     return any(override.lstrip("+").startswith(f"{key}=") for override in hydra.overrides.task)
 
 
-def _on_command_line(hydra: DictConfig, key: str) -> bool:
+def _on_command_line(hydra: DictConfig, key: str, typed: Sequence[str] | None) -> bool:
     """Whether a person gave the key, and not a file of options or a sweep's parameters."""
     parameters = OmegaConf.select(hydra, "sweeper.params") or {}
-    if _given is not None and not any(one.lstrip("+").startswith(f"{key}=") for one in _given):
-        return False  # a file may write into Hydra's list of overrides
+    if typed is not None and not any(one.lstrip("+").startswith(f"{key}=") for one in typed):
+        return False
     return _overridden(hydra, key) and not any(str(one).lstrip("+") == key for one in parameters)
-
-
-_given: tuple[str, ...] | None = None
-
-
-@contextmanager
-def command_line(overrides: Sequence[str]) -> Iterator[None]:
-    """What a person has typed; in a launcher's processes, whose jobs were checked before, nobody has."""
-    global _given
-    _given = tuple(overrides)
-    try:
-        yield
-    finally:
-        _given = None
 
 
 def _named_model(section: dict[str, Any], *, given: bool) -> tuple[dict[str, Any], str]:
@@ -215,13 +255,8 @@ def _check_alone(hydra: DictConfig, name_or_path: str) -> None:
 
 def _renamed(section: dict[str, Any], option: str, hydra: DictConfig) -> bool:
     """Whether a sweep or recipe names another model than the option's file does."""
-    in_file = _name_in_file(option, _option_folders(hydra))
+    in_file = _name_in_file(option, option_folders(hydra))
     return in_file is not None and section.get("name_or_path") != in_file
-
-
-def _option_folders(hydra: DictConfig) -> tuple[Path, ...]:
-    """Where options are read from: what ships, and the user's `--config-dir`."""
-    return tuple(Path(one.path) for one in hydra.runtime.config_sources if one.schema == "file")
 
 
 @functools.cache
@@ -229,7 +264,8 @@ def _name_in_file(option: str, folders: tuple[Path, ...]) -> str | None:
     for folder in folders:
         path = folder / "model" / f"{option}.yaml"
         if path.is_file():
-            return OmegaConf.select(OmegaConf.load(path), "name_or_path")
+            name: str | None = OmegaConf.select(OmegaConf.load(path), "name_or_path")
+            return name
     return None
 
 

@@ -260,6 +260,22 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     *task_rules(),
     (
+        lambda cell: cell.training.stop_patience is not None and _sharded(cell),
+        "training.stop_patience keeps the best weights whole, and hardware.sharding leaves each process a part of them",
+    ),
+    (
+        lambda cell: cell.training.stop_patience is not None and cell.eval.points == 0 and cell.eval.every is None,
+        "training.stop_patience looks at the curve of the validation loss; set eval.points or eval.every",
+    ),
+    (
+        lambda cell: cell.training.max_seconds is not None and _is(cell, "AdaLora"),
+        "AdaLoRA plans its ranks over a number of steps, which training.max_seconds leaves open",
+    ),
+    (
+        lambda cell: cell.eval.curve_scores and (cell.hardware.processes > 1 or cell.training.batching == "packed"),
+        "eval.curve_scores generates answers between steps, which one process with padded rows can",
+    ),
+    (
         lambda cell: cell.training.objective == "dpo" and not cell.data.pairs,
         "training.objective=dpo needs rows with a better and a worse answer: data.pairs=true, as in data=preferences",
     ),

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import itertools
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 
-from left_bench.core.clock import utc_now
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
+from left_bench.grid.job_composer import JobComposer
 from left_bench.processes.resources import SCHEDULERS
 from left_bench.spec.cell import Cell, slugify
 from left_bench.spec.record import METRICS, Record, find_metric
 
 SWEEPS_FOLDER = "sweeps"
-LAUNCH_VARIABLE = "LEFT_BENCH_LAUNCH"
 
 
 class Manifest(BaseModel):
@@ -43,30 +41,6 @@ class Manifest(BaseModel):
         write_atomically(self.path(runs_dir), self.model_dump_json(indent=1) + "\n")
 
 
-class OwnFiles(NamedTuple):
-    """What a launch tells its jobs, wherever they run, and they tell it: no other launch of the sweep writes here."""
-
-    scope: Path
-    """The manifest as this launch began; one of the same name may have written its own over it meanwhile."""
-    jobs: Path
-    """A search's cells."""
-    report: Path
-    """When the sweep's report was last written, and how long that took."""
-
-    @classmethod
-    def of(cls, folder: Path, sweep: str, launch: str) -> OwnFiles:
-        return cls(*(folder / f"{sweep}.{launch}.{what}" for what in ("scope", "jobs.jsonl", "report")))
-
-    def remove(self) -> None:
-        for path in self:
-            path.unlink(missing_ok=True)
-
-
-def launch_of(hydra: DictConfig) -> str:
-    """Which launch a job belongs to, as the loader has written it into the job's environment."""
-    return str(OmegaConf.select(hydra, f"job.env_set.{LAUNCH_VARIABLE}") or "")
-
-
 def command_of(overrides: Iterable[str], *, multirun: bool = False, config_dir: str | None = None) -> str:
     """The command line that repeats a run or, where there is no sweep among the overrides, a multirun."""
     plain = [override.removeprefix("++") for override in overrides]
@@ -83,26 +57,41 @@ def config_dir_of(hydra: DictConfig) -> str | None:
     return str(Path(found[0]).relative_to(hydra.runtime.cwd)) if below else found[0]
 
 
-def jobs_of(config: DictConfig) -> Iterator[tuple[list[str], DictConfig]]:
-    """Every job's overrides and configuration of a multirun, as Hydra's basic sweeper will compose them.
+def jobs_of(config: DictConfig, loader: ConfigLoader | None = None) -> Iterator[tuple[list[str], DictConfig]]:
+    """Every job's overrides and configuration of a multirun, composed one after the other.
 
-    A search's jobs are not known before: one stands for them, with the middle of every range.
+    A search's jobs are not known before: one stands for them, with the lower end of every range.
+
+    Args:
+        loader: Hydra's, which has composed `config`; None: the one that is open in this process.
+
+    Raises:
+        HydraException: an option or key that there is not.
+        UserError: a range where a list of values is wanted.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    loader = loader or GlobalHydra.instance().config_loader()
+    composer = JobComposer(loader, config)
+    for job in overrides_of_jobs(config, loader):
+        yield job, composer.compose(job)
 
-    loader = GlobalHydra.instance().config_loader()
+
+def overrides_of_jobs(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
+    """The overrides of every job: all combinations of a grid's values, those of its first parameter varying slowest."""
     parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides(
-        [*parameters, *config.hydra.overrides.task]
-    )
+    given = OverridesParser.create(config_loader=loader).parse_overrides([*parameters, *config.hydra.overrides.task])
     if searches(config.hydra):
-        alone = standing_for(overrides)
-        yield alone, loader.load_sweep_config(config, alone)
+        yield standing_for(given)
         return
-    split = getattr(BasicSweeper, "whole_grid", BasicSweeper.split_arguments)  # `grid` may have replaced it
-    [batch] = split(overrides, None)
-    for job in batch:
-        yield job, loader.load_sweep_config(config, list(job))
+    values: dict[str, list[str]] = {}
+    for one in given:
+        key = one.get_key_element()
+        if not one.is_sweep_override():
+            values[key] = [f"{key}={one.get_value_element_as_str()}"]
+        elif one.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in one.sweep_string_iterator()]
+        else:
+            raise UserError(f"{one.input_line}: a range is for a search; write values, or add hydra/sweeper=optuna")
+    yield from map(list, itertools.product(*values.values()))
 
 
 def standing_for(overrides: Iterable[Override]) -> list[str]:
@@ -199,36 +188,6 @@ def runs_elsewhere(hydra: DictConfig) -> bool:
     launcher = launcher_of(hydra)
     here = launcher == "ray" and OmegaConf.select(hydra, "launcher.ray.init.address") in (None, "local")
     return launcher in SCHEDULERS and not here
-
-
-def scope_of(manifest: Path, hydra: DictConfig, cell: Cell) -> tuple[int, int, str]:
-    """A job's place in its sweep, how many cells that has, and when it began; no storage shared, no manifest.
-
-    Raises:
-        UserError: the job's cell is not one of them.
-    """
-    number = int(hydra.job.num) + 1
-    places: dict[str, int] = {}
-    started_at = utc_now()
-    if manifest.exists():
-        places, started_at = _read_manifest(manifest, manifest.stat().st_mtime_ns)
-    if searches(hydra):
-        return number, int(hydra.sweeper.n_trials), started_at
-    if not places:
-        return number, number, started_at
-    if cell.id not in places:
-        raise UserError(
-            f"this job's cell {cell.id} is not one of the sweep's: this machine resolves it otherwise than the one "
-            "that started the sweep (device, files or version); name hardware= and use the same left-bench"
-        )
-    return places[cell.id], len(places), started_at
-
-
-@functools.lru_cache(maxsize=1)
-def _read_manifest(manifest: Path, changed: int) -> tuple[dict[str, int], str]:
-    """Its cells' places and its start; read anew only when the file has changed, not for each of ten thousand jobs."""
-    raw = json.loads(manifest.read_text(encoding="utf-8"))
-    return {cell: place for place, cell in enumerate(raw["cells"], start=1)}, str(raw["started_at"])
 
 
 def sweep_name(hydra: DictConfig) -> str:

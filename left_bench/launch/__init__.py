@@ -10,7 +10,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "Launch":  # the name that configurations of earlier versions hold
-        from left_bench.launch.hydra_job import Launch
+        from left_bench.launch.earlier_callback import Launch
 
         return Launch
     raise AttributeError(f"module 'left_bench.launch' has no attribute '{name}'")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from left_bench.core import interrupt
-from left_bench.core.clock import utc_now
 from left_bench.core.errors import UserError
 from left_bench.grid.compose import Settings
 from left_bench.grid.rules import why_unsupported
@@ -21,7 +20,7 @@ from left_bench.launch.cell_lock import claim, next_attempt
 from left_bench.launch.progress import say_end, watch
 from left_bench.launch.supervise import LOG_NAME, run_isolated
 from left_bench.spec.cell import Cell
-from left_bench.spec.record import RECORD_NAME, KnownParts, NewerSchema, Record, Status, read_record
+from left_bench.spec.record import RECORD_NAME, KnownParts, NewerSchema, Record, not_started, read_record
 from left_bench.spec.redact import redact_file, redacted_record
 from left_bench.tracker import Attempt, Feed, open_tracker
 from left_bench.training.checkpoint import forget_checkpoints
@@ -52,34 +51,27 @@ class Pace:
         return self._seconds / self._run * left if self._run and left > 0 else None
 
 
-_pace = Pace()
-
 # what the first cell of its kind does for all that follow
 _ONCE = ("peak", "evaluate_base", "keep_quantized", "quantization_error")
-# Cell id -> the attempt that was on record when this launch began (0: none); a later one was made by another launch.
-_found_at_start: dict[str, int] = {}
 
 
-def note_records(cells: Sequence[str], runs_dir: Path, *, keep: Collection[str]) -> set[str]:
-    """Note which attempts are on record before a launch's first cell runs.
+def note_records(cells: Sequence[str], runs_dir: Path, *, keep: Collection[str]) -> tuple[dict[str, int], set[str]]:
+    """Look at the records before a launch's first cell runs.
 
     Returns:
-        Those of `keep` that are done; it is said of each.
+        Each cell's attempt on record, 0 for none; and those of `keep` that are done, it is said of each.
 
     Raises:
         UserError: a record of a newer left_bench.
     """
-    global _pace
-    _found_at_start.clear()
-    done = set()
+    attempts, done = {}, set()
     for number, cell in enumerate(cells, start=1):
         record = previous_record(runs_dir / cell / RECORD_NAME)
-        _found_at_start[cell] = record.attempt if record is not None else 0
+        attempts[cell] = record.attempt if record is not None else 0
         if record is not None and record.status == "ok" and cell in keep:
             done.add(cell)
             say_end(record, number=number, total=len(cells), skipped=True)
-    _pace = Pace(len(cells) - len(done))
-    return done
+    return attempts, done
 
 
 def run_cell(
@@ -88,12 +80,14 @@ def run_cell(
     *,
     overrides: list[str],
     command: str,
+    recorded_before: int | None = None,
     number: int = 1,
     total: int = 1,
     sweep: str | None = None,
     launch: str | None = None,
     take_seat: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     bars: bool = True,
+    pace: Pace | None = None,
 ) -> Record | None:
     """Take one cell to its record; None when another launch is running it just now.
 
@@ -101,8 +95,10 @@ def run_cell(
     began.
 
     Args:
+        recorded_before: the attempt that was on record as the launch began, 0 for none; None: it is not known.
         take_seat: waits for cores and accelerators, given the device kind.
         bars: bars on a terminal; cells that run beside each other would draw over each other's.
+        pace: of a launch that runs its cells in this process: it is told of this one, and tells what is left.
 
     Raises:
         UserError: the cell's folder cannot be written, or holds a record of a newer left_bench.
@@ -116,7 +112,7 @@ def run_cell(
                 unfinished.unlink()
             previous = previous_record(run_dir / RECORD_NAME)
             recorded = previous.attempt if previous is not None else 0
-            made_elsewhere = recorded > _found_at_start.get(cell.id, recorded)
+            made_elsewhere = recorded_before is not None and recorded > recorded_before
             if previous is not None and (made_elsewhere or (previous.status == "ok" and not settings.force)):
                 say_end(previous, number=number, total=total, skipped=True)
                 return previous
@@ -152,8 +148,11 @@ def run_cell(
             f"runs_dir={settings.runs_dir}: {error.filename or run_dir} cannot be written ({error.strerror or error}); "
             "mend that and give the same command again, finished cells are kept"
         ) from error
-    _pace.ended(record)
-    say_end(record, number=number, total=total, seconds_left=_pace.seconds_left if bars else None)
+    seconds_left = None
+    if pace is not None:
+        pace.ended(record)
+        seconds_left = pace.seconds_left
+    say_end(record, number=number, total=total, seconds_left=seconds_left)
     return record
 
 
@@ -175,9 +174,9 @@ def _run_claimed(
     feed = Feed(tracker)
     refusal = None if settings.force_unsupported else why_unsupported(cell)
     if refusal is not None:
-        record = _ended(cell, "unsupported", refusal)
+        record = not_started(cell, "unsupported", refusal)
     elif (wanting := _fetch_model(cell)) is not None:
-        record = _ended(cell, "failed", wanting)
+        record = not_started(cell, "failed", wanting)
     else:
         try:
             with take_seat(cell.hardware.device), watch(cell, number=number, total=total, bars=bars) as view:
@@ -188,7 +187,7 @@ def _run_claimed(
 
                 record = run_isolated(cell, run_dir, on_event=on_event)
         except UserError as error:  # this machine has no such seat
-            record = _ended(cell, "failed", str(error))
+            record = not_started(cell, "failed", str(error))
     if record.status != "ok":  # a terminal's Ctrl-C goes to the children as well, and what they say of it is no result
         interrupt.check()
     told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command}
@@ -211,18 +210,16 @@ def _fetch_model(cell: Cell) -> str | None:
     return None
 
 
-def _ended(cell: Cell, status: Status, reason: str) -> Record:
-    """The record of a cell whose worker was never started."""
-    now = utc_now()
-    return Record(
-        cell_id=cell.id,
-        status=status,
-        reason=reason,
-        started_at=now,
-        finished_at=now,
-        choices=cell.choices,
-        config=cell.sections(),
-    )
+def store_received(text: str, runs_dir: Path) -> None:
+    """Write a record that a job sent back, for want of shared storage; a newer one that is there is kept."""
+    record = Record.model_validate_json(text)
+    path = runs_dir / record.cell_id / RECORD_NAME
+    try:
+        kept = read_record(path) if path.exists() else None
+    except ValueError:
+        kept = None
+    if kept is None or kept.finished_at < record.finished_at:
+        record.write(path.parent)
 
 
 def previous_record(path: Path, *, known: KnownParts | None = None) -> Record | None:

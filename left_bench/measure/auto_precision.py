@@ -20,8 +20,6 @@ from left_bench.measure.device import find_device
 from left_bench.measure.instruction_sets import cpu_model, cuda_capability, instruction_sets, is_rocm, native_sets
 
 AUTO = "auto"
-CARRIED_VARIABLE = "LEFT_BENCH_PRECISION"
-"""What the launching process found, `cpu=fp32,cuda=bf16`: the jobs of a launch take it over wherever they run."""
 _TELLING_SLOWDOWN = 1.1
 _MEASURING_SECONDS = 120
 # What decides how fast a product is beside the machine: limits that the user has set to kernels and threads.
@@ -38,9 +36,6 @@ class Choice(NamedTuple):
 def fast_precision(device: str) -> Choice:
     """What `precision=auto` stands for on a device of this machine (`auto`: the one that would be taken)."""
     device = find_device(device)
-    carried = dict(part.partition("=")[::2] for part in os.environ.get(CARRIED_VARIABLE, "").split(","))
-    if device in carried:
-        return Choice(carried[device], "found where the launch began")
     if device == "cuda":
         return precision_of_gpu(None if is_rocm() else cuda_capability(), rocm=is_rocm())
     if device == "cpu":

@@ -19,10 +19,9 @@ class Compiling:
 
     def watch(self) -> None:
         """Be told by torch (importing its compiler takes a second) of every compilation in this process."""
-        from torch._dynamo.callback import callback_handler
+        from left_bench.compat.torch import watch_compiling
 
-        callback_handler.register_start_callback(self._begin)
-        callback_handler.register_end_callback(self._end)
+        watch_compiling(self._begin, self._end)
 
     def take(self) -> float:
         """Seconds of compiling since this was last asked."""

@@ -45,6 +45,9 @@ class Device(Protocol):
     def reset_peak(self) -> None:
         """Forget earlier peaks."""
 
+    def forget_peak(self) -> None:
+        """The same in the midst of work: what is freed and kept for it stays."""
+
     def peak_bytes(self) -> int | None:
         """Highest use since `reset_peak`, over the baseline."""
 
@@ -104,6 +107,9 @@ class CpuDevice:
 
     def reset_peak(self) -> None:
         _give_back_freed_memory()  # freed heap that glibc keeps would pass for use in the next phase
+        self.forget_peak()
+
+    def forget_peak(self) -> None:
         if self._sampler is None:
             _reset_high_water_mark()
         else:
@@ -157,6 +163,9 @@ class AcceleratorDevice:
     def reset_peak(self) -> None:
         gc.collect()
         self._ask("empty_cache")  # what an earlier phase left reserved would pass for this one's
+        self.forget_peak()
+
+    def forget_peak(self) -> None:
         self._ask("reset_peak_memory_stats")  # MPS keeps no peak
 
     def peak_bytes(self) -> int | None:

@@ -6,6 +6,7 @@ nothing is counted and no metric comes of it; `source` then says why.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -274,7 +275,8 @@ class Stretch:
     @property
     def joules(self) -> float | None:
         """None: nothing was counted, something could not be read, or too few updates of the counter fell into it."""
-        shortest = UPDATES_WANTED * self._counter.updates_every_seconds * self._times
+        # how far the counter lags at either end is one stretch's own: over several the errors add up as their root
+        shortest = UPDATES_WANTED * self._counter.updates_every_seconds * math.sqrt(self._times)
         return None if self.running or not self._times or self.seconds < shortest else self._joules
 
 
@@ -291,9 +293,20 @@ class Energy:
         readable = {prefix: counter for prefix, counter in (counters or {}).items() if counter.readable}
         self._cell = {prefix: Stretch(counter) for prefix, counter in readable.items()}
         self._steps = {prefix: Stretch(counter) for prefix, counter in readable.items()}
+        self._training = {prefix: Stretch(counter) for prefix, counter in readable.items()}
         self.sources = "; ".join(counter.source for counter in readable.values())
         for stretch in self._cell.values():
             stretch.start()
+
+    def start_training(self) -> None:
+        """The first step begins, warm-up included."""
+        for stretch in self._training.values():
+            stretch.start()
+
+    def of_training(self) -> float | None:
+        """Joules of the device that trains over all steps so far; within `paused` alone. None: not known."""
+        stretch = self._training.get("")
+        return None if stretch is None else stretch.joules
 
     def start(self) -> None:
         """The first measured step begins."""
@@ -308,7 +321,8 @@ class Energy:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside is no step's work."""
-        running = [stretch for stretch in self._steps.values() if stretch.running]
+        both = [*self._steps.values(), *self._training.values()]
+        running = [stretch for stretch in both if stretch.running]
         for stretch in running:
             stretch.stop()
         try:

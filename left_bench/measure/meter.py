@@ -53,6 +53,16 @@ class PhaseCounts:
     tokens: int | None = None
 
 
+@dataclass(kw_only=True)
+class _Aside:
+    """Work beside a phase, and the phase's own peaks up to then."""
+
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    before: int | None = None
+    reserved_before: int | None = None
+
+
 @dataclass
 class Meter:
     """Collects phases, steps and metrics of one run; every clock is read after the device is synchronized."""
@@ -74,6 +84,8 @@ class Meter:
     above_peak: float | None = None
     """Work done over work possible, where that is more than 1: the peak is wrong, and no utilization is told."""
 
+    _asides: dict[str, _Aside] = field(default_factory=dict)
+    """What was done beside the running phase, by name."""
     _close: Callable[[], None] | None = None
     _told_as: str = "step"
     _counted: tuple[int, int] = (0, 0)
@@ -86,22 +98,31 @@ class Meter:
     def phase(self, name: str) -> Iterator[PhaseCounts]:
         """Measure a stretch of the run, also when it ends in an exception."""
         counts = PhaseCounts()
+        self._asides = {}
         self.events.write("phase", name=name)
         self.device.reset_peak()  # peaks persist across phases unless reset
         self.device.synchronize()
         start = time.perf_counter()
 
         def close() -> None:
+            asides, self._asides = self._asides, {}
             phase = Phase(
                 name=name,
-                seconds=time.perf_counter() - start,
+                seconds=time.perf_counter() - start - sum(one.seconds for one in asides.values()),
                 steps=counts.steps,
                 tokens=counts.tokens,
-                peak_memory_bytes=self.device.peak_bytes(),
-                peak_reserved_bytes=self.device.peak_reserved_bytes(),
+                peak_memory_bytes=_highest(self.device.peak_bytes(), *(one.before for one in asides.values())),
+                peak_reserved_bytes=_highest(
+                    self.device.peak_reserved_bytes(), *(one.reserved_before for one in asides.values())
+                ),
             )
-            self.phases.append(phase)
-            self.events.write("phase_end", **phase.model_dump(exclude_none=True))
+            beside = [
+                Phase(name=name, seconds=one.seconds, peak_memory_bytes=one.peak_memory_bytes)
+                for name, one in asides.items()
+            ]
+            for ended in (phase, *beside):
+                self.phases.append(ended)
+                self.events.write("phase_end", **ended.model_dump(exclude_none=True))
 
         self._close = close
         try:
@@ -115,6 +136,28 @@ class Meter:
         close, self._close = self._close, None
         if close is not None:
             close()
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Inside is no work of the running phase: its seconds, its joules and its peak leave it out.
+
+        It becomes a phase of its own when the running one ends, all that was done under the name together.
+        """
+        device = self.device
+        device.synchronize()
+        start = time.perf_counter()
+        done = self._asides.setdefault(name, _Aside())
+        done.before = _highest(done.before, device.peak_bytes())
+        done.reserved_before = _highest(done.reserved_before, device.peak_reserved_bytes())
+        device.forget_peak()
+        try:
+            with self.energy.paused():
+                yield
+                device.synchronize()
+        finally:
+            done.peak_memory_bytes = _highest(done.peak_memory_bytes, device.peak_bytes())
+            device.forget_peak()
+            done.seconds += time.perf_counter() - start
 
     @contextmanager
     def apart(self, name: str) -> Iterator[None]:
@@ -140,7 +183,7 @@ class Meter:
     def step(self, step: Step, **extra: float) -> None:
         """Take in one optimizer step and tell the outside."""
         self.steps.append(step)
-        peak = self.device.peak_bytes()
+        peak = _highest(self.device.peak_bytes(), *(one.before for one in self._asides.values()))
         self.events.write(
             self._told_as,
             step=len(self.steps),
@@ -230,6 +273,10 @@ class Meter:
             found |= {"train_joules": None, "cpu_train_joules": None}
         self.metrics.update({name: value for name, value in found.items() if value is not None})
         return self.metrics
+
+
+def _highest(*numbers: int | None) -> int | None:
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def measured_steps(steps: list[Step], *, measure_after: int, starts: Sequence[int] = (0,)) -> list[Step]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from left_bench.compat.torch import storage_key
 from left_bench.measure.meter import plain_parts, stored_bytes
 
 Modules = weakref.WeakSet[torch.nn.Module]
@@ -24,7 +25,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
     Methods keep them as parameters, as buffers and as plain attributes (SHiRA's indices, AdaLoRA's importance scores);
     what is a view of the base model's or of a trained tensor is not the method's own.
     """
-    known = {part.untyped_storage()._cdata for tensor in _others(model, base) for part in plain_parts(tensor)}
+    known = {storage_key(part.untyped_storage()) for tensor in _others(model, base) for part in plain_parts(tensor)}
     found = {
         id(tensor): tensor
         for module in model.modules()
@@ -32,7 +33,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
         for tensor in _tensors_in([vars(module)], set())
         if not tensor.requires_grad  # an activation that a layer keeps for its next pass is none of these
         and tensor.layout == torch.strided
-        and tensor.untyped_storage()._cdata not in known
+        and storage_key(tensor.untyped_storage()) not in known
     }
     return list(found.values())
 
@@ -45,8 +46,8 @@ def frozen_part(model: torch.nn.Module, *, base: Modules) -> dict[str, int]:
 
 def _others(model: torch.nn.Module, base: Modules) -> Iterator[torch.Tensor]:
     for module in model.modules():
-        own = [*module._parameters.values(), *module._buffers.values()]
-        yield from (one for one in own if one is not None and (module in base or one.requires_grad))
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        yield from (one for one in own if module in base or one.requires_grad)
 
 
 def _tensors_in(values: Iterable[Any], seen: set[int]) -> Iterator[torch.Tensor]:

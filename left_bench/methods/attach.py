@@ -21,6 +21,7 @@ from peft.tuners.poly.layer import PolyLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from left_bench.compat.peft import freeze_ranks, load_unrounded, method_loss, names_no_layer
 from left_bench.core.errors import Unsupported, UserError
 from left_bench.data import Example
 from left_bench.methods import Method, data_init, load_attached, method_in
@@ -80,16 +81,14 @@ def attach_adapter(
         with stored_integers_are_not_read(model):  # some methods start from the weight's values
             adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     except ValueError as error:  # peft's word for what it does not do; its mistakes are other exceptions
-        text = " ".join(str(error).split())
-        if text.startswith("Target modules") and isinstance(arguments.get("target_modules"), list):
+        if names_no_layer(error) and isinstance(arguments.get("target_modules"), list):
             raise  # layers that somebody named, and no model has: a mistake
+        text = " ".join(str(error).split())
         raise Unsupported(f"peft={cell.peft.name} on {type(model).__name__}: peft refuses it ({text[:300]})") from error
     check_variant(adapted)
     check_new_layers(adapted, new_layers_of(model), cell)
     if _is_adalora(adapted):
-        for layer in adapted.modules():
-            for ranks in getattr(layer, "ranknum", {}).values():
-                ranks.requires_grad_(False)  # peft lets it be trained, and does not save it
+        freeze_ranks(adapted)
     _give_one_task(adapted)
     data_init.start_from_rows(adapted, config, rows, **few)
     if not in_float32:
@@ -160,6 +159,11 @@ def virtual_positions(model: torch.nn.Module) -> int:
     return int(config.num_virtual_tokens)
 
 
+def has_virtual_tokens(model: torch.nn.Module) -> bool:
+    """Whether the method puts tokens, or keys and values, before the input."""
+    return isinstance(model, PeftModel) and isinstance(model.active_peft_config, PromptLearningConfig)
+
+
 def regularization(model: torch.nn.Module) -> torch.Tensor | None:
     """The term that a method adds to the loss, else None: our loss is computed outside the model, where peft adds none.
 
@@ -170,10 +174,7 @@ def regularization(model: torch.nn.Module) -> torch.Tensor | None:
     if not isinstance(tuner, LoraModel):
         return None
     if not isinstance(tuner, AdaLoraModel):
-        config: Any = tuner.peft_config[tuner.active_adapters[0]]
-        if config.kasa_config is not None:
-            return tuner._get_kasa_loss()  # type: ignore[return-value]
-        return None if config.monteclora_config is None else tuner._get_monteclora_loss()  # type: ignore[return-value]
+        return method_loss(tuner)
     name = tuner.trainable_adapter_name
     distances = []
     for key, parameter in tuner.model.named_parameters():
@@ -247,7 +248,7 @@ def load_trained(
         data_init.start_again(model, folder)
         adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=adapter_dtype == torch.float32)
         if _is_adalora(adapted):
-            _load_unrounded(adapted, folder)
+            load_unrounded(adapted, folder)
         _give_one_task(adapted)
         return adapted
     absent = {name for name, _ in model.named_parameters()}
@@ -268,17 +269,6 @@ def load_trained(
     if absent:
         raise UserError(f"{folder}: no weights for '{min(absent)}'; load the folder that save_trained wrote")
     return model
-
-
-def _load_unrounded(model: torch.nn.Module, folder: Path) -> None:
-    """Give AdaLoRA's matrices the saved values: peft, loading, cuts them to their ranks in the weights' own dtype."""
-    for name, saved in load_file(folder / "adapter_model.safetensors").items():
-        layer, _, kind = name.rpartition(".")
-        tuned: Any = model.get_submodule(layer)
-        parameter = getattr(tuned, kind)["default"]
-        parameter.data = saved.to(parameter.device)
-        ranks = tuned.ranknum["default"]
-        ranks.data = ranks.data.to(saved.dtype)
 
 
 def _is_adalora(model: torch.nn.Module) -> bool:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.corda import CordaEigens, preprocess_corda
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save, save_file
 from transformers import PreTrainedModel
 
+from left_bench.compat.peft import put_corda_start
 from left_bench.core.errors import UserError
 from left_bench.data import Batch, Example, collate
 
@@ -152,7 +153,7 @@ def start_again(model: PreTrainedModel, folder: Path) -> None:
         module: Any = model.get_submodule(name)
         parts = {key.rpartition(".")[2]: value for key, value in start.items() if key.rpartition(".")[0] == name}
         if "S_WC" in parts:
-            module.eigens = CordaEigens(**parts)  # peft finds it there, as it does after `preprocess_corda`
+            put_corda_start(module, parts)
             continue
         a, b = (parts[part].float().to(module.weight.device) for part in ("A", "B"))
         dense = module.weight.data.float() - parts["scaling"].item() * (b @ a)

@@ -9,16 +9,15 @@ then is plain LoRA.
 
 from __future__ import annotations
 
-import dataclasses
-import sys
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from left_bench.compat.peft import dropped_variants
+from left_bench.compat.torch import TorchDispatchMode
 from left_bench.core.errors import NotInForce
 from left_bench.measure.meter import plain_parts
 from left_bench.model.load import quantized_weights
@@ -73,7 +72,8 @@ class _Watch(TorchDispatchMode):
 
 def _reader() -> str:
     """The module of the code that called torch."""
-    frame = sys._getframe(2)
+    frame: Any = inspect.currentframe()
+    frame = frame.f_back.f_back  # who called `__torch_dispatch__`
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch."):
         frame = frame.f_back
     return str(frame.f_globals.get("__name__", "?"))
@@ -102,18 +102,11 @@ def check_variant(model: Any) -> None:
     Raises:
         NotInForce: naming the variant, the layer and its kind.
     """
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        for adapter in layer.lora_A.keys() - layer.lora_variant.keys():
-            config = model.peft_config[adapter]
-            asked = [one.name for one in dataclasses.fields(config) if one.metadata.get("is_lora_variant")]
-            for variant in asked:
-                if getattr(config, variant):
-                    raise NotInForce(
-                        f"peft's layer {type(layer).__module__}.{type(layer).__name__} at '{name}' does not know "
-                        f"{variant} and is plain LoRA"
-                    )
+    for name, layer, variant in dropped_variants(model):
+        raise NotInForce(
+            f"peft's layer {type(layer).__module__}.{type(layer).__name__} at '{name}' does not know "
+            f"{variant} and is plain LoRA"
+        )
 
 
 def check_gradient(norm: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from left_bench.compat import liger_kernel
 from left_bench.core.errors import NotInForce, UserError
 from left_bench.core.paths import is_installed
 from left_bench.spec.cell import Cell
@@ -49,11 +50,11 @@ def replace_layers(model: Any) -> str:
     Raises:
         NotInForce: Liger does not know the architecture.
     """
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    liger_kernel.replace_layers(model, cross_entropy=False, fused_linear_cross_entropy=False)
     # an unknown architecture is passed by with a line in a log that is off
-    found = Counter(module._get_name() for module in model.modules() if _is_ligers(vars(module).get("forward")))
+    found = Counter(
+        liger_kernel.name_of(module) for module in model.modules() if _is_ligers(vars(module).get("forward"))
+    )
     replaced = [f"{count} {name}" for name, count in sorted(found.items())]
     if _is_ligers(getattr(inspect.getmodule(type(model)), "apply_rotary_pos_emb", None)):
         replaced.append("rotary positions")

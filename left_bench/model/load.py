@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from left_bench.compat.bitsandbytes import keep_trainable
+from left_bench.compat.transformers import attention_kernel, repeated_blocks
 from left_bench.core.errors import NotInForce, UserError
 from left_bench.core.extensions import named
-from left_bench.core.paths import versions_of
 from left_bench.data import Splits
 from left_bench.measure.meter import constants, logical_numel, plain_parts, stored_bytes
 from left_bench.pretrained import (
@@ -35,8 +35,6 @@ _CLASSIFIERS = [  # the names of output layers
     *("classifier", "pre_classifier", "cls_classifier", "distillation_classifier", "classification_head", "score"),
     *("head", "pooler"),
 ]
-# bitsandbytes' switch for repacking a 4-bit layer on a CPU (0.49.0 to 0.50.2)
-_REPACKS = "support_avx512bf16_for_cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -101,7 +99,7 @@ def load_model(
         # a decoder tells the class from the last token that is no padding
         model.config.pad_token_id = load_text_reader(folder, cell.model).pad_token_id
     _feed_head_contiguous(model)
-    _keep_trainable(model)
+    keep_trainable(model)
     if device == "cpu" and quantized_weights(model):
         _let_go_of_checkpoint(model, all_of_it=quantized is not None)
     if quantized is not None:
@@ -188,9 +186,8 @@ def autocast(cell: Cell, *, device: str) -> contextlib.AbstractContextManager[An
 
 
 def layers_of(model: Any) -> list[torch.nn.Module]:
-    """The model's repeated blocks, by the class names that transformers keeps for placing them on devices."""
-    names = set(getattr(model, "_no_split_modules", None) or [])
-    return [module for module in model.modules() if type(module).__name__ in names] or [model]
+    """The model's repeated blocks, or the model itself where it names none."""
+    return repeated_blocks(model) or [model]
 
 
 def quantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -258,31 +255,6 @@ def _let_go_of_checkpoint(model: PreTrainedModel, *, all_of_it: bool) -> None:
                     setattr(owner, name, copy(constant))
 
 
-def _keep_trainable(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
-
-    It does so at the first forward pass in eval mode, for good: afterwards no gradient flows through the layer, and its
-    weights can no longer be dequantized, so a model that was evaluated before training silently learns next to nothing
-    (seen with bitsandbytes 0.50.2: gradient norm 0.28 in place of 1.67 for LoRA over NF4).
-
-    Raises:
-        NotInForce: this version of bitsandbytes has no such switch.
-    """
-    bitsandbytes: Any = sys.modules.get("bitsandbytes")
-    if bitsandbytes is None:  # then no layer is one of its
-        return
-    for module in model.modules():
-        if not isinstance(module, bitsandbytes.nn.Linear4bit):
-            continue
-        if not hasattr(module, _REPACKS):
-            version = versions_of(["bitsandbytes"]).get("bitsandbytes")
-            raise NotInForce(
-                f"bitsandbytes {version}: its 4-bit layers have no {_REPACKS} any more, the switch that keeps them "
-                "from being repacked by an evaluation and learning nothing after; pip install bitsandbytes==0.50.2"
-            )
-        setattr(module, _REPACKS, False)
-
-
 def _feed_head_contiguous(model: PreTrainedModel) -> None:
     """Give the output head a contiguous input.
 
@@ -315,7 +287,7 @@ def _found(model: PreTrainedModel, cell: Cell) -> dict[str, Any]:
         raise NotInForce(f"precision.weights_dtype={asked}: the weights were loaded as {main}")
     found = {
         "weights_dtype": "+".join(name for name, _ in sorted(dtypes.items())) or None,
-        "attention": model.config._attn_implementation,
+        "attention": attention_kernel(model),
         "five_bit_decoder": "+".join(sorted(_decoders(model))) or None,
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from left_bench.compat.torch import FakeTensor, TorchDispatchMode, sparse_like, sparse_parts, storage_key
 
 _aten = torch.ops.aten
 _ASKING = (_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.rand.default)
@@ -34,11 +34,9 @@ class Storages(TorchDispatchMode):
             out = _entries_kept(func, args)
         if out is None:
             out = func(*_without_masks(func, args), **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                sparse = tensor.layout == torch.sparse_coo
-                for part in (tensor._indices(), tensor._values()) if sparse else (tensor,):
-                    self._follow(part.untyped_storage())
+        for tensor in _tensors_in(out):
+            for part in sparse_parts(tensor) if tensor.layout == torch.sparse_coo else (tensor,):
+                self._follow(part.untyped_storage())
         return out
 
     @staticmethod
@@ -56,7 +54,7 @@ class Storages(TorchDispatchMode):
         return False if args[0].dtype == torch.bool else 0.0 if args[0].is_floating_point() else 0
 
     def _follow(self, storage: Any) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key not in self._alive:
             self._alive[key] = storage.nbytes()
             self.now += storage.nbytes()
@@ -65,6 +63,15 @@ class Storages(TorchDispatchMode):
 
     def _end(self, key: int) -> None:
         self.now -= self._alive.pop(key)
+
+
+def _tensors_in(out: Any) -> Iterator[torch.Tensor]:
+    """What an operation gave: a tensor, or some in lists."""
+    if isinstance(out, torch.Tensor):
+        yield out
+    elif isinstance(out, (list, tuple)):
+        for one in out:
+            yield from _tensors_in(one)
 
 
 def _without_masks(func: Any, args: Any) -> Any:
@@ -85,17 +92,7 @@ def _entries_kept(func: Any, args: Any) -> Any:
     if func is not _aten.sparse_mask.default:
         return None
     values, mask = args
-    empty = torch.empty(mask._nnz(), dtype=values.dtype)
-    make = _aten._sparse_coo_tensor_with_dims_and_tensors.default
-    return make(
-        mask.sparse_dim(),
-        mask.dense_dim(),
-        mask.shape,
-        mask._indices(),
-        empty,
-        layout=torch.sparse_coo,
-        dtype=values.dtype,
-    )
+    return sparse_like(mask, dtype=values.dtype)
 
 
 def as_on(device: str, *, autocasting: bool) -> contextlib.AbstractContextManager[Any]:

@@ -17,12 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import (
+
+from left_bench.compat.torch import (
     DataDependentOutputException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
+    storage_key,
 )
-
 from left_bench.core.errors import Unsupported, UserError
 from left_bench.data import Example, load_data, split_passes, step_rows
 from left_bench.data.batches import at_positions
@@ -220,7 +221,8 @@ def quantizable(model: Any) -> dict[str, torch.nn.Linear]:
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind some tensors that hold nothing, shared ones once."""
-    return sum({storage._cdata: storage.nbytes() for storage in (one.untyped_storage() for one in tensors)}.values())
+    storages = [one.untyped_storage() for one in tensors]
+    return sum({storage_key(storage): storage.nbytes() for storage in storages}.values())
 
 
 def _take_step(plan: Plan, model: Any, cell: Cell, *, base: Modules) -> None:

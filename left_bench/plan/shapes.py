@@ -86,10 +86,9 @@ def replace_tensors(model: torch.nn.Module, make: Callable[[torch.Tensor], torch
         return made[id(tensor)][0]
 
     for module in model.modules():
-        for owned in (module._parameters, module._buffers):
-            for name, tensor in owned.items():
-                if tensor is not None:
-                    owned[name] = of(tensor)  # type: ignore[assignment]
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        for name, tensor in {**own, **dict(module.named_buffers(recurse=False, remove_duplicate=False))}.items():
+            setattr(module, name, of(tensor))
 
 
 def adapter_of_shapes(model: Any, cell: Cell, *, rows: Sequence[Example] = ()) -> Any:

@@ -1,20 +1,18 @@
 """Starting a worker: a fresh interpreter, or on CPU a fork of a server that has done the imports already.
 
-Importing torch, transformers and peft takes longer than a small cell trains. The server imports them once for a sweep
-and does nothing else, so every fork starts from the same state as the first: no thread pool, no random state, no
-allocation of a run. CUDA contexts do not survive a fork; accelerators always get a fresh interpreter, and so do all
-workers off Linux: macOS has a fork server too, but its own frameworks, which torch has loaded by then, may end a fork.
+Importing torch, transformers and peft takes longer than a small cell trains. The server (`fork_server`) imports them
+once for a sweep and does nothing else, so every fork starts from the same state as the first. CUDA contexts do not
+survive a fork; accelerators always get a fresh interpreter, and so do all workers off Linux: macOS can fork too, but
+its own frameworks, which torch has loaded by then, may end a fork.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,8 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from left_bench.core import interrupt
+from left_bench.processes.fork_server import Connection, ask
 
-PRELOAD = "left_bench.worker.preload"
 LAUNCHER_PID = "LEFT_BENCH_LAUNCHER_PID"
 STACK_SIGNAL = getattr(signal, "SIGUSR1", None)
 _MOMENT_SECONDS = 0.5
@@ -67,7 +65,7 @@ def start(
 
 def may_fork() -> bool:
     """Whether a process that has imported torch can be forked on this platform and go on."""
-    return sys.platform == "linux" and "forkserver" in multiprocessing.get_all_start_methods()
+    return sys.platform == "linux"
 
 
 def run_within(seconds: float, folder: Path, *, environment: dict[str, str], fork: bool, program: str) -> None:
@@ -113,71 +111,112 @@ class _Spawned:
 
 class _Forked:
     def __init__(self, program: str, run_dir: Path, *, log: Path, environment: dict[str, str]) -> None:
-        from multiprocessing import forkserver  # of systems that can fork
-
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([PRELOAD])
-        # the server keeps the environment of its start; what a cell sets itself is set again in the fork
-        with _environment(environment), output_discarded():
-            forkserver.ensure_running()
-        self._process: Any = context.Process(target=_run_forked, args=(program, str(run_dir), str(log), environment))
-        with _main_hidden():
-            self._process.start()
+        self._pid, self._connection = _server_of_this_process(environment).fork(
+            program=program,
+            run_dir=str(run_dir),
+            log=str(log),
+            environment=environment,
+            folder=str(Path.cwd()),
+            path=sys.path,
+        )
+        self._code: int | None = None
 
     def wait(self, seconds: float) -> int | None:
-        self._process.join(seconds)
-        code: int | None = self._process.exitcode
-        return code
+        if self._code is None:
+            try:
+                message = self._connection.receive(seconds)
+            except EOFError:  # the server has ended, and the kernel its workers with it
+                message = {"code": -signal.SIGKILL}
+            if message is not None:
+                self._code = message["code"]
+                self._connection.close()
+        return self._code
 
     def show_stack(self) -> None:
-        _ask_for_stack(self._process.pid)
+        _ask_for_stack(self._pid)
         self.wait(_MOMENT_SECONDS)
 
     def end(self) -> int | None:
-        end_with_children(self._process.pid)
-        self._process.kill()  # in its first moments it has no group of its own yet
-        self._process.join()
-        code: int | None = self._process.exitcode
-        return code
+        end_with_children(self._pid)
+        while self.wait(_MOMENT_SECONDS) is None:
+            pass
+        return self._code
 
 
-def _run_forked(program: str, run_dir: str, log: str, environment: dict[str, str]) -> None:
-    os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    os.close(output)
-    os.environ.clear()
-    os.environ.update(environment)
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
-    importlib.import_module(program).main([run_dir], forked=True)
+class _Server:
+    """The fork server of this process, begun when it is first asked; see `fork_server`."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.launcher = os.getpid()
+        self._socket, its = socket.socketpair()
+        with its:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "left_bench.processes.fork_server", str(its.fileno()), str(self.launcher)],
+                pass_fds=[its.fileno()],
+                stdin=subprocess.DEVNULL,
+                # what libraries say when they are imported belongs to no cell; a fork's own output goes to its log
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                # it keeps the environment of its start; what a cell sets itself is set again in the fork
+                env=environment,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_ours(self) -> bool:
+        """Whether it runs, and is no other process's, of which this one is a fork."""
+        return self.launcher == os.getpid() and self._process.poll() is None
+
+    def fork(self, **request: Any) -> tuple[int, Connection]:
+        """A worker's process id, and what will tell its exit code; the first has to wait for the imports.
+
+        Raises:
+            EOFError, OSError: there is no process to be had, or the server was ended; the next request gets a new one.
+            KeyboardInterrupt: the launch was told to stop.
+        """
+        try:
+            connection = ask(self._socket, **request)
+            try:
+                while (message := connection.receive(_LOOK_EVERY_SECONDS)) is None:
+                    interrupt.check()
+            except BaseException:
+                connection.close()
+                raise
+        except (BrokenPipeError, ConnectionResetError, EOFError) as error:
+            self.end()
+            raise EOFError("the process that workers are forked from was ended") from error
+        if "pid" in message:
+            return message["pid"], connection
+        connection.close()
+        if "errno" in message:
+            raise OSError(message["errno"], os.strerror(message["errno"]))
+        raise EOFError(f"the worker ended before it began, with exit code {message['code']}")
+
+    def end(self) -> None:
+        """End it, and with it its workers."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
 
 
-def _end_with_launcher() -> None:
-    """Wait, asleep, for the launching process to end, and end this one's group with it.
-
-    The worker's own request to the kernel (`die_with_parent`) is no help here: a fork's parent is the server, and the
-    server outlives the launcher for as long as it has a fork.
-    """
-    launcher: Any = multiprocessing.parent_process()
-    multiprocessing.connection.wait([launcher.sentinel])
-    os.killpg(0, signal.SIGKILL)
+_server: _Server | None = None
+_one_at_a_time = threading.Lock()
 
 
-@contextlib.contextmanager
-def _environment(wanted: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def _server_of_this_process(environment: dict[str, str]) -> _Server:
+    global _server
+    with _one_at_a_time:
+        if _server is None or not _server.is_ours():
+            _server = _Server(environment)
+        return _server
 
 
 @contextlib.contextmanager
 def output_discarded() -> Iterator[None]:
-    """What libraries say when they are imported belongs to no cell; a fork's own output goes to its log."""
+    """Inside, nothing that is written to standard output or error is shown, whoever writes it."""
     kept = [os.dup(1), os.dup(2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -189,26 +228,6 @@ def output_discarded() -> Iterator[None]:
             os.dup2(copy, stream)
             os.close(copy)
         os.close(nowhere)
-
-
-@contextlib.contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Keep multiprocessing from running the parent's main module again in the fork: the worker needs none of it.
-
-    Nor the parent's default start method: in a joblib process that is `loky`, which the fork has never heard of.
-    """
-    main = sys.modules["__main__"]
-    kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
-    method: Any = multiprocessing.get_start_method(allow_none=True)
-    try:
-        multiprocessing.set_start_method("forkserver", force=True)
-        for name in kept:
-            setattr(main, name, None)
-        yield
-    finally:
-        multiprocessing.set_start_method(method, force=True)
-        for name, value in kept.items():
-            setattr(main, name, value)
 
 
 def _ask_for_stack(pid: int | None) -> None:

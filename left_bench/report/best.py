@@ -9,10 +9,20 @@ from collections.abc import Iterator, Sequence
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.report.cells import Row, find_axes, labels
-from left_bench.report.command import plans_of
-from left_bench.report.cost import NO_PRICES
+from left_bench.report.command import add_margin_option, plans_of
+from left_bench.report.cost import add_price_options, check_prices, prices_of
+from left_bench.report.judgement import take_margins
 from left_bench.report.ranking import QUALITY
-from left_bench.report.recommend import MEMORY, Need, Recommendation, recommend, sentence, take_needs
+from left_bench.report.recommend import (
+    BOUNDS_HELP,
+    MEMORY,
+    Need,
+    Recommendation,
+    how_sure,
+    recommend,
+    sentence,
+    take_needs,
+)
 from left_bench.report.tables import heading
 from left_bench.report.values import format_error, format_value
 from left_bench.spec.record import METRICS
@@ -24,7 +34,9 @@ def main(argv: list[str]) -> int:
         needs, argv = take_needs(argv)
         options = _parser().parse_args(argv)
         quality = options.metric and _quality(options.metric)
-        plans = plans_of(options.runs, name=options.name, where=options.where, prices=NO_PRICES)
+        margins, prices = take_margins(options.margin), prices_of(options)
+        check_prices(needs, prices)
+        plans = plans_of(options.runs, name=options.name, where=options.where, prices=prices)
     except UserError as error:
         print(f"left-bench best: {error}", file=sys.stderr)
         return 2
@@ -34,7 +46,7 @@ def main(argv: list[str]) -> int:
             print()
         if len(plans) > 1:
             print(f"# {plan.name}")
-        found = recommend(plan.rows, needs, quality=quality)
+        found = recommend(plan.rows, needs, quality=quality, margins=margins)
         if found is None:
             print("No recommendation: no cell is ok with a score, or their scores may not be ranked.")
             continue
@@ -47,15 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="left-bench best",
         allow_abbrev=False,
-        description="The cell to take, by the rule of the report's recommendation: of the cells within one standard "
-        "error of the best score, the one that needs the least memory.",
-        epilog="Bounds: --budget-memory SIZE, --min-METRIC NUMBER and --max-METRIC NUMBER, any metric by its name with "
-        "dashes: --budget-memory 8GiB --min-exact-match 0.5",
+        description="The cell to take, by the rule of the report's recommendation: the one with the best score, or "
+        "with --margin the one that needs the least memory of those shown to be within it of the best.",
+        epilog=BOUNDS_HELP,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs folder, cell folder or record file")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUNS", help="runs folder, cell folder, record file, or file of records"
+    )
     parser.add_argument("--metric", metavar="NAME", help="the score to go by (default: the report's own)")
     parser.add_argument("--where", metavar="CONDITION", help="only the records that fulfil it")
     parser.add_argument("--name", help="only the sweep of this name")
+    add_price_options(parser)
+    add_margin_option(parser)
     return parser
 
 
@@ -88,10 +103,12 @@ def _told(found: Recommendation, needs: Sequence[Need], rows: Sequence[Row]) -> 
     yield f"score:  {score}{told}"
     if (memory := found.chosen.value(MEMORY)) is not None:
         yield f"memory: {format_value(MEMORY, memory)} at the peak of training"
-    if run.path is not None:
+    yield f"why:    {why}"
+    for told in how_sure(found, names) if len(found.fitting) > 1 else ():
+        yield f"sure:   {told}"
+    if run.path is not None and run.path.is_file():  # a file of records has no model beside it
         folder = shlex.quote(str(run.path.parent))
         yield f"folder: {run.path.parent} (what it trained: {run.path.parent / 'adapter'})"
-        yield f"why:    {why}"
         yield "next:"
         yield f"  left-bench chat {folder}"
         yield f"  left-bench export {folder} --to merged my_model"

@@ -66,6 +66,11 @@ class Row:
     def _errors(self) -> dict[str, float | None]:
         return {}
 
+    @cached_property
+    def differences(self) -> dict[tuple[int, str], tuple[Row, Any]]:
+        """Where `statistics.difference` keeps what it found of this row and another in a metric."""
+        return {}
+
     @property
     def seed(self) -> Any:
         return self.record.config.get("seed") if self.record else None
@@ -120,9 +125,29 @@ class Row:
 
     def scored_rows(self, metric: str) -> Scored | None:
         """What its ok runs kept row by row; None where one kept nothing."""
-        done = [run for run in self.runs if run.ok]
-        paths = [run.path for run in done if run.path is not None]
-        return scored_rows(paths, metric) if paths and len(paths) == len(done) and self.scored else None
+        if metric not in self._scored_rows:
+            done = [run for run in self.runs if run.ok]
+            paths = [run.path for run in done if run.path is not None]
+            kept = bool(paths) and len(paths) == len(done) and self.scored
+            self._scored_rows[metric] = scored_rows(paths, metric) if kept else None
+        return self._scored_rows[metric]
+
+    @cached_property
+    def _scored_rows(self) -> dict[str, Scored | None]:
+        return {}
+
+    def by_seed(self, metric: str) -> dict[Any, float]:
+        """Seed -> value of the ok runs, finite ones only."""
+        if metric not in self._by_seed:
+            found = {run.seed: run.value(metric) for run in self.runs if run.ok}
+            self._by_seed[metric] = {
+                seed: value for seed, value in found.items() if value is not None and math.isfinite(value)
+            }
+        return self._by_seed[metric]
+
+    @cached_property
+    def _by_seed(self) -> dict[str, dict[Any, float]]:
+        return {}
 
     def memory_parts(self) -> dict[str, float]:
         """Part of the memory peak -> bytes, means over the seeds."""
@@ -148,7 +173,7 @@ class Row:
         found = self.record.environment.get(part) if self.record else None
         return found if isinstance(found, dict) else {}
 
-    @property
+    @cached_property
     def machine(self) -> str | None:
         """A short name that two records share only when they come from one machine; None: not noted."""
         machine = self.noted("machine")

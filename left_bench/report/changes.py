@@ -20,7 +20,9 @@ from left_bench.spec.record import METRICS
 _FROM_STEPS = "train_tokens_per_second"
 # Beside a metric that says the same, or of no interest in a comparison.
 _LEFT_OUT = frozenset({"eval_perplexity", "baseline_memory_bytes", "first_train_loss", "train_loss"})
-Judgement = Literal["better", "worse", "changed", "tie", "not judged"]
+Judgement = Literal["better", "worse", "changed", "same", "not resolved", "not judged"]
+
+UNCHANGED = ("same", "not resolved")
 
 
 class Change(NamedTuple):
@@ -127,13 +129,15 @@ def _changes(name: str, before: Row, after: Row) -> Iterator[Change]:
         if metric in _LEFT_OUT or x is None or y is None or not (is_number(x) and is_number(y)):
             continue
         if metric in COUNTED:
-            yield Change(name, metric, x, y, None, "counted, not measured", "tie" if x == y else _judged(metric, y - x))
+            yield Change(
+                name, metric, x, y, None, "counted, not measured", "same" if x == y else _judged(metric, y - x)
+            )
             continue
         interval, how = _noise(before, after, metric)
         if interval is not None:
-            judgement: Judgement = "tie" if 0 in interval else _judged(metric, y - x)
+            judgement: Judgement = "not resolved" if 0 in interval else _judged(metric, y - x)
         else:
-            judgement = "tie" if x == y else "not judged"
+            judgement = "same" if x == y else "not judged"
         yield Change(name, metric, x, y, interval, how, judgement)
 
 

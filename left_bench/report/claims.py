@@ -1,7 +1,7 @@
 """The field's usual sentences beside numbers measured here: what is compared, the rule, and the verdict that follows.
 
 `CLAIMS` is the whole of it: a sentence, the cells it speaks of, and a rule in numbers. `sweeps/claims.yaml` runs the
-cells. A rule is written down before it is applied, a tie is a tie, and what is missing is "not measured".
+cells. A rule is written down before it is applied, and what is missing is "not measured".
 """
 
 from __future__ import annotations
@@ -344,7 +344,8 @@ def _told(apart: Difference) -> str:
     if apart.interval is None:
         return format_difference(apart.value)
     low, high = map(format_difference, apart.interval)
-    return f"{format_difference(apart.value)} [{low}, {high}], over {apart.how}{', a tie' if apart.tie else ''}"
+    beside = "" if apart.resolved else ", not resolved"
+    return f"{format_difference(apart.value)} [{low}, {high}], over {apart.how}{beside}"
 
 
 def _told_ratio(ratio: float, interval: Interval | None) -> str:

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
+from left_bench.report.archive import is_archive
 from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
-from left_bench.report.cost import NO_PRICES, Prices, price, with_costs
+from left_bench.report.cost import NO_PRICES, Prices, add_price_options, check_prices, prices_of, with_costs
+from left_bench.report.curves import Target, check_target, parse_target
 from left_bench.report.document import write_document
 from left_bench.report.export import csv_text, write_parquet
+from left_bench.report.judgement import Margins, take_margins
 from left_bench.report.leaderboard import check_group_by
-from left_bench.report.load import PathLike, Problem, Run, Sweep, choose, frame_of, read_runs, read_sweeps
-from left_bench.report.recommend import Need, recommend, sentence, take_needs
+from left_bench.report.load import (
+    PathLike,
+    Problem,
+    Run,
+    Sweep,
+    choose,
+    frame_of,
+    read_runs,
+    read_sweeps,
+    write_records,
+)
+from left_bench.report.ranking import headline_quality
+from left_bench.report.recommend import BOUNDS_HELP, Need, how_sure, named_margins, recommend, sentence, take_needs
 from left_bench.report.seeds import pool
 from left_bench.report.tables import Report
 from left_bench.spec.cell import slugify
 
 LOOSE_NAME = "cells"
 CLAIMS_SWEEP = "claims"
-FORMATS = ("md", "html", "csv", "parquet")
+_WORTH_A_PROCESS = 100
+"""Cells from which a second process costs less than it saves."""
+FORMATS = ("md", "html", "csv", "parquet", "jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +54,10 @@ class Wanted:
     group_by: str | None = None
     where: str | None = None
     needs: Sequence[Need] = ()
+    margins: Margins = field(default_factory=dict)
     claims: bool = False
     prices: Prices = NO_PRICES
+    target: Target | None = None
     plots: bool = True
     """Of the Markdown; the page draws its own."""
 
@@ -63,12 +84,12 @@ def main(argv: list[str]) -> int:
             group_by=options.group_by,
             where=options.where,
             needs=needs,
+            margins=take_margins(options.margin),
             claims=options.claims,
-            prices=Prices(
-                per_kwh=price(options.price_per_kwh, key="--price-per-kwh"),
-                per_hour=price(options.price_per_hour, key="--price-per-hour"),
-            ),
+            prices=prices_of(options),
+            target=None if options.target is None else parse_target(options.target),
         )
+        check_prices(needs, wanted.prices)
         for path in write_reports(options.runs, out=options.out, name=options.name, wanted=wanted, say=print):
             print(path)
     except UserError as error:
@@ -82,16 +103,22 @@ def _parser() -> argparse.ArgumentParser:
         prog="left-bench report",
         allow_abbrev=False,
         description="Make reports from records: one per sweep, and one of the cells that belong to none.",
-        epilog="A cell to take is recommended among those that keep --budget-memory SIZE, --min-METRIC NUMBER and "
-        "--max-METRIC NUMBER, any metric by its name with dashes: --budget-memory 8GiB --min-exact-match 0.5",
+        epilog=BOUNDS_HELP,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs folder, cell folder or record file")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUNS", help="runs folder, cell folder, record file, or file of records (jsonl)"
+    )
     parser.add_argument("--out", default="reports", metavar="DIR", help="where the reports go (default: %(default)s)")
     parser.add_argument(
         "--baseline",
         metavar="SELECTOR",
         help="the cell to compare with: a cell id or its beginning, or settings as peft=lora,quantization=none "
         "(default: unquantized full fine-tuning, else the first cell that is ok)",
+    )
+    parser.add_argument(
+        "--target",
+        metavar="METRIC=VALUE",
+        help="time, tokens and energy until each cell reached a quality along training: validation_loss=1.2",
     )
     parser.add_argument("--group-by", metavar="KEY", help="a leaderboard for each value of a setting, as peft")
     parser.add_argument(
@@ -107,14 +134,22 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"put the field's usual sentences to the test in every report; the sweep '{CLAIMS_SWEEP}' always does",
     )
-    parser.add_argument("--price-per-kwh", metavar="PRICE", help="turn joules into money: what a kWh costs")
-    parser.add_argument(
-        "--price-per-hour",
-        metavar="PRICE",
-        help="turn wall time into money: what an hour of one accelerator costs, or of the machine without one",
-    )
+    add_price_options(parser)
+    add_margin_option(parser)
     parser.add_argument("--name", help="only the sweep of this name; where there is no sweep, the report's name")
     return parser
+
+
+def add_margin_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--margin",
+        action="append",
+        default=[],
+        metavar="[METRIC=]AMOUNT",
+        help="how far apart two values still count as equal: 0.02 of the score, exact_match=0.02, "
+        "peak_memory_bytes=5%%; the cell to take is then the cheapest shown to be within it of the best; may be "
+        "repeated",
+    )
 
 
 def write_report(
@@ -151,14 +186,26 @@ def write_reports(
     chosen = _baselines([plan.rows for plan in plans], wanted.baseline)
     if wanted.group_by is not None:
         check_group_by([row for plan in plans for row in plan.rows], wanted.group_by)
+    if wanted.target is not None:
+        check_target([row for plan in plans for row in plan.rows], wanted.target)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for plan, baseline in zip(plans, chosen, strict=True):
-        written += _write(plan, baseline, wanted, out=out)
-        if wanted.needs:
-            say(_advice(plan, wanted.needs))
-    return written
+    for plan in plans if wanted.needs else ():
+        say(f"{plan.name}: {next(_advices(plan, wanted))}")
+    return [path for written in _write_all(plans, chosen, wanted, out) for path in written]
+
+
+def _write_all(plans: Sequence[Plan], chosen: Sequence[Row | None], wanted: Wanted, out: Path) -> list[list[Path]]:
+    """Write each plan; of many cells the largest report here, and the others in a process beside it."""
+    sizes = [sum(len(row.runs) for row in plan.rows) for plan in plans]
+    if len(plans) < 2 or (os.cpu_count() or 1) < 2 or sum(sizes) < _WORTH_A_PROCESS:
+        return [_write(plan, baseline, wanted, out) for plan, baseline in zip(plans, chosen, strict=True)]
+    largest = sizes.index(max(sizes))
+    # a new interpreter, not a fork: whoever calls this may have threads
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as beside:
+        others = {i: beside.submit(_write, plans[i], chosen[i], wanted, out) for i in range(len(plans)) if i != largest}
+        here = _write(plans[largest], chosen[largest], wanted, out)
+        return [here if i == largest else others[i].result() for i in range(len(plans))]
 
 
 def plans_of(paths: Sequence[PathLike], *, name: str | None, where: str | None, prices: Prices) -> list[Plan]:
@@ -169,7 +216,7 @@ def plans_of(paths: Sequence[PathLike], *, name: str | None, where: str | None, 
     """
     runs, problems = read_runs(paths)
     runs = with_costs(runs, prices)
-    sweeps, unread = read_sweeps([path for path in paths if Path(path).is_dir()])
+    sweeps, unread = read_sweeps([path for path in paths if Path(path).is_dir() or is_archive(Path(path))])
     problems = [*problems, *unread]
     listed = ", ".join(map(str, paths))
     if not runs:
@@ -204,7 +251,7 @@ def _sweep_rows(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem], 
     return [row for row in rows if row.record] if chosen else rows
 
 
-def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> list[Path]:
+def _write(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> list[Path]:
     written = []
     stem = out / plan.file_name
     if "md" in wanted.formats:
@@ -213,7 +260,7 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
         from left_bench.report.page import write_page
 
         path = stem.with_name(f"{plan.file_name}.html")
-        advice = [_advice(plan, wanted.needs).removeprefix(f"{plan.name}: ")] if len(plan.rows) > 1 else []
+        advice = [*_advices(plan, wanted)] if len(plan.rows) > 1 else []
         write_page(
             plan.rows,
             title=plan.name,
@@ -222,6 +269,7 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
             sweep=plan.sweep,
             problems=plan.problems,
             notes=advice,
+            target=wanted.target,
         )
         written.append(path)
     runs = [Run(run.record, run.path) for row in plan.rows for run in row.runs if run.record and run.path]
@@ -231,6 +279,8 @@ def _write(plan: Plan, baseline: Row | None, wanted: Wanted, *, out: Path) -> li
         written.append(path)
     if "parquet" in wanted.formats:
         written.append(write_parquet(frame_of(runs), stem.with_name(f"{plan.file_name}.parquet")))
+    if "jsonl" in wanted.formats:
+        written.append(write_records(stem.with_name(f"{plan.file_name}.jsonl"), runs, plan.sweep))
     return written
 
 
@@ -254,17 +304,23 @@ def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> st
         claims=wanted.claims or plan.name == CLAIMS_SWEEP,
         where=wanted.where,
         prices=wanted.prices,
+        target=wanted.target,
+        margins=named_margins(wanted.margins, headline_quality(plan.rows)),
     )
     return write_document(report)
 
 
-def _advice(plan: Plan, needs: Sequence[Need]) -> str:
-    found = recommend(plan.rows, needs)
+def _advices(plan: Plan, wanted: Wanted) -> Iterator[str]:
+    """The cell to take, then how sure that is."""
+    found = recommend(plan.rows, wanted.needs, margins=wanted.margins)
     if found is None:
-        return f"{plan.name}: no recommendation; no cell is ok with a score, or their scores may not be ranked"
+        yield "no recommendation; no cell is ok with a score, or their scores may not be ranked"
+        return
     names = labels(plan.rows, find_axes(plan.rows))
     by_id = {id(row): label for row, label in zip(plan.rows, names, strict=True)}
-    return f"{plan.name}: {sentence(found, needs, by_id, plan.rows)}"
+    yield sentence(found, wanted.needs, by_id, plan.rows)
+    if len(found.fitting) > 1:
+        yield from how_sure(found, by_id)
 
 
 def _formats(text: str) -> list[str]:

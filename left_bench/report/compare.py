@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from left_bench.core.errors import UserError
-from left_bench.report.changes import Change, Comparison, compare
+from left_bench.report.changes import UNCHANGED, Change, Comparison, compare
 from left_bench.report.gate import MISSING, Gate, parse_gate
 from left_bench.report.markdown import escape, table
 from left_bench.report.tables import heading
@@ -33,7 +35,10 @@ def main(argv: list[str]) -> int:
         print(f"left-bench compare: {error}", file=sys.stderr)
         return 2
     hits = failures(found, gates, missing=any(text.strip() == MISSING for text in options.fail_on))
-    print_comparison(found, hits, every=options.all, gated=bool(options.fail_on))
+    if options.json:
+        print(json.dumps(as_data(found, hits), indent=1))
+    else:
+        print_comparison(found, hits, every=options.all, gated=bool(options.fail_on))
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         with Path(summary).open("a", encoding="utf-8") as file:
@@ -47,11 +52,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Match the cells of two sets of records and print what changed beyond the noise from A to B. Cells "
         "match by everything that was set; versions, machine and commit may differ.",
-        epilog="A change is judged by the 95%% interval of the difference: quality over held-out rows and seeds, "
+        epilog="A change is judged by the 95 % interval of the difference: quality over held-out rows and seeds, "
         "training speed over the steps, other measurements over seeds. Where there is one measurement on either "
         "side the change is shown and not judged; --fail-on takes it as it is.",
     )
-    parser.add_argument("a", metavar="A", help="runs folder, cell folder or record file: before")
+    parser.add_argument("a", metavar="A", help="runs folder, cell folder, record file or file of records: before")
     parser.add_argument("b", metavar="B", help="the same: after")
     parser.add_argument(
         "--fail-on",
@@ -73,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--where", metavar="CONDITION", help="only the records that fulfil it, as in `left-bench report`"
     )
     parser.add_argument("--all", action="store_true", help="print what did not change too")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 
 
@@ -86,7 +92,7 @@ def failures(found: Comparison, gates: Sequence[Gate], *, missing: bool = False)
         hits += [
             f"{gate.text}: {change.cell} went from {_value(change, 'before')} to {_value(change, 'after')}"
             for change in measured
-            if change.judgement != "tie" and gate.hit(change.before, change.after)
+            if change.judgement not in UNCHANGED and gate.hit(change.before, change.after)
         ]
         hits += [
             f"{gate.text}: {name} has no {gate.metric} in B"
@@ -99,6 +105,35 @@ def failures(found: Comparison, gates: Sequence[Gate], *, missing: bool = False)
     if missing:
         hits += [f"{MISSING}: B has no {name}" for name in found.only_a]
     return hits
+
+
+def as_data(found: Comparison, hits: Sequence[str]) -> dict[str, Any]:
+    """The whole comparison for a program; a number that is none of JSON's is null."""
+    changes = [
+        {
+            **{name: getattr(change, name) for name in ("cell", "metric", "before", "after")},
+            "unit": metric_of(change.metric).unit,
+            "interval": None if change.interval is None else [*map(_finite, change.interval)],
+            "relative": _finite(change.relative),
+            "judged": change.judgement,
+            "over": change.how,
+        }
+        for change in found.changes
+    ]
+    return {
+        "matched": [name for name, _, _ in found.matched],
+        "only_in_a": list(found.only_a),
+        "only_in_b": list(found.only_b),
+        "differing": [{"what": what, "a": a, "b": b} for what, a, b in found.differing],
+        "ended_otherwise": [{"cell": cell, "a": a, "b": b} for cell, a, b in found.ended],
+        "changes": changes,
+        "unreadable": [str(problem) for problem in found.problems],
+        "failed": list(hits),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def print_comparison(found: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> None:
@@ -148,10 +183,10 @@ def _head(found: Comparison) -> Iterator[str]:
 
 
 def _tail(found: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> Iterator[str]:
-    tied = sum(change.judgement == "tie" for change in found.changes)
+    tied = sum(change.judgement in UNCHANGED for change in found.changes)
     open_ = [change for change in found.changes if change.judgement == "not judged" and change.before != change.after]
     if found.changes and not every:
-        yield f"{tied} of {len(found.changes)} comparisons are ties; --all prints them."
+        yield f"{tied} of {len(found.changes)} comparisons show no change that is resolved; --all prints them."
     if open_:
         yield f"{len(open_)} have one measurement on either side and are not judged; repeat under other seeds."
     for name, before, after in found.ended:
@@ -171,7 +206,7 @@ def _tail(found: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -
 def _shown(found: Comparison, *, every: bool) -> list[Change]:
     if every:
         return list(found.changes)
-    return [change for change in found.changes if change.judgement != "tie" and change.before != change.after]
+    return [change for change in found.changes if change.judgement not in UNCHANGED and change.before != change.after]
 
 
 def _cells(change: Change) -> list[str]:

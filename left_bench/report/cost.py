@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from left_bench.core.errors import UserError
 from left_bench.report.load import Run
-from left_bench.report.values import significant
-from left_bench.spec.record import Record
+from left_bench.report.values import metric_of, significant
+from left_bench.spec.record import METRICS, Record
+
+if TYPE_CHECKING:
+    from left_bench.report.recommend import Need
 
 _JOULES_PER_KWH = 3.6e6
 
@@ -33,7 +38,10 @@ class Prices:
             found["cell_hours_cost"] = self.per_hour * _accelerators(record) * metrics["wall_seconds"] / 3600
         if wanted and len(found) == len(wanted):
             found["cell_cost"] = sum(found.values())
-        return found if len(wanted) == 2 else {name: cost for name, cost in found.items() if name == "cell_cost"}
+        if "cell_cost" in found and (points := _points_gained(record)) is not None:
+            found["cost_per_point"] = found["cell_cost"] / points
+        told = found if len(wanted) == 2 else ("cell_cost", "cost_per_point")
+        return {name: cost for name, cost in found.items() if name in told}
 
     def told(self) -> str:
         """The prices in words, as a report says them."""
@@ -72,8 +80,52 @@ def price(text: str | None, *, key: str) -> float | None:
     return found
 
 
+def add_price_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--price-per-kwh", metavar="PRICE", help="turn joules into money: what a kWh costs")
+    parser.add_argument(
+        "--price-per-hour",
+        metavar="PRICE",
+        help="turn wall time into money: what an hour of one accelerator costs, or of the machine without one",
+    )
+
+
+def prices_of(options: argparse.Namespace) -> Prices:
+    """The prices given on a command line.
+
+    Raises:
+        UserError: one is no amount of money.
+    """
+    return Prices(
+        per_kwh=price(options.price_per_kwh, key="--price-per-kwh"),
+        per_hour=price(options.price_per_hour, key="--price-per-hour"),
+    )
+
+
+def check_prices(needs: Sequence[Need], prices: Prices) -> None:
+    """Refuse a bound on money without a price.
+
+    Raises:
+        UserError: naming the bound.
+    """
+    for need in needs:
+        if metric_of(need.metric).unit == "money" and prices == NO_PRICES:
+            raise UserError(
+                f"a bound on {need.metric} ({need}) wants a price: give --price-per-hour or --price-per-kwh with it"
+            )
+
+
 def _with(record: Record, costs: dict[str, float]) -> Record:
     return record.model_copy(update={"metrics": record.metrics | costs})
+
+
+def _points_gained(record: Record) -> float | None:
+    """Hundredths that the record's first score between 0 and 1 gained over the base model; None without a gain."""
+    scores = [name for name, metric in METRICS.items() if (metric.unit, metric.better) == ("fraction", "higher")]
+    for name in scores:
+        after, before = record.metrics.get(name), record.metrics.get(f"base_{name}")
+        if after is not None and before is not None and METRICS[name].kind == "quality":
+            return 100 * (after - before) if after > before else None
+    return None
 
 
 def _accelerators(record: Record) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from left_bench import __version__
+from left_bench.report.archive import ENDING
 from left_bench.report.cells import Row, machine_line, so_far
+from left_bench.report.curves import curves_section
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, SPEED, present, qualities
@@ -18,7 +20,6 @@ from left_bench.report.tables import (
     cells_tables,
     cut_line,
     heading,
-    how_to_read,
     phases_table,
     seeds_table,
     status_word,
@@ -26,7 +27,7 @@ from left_bench.report.tables import (
 from left_bench.report.values import ABSENT, format_setting, metric_of, one_line
 from left_bench.report.verdicts import claims_section
 from left_bench.spec.cell import GROUPS
-from left_bench.spec.events import ROW_COUNTS, rows_in_words
+from left_bench.spec.events import ROW_COUNTS, VALIDATION_COUNTS, rows_in_words
 from left_bench.spec.record import Sample
 
 # Settings that a reader wants to see once where they are the same in every cell.
@@ -56,21 +57,24 @@ _LOGS_SHOWN = 20
 
 
 def write_document(report: Report) -> str:
-    """The report as GitHub-flavoured Markdown."""
+    """The report as GitHub-flavoured Markdown: the answer, then the tables behind it, then how it was measured."""
+    answer = [plot for plot in report.plots if plot[0].endswith("_pareto.svg")]
+    plots = [plot for plot in report.plots if plot not in answer]
     sections = [
         f"# {escape(report.name)}",
         *_what_this_is(report),
-        *_constants(report),
         *(claims_section(report.rows) if report.claims else ()),
-        *how_to_read(report),
         *recommendation(report),
         *leaderboard(report),
+        *_pictures(answer),
         *crossed_tables(report),
         *axis_tables(report),
+        *curves_section(report),
         *cells_tables(report),
-        *seeds_table(report),
         *_failures(report),
-        *_plots(report),
+        *_plots(plots),
+        *_settings(report),
+        *seeds_table(report),
         *phases_table(report),
         *_samples(report),
         *_glossary(report),
@@ -91,17 +95,23 @@ def _what_this_is(report: Report) -> Iterator[str]:
     where = "; ".join(dict.fromkeys(map(escape, told)))
     parts = [f"{len(runs):,} {'cell' if len(runs) == 1 else 'cells'} ({tally}){when}"]
     parts[0] = escape(parts[0]) + (f" on {where}." if where else ".")
-    versions = _versions(report)
-    parts += [f"Versions: {versions}."] if versions else []
     if len(runs) > len(report.rows):
         parts.append(f"{len(report.rows):,} rows: cells that differ in the seed alone are one.")
     if report.where:
         parts.append(f"Chosen by `--where`: {code(report.where)}.")
     if report.sweep and report.sweep.finished_at is None:
         parts.append(f"**{so_far(runs, report.sweep)}**")
-    parts.append(f"Written by left_bench {__version__} from the records alone. The command that repeats it:")
     yield " ".join(parts)
+
+
+def _settings(report: Report) -> Iterator[str]:
+    """How this was measured: the command, the versions, and what is the same in all cells."""
+    yield "## Settings"
+    yield f"Written by left_bench {__version__} from the records alone. The command that repeats the runs:"
     yield fence("\n".join(_commands(report)), "bash")
+    if versions := _versions(report):
+        yield f"Versions: {versions}."
+    yield from _constants(report)
 
 
 def _versions(report: Report) -> str:
@@ -123,7 +133,7 @@ def _commands(report: Report) -> list[str]:
 
 
 def _constants(report: Report) -> Iterator[str]:
-    """What is the same in all cells: said once, here."""
+    """What is the same in all cells."""
     lines: list[list[str]] = []
     for group in GROUPS if report.records else ():
         choices = [row.record.choices.get(group) for row in report.records if row.record]
@@ -157,6 +167,7 @@ def _rows_told(row: Row) -> str | None:
         return None
     metrics = row.record.metrics
     counts = {name: metrics[name] if name == "train_epochs" else int(metrics[name]) for name in ROW_COUNTS}
+    counts |= {name: int(metrics[name]) for name in VALIDATION_COUNTS if name in metrics}
     max_length = row.section("training").get("max_length")
     return f"{row.record.choices.get('data')}: {rows_in_words(counts, max_length=max_length)}"
 
@@ -194,10 +205,14 @@ def _failures(report: Report) -> Iterator[str]:
         yield from cut_line(len(problems))
 
 
-def _plots(report: Report) -> Iterator[str]:
-    if report.plots:
+def _plots(plots: Sequence[tuple[str, str]]) -> Iterator[str]:
+    if plots:
         yield "## Plots"
-    for file, shown in report.plots:
+    yield from _pictures(plots)
+
+
+def _pictures(plots: Sequence[tuple[str, str]]) -> Iterator[str]:
+    for file, shown in plots:
         yield f"![{escape(shown)}]({file})"
 
 
@@ -267,5 +282,8 @@ def _sources(report: Report) -> Iterator[str]:
 
 
 def _short(path: Path) -> str:
-    """The runs folder's name and what lies below: where it lies on this machine is nobody's business."""
-    return "/".join(path.parts[-3:])
+    """The runs folder's name and what lies below: where it lies on this machine is nobody's business.
+
+    Of a record in a file of records its path in that file: two reports may share a cell, and each file has its record.
+    """
+    return "/".join(path.parts[-2 if path.parent.parent.suffix == ENDING else -3 :])

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.report.cells import Axis, Row, option, settings
+from left_bench.report.judgement import TOLD_RATE
 from left_bench.report.markdown import code, escape, table
 from left_bench.report.ranking import (
+    Standing,
     best_and_second,
     confounders,
     headline_quality,
-    places,
     present,
+    standing,
 )
-from left_bench.report.recommend import how_sure, recommend, sentence
+from left_bench.report.recommend import Recommendation, how_sure, recommend, sentence
 from left_bench.report.tables import (
     CELLS_NAMED,
     ROWS_SHOWN,
@@ -24,6 +26,7 @@ from left_bench.report.tables import (
     constant,
     cut_line,
     heading,
+    how_to_read,
     label_cells,
     label_headings,
     lifted,
@@ -53,6 +56,7 @@ def leaderboard(report: Report) -> Iterator[str]:
     if len(report.rows) < 2:
         return
     yield "## Leaderboard"
+    yield from how_to_read(report)
     quality = headline_quality(report.rows)
     wanted = _DECIDING if _only_group(report) is None else (*_DECIDING, *_AXIS_METRICS)
     metrics = present(report.rows, list(dict.fromkeys([*([quality] if quality else []), *wanted])))
@@ -68,32 +72,42 @@ def leaderboard(report: Report) -> Iterator[str]:
 
 
 def recommendation(report: Report) -> Iterator[str]:
-    """Which cell to take, the front it is taken from, and what did not fit."""
-    found = recommend(report.rows, report.needs)
+    """Which cell to take, how sure that is, and the Pareto set it is taken from."""
+    found = recommend(report.rows, report.needs, margins=report.margins)
     if found is None or (len(report.rows) < 2 and not report.needs):
         return
     yield "## Recommendation"
-    names = dict(report.names)
-    yield f"**{escape(sentence(found, report.needs, names, report.rows))}**"
-    if (sure := how_sure(found, names)) is not None:
-        yield escape(sure)
+    yield f"**{escape(sentence(found, report.needs, report.names, report.rows))}**"
+    if len(found.fitting) > 1 and (sure := [*how_sure(found, report.names)]):
+        yield "\n".join(f"- {escape(line)}" for line in sure)
+    yield from _pareto_table(report, found)
+
+
+def _pareto_table(report: Report, found: Recommendation) -> Iterator[str]:
     if not found.front:
         return
+    drawn = any(share is not None for share in found.front.values())
     over = ", ".join(heading(metric) for metric in found.metrics)
-    more = len(found.front) - ROWS_SHOWN
+    fit = " among those that fit" if report.needs else ""
     yield (
-        f"By their values as measured, no cell beats these in {over} at once"
-        f"{' among those that fit' if report.needs else ''}:"
+        f"The Pareto set: with held-out rows and seeds drawn anew, each of these is beaten by no other{fit} in {over} "
+        "at once in at least 5 % of the draws."
+        if drawn
+        else f"The Pareto set: by their values as measured, no cell beats these in {over} at once{fit}."
     )
-    lines = [
-        [
-            f"**{escape(names[id(row)])}**" if row is found.chosen else escape(names[id(row)]),
-            *(format_value(metric, row.value(metric)) for metric in found.metrics),
-        ]
-        for row in found.front[:ROWS_SHOWN]
-    ]
-    yield table(["cell", *map(heading, found.metrics)], lines)
-    yield from cut_line(ROWS_SHOWN + max(0, more))
+    by_id = {id(row): row for row in found.fitting}
+    lines = []
+    for key, share in [*found.front.items()][:ROWS_SHOWN]:
+        row, name = by_id[key], escape(report.names[key])
+        numbers = [format_value(metric, row.value(metric)) for metric in found.metrics]
+        lines.append([f"**{name}**" if row is found.chosen else name, *numbers, *_share(share, drawn)])
+    head = ["cell", *map(heading, found.metrics), *(["unbeaten in"] if drawn else [])]
+    yield table(head, lines)
+    yield from cut_line(len(found.front))
+
+
+def _share(share: float | None, drawn: bool) -> list[str]:
+    return ([ABSENT] if share is None else [f"{share:.0%}"]) if drawn else []
 
 
 def axis_tables(report: Report) -> Iterator[str]:
@@ -102,6 +116,13 @@ def axis_tables(report: Report) -> Iterator[str]:
         yield f"## By {group}"
         yield f"The cells differ in {code(group)} alone: the leaderboard is this table."
         return
+    for group, own, others, blocks in axis_blocks(report):
+        yield f"## By {group}"
+        yield from _axis_table(report, group, own, others, blocks)
+
+
+def axis_blocks(report: Report) -> Iterator[tuple[str, list[Axis], list[Axis], list[list[Row]]]]:
+    """For each axis that varies: its own label columns, the others, and the blocks of rows that differ in it alone."""
     for group in AXES:
         own, others = _split(report, group)
         blocks = [  # with one that is ok there is nothing to compare, and the leaderboard has it
@@ -109,10 +130,8 @@ def axis_tables(report: Report) -> Iterator[str]:
             for rows in _contexts(report, others).values()
             if len({_texts(report, own, row) for row in rows if row.ok}) > 1
         ]
-        if not own or not blocks:
-            continue
-        yield f"## By {group}"
-        yield from _axis_table(report, group, own, others, blocks)
+        if own and blocks:
+            yield group, own, others, blocks
 
 
 def crossed_tables(report: Report) -> Iterator[str]:
@@ -187,19 +206,20 @@ def _ranked(report: Report, rows: Sequence[Row], metrics: Sequence[str]) -> Iter
     metrics = [metric for metric in metrics if metric not in alike] or list(metrics[:1])
     marks = {metric: best_and_second(rows, metric) for metric in metrics}
     ordered = sorted(rows, key=lambda row: _standing(row, metrics[0]))[:ROWS_SHOWN]
-    standing = places(ordered, metrics[0])
+    found = standing(ordered, metrics[0], family=report.family(metrics[0]))
     lines = []
     for row in ordered:
-        cells = [_in_place(row, metrics[0], marks[metrics[0]], report.baseline, both=True)]
-        cells += [_beside(row, metric, marks[metric], report.baseline, both=True) for metric in metrics[1:]]
-        place = [] if standing is None else [str(standing.get(id(row), ABSENT))]
+        told = [told_against(row, report.baseline, metric, report.family(metric), both=True) for metric in metrics]
+        cells = [_in_place(row, metrics[0], marks[metrics[0]], told[0])]
+        cells += [_beside(row, metric, marks[metric], text) for metric, text in zip(metrics[1:], told[1:], strict=True)]
+        place = [] if found is None else [str(found.places.get(id(row), ABSENT))]
         lines.append([*place, *label_cells(report, row), *cells])
-    numbered = [] if standing is None else ["#"]
+    numbered = [] if found is None else ["#"]
     header = [*numbered, *label_headings(report), *map(heading, metrics)]
     yield table(header, lines, labels=len(numbered) + len(report.axes))
     yield from cut_line(len(rows))
-    if standing and len(standing) > 1:
-        yield from _told_apart(report, [row for row in ordered if id(row) in standing], standing, metrics[0])
+    if found and len(found.places) > 1:
+        yield _about_places(report, found, metrics[0])
     yield from _other_differences(report, rows, ())
 
 
@@ -217,22 +237,24 @@ def _axis_table(
     metrics = [metric for metric in metrics if metric not in alike] or metrics[:1]
     if not metrics:
         return
+    references = {id(row): reference_of(report, own, block) for block in blocks for row in block}
     lines: list[list[str]] = []
     for block in blocks:
         if len(lines) >= ROWS_SHOWN:
             break
-        reference = _reference(report, own, block)
+        reference = references[id(block[0])]
         marks = {metric: best_and_second(block, metric) for metric in metrics}
         for row in block:
             labels = [escape(_text(report, axis, row)) for axis in (*varying, *own)]
             if row is reference:
                 labels[-1] += " *(reference)*"
-            cells = [_in_place(row, metrics[0], marks[metrics[0]], reference)]
-            cells += [_beside(row, metric, marks[metric], reference) for metric in metrics[1:]]
+            told = [told_against(row, reference, metric, report.family(metric)) for metric in metrics]
+            cells = [_in_place(row, metrics[0], marks[metrics[0]], told[0])]
+            cells += [_beside(row, m, marks[m], text) for m, text in zip(metrics[1:], told[1:], strict=True)]
             lines.append([*labels, *cells])
     header = [*(escape(axis.heading) for axis in (*varying, *own)), *map(heading, metrics)]
-    told = "each block of rows that differ in nothing else" if varying else "these rows, which differ in nothing else"
-    yield f"In brackets: against the reference of {told}."
+    of = "each block of rows that differ in nothing else" if varying else "these rows, which differ in nothing else"
+    yield f"In brackets: against the reference of {of}."
     yield table(header, lines[:ROWS_SHOWN], labels=len(varying) + len(own))
     yield from cut_line(len(rows))
     yield from _other_differences(report, rows, (group,))
@@ -246,15 +268,21 @@ def _other_differences(report: Report, rows: Sequence[Row], compared: Sequence[s
         yield f"Confounders: the rows also differ in {names}, see under *Quality*, *Memory and size* and *Speed*."
 
 
-def _told_apart(report: Report, rows: Sequence[Row], standing: Mapping[int, int], metric: str) -> Iterator[str]:
-    """What a place means, and how many share the first."""
-    first = [escape(report.names[id(row)]) for row in rows if standing[id(row)] == 1]
+def _about_places(report: Report, found: Standing, metric: str) -> str:
+    """What a place means, and which cells are not resolved from the best."""
+    names = report.names
+    others = [escape(names[id(row)]) for row, _ in found.unresolved]
+    first = escape(names[id(found.best)])
     told = (
-        f"{first[0]} is better than every other cell"
-        if len(first) == 1
-        else f"the noise does not tell {len(first):,} cells from the best ({_shortened(first)})"
+        f"{len(others):,} {'cell is' if len(others) == 1 else 'cells are'} not resolved from the best, {first}: "
+        f"{_shortened(others)}"
+        if others
+        else f"every other cell is resolved from the best, {first}"
     )
-    yield f"`#` is one more than the number of cells with a better {heading(metric)} beyond the noise: {told}."
+    return (
+        f"`#`: cells share a place with the first of them unless the paired difference in {heading(metric)} is "
+        f"resolved ({found.family.size:,} pairs judged together, false-discovery rate {TOLD_RATE}); {told}."
+    )
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -268,27 +296,17 @@ def _only_group(report: Report) -> str | None:
     return next(iter(groups)) if len(groups) == 1 and groups <= set(AXES) else None
 
 
-def _in_place(
-    row: Row,
-    metric: str,
-    marks: tuple[Sequence[Row], Sequence[Row]],
-    reference: Row | None = None,
-    *,
-    both: bool = False,
-) -> str:
+def _in_place(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], against: str = "") -> str:
     """The value, or the word for why there is none."""
     if not row.ok:
         return f"**{escape(status_word(row))}**"
-    return _beside(row, metric, marks, reference, both=both)
+    return _beside(row, metric, marks, against)
 
 
-def _beside(
-    row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], reference: Row | None, *, both: bool = False
-) -> str:
+def _beside(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]], against: str) -> str:
     if row.value(metric) is None:
         return ABSENT
     text = marked(row, metric, marks)
-    against = told_against(row, reference, metric, both=both)
     return f"{text} ({against})" if against else text
 
 
@@ -341,7 +359,7 @@ def _context_line(axes: Sequence[Axis], texts: Sequence[str]) -> str:
     return f"Held equal: {told}."
 
 
-def _reference(report: Report, own: Sequence[Axis], block: Sequence[Row]) -> Row | None:
+def reference_of(report: Report, own: Sequence[Axis], block: Sequence[Row]) -> Row | None:
     """The row with the report's baseline's own option, else the first that is ok."""
     wanted = _texts(report, own, report.baseline) if report.baseline else None
     done = [row for row in block if row.ok]

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 from left_bench.core.errors import UserError, nearest
+from left_bench.report.archive import ENDING, is_archive, lines_beside, member, open_archive, paths_in, write_archive
 from left_bench.report.where import parse_where
 from left_bench.spec.events import EVENTS_NAME
-from left_bench.spec.record import METRICS, RECORD_NAME, KnownParts, Record, Score, read_record
+from left_bench.spec.record import METRICS, RECORD_NAME, KnownParts, Record, Score, parse_record, read_record
 from left_bench.spec.run_files import ROWS_NAME
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class Sweep:
 
 
 def read_runs(paths: PathLike | Iterable[PathLike]) -> tuple[list[Run], list[Problem]]:
-    """Every record under `paths`: runs folders, cell folders or record files, each file once, oldest first.
+    """Every record under `paths`: runs folders, cell folders, record files or files of records (`archive`), each once,
+    oldest first.
 
     A file that is no record of this schema is returned as a problem and is never left out in silence.
 
@@ -92,9 +94,11 @@ def read_runs(paths: PathLike | Iterable[PathLike]) -> tuple[list[Run], list[Pro
         UserError: a path does not exist.
     """
     known: KnownParts = {}
-    found = [_read(path, known) for path in _record_files(_paths(paths))]
-    runs = [run for run in found if isinstance(run, Run)]
+    listed = _paths(paths)
+    found = [_read(path, known) for path in _record_files(listed)]
+    runs = _once([run for run in found if isinstance(run, Run)])
     problems = [problem for problem in found if isinstance(problem, Problem)]
+    problems += [Problem(path, told) for path in _archives(listed) for told in open_archive(path).broken]
     return sorted(runs, key=lambda run: (run.record.started_at, run.record.cell_id)), problems
 
 
@@ -126,18 +130,25 @@ def find_runs(cell: str, runs_dir: str) -> tuple[list[Run], list[Problem]]:
 
 
 def read_sweeps(paths: PathLike | Iterable[PathLike]) -> tuple[list[Sweep], list[Problem]]:
-    """The sweeps noted in `<runs folder>/sweeps/*.json`; one of the same name in several folders is joined."""
+    """The sweeps noted in `<runs folder>/sweeps/*.json` and in files of records; one of the same name in several is
+    joined."""
     sweeps: dict[str, Sweep] = {}
     problems: list[Problem] = []
-    for folder in _paths(paths):
-        for path in sorted((folder / SWEEPS_FOLDER).glob("*.json")):
-            try:
-                sweep = _sweep(json.loads(path.read_text(encoding="utf-8")), path.stem)
-            except (OSError, ValueError) as error:
-                problems.append(Problem(path, f"no sweep ({error})"))
-                continue
-            sweeps[sweep.name] = _joined(sweeps[sweep.name], sweep) if sweep.name in sweeps else sweep
+    for path, raw in _noted_sweeps(_paths(paths)):
+        try:
+            sweep = _sweep(json.loads(path.read_text(encoding="utf-8")) if raw is None else raw, path.stem)
+        except (OSError, ValueError) as error:
+            problems.append(Problem(path, f"no sweep ({error})"))
+            continue
+        sweeps[sweep.name] = _joined(sweeps[sweep.name], sweep) if sweep.name in sweeps else sweep
     return list(sweeps.values()), problems
+
+
+def write_records(path: Path, runs: Sequence[Run], sweep: Sweep | None) -> Path:
+    """The records with what lies beside them as one file, from which the same report is made (`archive`)."""
+    raw = [_raw(run) for run in runs]
+    noted = None if sweep is None else {name: value for name, value in vars(sweep).items() if value is not None}
+    return write_archive(path, [(one, run.path) for one, run in zip(raw, runs, strict=True)], noted)
 
 
 def load_records(path: PathLike | Iterable[PathLike], *, where: str | None = None) -> pandas.DataFrame:
@@ -197,7 +208,7 @@ def read_steps(record_path: Path) -> Steps:
     Where the steps start anew (another attempt appended to the file), the last attempt counts.
     """
     found = Steps(steps=[], losses=[], seconds=[], tokens=[])
-    for event in _json_lines(record_path.with_name(EVENTS_NAME)):
+    for event in lines_beside(record_path.with_name(EVENTS_NAME)):
         if event.get("event") != "step":
             continue
         step, loss = event.get("step"), event.get("loss")
@@ -223,8 +234,9 @@ def read_losses(record_path: Path) -> tuple[list[int], list[float]]:
 def read_row_results(record_path: Path) -> tuple[RowResult, ...] | None:
     """The held-out rows in `rows.jsonl` beside a record, in their order; None where there is no whole file of them."""
     path = record_path.with_name(ROWS_NAME)
+    file = path if member(path) is None else path.parent.parent
     try:
-        changed = path.stat().st_mtime_ns
+        changed = file.stat().st_mtime_ns
     except OSError:
         return None
     return _row_results(path, changed)
@@ -233,7 +245,7 @@ def read_row_results(record_path: Path) -> tuple[RowResult, ...] | None:
 @lru_cache(maxsize=512)
 def _row_results(path: Path, _changed: int) -> tuple[RowResult, ...] | None:
     results = []
-    for line in _json_lines(path):
+    for line in lines_beside(path):
         reference, tokens, nll, prediction = (line.get(k) for k in ("reference", "answer_tokens", "nll", "prediction"))
         if not (isinstance(reference, str) and type(tokens) is int and _finite(nll)):
             return None
@@ -245,20 +257,6 @@ def _row_results(path: Path, _changed: int) -> tuple[RowResult, ...] | None:
             return None
         results.append(RowResult(reference, tokens, float(nll), prediction, rejected, tuple(scores.items())))
     return tuple(results) or None
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict):
-            yield event
 
 
 def _finite(value: Any) -> TypeGuard[float]:
@@ -326,23 +324,69 @@ def _paths(paths: PathLike | Iterable[PathLike]) -> list[Path]:
 def _record_files(paths: list[Path]) -> Iterator[Path]:
     seen: set[Path] = set()
     for path in paths:
-        if path.is_file():
+        if is_archive(path):
+            files = paths_in(path)
+        elif path.is_file():
             files = [path]
         elif (path / RECORD_NAME).is_file():
             files = [path / RECORD_NAME]
         else:
             files = sorted(path.glob(f"*/{RECORD_NAME}"))
+            files += [file for archive in _archives([path]) for file in paths_in(archive)]
         for file in files:
             if file.resolve() not in seen:
                 seen.add(file.resolve())
                 yield file
 
 
+def _archives(paths: list[Path]) -> list[Path]:
+    """The files of records among paths, and in the folders among them; not what lies beside a record."""
+    found = []
+    for path in paths:
+        if is_archive(path):
+            found.append(path)
+        elif path.is_dir() and not (path / RECORD_NAME).is_file():
+            files = sorted(file for file in path.glob(f"*{ENDING}") if file.name not in (EVENTS_NAME, ROWS_NAME))
+            found += [file for file in files if open_archive(file).cells or open_archive(file).sweep]
+    return found
+
+
+def _noted_sweeps(paths: list[Path]) -> Iterator[tuple[Path, Any]]:
+    """(file, sweep) of files of records; (file, None) where the file is a sweep's own."""
+    for folder in paths:
+        for path in sorted((folder / SWEEPS_FOLDER).glob("*.json")):
+            yield path, None
+    for path in _archives(paths):
+        if (sweep := open_archive(path).sweep) is not None:
+            yield path, sweep
+
+
+def _once(runs: list[Run]) -> list[Run]:
+    """One of each: two reports that share a cell have its record in both of their files."""
+    kept: dict[tuple[str, str, str], Run] = {}
+    others = []
+    for run in runs:
+        if member(run.path) is None:
+            others.append(run)
+        else:
+            kept.setdefault((run.record.cell_id, run.record.started_at, run.record.finished_at), run)
+    return [*others, *kept.values()]
+
+
 def _read(path: Path, known: KnownParts) -> Run | Problem:
     try:
-        return Run(read_record(path, known=known), path)
+        line = member(path)
+        record = read_record(path, known=known) if line is None else parse_record(line["record"], path, known=known)
     except (ValueError, RecursionError) as error:
         return Problem(path, str(error).removeprefix(f"{path}: "))
+    return Run(record, path)
+
+
+def _raw(run: Run) -> dict[str, Any]:
+    """The record as its file has it: also what a reading leaves out."""
+    line = member(run.path)
+    found = json.loads(run.path.read_text(encoding="utf-8")) if line is None else line["record"]
+    return dict(found)
 
 
 def _sweep(raw: Any, stem: str) -> Sweep:

@@ -39,6 +39,7 @@ def place_labels(
     """
     figure: Any = axes.get_figure(root=True)
     figure.draw_without_rendering()  # the layout has to be settled before pixels can be counted
+    figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()
     pixels_per_point = figure.get_dpi() / 72
     centres = [(float(x), float(y)) for x, y in map(axes.transData.transform, points)]

@@ -1,17 +1,18 @@
-"""What may be said of the rows together: which is best, what ties with it, and what confounds the comparison."""
+"""What may be said of the rows together: which is best, in which places they stand, what confounds a comparison."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 from left_bench.measure.cpu_contention import DISTURBED
 from left_bench.report.cells import Row, machines_of, peaks_of
-from left_bench.report.statistics import difference, tied
-from left_bench.report.values import COUNTED, format_flops, format_setting, format_value, is_number, metric_of, one_line
+from left_bench.report.judgement import COMPARED, Family, Judged, Margins, in_order, judge
+from left_bench.report.values import format_flops, format_setting, format_value, is_number, metric_of, one_line
 from left_bench.spec.record import SCORER_PREFIX, TASK_PREFIX
 
 QUALITY = (
@@ -53,7 +54,7 @@ ENERGY = (
     "cpu_train_watts",
     "cpu_cell_joules",
 )
-COST = ("cell_cost", "cell_energy_cost", "cell_hours_cost")
+COST = ("cell_cost", "cost_per_point", "cell_energy_cost", "cell_hours_cost")
 # Keys that change what a step costs, or what it learns from: they are named wherever the rows differ in them.
 _LAYOUT = (
     "training.batching",
@@ -64,7 +65,6 @@ _LAYOUT = (
     "training.steps",
     "hardware.threads",
 )
-_HELD_AGAINST_BEST = 60
 _LISTED = 12  # cells named one by one
 _TIME = ("speed", "energy", "cost")
 # What a difference in a setting may change; every kind where it is not here.
@@ -99,7 +99,7 @@ _TOUCHES = {
 }
 _PEAKS_APART = 1.3
 """Measured peaks of one dtype are told where the highest is more than so many times the lowest."""
-_PER_TOKEN = ("eval_loss", "eval_perplexity", "forgetting_nats")
+_PER_TOKEN = ("eval_loss", "eval_perplexity", "validation_loss", "forgetting_nats")
 
 
 def own_metrics(rows: Sequence[Row]) -> list[str]:
@@ -172,6 +172,8 @@ def yardstick(row: Row, metric: str) -> Hashable:
         drawn = [data.get("config"), scoring.get("rows"), scoring.get("max_new_tokens")]
         if data.get("source") == "reasoning_gym":  # generated one after the other, the held-out rows last
             drawn.append(data.get("train_rows"))
+        if metric == "validation_loss":
+            drawn += [data.get("validation_rows"), data.get("train_rows")]
         if metric == "exact_match" and scoring.get("extractor") is not None:
             drawn.append(scoring["extractor"])
         elif metric.startswith(SCORER_PREFIX):
@@ -204,7 +206,7 @@ def best_and_second(rows: Sequence[Row], metric: str) -> tuple[list[Row], list[R
     measured = _measured(rows, metric)
     if metric_of(metric).better == "none" or len(measured) < 2 or not rankable(rows, metric):
         return [], []
-    ordered = sorted(measured, key=lambda row: row.value(metric) or 0.0, reverse=metric_of(metric).better == "higher")
+    ordered = in_order(measured, metric)
     places: list[list[Row]] = []
     printed = None
     for row in ordered:
@@ -219,52 +221,59 @@ def best_and_second(rows: Sequence[Row], metric: str) -> tuple[list[Row], list[R
     return best, places[1] if len(places) > 2 else []
 
 
-class Ties(NamedTuple):
-    """The best row of a metric, and what the noise leaves of its lead."""
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """The rows of a table in a metric: their places, and which are resolved from the best."""
 
     best: Row
-    tied: list[Row]
-    how: list[str]
-    """What the intervals of the differences are over, see `statistics.Difference`."""
+    places: Mapping[int, int]
+    """`id(row)` -> place, from 1. Cells share a place with the first of them unless the difference is resolved."""
+    unresolved: Sequence[tuple[Row, Judged]]
+    """Rows whose difference from the best (row less best) is not resolved, the best values first."""
+    family: Family
+    """What judges their pairs."""
 
 
-def ties_with_best(rows: Sequence[Row], metric: str) -> Ties | None:
-    """The best row and those whose difference from it is inside the noise: its interval holds zero.
+def family_of(rows: Sequence[Row], metric: str, margins: Margins | None = None) -> Family:
+    """Every pair of rows that one yardstick measures; of very many rows, of those with the best values."""
+    alike: dict[Hashable, list[Row]] = {}
+    for row in in_order(rows, metric)[:COMPARED]:
+        alike.setdefault(yardstick(row, metric), []).append(row)
+    pairs = (pair for group in alike.values() for pair in combinations(group, 2))
+    return judge(pairs, metric, (margins or {}).get(metric))
 
-    None where nothing tells how far the noise reaches, or the rows may not be ranked. Of very many rows only the best
-    ones are held against the best.
+
+def standing(
+    rows: Sequence[Row], metric: str, margins: Margins | None = None, *, family: Family | None = None
+) -> Standing | None:
+    """How the rows stand in a metric by their paired differences; None where they may not be ranked, or none has it.
+
+    A place begins with the first row, by value, that is resolved from the first of the place above; its number is one
+    more than the rows above it. So no place stands above that of a better value, however well that is measured.
+
+    Args:
+        family: what judges the pairs; None: `family_of` these rows.
     """
-    measured = [row for row in _measured(rows, metric) if row.stderr(metric) is not None]
-    if len(measured) < 2 or not rankable(rows, metric):
+    ordered = in_order(rows, metric)
+    if not ordered or metric_of(metric).better == "none" or not rankable(rows, metric):
         return None
-    best = _best(measured, metric)
-    nearest = sorted(measured, key=lambda row: abs((row.value(metric) or 0.0) - (best.value(metric) or 0.0)))
-    kept = {id(row) for row in nearest[:_HELD_AGAINST_BEST]}
-    found = [(row, difference(best, row, metric)) for row in measured if row is not best and id(row) in kept]
-    known = [(row, apart) for row, apart in found if apart is not None]
-    return Ties(best, [row for row, apart in known if apart.tie], list(dict.fromkeys(apart.how for _, apart in known)))
+    family = family or family_of(rows, metric, margins)
+    found: dict[int, int] = {}
+    first, place = ordered[0], 1
+    for above, row in enumerate(ordered):
+        against = family.of(first, row)
+        if above and against is not None and against.word == "resolved":
+            first, place = row, above + 1
+        found[id(row)] = place
+    apart = [(row, against) for row in ordered[1:] if (against := family.of(row, ordered[0])) is not None]
+    unresolved = [(row, against) for row, against in apart if against.word in ("not resolved", "not judged")]
+    return Standing(best=ordered[0], places=found, unresolved=unresolved, family=family)
 
 
-def places(rows: Sequence[Row], metric: str) -> dict[int, int] | None:
-    """`id(row)` -> one more than the number of rows that are better beyond the noise; None where none may be ranked.
-
-    Rows with the same place are not told apart from each other, or from what both are not told apart from: a place by
-    the value alone would rank the noise. No place is above that of a row with a better value, however well measured.
-    """
-    measured = _measured(rows, metric)
-    if metric_of(metric).better == "none" or not rankable(rows, metric):
-        return None
-    ordered = sorted(measured, key=lambda row: row.value(metric) or 0.0, reverse=metric_of(metric).better == "higher")
-    beaten_by = [1 + sum(_beats(other, row, metric) for other in ordered[:i]) for i, row in enumerate(ordered)]
-    return {id(row): place for row, place in zip(ordered, accumulate(beaten_by, max), strict=True)}
-
-
-def _beats(better: Row, row: Row, metric: str) -> bool:
-    gap = abs((better.value(metric) or 0.0) - (row.value(metric) or 0.0))
-    errors = better.stderr(metric), row.stderr(metric)
-    if errors[0] and errors[1] and not (better.members or row.members) and gap > 4 * math.hypot(errors[0], errors[1]):
-        return True  # no pairing brings this back
-    return gap > 0 and (metric in COUNTED or tied(better, row, metric) is False)
+def places(rows: Sequence[Row], metric: str) -> Mapping[int, int] | None:
+    """`id(row)` -> place, see `standing`."""
+    found = standing(rows, metric)
+    return None if found is None else found.places
 
 
 def pareto_front(rows: Sequence[Row], quality: str, *costs: str) -> list[Row]:
@@ -445,8 +454,3 @@ def _listed(rows: Sequence[Row], names: Mapping[int, str]) -> str:
 
 def _measured(rows: Sequence[Row], metric: str) -> list[Row]:
     return [row for row in rows if row.ok and is_number(row.value(metric))]
-
-
-def _best(rows: Sequence[Row], metric: str) -> Row:
-    pick = max if metric_of(metric).better == "higher" else min
-    return pick(rows, key=lambda row: row.value(metric) or 0.0)

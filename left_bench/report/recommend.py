@@ -1,25 +1,44 @@
-"""Which cell to take: those that fit what was asked for, the front among them, and one sentence."""
+"""Which cell to take: of those that fit what was asked for the best, or the cheapest shown to be as good, and how sure
+that is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.core.units import parse_bytes
+from left_bench.core.units import parse_bytes, parse_joules, parse_seconds
 from left_bench.report.cells import Row
-from left_bench.report.ranking import headline_quality, pareto_front, rankable
-from left_bench.report.statistics import best_shares, difference
+from left_bench.report.judgement import TOLD_RATE, Judged, Margins, in_order
+from left_bench.report.ranking import Standing, headline_quality, pareto_front, rankable, standing
+from left_bench.report.settle import what_would_settle
+from left_bench.report.statistics import best_shares, front_shares
 from left_bench.report.tables import heading
-from left_bench.report.values import format_value, is_number, metric_of
+from left_bench.report.values import format_difference, format_interval, format_value, is_number, metric_of
 from left_bench.spec.record import METRICS, find_metric
 
 MEMORY, SPEED = "peak_memory_bytes", "train_tokens_per_second"
-_BUDGET = "--budget-memory"
+BUDGETS = {
+    "--budget-memory": MEMORY,
+    "--budget-time": "wall_seconds",
+    "--budget-joules": "cell_joules",
+    "--budget-money": "cell_cost",
+}
+BOUNDS_HELP = (
+    "A cell to take is recommended among those that keep --budget-memory SIZE, --budget-time TIME, --budget-joules "
+    "ENERGY and --budget-money AMOUNT (of the whole cell; money wants a price), --min-METRIC NUMBER and --max-METRIC "
+    "NUMBER, any metric by its name with dashes: --budget-memory 8GiB --budget-time 2h --min-exact-match 0.5"
+)
+ON_THE_FRONT = 0.05
+"""The share of draws in which a cell is on the Pareto front from which it counts as one of the set."""
 _DRAWN = 50
 """Cells with the highest scores, of which one may be the best."""
 _LEAST_SHARE = 0.01
+_RIVALS_NAMED = 5
+_NOUNS = {MEMORY: "peak memory", SPEED: "training tokens/s"}
 
 
 class Need(NamedTuple):
@@ -46,13 +65,21 @@ class Recommendation:
     """What to take, and why."""
 
     fitting: Sequence[Row]
-    front: Sequence[Row]
-    """The fitting rows that none of them beats in quality, memory and speed at once."""
+    front: Mapping[int, float | None]
+    """`id(row)` -> share of draws in which none of the fitting rows beats it in all `metrics` at once, for the rows of
+    the Pareto set; None: nothing could be drawn, and it is on the front by the values as measured."""
     chosen: Row | None
     metrics: Sequence[str]
-    """What the front is over; a metric in which the rows may not be ranked is left out."""
-    tied: Sequence[Row]
-    """Rows of the front as good as the best one: within one standard error of the paired difference."""
+    """The score, and what it costs; a metric in which the rows may not be ranked is left out."""
+    standing: Standing | None
+    """Of the fitting rows in the score."""
+    as_good: Sequence[Row] = ()
+    """Rows shown to be no more than the margin behind the best."""
+    margin: float | None = None
+
+    @property
+    def best(self) -> Row | None:
+        return self.standing.best if self.standing else None
 
 
 def take_needs(argv: Sequence[str]) -> tuple[list[Need], list[str]]:
@@ -61,37 +88,44 @@ def take_needs(argv: Sequence[str]) -> tuple[list[Need], list[str]]:
     A bound is `--budget-memory 8GiB`, `--min-exact-match 0.5` or `--max-wall-seconds=600`: any metric by its name.
 
     Raises:
-        UserError: there is no such metric, or the value is missing or no number.
+        UserError: there is no such metric or budget, or the value is missing or no number.
     """
     needs, rest = [], []
     words = list(argv)
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
-        if name != _BUDGET and not name.startswith(("--min-", "--max-")):
+        if not name.startswith(("--min-", "--max-", "--budget-")):
             rest.append(word)
             continue
-        metric = MEMORY if name == _BUDGET else name[len("--min-") :].replace("-", "_")
+        if name.startswith("--budget-") and name not in BUDGETS:
+            raise UserError(f"{name}: no such budget{nearest(name, BUDGETS)} (there are {', '.join(BUDGETS)})")
+        metric = BUDGETS.get(name) or name[len("--min-") :].replace("-", "_")
         if find_metric(metric) is None:
             raise UserError(f"{name}: there is no metric '{metric}'{nearest(metric, METRICS)}")
         if not equals:
             if not words or words[0].startswith("--"):
-                raise UserError(f"{name}: a value is missing; {name} {'8GiB' if _is_bytes(metric) else '0.5'} has one")
+                example = _EXAMPLES.get(metric_of(metric).unit, "0.5")
+                raise UserError(f"{name}: a value is missing; {name} {example} has one")
             value = words.pop(0)
         needs.append(Need(metric, name.startswith("--min-"), _bound(name, metric, value)))
     return needs, rest
 
 
-def recommend(rows: Sequence[Row], needs: Sequence[Need] = (), *, quality: str | None = None) -> Recommendation | None:
-    """Of the rows that fit and are as good as the best of them, the one that needs the least memory.
+def recommend(
+    rows: Sequence[Row], needs: Sequence[Need] = (), *, quality: str | None = None, margins: Margins | None = None
+) -> Recommendation | None:
+    """The best of the rows that fit; with a margin the cheapest (in memory) of those shown to be within it.
 
-    As good is the one-standard-error rule (Breiman et al. 1984) on the paired difference, by which the places go too: a
-    tie alone would let a row win that is far behind and only poorly measured.
+    The rule is the one that places go by, the paired difference: a row is as good where the interval of its difference
+    from the best does not reach beyond the margin. What is merely not resolved from the best is not taken for it:
+    such a row may be far behind and only poorly measured.
 
     None where no ok row has a score that may be ranked.
 
     Args:
         quality: the score to go by; None: the report's own.
+        margins: of `quality`, by its name or the empty one.
     """
     quality = quality or headline_quality(rows)
     done = [row for row in rows if row.ok and quality and is_number(row.value(quality))]
@@ -100,88 +134,159 @@ def recommend(rows: Sequence[Row], needs: Sequence[Need] = (), *, quality: str |
     fitting = [row for row in done if all(need.met(row) for need in needs)]
     metrics = [quality, *(metric for metric in (MEMORY, SPEED) if _all_have(done, metric) and rankable(done, metric))]
     if not fitting:
-        return Recommendation(fitting=[], front=[], chosen=None, metrics=metrics, tied=[])
-    front = pareto_front(fitting, quality, *metrics[1:]) if len(metrics) > 1 else []
-    sign = 1.0 if metric_of(quality).better == "higher" else -1.0
-    best = max(fitting, key=lambda row: sign * (row.value(quality) or 0.0))
-    # for every row that is as good as the best, the front holds one that is no worse in anything
-    tied = [row for row in (front or fitting) if row is best or _as_good(row, best, quality)]
+        return Recommendation(fitting=[], front={}, chosen=None, metrics=metrics, standing=None)
+    margin = named_margins(margins or {}, quality).get(quality)
+    found = standing(fitting, quality, None if margin is None else {quality: margin})
+    assert found is not None  # ranked above
+    value = None if margin is None else margin.around(found.best.value(quality) or 0.0)
+    others = [] if value is None else [row for row in fitting if row is not found.best]
+    as_good = [row for row in others if _within(found, row, quality, value or 0.0)]
 
-    def cost(row: Row) -> tuple[float, float, float]:
+    def cost(row: Row) -> tuple[float, float]:
         memory = row.value(MEMORY) if MEMORY in metrics else None
         speed = row.value(SPEED) if SPEED in metrics else None
-        return (memory or 0.0, -(speed or 0.0), -sign * (row.value(quality) or 0.0))
+        return memory or 0.0, -(speed or 0.0)
 
-    chosen = min(tied or [best], key=cost)
-    return Recommendation(fitting=fitting, front=front, chosen=chosen, metrics=metrics, tied=tied)
+    return Recommendation(
+        fitting=fitting,
+        front=pareto_set(fitting, metrics),
+        chosen=min([found.best, *as_good], key=cost),
+        metrics=metrics,
+        standing=found,
+        as_good=as_good,
+        margin=value,
+    )
 
 
-def sentence(found: Recommendation, needs: Sequence[Need], names: dict[int, str] | None, rows: Sequence[Row]) -> str:
+def named_margins(margins: Margins, quality: str | None) -> Margins:
+    """The margins with that of the score under the score's own name."""
+    if quality is None or "" not in margins:
+        return margins
+    return {quality: margins[""], **{name: margin for name, margin in margins.items() if name}}
+
+
+def pareto_set(rows: Sequence[Row], metrics: Sequence[str]) -> dict[int, float | None]:
+    """`id(row)` -> share of draws in which no other row beats it in all metrics at once, see `Recommendation.front`.
+
+    A row is of the set where that share is 0.05 or more, or where nothing beats it as measured.
+    """
+    if len(metrics) < 2:
+        return {}
+    measured = pareto_front(rows, metrics[0], *metrics[1:])
+    shares = front_shares(rows, metrics[0], metrics[1:]) if len(rows) <= 200 else None
+    if shares is None:
+        return {id(row): None for row in measured}
+    on_it = {id(row) for row in measured}
+    order = [row for row in in_order(rows, metrics[1]) if id(row) in on_it or shares[id(row)] >= ON_THE_FRONT]
+    return {id(row): shares[id(row)] for row in order}
+
+
+def sentence(found: Recommendation, needs: Sequence[Need], names: Mapping[int, str], rows: Sequence[Row]) -> str:
     """Which cell and why, as plain text."""
-    name = (names or {}).get
     quality = found.metrics[0]
     asked = " and ".join(map(str, needs))
     done = [row for row in rows if row.ok]
-    if found.chosen is None:
-        return f"No cell fits {asked}: {_nearest_miss(done, needs, names or {})}."
-    chosen = found.chosen
+    if found.chosen is None or found.standing is None or found.best is None:
+        return f"No cell fits {asked}: {_nearest_miss(done, needs, names)}."
+    chosen, best = found.chosen, found.best
     facts = ", ".join(
         f"{format_value(metric, chosen.value(metric))} {_NOUNS.get(metric) or heading(metric)}"
         for metric in found.metrics
     )
-    among = (
-        f"of the {len(found.fitting)} of {len(done)} cells that fit {asked}, " if needs else f"of {len(done)} cells, "
-    )
-    best = max(
-        found.fitting,
-        key=lambda row: (1.0 if metric_of(quality).better == "higher" else -1.0) * (row.value(quality) or 0.0),
-    )
+    taken = f"Take {_name(chosen, names)} ({facts}): "
     if len(found.fitting) == 1:
-        among, why = "", f"the only one of {len(done)} cells that fits {asked}" if needs else "it is the only one"
-    elif chosen is best and len(found.tied) <= 1:
-        why = f"it has the best {heading(quality)}"
-        if len(found.metrics) > 1:
-            cheaper = "takes less" if MEMORY in found.metrics else "trains faster"
-            why += f", and none that {cheaper} is within one standard error of it"
-    elif chosen is best and len(found.metrics) == 1:
-        why = f"it has the best {heading(quality)}"
-    elif chosen is best:
-        why = f"it has the best {heading(quality)} and of those within one standard error of it {_first(found)}"
-    else:
-        why = (
-            f"it is within one standard error of the best {heading(quality)} ({name(id(best), best.cell_id)}, "
-            f"{format_value(quality, best.value(quality))}), and of those that are it {_first(found)}"
+        return taken + (f"the only one of {len(done)} cells that fits {asked}." if needs else "it is the only one.")
+    among = f"of the {len(found.fitting)} of {len(done)} cells that fit {asked}" if needs else f"of {len(done)} cells"
+    if chosen is not best:
+        told = f"{_name(best, names)}, {format_value(quality, best.value(quality))}"
+        cheapest = "needs the least memory" if MEMORY in found.metrics else "trains the fastest"
+        return (
+            f"{taken}{among}, {_those(len(found.as_good) + 1)} within {_margin(found)} of the best ({told}), and of "
+            f"these it {cheapest}."
         )
-    return f"Take {name(id(chosen), chosen.cell_id)} ({facts}): {among}{why}."
+    why = f"it has the best {heading(quality)}"
+    if found.margin is not None:
+        why += f", and none that costs less is shown to be within {_margin(found)} of it"
+    elif found.standing.unresolved:
+        others = len(found.standing.unresolved)
+        why += f", from which {others} other{'s are' if others > 1 else ' is'} not resolved"
+    else:
+        why += ", and every other is resolved from it"
+    return f"{taken}{among}, {why}."
 
 
-def how_sure(found: Recommendation, names: dict[int, str]) -> str | None:
-    """How often each fitting cell is the best when rows and seeds are drawn anew; None where they cannot be."""
+def how_sure(found: Recommendation, names: Mapping[int, str]) -> Iterator[str]:
+    """How sure that is, as plain sentences: how often each is the best, what is not resolved, what would settle it."""
+    if found.standing is None or found.best is None:
+        return
     quality = found.metrics[0]
-    sign = 1.0 if metric_of(quality).better == "higher" else -1.0
-    likeliest = sorted(found.fitting, key=lambda row: -sign * (row.value(quality) or 0.0))[:_DRAWN]
+    likeliest = sorted(found.fitting, key=lambda row: _places(found, row))[:_DRAWN]
     shares = best_shares(likeliest, quality)
-    if shares is None:
-        return None
-    told = sorted(shares.items(), key=lambda item: -item[1])
-    kept = [f"{names.get(id_, '?')} {share:.2f}" for id_, share in told if share >= _LEAST_SHARE]
-    return f"P(best) in {heading(quality)}, held-out rows and seeds drawn anew: {', '.join(kept)}."
+    if shares is not None:
+        told = sorted(shares.items(), key=lambda item: -item[1])
+        kept = [f"{names.get(id_, '?')} {share:.2f}" for id_, share in told if share >= _LEAST_SHARE]
+        yield f"P(best) in {heading(quality)}, held-out rows and seeds drawn anew: {', '.join(kept)}."
+    rivals = found.standing.unresolved
+    if not rivals:
+        return
+    rivals = sorted(rivals, key=lambda rival: -(shares or {}).get(id(rival[0]), 0.0))
+    more = len(rivals) - _RIVALS_NAMED
+    named = ", ".join(_rival(found, *rival, names) for rival in rivals[:_RIVALS_NAMED])
+    yield f"Not resolved from {_name(found.best, names)}: {named}{f', and {more} more' if more > 0 else ''}."
+    yield (
+        f"The brackets hold the 95 % interval of each difference alone. All {found.standing.family.size:,} pairs are "
+        f"judged together: of the differences called resolved at most {TOLD_RATE} are expected to be none "
+        f"(false-discovery rate, Benjamini and Hochberg; here p ≤ {found.standing.family.threshold:.2g})."
+    )
+    best, (rival, _) = found.best, rivals[0]
+    settled = what_would_settle(
+        best, rival, quality, margin=found.margin, confidence=1 - found.standing.family.threshold
+    )
+    if settled is not None:
+        yield f"To tell {_name(rival, names)} from {_name(best, names)}: {settled}."
 
 
-def _first(found: Recommendation) -> str:
-    """What the choice among equals went by."""
-    return "needs the least memory" if MEMORY in found.metrics else "trains the fastest"
+def _places(found: Recommendation, row: Row) -> tuple[float, float]:
+    sign = 1.0 if metric_of(found.metrics[0]).better == "higher" else -1.0
+    return -sign * (row.value(found.metrics[0]) or 0.0), row.value(MEMORY) or math.inf
 
 
-def _as_good(row: Row, best: Row, quality: str) -> bool:
-    apart = difference(best, row, quality)
-    return apart is not None and abs(apart.value) <= (apart.error or 0.0)
+def _rival(found: Recommendation, row: Row, against: Judged, names: Mapping[int, str]) -> str:
+    quality = found.metrics[0]
+    text = f"{_name(row, names)} {format_difference(against.value)}"
+    if against.interval is not None:
+        text += f" [{format_interval(against.interval)}]"
+    memory, best = row.value(MEMORY), found.best and found.best.value(MEMORY)
+    if MEMORY in found.metrics and memory and best and memory < best:
+        text += f" with less memory ({format_value(MEMORY, memory)})"
+    return text if metric_of(quality).better != "none" else _name(row, names)
 
 
-_NOUNS = {MEMORY: "peak memory", SPEED: "training tokens/s"}
+def _those(count: int) -> str:
+    return f"{count} {'are' if count > 1 else 'is'} shown to be"
 
 
-def _nearest_miss(rows: Sequence[Row], needs: Sequence[Need], names: dict[int, str]) -> str:
+def _margin(found: Recommendation) -> str:
+    assert found.margin is not None
+    return f"{format_value(found.metrics[0], found.margin)} {heading(found.metrics[0])}"
+
+
+def _within(found: Standing, row: Row, metric: str, margin: float) -> bool:
+    """Whether the interval of a row's difference from the best does not reach beyond the margin on the worse side."""
+    against = found.family.of(found.best, row)
+    if against is None:
+        return False
+    if against.interval is None:
+        return against.value == 0
+    worst = against.interval.high if metric_of(metric).better == "higher" else -against.interval.low
+    return worst <= margin
+
+
+def _name(row: Row, names: Mapping[int, str]) -> str:
+    return names.get(id(row), row.cell_id)
+
+
+def _nearest_miss(rows: Sequence[Row], needs: Sequence[Need], names: Mapping[int, str]) -> str:
     """Each bound with the cell that comes nearest to it."""
     told = []
     for need in needs:
@@ -201,13 +306,14 @@ def _all_have(rows: Sequence[Row], metric: str) -> bool:
     return all(is_number(row.value(metric)) for row in rows)
 
 
-def _is_bytes(metric: str) -> bool:
-    return metric_of(metric).unit == "bytes"
+_EXAMPLES = {"bytes": "8GiB", "seconds": "15min", "joules": "5kJ"}
+_PARSERS: dict[str, Callable[..., float]] = {"bytes": parse_bytes, "seconds": parse_seconds, "joules": parse_joules}
 
 
 def _bound(option: str, metric: str, text: str) -> float:
-    if _is_bytes(metric):
-        return parse_bytes(text, key=option)
+    parse = _PARSERS.get(metric_of(metric).unit)
+    if parse is not None:
+        return parse(text, key=option)
     try:
         return float(text)
     except ValueError:

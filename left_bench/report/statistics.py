@@ -1,4 +1,7 @@
-"""What a difference is worth: means over seeds and rows, paired differences, ratios, and their intervals."""
+"""What a difference is worth: means over seeds and rows, paired differences, ratios, and their intervals.
+
+`judgement` compares many pairs at once.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.report.cells import Row
-from left_bench.report.load import read_steps
-from left_bench.report.uncertainty import CONFIDENCE, Spread, crossed_spread, seeds_spread, sum_of
+from left_bench.report.load import read_losses, read_steps
+from left_bench.report.uncertainty import (
+    CONFIDENCE,
+    Scored,
+    Spread,
+    crossed_spread,
+    seeds_spread,
+    student_quantile,
+    sum_of,
+)
 from left_bench.report.values import is_number, metric_of
 
 if TYPE_CHECKING:
@@ -31,20 +42,28 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """One row's value less another's, and the interval that the noise leaves it."""
+    """One row's value less another's, and what the noise leaves of it."""
 
     value: float
-    interval: Interval | None
+    spread: Spread | None
     """None: one measurement each, and nothing to tell how far the next would be."""
     how: str
-    """What the interval is over: `paired rows`, `paired rows and seeds`, `seeds`, `standard errors`, or `none`."""
-    error: float | None = None
-    """One standard error of the difference."""
+    """What the spread is over: `paired rows`, `paired rows and seeds`, `seeds`, `steps`, `standard errors`, `none`."""
 
     @property
-    def tie(self) -> bool:
-        """The interval holds zero; without one, only what is equal ties."""
-        return self.value == 0 if self.interval is None else 0 in self.interval
+    def interval(self) -> Interval | None:
+        """The 95 % interval."""
+        return None if self.spread is None else around(self.value, self.spread)
+
+    @property
+    def p_value(self) -> float | None:
+        return None if self.spread is None else self.spread.p_value(self.value)
+
+    @property
+    def resolved(self) -> bool | None:
+        """Whether the 95 % interval leaves zero out; None where nothing tells how far the noise reaches."""
+        interval = self.interval
+        return None if interval is None else 0 not in interval
 
 
 def around(value: float, spread: Spread) -> Interval:
@@ -69,8 +88,7 @@ def mean_interval(row: Row, metric: str) -> Interval | None:
 
 def seed_values(row: Row, metric: str) -> dict[Any, float]:
     """Seed -> value of the row's ok runs."""
-    found = {run.seed: run.value(metric) for run in row.runs if run.ok}
-    return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+    return row.by_seed(metric)
 
 
 def difference(a: Row, b: Row, metric: str) -> Difference | None:
@@ -78,25 +96,34 @@ def difference(a: Row, b: Row, metric: str) -> Difference | None:
 
     Where both kept their results row by row, the rows are paired: on one question both cells meet the same difficulty,
     which the difference is then free of. Seeds are paired where both ran under the same. Where both are there they are
-    crossed (`uncertainty.crossed_spread`): all seeds answer the same rows, so neither's scatter holds the other's. Else
-    the standard errors are taken as independent.
+    crossed (`uncertainty.crossed_spread`): all seeds answer the same rows, so neither's scatter holds the other's. Of
+    training speed under one seed the steps tell. Else the standard errors are taken as independent.
     """
+    kept = a.differences
+    if (id(b), metric) not in kept:
+        kept[id(b), metric] = (b, _difference(a, b, metric))  # with the row, whose id would be given anew without it
+    found: Difference | None = kept[id(b), metric][1]
+    return found
+
+
+def _difference(a: Row, b: Row, metric: str) -> Difference | None:
     x, y = a.value(metric), b.value(metric)
     if x is None or y is None or not (is_number(x) and is_number(y)):
         return None
     found = _over_rows(a, b, metric)
     if found is not None:
         several = len(seed_values(a, metric)) > 1 and len(seed_values(b, metric)) > 1
-        how = "paired rows and seeds" if several else "paired rows"
-        apart, spread = found
-        return Difference(x - y, around(apart, spread), how, math.sqrt(spread.variance))
+        return Difference(*found, "paired rows and seeds" if several else "paired rows")
     over_seeds = _over_seeds(seed_values(a, metric), seed_values(b, metric))
     if over_seeds is not None:
-        return Difference(x - y, around(x - y, over_seeds), "seeds", math.sqrt(over_seeds.variance))
+        return Difference(x - y, over_seeds, "seeds")
+    if metric == "train_tokens_per_second" and (steps := speed_ratio(a, b)) is not None:
+        # the interval of a ratio, as one of the difference: half its width, as a standard error of many steps
+        reach = y * (steps[1].high - steps[1].low) / 2
+        return Difference(x - y, Spread((reach / student_quantile(math.inf)) ** 2, math.inf), "steps")
     first, second = a.stderr(metric), b.stderr(metric)
     if first is not None and second is not None:
-        error = math.hypot(first, second)
-        return Difference(x - y, Interval(x - y - 2 * error, x - y + 2 * error), "standard errors", error)
+        return Difference(x - y, Spread(first**2 + second**2, math.inf), "standard errors")
     return Difference(x - y, None, "none")
 
 
@@ -126,18 +153,6 @@ def ratio_of_seeds(x: Mapping[Any, float], y: Mapping[Any, float]) -> Interval |
     return Interval(math.exp(mean - found.reach), math.exp(mean + found.reach))
 
 
-def tied(a: Row, b: Row, metric: str) -> bool | None:
-    """Whether the noise covers what lies between two rows; None where nothing tells how far it reaches."""
-    found = difference(a, b, metric)
-    if found is None:
-        return None
-    if found.interval is not None:
-        return found.tie
-    if metric == "train_tokens_per_second" and (steps := speed_ratio(a, b)) is not None:
-        return 1 in steps[1]
-    return None
-
-
 def _over_seeds(x: Mapping[Any, float], y: Mapping[Any, float]) -> Spread | None:
     """Of the difference of two means: of the pairs where the seeds are the same, else Welch's; None below two seeds."""
     if x.keys() == y.keys():
@@ -147,49 +162,123 @@ def _over_seeds(x: Mapping[Any, float], y: Mapping[Any, float]) -> Spread | None
     return sum_of(known) if len(known) == 2 else None
 
 
-def _over_rows(a: Row, b: Row, metric: str) -> tuple[float, Spread] | None:
-    """The difference over the rows that both were asked, and its spread; None where they were not kept, or differ."""
+def paired_rows(a: Row, b: Row, metric: str) -> tuple[numpy.ndarray, numpy.ndarray] | None:
+    """(seeds, rows) of `a`'s results less `b`'s, and the rows' weights; None where rows or seeds are not the same."""
     x, y = a.scored_rows(metric), b.scored_rows(metric)
     if x is None or y is None or x.questions != y.questions:
         return None
-    means = x.values.mean(axis=0) - y.values.mean(axis=0)
-    apart = float(means.sum() / x.weights.sum())
-    seeds = [[run.seed for run in row.runs if run.ok] for row in (a, b)]
-    if sorted(map(str, seeds[0])) == sorted(map(str, seeds[1])):
-        order = [sorted(range(len(of)), key=lambda i, of=of: str(of[i])) for of in seeds]  # type: ignore[misc]
-        spread = crossed_spread(x.values[order[0]] - y.values[order[1]], x.weights)
-        return None if spread is None else (apart, spread)
+    seeds = [[str(run.seed) for run in row.runs if run.ok] for row in (a, b)]
+    if sorted(seeds[0]) != sorted(seeds[1]):
+        return None
+    first, second = (sorted(range(len(of)), key=of.__getitem__) for of in seeds)
+    return x.values[first] - y.values[second], x.weights
+
+
+def _over_rows(a: Row, b: Row, metric: str) -> tuple[float, Spread] | None:
+    """The difference over the rows that both were asked, and its spread; None where they were not kept, or differ."""
+    paired = paired_rows(a, b, metric)
+    if paired is not None:
+        values, weights = paired
+        spread = crossed_spread(values, weights)
+        return None if spread is None else (float(values.mean(axis=0).sum() / weights.sum()), spread)
+    x, y = a.scored_rows(metric), b.scored_rows(metric)
+    if x is None or y is None or x.questions != y.questions:
+        return None
     # other seeds on the same rows: the rows by the difference of the means, each side's seeds beside them
-    parts = [crossed_spread(means[None], x.weights)]
-    parts += [seeds_spread([*(side.values.sum(axis=1) / side.weights.sum())]) for side in (x, y)]
-    known = [part for part in parts if part is not None]
-    return (apart, sum_of(known)) if parts[0] is not None else None
+    means = x.values.mean(axis=0) - y.values.mean(axis=0)
+    of_rows = crossed_spread(means[None], x.weights)
+    of_seeds = [seeds_spread([*(side.values.sum(axis=1) / side.weights.sum())]) for side in (x, y)]
+    if of_rows is None:
+        return None
+    apart = float(means.sum() / x.weights.sum())
+    return apart, sum_of([of_rows, *(part for part in of_seeds if part is not None)])
 
 
-def best_shares(rows: Sequence[Row], metric: str) -> dict[int, float] | None:
-    """`id(row)` -> how often it is the best of them when held-out rows and seeds are drawn anew, 2,000 times.
+class Draws(NamedTuple):
+    """What cells might have come to under other held-out rows and seeds."""
 
-    Both are drawn with replacement and crossed (the pigeonhole bootstrap, Owen 2007), the rows' draws shared by all
-    cells, as their difficulty is. Equals share. None where the cells were not asked the same rows.
+    rows: Sequence[Row]
+    scores: numpy.ndarray
+    """(cells, draws): the score."""
+    costs: numpy.ndarray
+    """(costs, cells, draws): the metrics beside it, under the same seeds."""
+
+
+def draw_again(rows: Sequence[Row], metric: str, costs: Sequence[str] = ()) -> Draws | None:
+    """Held-out rows and seeds drawn with replacement, 2,000 times; None where the cells were not asked the same rows.
+
+    Both are crossed (the pigeonhole bootstrap, Owen 2007), and the draws are shared by all cells, as the difficulty of
+    a row is. What one seed alone has measured beside the score stays as it is.
     """
     import numpy as np
 
-    kept = {id(row): scored for row in rows if (scored := row.scored_rows(metric)) is not None}
-    if len(kept) < 2 or len(kept) < len(rows):
+    kept = [(row, scored) for row in rows if (scored := row.scored_rows(metric)) is not None]
+    if not kept or len(kept) < len(rows):
         return None
-    first = next(iter(kept.values()))
-    if len(first.questions) > _SHARED_DRAWS or any(one.questions != first.questions for one in kept.values()):
+    first = kept[0][1]
+    if len(first.questions) > _SHARED_DRAWS or any(scored.questions != first.questions for _, scored in kept):
         return None
     counts = _draws(len(first.questions))
     below = counts @ first.weights
-    drawn = []
-    for scored in kept.values():
-        seeds = len(scored.values)
-        picked = np.random.default_rng(seeds).multinomial(seeds, [1 / seeds] * seeds, size=_RESAMPLES) / seeds
-        drawn.append((picked * (counts @ scored.values.T)).sum(axis=1) / below)
-    values = np.array(drawn) * (1 if metric_of(metric).better == "higher" else -1)
+    picked = {n: np.random.default_rng(n).multinomial(n, [1 / n] * n, size=_RESAMPLES) / n for n in _seeds_of(kept)}
+    scores = [(picked[len(s.values)] * (counts @ s.values.T)).sum(axis=1) / below for _, s in kept]
+    beside = [[_drawn(row, cost, picked[len(s.values)]) for row, s in kept] for cost in costs]
+    return Draws(
+        [row for row, _ in kept], np.array(scores), np.array(beside).reshape(len(costs), len(kept), _RESAMPLES)
+    )
+
+
+def _seeds_of(kept: Sequence[tuple[Row, Scored]]) -> set[int]:
+    return {len(scored.values) for _, scored in kept}
+
+
+def _drawn(row: Row, metric: str, picked: numpy.ndarray) -> numpy.ndarray:
+    """A metric of a row under the seeds drawn; its mean throughout where a seed lacks it."""
+    import numpy as np
+
+    by_seed = [run.value(metric) for run in row.runs if run.ok]
+    if len(by_seed) != picked.shape[1] or not all(map(is_number, by_seed)):
+        return np.full(len(picked), row.value(metric) or 0.0)
+    drawn: numpy.ndarray = picked @ np.array(by_seed, dtype=float)
+    return drawn
+
+
+def best_shares(rows: Sequence[Row], metric: str) -> dict[int, float] | None:
+    """`id(row)` -> in what share of the draws it is the best of them, equals sharing; None where nothing can be drawn
+    (`draw_again`), or there is nothing to choose from."""
+    import numpy as np
+
+    drawn = draw_again(rows, metric) if len(rows) > 1 else None
+    if drawn is None:
+        return None
+    values = drawn.scores * _sign(metric)
     best = np.isclose(values, values.max(axis=0), rtol=1e-12, atol=0)
-    return dict(zip(kept, (best / best.sum(axis=0)).mean(axis=1).tolist(), strict=True))
+    return dict(zip(map(id, drawn.rows), (best / best.sum(axis=0)).mean(axis=1).tolist(), strict=True))
+
+
+def front_shares(rows: Sequence[Row], metric: str, costs: Sequence[str]) -> dict[int, float] | None:
+    """`id(row)` -> in what share of the draws no other row beats it in the score and every cost at once.
+
+    None where nothing can be drawn.
+    """
+    import numpy as np
+
+    drawn = draw_again(rows, metric, costs) if len(rows) > 1 and costs else None
+    if drawn is None:
+        return None
+    points = np.stack(
+        [drawn.scores * -_sign(metric), *(c * -_sign(n) for c, n in zip(drawn.costs, costs, strict=True))]
+    )
+    points = np.round(points / np.maximum(np.abs(points).max(axis=(1, 2), keepdims=True), 1e-300), 12)
+    shares = []
+    for i in range(len(drawn.rows)):
+        beaten = (points <= points[:, i : i + 1]).all(axis=0) & (points < points[:, i : i + 1]).any(axis=0)
+        shares.append(1 - float(beaten.any(axis=0).mean()))
+    return dict(zip(map(id, drawn.rows), shares, strict=True))
+
+
+def _sign(metric: str) -> int:
+    return -1 if metric_of(metric).better == "lower" else 1
 
 
 @lru_cache(maxsize=4)
@@ -230,6 +319,16 @@ def speed_ratio(a: Row, b: Row) -> tuple[float, Interval] | None:
     return ratio_of_sums(*pooled)
 
 
+def seed_losses(row: Row) -> tuple[list[int], list[list[float]]]:
+    """The steps that all seeds have, and each seed's training loss at them."""
+    found = [read_losses(run.path) for run in row.runs if run.path and (run.ok or not row.ok)]
+    curves = [dict(zip(*curve, strict=True)) for curve in found if len(curve[0]) > 1]
+    if not curves:
+        return [], []
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return steps, [[curve[step] for step in steps] for curve in curves]
+
+
 def measured_steps(run: Row) -> list[tuple[float, float]]:
     """(tokens, seconds) of a run's steps, its warm-up left out as in `train_tokens_per_second`."""
     found = read_steps(run.path) if run.path else None
@@ -247,19 +346,16 @@ def ratio_of_sums(
     each side is drawn for itself.
     """
     import numpy as np
-    from scipy.stats import bootstrap
 
     if min(len(over), len(under)) < 3:
         return None
     (ta, sa), (tb, sb) = (np.array(steps, dtype=float).T for steps in (over, under))
-
-    def rate(tokens: numpy.ndarray, seconds: numpy.ndarray, axis: int = -1) -> Any:
-        return tokens.sum(axis=axis) / seconds.sum(axis=axis)
-
-    value = float(rate(ta, sa) / rate(tb, sb))
+    value = float(ta.sum() / sa.sum() / (tb.sum() / sb.sum()))
     if len(ta) == len(tb) <= _SHARED_DRAWS and bool((ta == tb).all()):
         counts = _draws(len(ta))  # the tokens cancel out
         return value, _middle((counts @ sb) / (counts @ sa))
-    options: dict[str, Any] = {"paired": True, "vectorized": True, "n_resamples": _RESAMPLES, "method": "percentile"}
-    sides = [bootstrap(side, rate, rng=i, **options) for i, side in enumerate(((ta, sa), (tb, sb)))]
-    return value, _middle(sides[0].bootstrap_distribution / sides[1].bootstrap_distribution)
+    drawn = [
+        np.random.default_rng(i).integers(0, len(side), (_RESAMPLES, len(side))) for i, side in enumerate((ta, tb))
+    ]
+    rates = [tokens[at].sum(axis=1) / s[at].sum(axis=1) for tokens, s, at in ((ta, sa, drawn[0]), (tb, sb, drawn[1]))]
+    return value, _middle(rates[0] / rates[1])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from left_bench.report.cells import Axis, Row
 from left_bench.report.cost import NO_PRICES, Prices
+from left_bench.report.judgement import TOLD_RATE, Family, Judged, Margins
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.markdown import details, escape, table
 from left_bench.report.ranking import (
@@ -19,20 +20,23 @@ from left_bench.report.ranking import (
     best_and_second,
     comparable,
     confounders,
+    family_of,
     headline_quality,
     present,
     qualities,
     rankable,
-    ties_with_best,
+    standing,
     touching,
 )
-from left_bench.report.statistics import mean_interval, seed_values, tied
+from left_bench.report.statistics import mean_interval, seed_values
 from left_bench.report.values import (
     ABSENT,
-    COUNTED,
     format_against,
     format_against_both,
+    format_difference,
     format_error,
+    format_interval,
+    format_ratio,
     format_setting,
     format_share,
     format_value,
@@ -41,6 +45,7 @@ from left_bench.report.values import (
 from left_bench.spec.record import SCORER_PREFIX, TASK_PREFIX
 
 if TYPE_CHECKING:
+    from left_bench.report.curves import Target
     from left_bench.report.recommend import Need
 
 ROWS_SHOWN = 200
@@ -50,10 +55,11 @@ _HOW = {
     "paired rows": "paired by held-out row",
     "paired rows and seeds": "paired by held-out row and by seed, crossed",
     "seeds": "over the seeds",
-    "standard errors": "two standard errors, taken as independent",
+    "steps": "over the steps",
+    "standard errors": "standard errors, taken as independent",
 }
 
-PHASES = ("load", "load_cached", "attach", "evaluate_base", "train", "evaluate", "save", "merge")
+PHASES = ("load", "load_cached", "attach", "evaluate_base", "train", "validate", "evaluate", "save", "merge")
 _HEADINGS = {
     "exact_match": "exact match",
     "eval_loss": "eval loss (nats)",
@@ -65,6 +71,7 @@ _HEADINGS = {
     "judge_win_rate": "judge prefers it to the base",
     "preference_accuracy": "prefers the right answer",
     "preference_margin_nats": "preference margin (nats)",
+    "validation_loss": "validation loss",
     "forgetting_nats": "forgetting (nats)",
     "quantization_error": "quantization error",
     "peak_memory_bytes": "peak memory",
@@ -87,6 +94,7 @@ _HEADINGS = {
     "cpu_train_watts": "CPUs' training power",
     "cpu_cell_joules": "CPUs' energy",
     "cell_cost": "cost",
+    "cost_per_point": "cost of a point",
     "cell_energy_cost": "cost of energy",
     "cell_hours_cost": "cost of hours",
 }
@@ -115,6 +123,10 @@ class Report:
     """The condition that chose the rows."""
     prices: Prices = NO_PRICES
     """What energy and hours cost."""
+    target: Target | None = None
+    """A quality, and when each row reached it along training."""
+    margins: Margins = field(default_factory=dict)
+    """Metric -> how far apart two values still count as equal."""
 
     @cached_property
     def records(self) -> list[Row]:
@@ -139,6 +151,16 @@ class Report:
     def places(self) -> Mapping[int, int]:
         """`id(row)` -> its place in `rows` and in every axis."""
         return {id(row): i for i, row in enumerate(self.rows)}
+
+    def family(self, metric: str) -> Family:
+        """What judges the differences between the rows in a metric: the same in every table."""
+        if metric not in self._families:
+            self._families[metric] = family_of(self.rows, metric, self.margins)
+        return self._families[metric]
+
+    @cached_property
+    def _families(self) -> dict[str, Family]:
+        return {}
 
     @cached_property
     def confounders(self) -> list[tuple[str, str]]:
@@ -199,8 +221,9 @@ def confounders_of(report: Report, kind: str) -> Iterator[str]:
     """What else differs between the cells and may explain a difference in this kind of metric."""
     found = touching(report.confounders, kind)
     if found:
-        yield f"**Confounders.** The cells also differ in what follows; a difference in {kind} may come from it."
-        yield "\n".join(f"- **{escape(what)}**: {escape(how)}" for what, how in found)
+        listed = ", ".join(dict.fromkeys(what for what, _ in found))
+        told = "\n".join(f"- **{escape(what)}**: {escape(how)}" for what, how in found)
+        yield details(f"Confounders: the cells also differ in {listed}; a difference in {kind} may come from it", told)
 
 
 def how_to_read(report: Report) -> Iterator[str]:
@@ -211,10 +234,20 @@ def how_to_read(report: Report) -> Iterator[str]:
     if report.baseline is not None:
         name = escape(report.names[id(report.baseline)])
         parts.append(
-            f"In brackets: against the baseline **{name}**; `tie` where the noise covers the difference, `same` where "
-            "there is none."
+            f"In brackets: against the baseline **{name}**; `not resolved`, with the 95 % interval of the difference "
+            "or the ratio, where it may be none; `same` where the values print alike."
         )
-    parts.append("**Bold**: the best value of a column, <u>underlined</u>: the second, whether or not others tie.")
+        parts.append(
+            f"All pairs of cells are judged together, metric by metric (false-discovery rate {TOLD_RATE}, "
+            "Benjamini and Hochberg): an interval that leaves none out alone may be unresolved among so many."
+        )
+    if report.margins:
+        told = ", ".join(
+            f"{heading(name)} {f'{margin.amount:.3g}×' if margin.relative else format_value(name, margin.amount)}"
+            for name, margin in report.margins.items()
+        )
+        parts.append(f"`equal`: the interval lies within the margin given ({escape(told)}).")
+    parts.append("**Bold**: the best value of a column, <u>underlined</u>: the second, resolved or not.")
     repeated = sorted({len(seeds) for row in report.rows if len(seeds := {run.seed for run in row.runs if run.ok}) > 1})
     if repeated:
         of = " or ".join(map(str, repeated))
@@ -236,10 +269,6 @@ def seeds_table(report: Report) -> Iterator[str]:
     if not rows or not metrics:
         return
     yield "## Seeds"
-    yield (
-        "Mean over the seeds, its 95 % interval by Student's t in brackets (of scores over held-out rows and seeds "
-        "crossed, of the rest over the seeds), and the seeds one by one."
-    )
     lines = []
     for row in rows[:ROWS_SHOWN]:
         seeds = [format_setting(run.seed) for run in row.runs if run.ok]
@@ -253,7 +282,12 @@ def seeds_table(report: Report) -> Iterator[str]:
                 text += ": " + ", ".join(format_value(metric, value) for value in values.values())
             cells.append(text)
         lines.append([escape(report.names[id(row)]), escape(", ".join(seeds)), *cells])
-    yield table(["cell", "seeds", *map(heading, metrics)], lines, labels=2)
+    what = (
+        "Mean over the seeds, its 95 % interval by Student's t in brackets (of scores over held-out rows and seeds "
+        "crossed, of the rest over the seeds), and the seeds one by one."
+    )
+    listed = table(["cell", "seeds", *map(heading, metrics)], lines, labels=2)
+    yield details("Every seed's own values", f"{what}\n\n{listed}")
     yield from cut_line(len(rows))
 
 
@@ -301,26 +335,27 @@ def _quality(report: Report) -> Iterator[str]:
     scored = [metric for metric in metrics if any(row.base_value(metric) is not None for row in report.rows)]
     if scored:
         yield "`before → after` training."
-    yield from _ties(report, metrics)
+    yield from _unresolved(report, metrics)
 
 
-def _ties(report: Report, metrics: Sequence[str]) -> Iterator[str]:
+def _unresolved(report: Report, metrics: Sequence[str]) -> Iterator[str]:
     names, lines, how = report.names, [], dict[str, None]()
     for metric in metrics:
-        found = ties_with_best(report.rows, metric)
-        if found is None:
+        found = standing(report.rows, metric, family=report.family(metric))
+        if found is None or len(found.places) < 2 or not found.family.size:
             continue
-        shown = [escape(names[id(row)]) for row in found.tied[:CELLS_NAMED]]
-        more = len(found.tied) - len(shown)
+        shown = [_told_from_best(metric, row, against, names) for row, against in found.unresolved[:CELLS_NAMED]]
+        more = len(found.unresolved) - len(shown)
         others = ", ".join(shown) + (f" and {more:,} more" if more else "")
         lines.append(
             f"- {heading(metric)}: best is **{escape(names[id(found.best)])}**; "
-            + (f"tie with it: {others}." if found.tied else "no other cell ties with it.")
+            + (f"not resolved from it: {others}" if shown else "every other cell is resolved from it")
+            + "."
         )
-        how |= dict.fromkeys(found.how)
+        how |= dict.fromkeys(found.family.how)
     if lines:
         told = "; ".join(_HOW[one] for one in how if one in _HOW)
-        lines.append(f"\nA tie: the 95 % interval of the difference holds zero{f' ({told})' if told else ''}.")
+        lines.append(f"\nThe intervals are {told}.")
         yield "\n".join(lines)
     seeds = {run.seed for row in report.records for run in row.runs if run.record}
     if (
@@ -343,10 +378,12 @@ def _metrics_table(report: Report, metrics: Sequence[str]) -> Iterator[str]:
     marks = {metric: best_and_second(rows, metric) for metric in shown}
     lines = []
     for row in rows[:ROWS_SHOWN]:
-        numbers = [_number(report, row, metric, marks=marks[metric]) for metric in shown]
+        numbers = [_number(report, row, metric, marks[metric]) for metric in shown]
         lines.append([*label_cells(report, row), *([_status(row)] if status else []), *numbers])
     header = [*label_headings(report), *(["status"] if status else []), *map(heading, shown)]
-    yield table(header, lines, labels=len(report.axes) + status)
+    told = ", ".join(map(heading, shown)) or "status"
+    cells = "cell" if len(rows) == 1 else "cells"
+    yield details(f"{len(rows):,} {cells}: {told}", table(header, lines, labels=len(report.axes) + status))
     yield from cut_line(len(rows))
 
 
@@ -382,7 +419,7 @@ def marked(row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]]) ->
     )
 
 
-def _number(report: Report, row: Row, metric: str, *, marks: tuple[Sequence[Row], Sequence[Row]]) -> str:
+def _number(report: Report, row: Row, metric: str, marks: tuple[Sequence[Row], Sequence[Row]]) -> str:
     value = row.value(metric)
     if value is None:
         return ABSENT
@@ -393,23 +430,40 @@ def _number(report: Report, row: Row, metric: str, *, marks: tuple[Sequence[Row]
     base = row.base_value(metric)
     if base is not None:
         text = f"{format_value(metric, base)} → {text}"
-    against = told_against(row, report.baseline, metric)
+    against = told_against(row, report.baseline, metric, report.family(metric))
     return f"{text} ({against})" if against else text
 
 
-def told_against(row: Row, reference: Row | None, metric: str, *, both: bool = False) -> str:
-    """How a row stands to a reference: `tie`, `same`, or the difference or ratio, `both` or the one that fits best."""
-    value = row.value(metric)
+def told_against(row: Row, reference: Row | None, metric: str, family: Family, *, both: bool = False) -> str:
+    """How a row stands to a reference: `not resolved` with the interval, `equal`, `same`, or the difference or ratio,
+    `both` or the one that fits best. Empty where there is nothing to compare.
+    """
     if reference is None or row is reference or not row.ok or not comparable(row, reference, metric):
         return ""
-    other = reference.value(metric)
-    if value is None or other is None:
+    found = family.of(row, reference)
+    if found is None:
         return ""
-    if metric not in COUNTED and tied(row, reference, metric):
-        return "tie"
+    value, other = row.value(metric), reference.value(metric)
+    if found.word == "not resolved" and found.interval is not None and found.interval.low < found.interval.high:
+        return f"not resolved, {_told_interval(metric, found, other)}"
+    if found.word == "equal" and found.interval is not None:
+        return "equal"
     if format_value(metric, value) == format_value(metric, other):
         return "same"
     return (format_against_both if both else format_against)(metric, value, other)
+
+
+def _told_interval(metric: str, found: Judged, other: float | None) -> str:
+    """The interval of a difference of scores, else of a ratio."""
+    assert found.interval is not None
+    if metric_of(metric).kind == "quality" or not other or other <= 0:
+        return " to ".join(map(format_difference, found.interval))
+    return " to ".join(format_ratio(max(0.0, 1 + end / other)) for end in found.interval)
+
+
+def _told_from_best(metric: str, row: Row, against: Judged, names: Mapping[int, str]) -> str:
+    name = escape(names[id(row)])
+    return name if against.interval is None else f"{name} ({format_interval(against.interval)})"
 
 
 def status_word(row: Row) -> str:

@@ -31,7 +31,35 @@ class Spread(NamedTuple):
     @property
     def reach(self) -> float:
         """Half the width of the 95 % interval."""
-        return student_quantile(self.freedom) * math.sqrt(self.variance) if self.variance > 0 else 0.0
+        return self.reach_at(CONFIDENCE)
+
+    def reach_at(self, confidence: float) -> float:
+        """Half the width of the interval of another confidence."""
+        return student_quantile(self.freedom, confidence) * math.sqrt(self.variance) if self.variance > 0 else 0.0
+
+    def p_value(self, value: float) -> float:
+        """How likely an estimate at least so far from zero is where the truth is zero, two-sided."""
+        if self.variance <= 0:
+            return 1.0 if value == 0 else 0.0
+        return student_tail(self.freedom, abs(value) / math.sqrt(self.variance))
+
+
+class Components(NamedTuple):
+    """What the values of (seeds, rows) scatter by: from seed to seed, from row to row, and what is left of each."""
+
+    of_seeds: float
+    of_rows: float
+    residual: float
+
+    def spread(self, seeds: int, rows: int) -> Spread:
+        """The spread that a mean over so many seeds and rows is to be expected to have."""
+        squares = {
+            max(1, seeds - 1): self.residual + rows * self.of_seeds if seeds > 1 else 0.0,
+            max(1, rows - 1): self.residual + seeds * self.of_rows,
+        }
+        variance = self.of_seeds / seeds + self.of_rows / rows + self.residual / (seeds * rows)
+        parts = sum((square / (seeds * rows)) ** 2 / freedom for freedom, square in squares.items())
+        return Spread(variance, max(1.0, variance**2 / parts) if parts > 0 else 1.0)
 
 
 class Scored(NamedTuple):
@@ -95,21 +123,44 @@ def crossed_spread(values: numpy.ndarray, weights: numpy.ndarray) -> Spread | No
     seeds, rows = values.shape
     if rows < 2:
         return None
+    of_seeds, of_rows, residual = _mean_squares(values, weights)
+    if seeds == 1:
+        return Spread(of_rows / rows, rows - 1)
+    beside = (seeds - 1) * (rows - 1)
+    total = of_seeds + of_rows - residual
+    if total <= max(of_seeds, of_rows):  # a component came out below zero: it is taken as none
+        return Spread(max(of_seeds, of_rows) / (seeds * rows), (seeds if of_seeds > of_rows else rows) - 1)
+    parts = of_seeds**2 / (seeds - 1) + of_rows**2 / (rows - 1) + residual**2 / beside
+    return Spread(total / (seeds * rows), total**2 / parts)
+
+
+def components(values: numpy.ndarray, weights: numpy.ndarray) -> Components | None:
+    """The same analysis' variances, none below zero; None below two rows.
+
+    Of one seed's values what lies between seeds is not known and taken as none.
+    """
+    seeds, rows = values.shape
+    if rows < 2:
+        return None
+    of_seeds, of_rows, residual = _mean_squares(values, weights)
+    if seeds == 1:
+        return Components(0.0, 0.0, of_rows)
+    return Components(max(0.0, of_seeds - residual) / rows, max(0.0, of_rows - residual) / seeds, residual)
+
+
+def _mean_squares(values: numpy.ndarray, weights: numpy.ndarray) -> tuple[float, float, float]:
+    """Of seeds, of rows and of what is left; of one seed the first and the last are 0."""
+    seeds, rows = values.shape
     ratio = values.sum() / (seeds * weights.sum())
     apart = (values - ratio * weights) / weights.mean()
     by_seed, by_row = apart.mean(axis=1), apart.mean(axis=0)
     mean = apart.mean()
     of_rows = seeds * float(((by_row - mean) ** 2).sum()) / (rows - 1)
     if seeds == 1:
-        return Spread(of_rows / rows, rows - 1)
+        return 0.0, of_rows, 0.0
     of_seeds = rows * float(((by_seed - mean) ** 2).sum()) / (seeds - 1)
-    beside = (seeds - 1) * (rows - 1)
-    residual = float(((apart - by_seed[:, None] - by_row + mean) ** 2).sum()) / beside
-    total = of_seeds + of_rows - residual
-    if total <= max(of_seeds, of_rows):  # a component came out below zero: it is taken as none
-        return Spread(max(of_seeds, of_rows) / (seeds * rows), (seeds if of_seeds > of_rows else rows) - 1)
-    parts = of_seeds**2 / (seeds - 1) + of_rows**2 / (rows - 1) + residual**2 / beside
-    return Spread(total / (seeds * rows), total**2 / parts)
+    residual = float(((apart - by_seed[:, None] - by_row + mean) ** 2).sum()) / ((seeds - 1) * (rows - 1))
+    return of_seeds, of_rows, residual
 
 
 def seeds_spread(values: Sequence[float]) -> Spread | None:
@@ -134,7 +185,15 @@ def variance(values: Sequence[float]) -> float:
 
 
 @lru_cache(maxsize=4096)
-def student_quantile(freedom: float) -> float:
-    from scipy.special import stdtrit
+def student_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
+    from scipy.special import ndtri, stdtrit
 
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+    share = (1 + confidence) / 2
+    return float(ndtri(share) if math.isinf(freedom) else stdtrit(freedom, share))
+
+
+def student_tail(freedom: float, t: float) -> float:
+    """How likely Student's t is to lie beyond `t` or `-t`."""
+    from scipy.special import ndtr, stdtr
+
+    return 2 * float(ndtr(-t) if math.isinf(freedom) else stdtr(freedom, -t))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
-from left_bench.spec.record import METRICS, Metric, find_metric
+from left_bench.spec.metric import Metric
+from left_bench.spec.record import METRICS, find_metric
 
 ABSENT = "\u2013"  # an en dash
 COUNTED = frozenset(
@@ -112,6 +114,11 @@ def format_difference(difference: float) -> str:
     text = f"{abs(difference):.3f}"
     sign = "" if float(text) == 0 else "+" if difference > 0 else _MINUS
     return sign + text
+
+
+def format_interval(ends: Iterable[float]) -> str:
+    """A difference's interval: `−0.110, +0.070`."""
+    return ", ".join(map(format_difference, ends))
 
 
 def format_flops(lowest: float, highest: float) -> str:

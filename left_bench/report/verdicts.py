@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from left_bench.report.cells import Row, option
 from left_bench.report.claims import CLAIMS, DEFAULT, NOT_MEASURED, Claim, Evidence, Missing, Verdict
+from left_bench.report.judgement import judge
 from left_bench.report.load import deciding, flatten
 from left_bench.report.markdown import code, escape, table
 from left_bench.report.tables import heading, told_against
@@ -81,8 +82,9 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Claims"
     yield (
         "Sentences that are often read, beside what was measured here: this model, this data, this machine and so few "
-        "steps. A verdict follows from its rule by the numbers; ties are ties, and a sentence that does not hold here "
-        "may hold elsewhere. Square brackets hold 95 % intervals."
+        "steps. A verdict follows from its rule by the numbers; a sentence that does not hold here "
+        "may hold elsewhere. Square brackets hold 95 % intervals. Each claim was written down before it was measured, "
+        "so its comparisons are judged alone."
     )
     lines = [
         [
@@ -128,7 +130,9 @@ def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:
             value, stderr = row.value(metric), row.stderr(metric)
             text = format_value(metric, value)
             text += f" ± {format_error(metric, value, stderr)}" if value is not None and stderr else ""
-            against = told_against(row, reference, metric, both=True)
+            against = told_against(
+                row, reference, metric, judge([(row, reference)] if reference else [], metric), both=True
+            )
             numbers.append(f"{text} ({against})" if against else text)
         seeds = sum(run.ok for run in row.runs)
         lines.append([escape(name), *numbers, str(seeds)])

@@ -28,6 +28,9 @@ _MOST = 10**9
 """Of anything that is counted: a slip of the finger beyond it would run, or fill the memory, for ever."""
 _MOST_PROCESSES = 4096
 _LEAST_MEMORY = 2**20
+_CURVE_POINTS, _CURVE_SHARE = 8, 0.3
+"""Points of a curve that nobody has set, and the most rows that they may read, as a share of those that training does:
+docs/design.md says what that costs."""
 
 
 def _known_task(name: str) -> str:
@@ -191,6 +194,12 @@ class Training(_Section):
     """NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings while training (Jain et al. 2023)."""
     measure_after: int = Field(default=3, ge=0, le=_MOST)
     """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """End training after so many seconds of steps (evaluations and checkpoints aside), if `steps` are not taken before;
+    the learning rate's schedule then follows the time. None: `steps` alone decide."""
+    stop_patience: int | None = Field(default=None, ge=1, le=_MOST)
+    """End training when so many points of the curve in a row have no lower validation loss than one before them, and
+    take the weights of the best point in any case; None: the last weights are taken."""
     checkpoint_every: int | None = Field(default=None, ge=1, le=_MOST)
     """Steps between checkpoints from which a killed cell goes on when it is run again; None: it starts anew."""
 
@@ -230,6 +239,8 @@ class Data(_Section):
     `save_to_disk`, or for pictures a folder with one of them for each class; takes the hub's place."""
     test_path: str | None = None
     """Test rows in a file of their own; None: they are held out of `path`, or the data set's own split `test`."""
+    validation_path: str | None = None
+    """Validation rows in a file of their own; None: the data set's own split `validation`, or see `validation_rows`."""
     shape: str | None = None
     """`columns`, `completion`, `alpaca`, `messages`, `sharegpt`, `preference`, `classification` or `text`; None: found
     by looking at a row (and filled in when a cell is composed, where that is `text`)."""
@@ -255,6 +266,10 @@ class Data(_Section):
     train_rows: int | None = Field(default=None, ge=1, le=_MOST)
     """None: all that is left after the test rows."""
     test_rows: int = Field(default=128, ge=1, le=_MOST)
+    validation_rows: int | None = Field(default=None, ge=0, le=_MOST)
+    """Rows that are neither trained on nor tested on: what is chosen, is chosen on them. They come from a source of
+    their own, are generated beside the others or lie beyond `train_rows`; else they are held out of the training rows.
+    None: 32 where training then keeps all its rows, and none elsewhere."""
     hold_out: bool = True
     """False: the test rows are trained on too, and nothing is scored (`left-bench train CELL --all-rows`)."""
     metrics: AnswerMetrics = Field(default_factory=lambda: ["exact_match"])
@@ -303,6 +318,13 @@ class Eval(_Section):
     """False: held-out loss alone, nothing is generated."""
     rows: int | None = Field(default=None, ge=1, le=_MOST)
     """Score the first rows of the test set; None: all."""
+    points: int | None = Field(default=None, ge=0, le=_MOST)
+    """Times that the validation loss is taken along training, evenly over it and at its end; 0: afterwards alone. None:
+    eight, or as many fewer as keep it cheap beside training (see `Cell.curve_points`)."""
+    every: int | None = Field(default=None, ge=1, le=_MOST)
+    """The same after so many steps, and at the end of training; None: `points` decides."""
+    curve_scores: bool = False
+    """Score answers to the validation rows at each of these times too, by the first of `metrics`."""
     batch_size: int = Field(default=32, ge=1, le=_MOST)
     max_new_tokens: int | None = Field(default=None, ge=1, le=_MOST)
     """Longest generated answer; None: the data's own."""
@@ -325,7 +347,7 @@ class Hardware(_Section):
     sharding: Literal["fsdp2"] | None = None
     """How weights, gradients and optimizer are sharded over the processes; None: each holds them whole."""
     sharding_config: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of accelerate's FullyShardedDataParallelPlugin."""
+    """`reshard_after_forward` of torch's `fully_shard`."""
     memory_limit: int | None = None
     """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
     timeout: float | None = Field(default=None, gt=0)
@@ -453,6 +475,19 @@ class Cell(BaseModel):
         """Whether a conversation's answers are trained on apart: an activated LoRA begins at one place of a row."""
         return "alora_invocation_tokens" in self.peft.config
 
+    def curve_points(self, validation_rows: int) -> int:
+        """How many points the curve of the validation loss has, where `eval.every` does not decide.
+
+        Left open, so many that they read at most a share of the rows that training reads, but the one at the end.
+        """
+        training = self.training
+        if self.eval.points is not None or training.stop_patience is not None or not validation_rows:
+            asked = _CURVE_POINTS if self.eval.points is None else self.eval.points
+            return min(asked, training.steps)
+        read = training.steps * training.batch_size * training.gradient_accumulation
+        affordable = int(_CURVE_SHARE * read / validation_rows)
+        return min(max(1, affordable), _CURVE_POINTS, training.steps)
+
     def without_adapter(self) -> Cell:
         """The cell as it is for a model that has no adapter, before attaching or after merging: what autocast asks."""
         return self.model_copy(update={"peft": self.peft.model_copy(update={"target": None})})
@@ -461,6 +496,7 @@ class Cell(BaseModel):
         """The supervised fine-tuning that comes before preference tuning, as a cell of its own."""
         settings: dict[str, Any] = {"objective": "sft", "steps": self.training.sft_steps, "sft_steps": 0}
         settings |= {"learning_rate": self.training.sft_learning_rate, "checkpoint_every": None}
+        settings |= {"max_seconds": None, "stop_patience": None}
         return self.model_copy(update={"training": self.training.model_copy(update=settings)})
 
     def sections(self) -> dict[str, Any]:
@@ -481,6 +517,7 @@ class Cell(BaseModel):
         if self.data.content is not None:
             plain["data"].pop("path", None)
             plain["data"].pop("test_path", None)
+            plain["data"].pop("validation_path", None)
         if self.model.content is not None:
             plain["model"].pop("name_or_path", None)
         if self.eval.scorer is not None and self.eval.scorer_content is not None:
@@ -496,6 +533,9 @@ class Cell(BaseModel):
         parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
         for key in ("extractor", "scorer", "scorer_content"):  # they judge answers, and change none
             parts["eval"].pop(key, None)
+        for key in ("points", "every", "curve_scores"):
+            parts["eval"].pop(key, None)
+        parts["data"].pop("validation_rows", None)  # taken after the test rows, of which they change none
         head = "labelled" if self.training.output_head == "liger" else self.training.output_head  # to evaluate, ours
         kernels = [self.training.attention, head]
         return parts | {"kernels": kernels if self.training.kernels is None else [*kernels, self.training.kernels]}

@@ -21,6 +21,8 @@ ROW_COUNTS = (
     *("truncated_rows", "truncated_test_rows", "train_epochs"),
 )
 """Metrics that the event `data` tells before anything is loaded."""
+VALIDATION_COUNTS = ("validation_rows", "repeated_validation_rows")
+"""More of them, which older records and events do not have."""
 _TOLD_EVERY_SECONDS = 0.5
 
 
@@ -90,13 +92,16 @@ class EventReader:
 
 
 def rows_in_words(event: Mapping[str, Any], *, max_length: int | None) -> str:
-    """`train 6, test 4, dropped 10 (no prompt or answer), 2.7 epochs`: what became of the rows, before the steps."""
+    """What became of the rows: `train 6, validation 3, test 4, dropped 10 (no prompt or answer), 2.7 epochs`."""
     found = f"{event['shape']}: " if event.get("shape") else ""
-    parts = [f"{found}train {event['train_rows']:,}, test {event['test_rows']:,}"]
+    validation = f"validation {event['validation_rows']:,}, " if "validation_rows" in event else ""
+    parts = [f"{found}train {event['train_rows']:,}, {validation}test {event['test_rows']:,}"]
     if event["dropped_rows"]:
         parts.append(f"dropped {event['dropped_rows']:,} (no prompt or answer)")
     if event["repeated_rows"]:
         parts.append(f"left out {event['repeated_rows']:,} (a test row's question)")
+    if repeated := event.get("repeated_validation_rows"):
+        parts.append(f"left out {repeated:,} for validation (a question that is trained on, tested on or repeated)")
     if cut := event["truncated_rows"] + event["truncated_test_rows"]:
         parts.append(f"cut {cut:,} (longer than training.max_length={max_length})")
     return ", ".join([*parts, f"{event['train_epochs']:.2g} epochs"])

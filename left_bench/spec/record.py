@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from left_bench.core.clock import utc_now
 from left_bench.core.files import write_atomically
 from left_bench.spec.metric import Metric
 from left_bench.spec.row_scores import ANSWER_METRICS
+
+if TYPE_CHECKING:  # a cell's sections ask for METRICS
+    from left_bench.spec.cell import Cell
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "unsupported", "oom", "diverged", "failed", "crashed", "timeout")
@@ -39,6 +44,9 @@ METRICS: dict[str, Metric] = {
     ),
     "forgetting_nats": Metric(
         "nats", "lower", "quality", "rise in mean token loss on general text the training never saw"
+    ),
+    "validation_loss": Metric(
+        "nats", "lower", "quality", "mean negative log-likelihood per answer token, validation rows, end of training"
     ),
     # memory
     "peak_memory_bytes": Metric(
@@ -88,6 +96,9 @@ METRICS: dict[str, Metric] = {
     "cell_cost": Metric("money", "lower", "cost", "what the cell costs by the prices given: energy, hours, or both"),
     "cell_energy_cost": Metric("money", "lower", "cost", "price per kWh x joules of the cell, the CPU packages' too"),
     "cell_hours_cost": Metric("money", "lower", "cost", "price per hour x wall time x accelerators"),
+    "cost_per_point": Metric(
+        "money", "lower", "cost", "cell_cost / hundredths of the score gained over the base model (scores of 0 to 1)"
+    ),
     # size
     "trainable_params": Metric("params", "lower", "size", "parameters that receive a gradient"),
     "total_params": Metric("params", "none", "size", "logical parameters, also where storage is packed"),
@@ -110,10 +121,17 @@ METRICS: dict[str, Metric] = {
         "count", "none", "fact", "pieces of code that torch.compile compiled, recompilations too"
     ),
     "train_rows": Metric("count", "none", "fact", "training rows there are"),
+    "validation_rows": Metric("count", "none", "fact", "validation rows there are"),
     "test_rows": Metric("count", "none", "fact", "test rows that were scored"),
     "train_epochs": Metric("count", "none", "fact", "times the steps go over the training rows"),
     "dropped_rows": Metric("count", "none", "fact", "rows of the source without a prompt or an answer"),
     "repeated_rows": Metric("count", "none", "fact", "rows left out because their question is a test row's"),
+    "repeated_validation_rows": Metric(
+        "count",
+        "none",
+        "fact",
+        "validation rows left out: their question is a training or test row's, or repeats",
+    ),
     "truncated_rows": Metric("count", "none", "fact", "training rows cut to training.max_length"),
     "truncated_test_rows": Metric("count", "none", "fact", "test rows cut to training.max_length"),
     "judged_rows": Metric("count", "none", "fact", "pairs of answers that a judge decided"),
@@ -192,6 +210,23 @@ class Sample(_Frozen):
     base_prediction: str | None = None
 
 
+class CurvePoint(_Frozen):
+    """What the model had learned at one moment of its training, and what that had taken."""
+
+    step: int
+    """Optimizer steps so far."""
+    seconds: float
+    """Of the steps so far alone: no evaluation, no checkpoint, no compiling."""
+    tokens: int
+    """Non-padding tokens so far."""
+    joules: float | None = None
+    """Of the device that trains, over the same steps."""
+    validation_loss: float
+    """Nats per answer token."""
+    scores: dict[str, float] | None = None
+    """Metric -> score of answers to the validation rows, where `eval.curve_scores` asks for it."""
+
+
 class Record(_Frozen):
     """What came of one cell, whatever happened."""
 
@@ -215,14 +250,42 @@ class Record(_Frozen):
     """Part -> bytes: weights, adapter, adapter_frozen, gradients, optimizer, activations_and_workspace."""
     scores: list[Score] = Field(default_factory=list)
     samples: list[Sample] = Field(default_factory=list)
+    curve: list[CurvePoint] = Field(default_factory=list)
+    """Validation loss along training; empty where there were no validation rows, and in older records."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Machine and versions, from an allow-list; `effective` holds what was found after loading."""
     provenance: dict[str, Any] = Field(default_factory=dict)
-    """sweep, command, overrides, notes (list of confounders), log_tail of a failed cell."""
+    """sweep, command, overrides, notes (list of confounders), splits (which rows were used for what), training_ended
+    (why, after how many steps, and of which step the weights are), log_tail of a failed cell."""
 
     def write(self, run_dir: Path) -> Path:
         """Write `record.json` into `run_dir` whole or not at all."""
         return write_atomically(run_dir / RECORD_NAME, self.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+def not_started(cell: Cell, status: Status, reason: str) -> Record:
+    """The record of a cell whose worker was never started."""
+    now = utc_now()
+    return _record_of(cell, status, reason, started_at=now, finished_at=now)
+
+
+def ended_without_outcome(
+    cell: Cell, status: Status, reason: str, *, started_at: str, phases: Sequence[Phase] = ()
+) -> Record:
+    """The record of a cell whose worker left none, by what was seen of it from outside."""
+    return _record_of(cell, status, reason, started_at=started_at, phases=list(phases))
+
+
+def outcome_of(
+    cell: Cell, status: Status, reason: str | None, *, started_at: str, measured: Mapping[str, Any]
+) -> Record:
+    """The record that a worker leaves; `measured` are the fields of `Record` that it has come to fill."""
+    return _record_of(cell, status, reason, started_at=started_at, **measured)
+
+
+def _record_of(cell: Cell, status: Status, reason: str | None, **more: Any) -> Record:
+    more = {"finished_at": utc_now()} | more
+    return Record(cell_id=cell.id, status=status, reason=reason, choices=cell.choices, config=cell.sections(), **more)
 
 
 class NewerSchema(ValueError):
@@ -248,6 +311,11 @@ def read_record(path: Path, *, known: KnownParts | None = None) -> Record:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: unreadable ({error})") from error
+    return parse_record(raw, path, known=known)
+
+
+def parse_record(raw: Any, path: Path, *, known: KnownParts | None = None) -> Record:
+    """A record from its JSON; `path` is what its errors name, else as `read_record`."""
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         kind = NewerSchema if isinstance(version, int) and version > SCHEMA_VERSION else ValueError

@@ -43,7 +43,8 @@ class Task:
     save_random: str = "left_bench.pretrained.make:save_random_writer"
     """(architecture, folder, dtype=, task=): write a model with random weights, and its reader, into the folder."""
     predict: str = "left_bench.evaluation.evaluate:written_answers"
-    """(model, reader, rows, cell, device=, tell=) -> an answer for each row, or None where none is asked for. Metrics
+    """(model, reader, rows, cell, device=, shared=, tell=) -> an answer for each row, or None where none is asked for;
+    `shared` is what the prompts begin with, where that has been read (`evaluation.shared_prompt`). Metrics
     (`eval.metrics`) score them against the rows' references."""
     probe: str | None = None
     """(model, tokens=) -> arguments of a forward pass over little that means nothing; None: a few tokens."""

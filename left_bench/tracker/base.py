@@ -12,7 +12,9 @@ from typing import Any, Protocol
 from left_bench.spec.cell import fingerprint
 from left_bench.spec.record import Record
 
+CURVE_METRICS = ("validation_loss", "tokens", "seconds", "joules")
 # of a step's event as they are; its `tokens` are added up, for they are an axis
+GIB = 2**30
 STEP_METRICS = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds")
 
 
@@ -57,9 +59,13 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """The cell's slug: its id without the hash."""
-        slug, _, identity = self.cell_id.rpartition("-")
-        return file_name(slug or identity)
+        """Short, to be read in a list: `lora · nf4 · s0`; what is not chosen (`none`) is left out.
+
+        Runs may share it: their ids tell them apart.
+        """
+        chosen = [self.choices.get(group, "none") for group in ("peft", "quantization")]
+        parts = [file_name(option) for option in chosen if option != "none"]
+        return " · ".join([*parts, f"s{self.config.get('seed', 0)}"])
 
     @property
     def group(self) -> str | None:
@@ -68,8 +74,8 @@ class Attempt:
 
     @property
     def tags(self) -> list[str]:
-        """The options of every group, each once."""
-        return list(dict.fromkeys(self.choices.values()))
+        """The option of every group: `peft:lora`."""
+        return [f"{group}:{option}" for group, option in self.choices.items()]
 
     def configuration(self) -> dict[str, Any]:
         """The resolved cell, flat `axis.<group>` beside it, and what the run is a part of."""
@@ -114,6 +120,10 @@ class Tracker(Protocol):
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         """Metrics of one optimizer step (from 1), at `time` in seconds since 1970."""
 
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        """A point of the curve along training: `validation_loss`, scores, and the `tokens`, `seconds` and `joules` so
+        far."""
+
     def finish(self, record: Record) -> None:
         """Everything the record holds; closes the run."""
 
@@ -144,6 +154,9 @@ class NoTracker:
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         return None
 
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        return None
+
     def finish(self, record: Record) -> None:
         return None
 
@@ -158,12 +171,16 @@ class Feed:
         self._tracker, self._tokens = tracker, 0
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """A step is logged, with all tokens so far; other events are none of a tracker's."""
+        """A step is logged, with all tokens so far, and a point of the curve; other events are none of a tracker's."""
+        if event.get("event") == "curve":
+            found = {name: event[name] for name in CURVE_METRICS if event.get(name) is not None}
+            at = event.get("time") or time.time()
+            self._tracker.log_validation(event["step"], time=at, **found, **(event.get("scores") or {}))
         if event.get("event") != "step":
             return
         metrics = {name: event[name] for name in STEP_METRICS if name in event}
         if "peak_memory_bytes" in event:  # of the train phase so far
-            metrics["memory_bytes"] = event["peak_memory_bytes"]
+            metrics["memory_gib"] = event["peak_memory_bytes"] / GIB
         if "tokens" in event:
             self._tokens += event["tokens"]
             metrics["tokens"] = self._tokens
@@ -190,14 +207,16 @@ def flat_environment(record: Record) -> dict[str, Any]:
 
 
 def summary_of(record: Record) -> dict[str, str | float]:
-    """Every number of a record under one name each, with its status and reason."""
+    """Every number of a record under one name each, with its status and reason; what is drawn of memory in GiB."""
     found: dict[str, str | float] = {"status": record.status, "reason": record.reason or ""}
     found |= record.metrics
     for phase in record.phases:
         found[f"seconds/{phase.name}"] = phase.seconds
         if phase.peak_memory_bytes is not None:
-            found[f"peak_memory_bytes/{phase.name}"] = phase.peak_memory_bytes
-    found |= {f"memory/{part}_bytes": size for part, size in record.memory_breakdown.items()}
+            found[f"peak_memory_gib/{phase.name}"] = phase.peak_memory_bytes / GIB
+    if "peak_memory_bytes" in record.metrics:
+        found["peak_memory_gib"] = record.metrics["peak_memory_bytes"] / GIB
+    found |= {f"memory_gib/{part}": size / GIB for part, size in record.memory_breakdown.items()}
     for score in record.scores:
         known = {"value": score.value, "stderr": score.stderr, "base": score.base_value, "n": score.n}
         found |= {

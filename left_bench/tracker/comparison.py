@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from left_bench.spec.record import METRICS, RECORD_NAME, Record
 from left_bench.tracker.base import Attempt, Comparison, launch_id
 from left_bench.tracker.choose import open_tracker
 
+if TYPE_CHECKING:
+    from left_bench.report.load import Run
+
 
 def compare(
-    records: Sequence[Record], *, sweep: str, started_at: str | None, command: str, markdown: Path
+    records: Sequence[Record],
+    *,
+    sweep: str,
+    started_at: str | None,
+    command: str,
+    markdown: Path,
+    plots: Sequence[Path] = (),
 ) -> Comparison:
     """One row per record: what it is, how it ended, its options and every metric that any of them has.
 
     Args:
         started_at: the start of the sweep's last launch, ISO 8601.
-        markdown: the report; its plots are the PNG files beside it whose names begin with its own.
+        markdown: the report.
+        plots: its plots as PNG files, which every tracker can show.
     """
     groups = list(dict.fromkeys(group for record in records for group in record.choices))
     known = [*METRICS, *(f"base_{name}" for name in METRICS)]
@@ -39,8 +50,18 @@ def compare(
         columns=[*fixed, *(f"axis.{group}" for group in groups), *metrics],
         rows=rows,
         markdown=markdown,
-        plots=sorted(markdown.parent.glob(f"{markdown.stem}_*.png")),
+        plots=list(plots),
     )
+
+
+def images_of(runs: Sequence[Run], *, name: str, out: Path) -> list[Path]:
+    """The plots of a report over these runs, as PNG files."""
+    from left_bench.report.cells import find_axes, labels, row_of
+    from left_bench.report.plots import write_images
+    from left_bench.report.seeds import pool
+
+    rows = pool([row_of(run) for run in runs])
+    return write_images(rows, labels(rows, find_axes(rows)), out=out, name=name)
 
 
 def track_sweep(
@@ -63,7 +84,15 @@ def track_sweep(
         runs, _ = read_runs([path for path in paths if path.is_file()])
         by_id = {run.record.cell_id: run.record for run in runs}
         records = [by_id[cell] for cell in cells if cell in by_id]
-        compared = compare(records, sweep=sweep, started_at=started_at, command=command, markdown=markdown)
-        open_tracker(section, store=runs_dir).report(compared)
+        with tempfile.TemporaryDirectory() as folder:
+            compared = compare(
+                records,
+                sweep=sweep,
+                started_at=started_at,
+                command=command,
+                markdown=markdown,
+                plots=images_of(runs, name=markdown.stem, out=Path(folder)),
+            )
+            open_tracker(section, store=runs_dir).report(compared)
     except Exception as error:
         print(f"warning: the sweep's comparison was not tracked ({type(error).__name__}: {error})", file=sys.stderr)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from left_bench.compat.wandb_workspaces import as_saved
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
 from left_bench.spec.record import METRICS, SCORER_PREFIX, find_metric
@@ -87,11 +88,11 @@ def panels(metric: str) -> dict[str, list[Any]]:
     def at(x: int, y: int, width: int = 12, height: int = 9) -> Any:
         return wr.Layout(x=x, y=y, w=width, h=height)
 
-    memory: list[Any] = [wr.SummaryMetric(f"peak_memory_bytes/{phase}") for phase in _PHASES]
+    memory: list[Any] = [wr.SummaryMetric(f"peak_memory_gib/{phase}") for phase in _PHASES]
     axes = [wr.ParallelCoordinatesPlotColumn(wr.Config(f"{axis}.name"), display_name=axis) for axis in _AXES]
     ends = [
         wr.ParallelCoordinatesPlotColumn(wr.Config("training.learning_rate"), display_name="learning rate", log=True),
-        wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric("peak_memory_bytes"), display_name="peak memory"),
+        wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric("peak_memory_gib"), display_name="peak memory (GiB)"),
         wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric("train_tokens_per_second"), display_name="tokens/s"),
         wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(metric), display_name=metric),
     ]
@@ -100,7 +101,7 @@ def panels(metric: str) -> dict[str, list[Any]]:
         "Quality, memory, speed": [
             wr.ScatterPlot(
                 title=f"{metric} against peak memory, coloured by method",
-                x=wr.SummaryMetric("peak_memory_bytes"),
+                x=wr.SummaryMetric("peak_memory_gib"),
                 y=wr.SummaryMetric(metric),
                 legend_template=legend,
                 layout=at(0, 0),
@@ -109,7 +110,7 @@ def panels(metric: str) -> dict[str, list[Any]]:
                 title="Peak memory by phase",
                 metrics=memory,
                 groupby=wr.Config("peft.name"),
-                title_x="bytes",
+                title_x="GiB",
                 orientation="h",
                 layout=at(12, 0),
             ),
@@ -138,8 +139,21 @@ def panels(metric: str) -> dict[str, list[Any]]:
                 max_runs_to_show=100,
                 layout=at(12, 0),
             ),
-            wr.LinePlot(title="Tokens per second", x="train/step", y=["train/tokens_per_second"], layout=at(0, 9)),
-            wr.LinePlot(title="Memory", x="train/step", y=["train/memory_bytes"], layout=at(12, 9)),
+            *(
+                wr.LinePlot(
+                    title=f"Validation loss over {axis}",
+                    x=f"eval/{axis}",
+                    y=["eval/validation_loss"],
+                    title_x=axis,
+                    title_y="nats per answer token",
+                    legend_template=legend,
+                    max_runs_to_show=100,
+                    layout=at(x, 9),
+                )
+                for axis, x in (("tokens", 0), ("seconds", 12))
+            ),
+            wr.LinePlot(title="Tokens per second", x="train/step", y=["train/tokens_per_second"], layout=at(0, 18)),
+            wr.LinePlot(title="Memory (GiB)", x="train/step", y=["train/memory_gib"], layout=at(12, 18)),
         ],
         "Cells side by side": [wr.RunComparer(diff_only="split", layout=at(0, 0, 24, 15))],
     }
@@ -158,7 +172,7 @@ def build_workspace(*, sweep: str, project: str, metric: str, colors: Mapping[st
         runset_settings=ws.RunsetSettings(
             filters=[ws.Config("sweep_name") == sweep],
             run_settings={run_id: ws.RunSettings(color=color) for run_id, color in colors.items()},
-            pinned_columns=["run:displayName", "summary:status", f"summary:{metric}", "summary:peak_memory_bytes"],
+            pinned_columns=["run:displayName", "summary:status", f"summary:{metric}", "summary:peak_memory_gib"],
         ),
     )
 
@@ -191,9 +205,7 @@ def specification(*, sweep: str, project: str, metric: str, colors: Mapping[str,
     """What would be saved, as plain data."""
     named: dict[str, Any] = {"sweep": sweep, "project": project, "metric": metric, "colors": colors}
     built = {"workspace": build_workspace(**named), "report": build_report(**named)}
-    return {
-        name: one._to_model().model_dump(mode="json", by_alias=True, exclude_none=True) for name, one in built.items()
-    }
+    return {name: as_saved(one) for name, one in built.items()}
 
 
 def _cells_of(sweep: str, runs_dir: Path) -> tuple[dict[str, str], list[str]]:

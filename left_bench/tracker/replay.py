@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from left_bench.core.errors import UserError, nearest
+from left_bench.report.archive import is_archive, lines_beside
 from left_bench.report.load import PathLike, Run, Sweep, read_runs, read_sweeps
-from left_bench.spec.events import EVENTS_NAME, EventReader
+from left_bench.spec.events import EVENTS_NAME
 from left_bench.spec.record import Record
 from left_bench.tracker.base import Attempt, Feed, Tracker
 from left_bench.tracker.choose import TRACKERS, check_trackers, defaults_of, make_tracker
-from left_bench.tracker.comparison import compare
+from left_bench.tracker.comparison import compare, images_of
 from left_bench.tracker.several import Shielded
 
 
@@ -67,6 +68,8 @@ def section_of(names: str, settings: Sequence[str]) -> dict[str, dict[str, str |
 
 def store_of(path: Path) -> Path:
     """The runs folder that `path` is, or lies in."""
+    if is_archive(path):
+        return path.parent
     if path.is_file():
         return path.parent.parent
     return path.parent if (path / "record.json").is_file() else path
@@ -82,7 +85,7 @@ def replay(paths: Sequence[PathLike], *, section: dict[str, Any], store: Path, s
         UserError: a path does not exist, or there is no record, or no such sweep.
     """
     runs, problems = read_runs(paths)
-    sweeps, _ = read_sweeps([path for path in paths if Path(path).is_dir()])
+    sweeps, _ = read_sweeps([path for path in paths if Path(path).is_dir() or is_archive(Path(path))])
     if not runs:
         raise UserError(f"RUNS={', '.join(map(str, paths))}: there is no record (<cell id>/record.json)")
     if sweep is not None:
@@ -111,7 +114,7 @@ def tell(tracker: Tracker, run: Run, sweeps: Sequence[Sweep]) -> None:
     attempt = attempt_of(run.record, run.path.parent, sweeps)
     tracker.start(attempt)
     feed = Feed(tracker)
-    for event in EventReader(run.path.with_name(EVENTS_NAME)).new():
+    for event in lines_beside(run.path.with_name(EVENTS_NAME)):
         feed.event(event)
     tracker.finish(run.record)
 
@@ -133,7 +136,13 @@ def _tell_sweep(tracker: Tracker, sweep: Sweep, runs: Sequence[Run], paths: Sequ
         return
     with tempfile.TemporaryDirectory() as folder:
         [markdown] = write_reports(paths, out=folder, name=sweep.name)
+        mine = [run for run in runs if run.record.cell_id in sweep.cells]
         compared = compare(
-            records, sweep=sweep.name, started_at=sweep.started_at, command=sweep.command, markdown=markdown
+            records,
+            sweep=sweep.name,
+            started_at=sweep.started_at,
+            command=sweep.command,
+            markdown=markdown,
+            plots=images_of(mine, name=markdown.stem, out=Path(folder)),
         )
         tracker.report(compared)

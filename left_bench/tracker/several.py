@@ -24,6 +24,10 @@ class Together:
         for tracker in self._trackers:
             tracker.log(step, time=time, **metrics)
 
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        for tracker in self._trackers:
+            tracker.log_validation(step, time=time, **metrics)
+
     def finish(self, record: Record) -> None:
         for tracker in self._trackers:
             tracker.finish(record)
@@ -47,6 +51,9 @@ class Shielded:
 
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         self._call("log", step, time=time, **metrics)
+
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        self._call("log_validation", step, time=time, **metrics)
 
     def finish(self, record: Record) -> None:
         self._call("finish", record)

@@ -40,13 +40,21 @@ class Checkpoint:
     """Saves and restores one training loop, beside its events; does nothing where `checkpoint_every` is null."""
 
     def __init__(
-        self, cell: Cell, *, model: torch.nn.Module, optimizer: Any, schedule: Any, scaler: Any, meter: Meter
+        self,
+        cell: Cell,
+        *,
+        model: torch.nn.Module,
+        optimizer: Any,
+        schedule: Any,
+        scaler: Any,
+        meter: Meter,
+        curve: Any = None,
     ) -> None:
         self._every = cell.training.checkpoint_every
         self._optimizer_name = cell.optimizer.name
         self._key = fingerprint([cell.identity, versions_of(_SAME)])
         self._model, self._optimizer, self._schedule, self._scaler = model, optimizer, schedule, scaler
-        self._meter = meter
+        self._meter, self._curve = meter, curve
 
     def resume(self) -> int:
         """Put back the newest state there is; returns how many steps it holds, 0 when there is none to go on from."""
@@ -77,6 +85,8 @@ class Checkpoint:
             self._save(step)
 
     def _save(self, step: int) -> None:
+        from left_bench.compat.peft import allocator_state
+
         state = {
             "key": self._key,
             "step": step,
@@ -84,10 +94,11 @@ class Checkpoint:
             "optimizer": _optimizer_state(self._optimizer),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "adalora": _adalora_state(self._model),
+            "adalora": allocator_state(self._model),
             "random": _random_state(),
             "starts": self._meter.starts,
             "memory_breakdown": self._meter.memory_breakdown,
+            "curve": [] if self._curve is None else self._curve.state(),
         }
         try:
             _write(self._folder() / f"step-{step:09d}", state, steps=_step_lines(self._meter.events.path))
@@ -103,6 +114,8 @@ class Checkpoint:
     def _restore(self, state: dict[str, Any]) -> None:
         import torch
 
+        from left_bench.compat.peft import restore_allocator
+
         parameters = dict(self._model.named_parameters())
         with torch.no_grad():
             for name, tensor in state["trainable"].items():
@@ -110,11 +123,13 @@ class Checkpoint:
         _restore_optimizer(self._optimizer, state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
-        _restore_adalora(self._model, state["adalora"])
+        restore_allocator(self._model, state["adalora"])
         _restore_random(state["random"])
         self._meter.take_over(
             state["steps"][: state["step"]], starts=state["starts"], memory_breakdown=state["memory_breakdown"]
         )
+        if self._curve is not None:
+            self._curve.restore(state["curve"])
 
 
 def _optimizer_state(optimizer: Any) -> dict[str, Any]:
@@ -135,23 +150,6 @@ def _restore_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
 
 def _parameters(optimizer: Any) -> list[Any]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _adalora_state(model: Any) -> dict[str, Any] | None:
-    """The importance scores by which AdaLoRA moves its budget, and the pattern of ranks it last chose."""
-    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
-    if allocator is None:
-        return None
-    scores = {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
-    return scores | {"rank_pattern": allocator.peft_config.rank_pattern}
-
-
-def _restore_adalora(model: Any, state: dict[str, Any] | None) -> None:
-    if state is not None:
-        allocator = model.base_model.rankallocator
-        allocator.peft_config.rank_pattern = state.pop("rank_pattern")
-        for name, scores in state.items():
-            setattr(allocator, name, scores)
 
 
 def _random_state() -> dict[str, Any]:

@@ -7,11 +7,11 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import get_scheduler
 
+from left_bench.compat.torch import uncompile as undo_compile
 from left_bench.core.errors import NotInForce, UserError
 from left_bench.data import Example, split_passes, step_rows
 from left_bench.measure.compile_timer import Compiling
@@ -24,11 +24,27 @@ from left_bench.processes.ranks import ALONE, Team
 from left_bench.spec.cell import Cell
 from left_bench.spec.instantiate import instantiate
 from left_bench.training.checkpoint import Checkpoint
+from left_bench.training.curve import Curve
 from left_bench.training.objective import Objective
-from left_bench.training.sharding import clip_gradient, fingerprint_of, make_accelerator, wrap
+from left_bench.training.schedule import Schedule
+from left_bench.training.sharding import (
+    clip_gradient,
+    fingerprint_of,
+    gradients_kept_apart,
+    make_accelerator,
+    wrap,
+)
 
 EXPLODED = 100.0
 """Nats per token beyond which a finite loss has exploded too: a uniform guess over 50,000 tokens costs 11."""
+
+
+class Trained(NamedTuple):
+    """How a training ended."""
+
+    optimizer_state_dtypes: str
+    ended: Literal["steps", "max_seconds", "stop_patience"]
+    """The setting that ended it."""
 
 
 class Diverged(RuntimeError):
@@ -47,8 +63,10 @@ def train(
     team: Team = ALONE,
     earlier: bool = False,
     base: Modules | None = None,
-) -> str:
-    """Take `training.steps` optimizer steps; measurements go into `meter`.
+    curve: Curve | None = None,
+) -> Trained:
+    """Take `training.steps` optimizer steps, or as many as `max_seconds` and `stop_patience` let; measurements go into
+    `meter`.
 
     Every answer token of a step (every pair, in preference tuning) weighs the same, in whichever pass it comes: the
     passes' summed losses are divided by the count of the whole step, that of all ranks.
@@ -59,9 +77,7 @@ def train(
         earlier: another training of the same model follows.
         base: the base model's modules, for what a method holds besides to be measured.
         team: the processes that train together; what is measured is the same on each of them, but for memory.
-
-    Returns:
-        The dtypes of the optimizer's states.
+        curve: takes the validation loss along the steps.
 
     Raises:
         Diverged: a loss or gradient that is not finite, or a loss that exploded, with the step.
@@ -69,17 +85,15 @@ def train(
     """
     settings, device = cell.training, meter.device.kind
     compiling = compiling or Compiling()
-    optimizer = make_optimizer(model, cell, device=device)
-    # transformers' plain `constant` knows no warm-up
-    shape = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    schedule = get_scheduler(shape, optimizer, math.ceil(settings.steps * settings.warmup_ratio), settings.steps)
-    scaler = torch.amp.GradScaler(device, enabled=cell.precision.loss_scaling)
     accelerator = make_accelerator(
         model,
         cell,
         team=team,
         unused=lambda: some_get_no_gradient(model, rows, cell, objective=objective, device=device),
     )
+    optimizer = make_optimizer(model, cell, device=device)
+    schedule = Schedule(optimizer, settings)
+    scaler = torch.amp.GradScaler(device, enabled=cell.precision.loss_scaling)
     network, optimizer = wrap(accelerator, model, optimizer)
     objective = objective.through(network)
     parameters = trainable_parameters(model)  # sharding has put others in their place
@@ -94,10 +108,16 @@ def train(
         steps=settings.steps,
         seed=cell.seed,
     )
-    checkpoint = Checkpoint(cell, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, meter=meter)
+    curve = curve or Curve(cell, (), meter=meter)
+    checkpoint = Checkpoint(
+        cell, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, meter=meter, curve=curve
+    )
     done = checkpoint.resume()
     team.check_alike("the step to go on from", [float(step) for (step,) in team.gather(done)])
     counts.steps = counts.tokens = 0
+    spent = sum(step.seconds for step in meter.steps)
+    ended: Literal["steps", "max_seconds", "stop_patience"] = "steps"
+    meter.energy.start_training()
     first_measured = 1 + done + warm_up(settings.steps - done, measure_after=settings.measure_after)
     for step, indices in enumerate(islice(order, done, None), start=done + 1):
         if step == first_measured:
@@ -118,7 +138,7 @@ def train(
             for batch in batches:
                 # gradients go round once a step
                 last = batch is batches[-1]
-                with contextlib.nullcontext() if last else accelerator.no_sync(network):
+                with contextlib.nullcontext() if last else gradients_kept_apart(accelerator, network):
                     with autocast(cell, device=device):
                         part = objective.summed(batch, gain=gain)
                     total += part.detach() / (scale * team.size)
@@ -130,10 +150,9 @@ def train(
         if step == 1:
             check_gradient(norm.item())
             meter.memory_breakdown["gradients"] = stored_bytes(p.grad for p in parameters if p.grad is not None)
-        learning_rate = schedule.get_last_lr()[0]
+        learning_rate = schedule.learning_rate
         scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
         scaler.update() if scaler.is_enabled() else None
-        schedule.step()
         if scaler.is_enabled() and not math.isfinite(norm.item()):  # skipped: its gradients tell AdaLoRA nothing
             for parameter in parameters:
                 if parameter.grad is not None:
@@ -162,17 +181,29 @@ def train(
         finite = math.isfinite(measured.loss) and (math.isfinite(norm.item()) or scaler.is_enabled())
         if not finite or measured.loss > EXPLODED:
             raise Diverged(f"loss {measured.loss:g}, gradient norm {norm.item():g} at step {step} of {settings.steps}")
-        if step == settings.steps:
+        if settings.max_seconds is not None:  # the ranks' clocks differ, and all have to stop at one step
+            spent += max(seconds for (seconds,) in team.gather(measured.seconds))
+        schedule.step(seconds=spent)
+        if settings.max_seconds is not None and spent >= settings.max_seconds and step < settings.steps:
+            ended = "max_seconds"
+        last = step == settings.steps or ended == "max_seconds"
+        if last:
             meter.end_measured()
+        stop = curve.after(step, spent=spent, model=model, network=network, objective=objective, last=last)
         if team.first:  # all ranks hold the same
             checkpoint.save(step)
+        if stop and not last:
+            ended = "stop_patience"
+            meter.end_measured()
+        if last or stop:
+            break
     if team.size > 1 and cell.hardware.sharding is None:
         team.check_alike("what was trained", [one for (one,) in team.gather(fingerprint_of(parameters))])
     states = state_tensors(optimizer)
     meter.memory_breakdown["optimizer"] = stored_bytes(one for one in states if not is_paged(one))
     if paged := stored_bytes(one for one in states if is_paged(one)):
         meter.metrics["paged_optimizer_bytes"] = paged
-    return optimizer_state_dtypes(optimizer)
+    return Trained(optimizer_state_dtypes(optimizer), ended)
 
 
 def some_get_no_gradient(
@@ -231,7 +262,7 @@ def compile_model(
 def uncompile(model: torch.nn.Module) -> None:
     """Back to eager: generation would compile again for every length."""
     for layer in layers_of(model):
-        layer._compiled_call_impl = None
+        undo_compile(layer)
 
 
 @contextlib.contextmanager
@@ -250,7 +281,9 @@ def embedding_noise(model: torch.nn.Module, alpha: float | None) -> Iterator[Non
     def look(_module: torch.nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
         boundaries[0] = named.get("cu_seq_lens_q")
 
-    def disturb(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def disturb(module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:  # the validation loss is without noise
+            return output
         if boundaries[0] is None:
             size = alpha / math.sqrt(output.shape[1] * output.shape[2])
             return output + torch.empty_like(output).uniform_(-size, size)

@@ -95,8 +95,8 @@ class AnswerLoss:
             found.output_head = "labelled positions, in chunks"
         return found
 
-    def through(self, wrapped: torch.nn.Module) -> AnswerLoss:
-        """The same loss with its forward pass taken through a wrapper around the model, whose hooks then run (DDP)."""
+    def through(self, wrapped: Callable[..., Any]) -> AnswerLoss:
+        """The same loss with its forward pass taken through a wrapper around the model: DDP's, whose hooks then run."""
         found = copy.copy(self)
         found.forward = wrapped
         return found

@@ -20,6 +20,18 @@ from left_bench.training.loss import AnswerLoss
 class Objective(Protocol):
     """A loss that is the mean over what `count` counts."""
 
+    @property
+    def loss(self) -> AnswerLoss:
+        """Of single tokens."""
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rows of a pass lie end to end."""
+
     def sequences(self, rows: Sequence[Example]) -> list[Example]:
         """What the model reads for these rows."""
 

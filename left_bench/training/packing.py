@@ -15,14 +15,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from left_bench.compat.transformers import attention_kernel
 from left_bench.data import Example, collate
-from left_bench.methods.attach import virtual_positions
+from left_bench.methods.attach import has_virtual_tokens
 from left_bench.model.load import autocast
 from left_bench.spec.cell import Cell
 from left_bench.training.loss import AnswerLoss
 
 SEGMENTS = "segments"
-"""The kernel's name in `model.config._attn_implementation`, and in a record's `effective.attention`."""
+"""The kernel's name for `set_attn_implementation`, and in a record's `effective.attention`."""
 
 
 # What the trial cannot see, for an adapter that has not learned yet changes nothing: peft's class, or its argument.
@@ -309,7 +310,7 @@ def why_not_packed(
         return str(getattr(rows[0], "not_packed", "rows of this task are not text"))
     if model.config.is_encoder_decoder:
         return "an encoder and a decoder have rows of their own"
-    if virtual_positions(model) or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if has_virtual_tokens(model):
         return "virtual tokens come before each row"
     settings = getattr(model, "active_peft_config", None)
     for name, why in _READS_WHOLE_ROWS.items():
@@ -328,7 +329,7 @@ def why_not_packed(
             in_float32 = dtype == torch.float32
             # nats; a float32 model rounds far below it, and so does a 16-bit one by the same kernel
             allowed = 1e-3 if in_float32 else 0.2
-            own = model.config._attn_implementation
+            own = attention_kernel(model)
             # one kernel's rounding against another's can cost a 16-bit model more: plain products on both sides first
             for beside in (own,) if in_float32 or kernel else ("eager", own):
                 with attending_in_segments(model, kernel=beside):
@@ -355,9 +356,12 @@ def _brief(row: Example) -> Example:
 
 @contextmanager
 def attending_in_segments(model: Any, *, kernel: str | None) -> Iterator[None]:
-    """Let `model` attend in segments, or with `kernel` where one was asked for by name (it builds a block mask)."""
-    config = model.config
-    before = config._attn_implementation
+    """Let `model` attend in segments, or with `kernel` where one was asked for by name (it builds a block mask).
+
+    Raises:
+        NotPackable: the model's attention layers do not take their kernel from transformers' table.
+    """
+    before = attention_kernel(model)
     _set_kernel(model, kernel or SEGMENTS)
     try:
         yield
@@ -366,11 +370,9 @@ def attending_in_segments(model: Any, *, kernel: str | None) -> Iterator[None]:
 
 
 def _set_kernel(model: Any, name: str) -> None:
-    # every part of a model that has parts (text, vision) reads its own configuration
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            config._attn_implementation = name
+    model.set_attn_implementation(name)
+    if attention_kernel(model) != name:  # transformers says so in its log, and goes on
+        raise NotPackable(f"{type(model).__name__} cannot be given another attention kernel")
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)  # without a mask function of that name no mask is built

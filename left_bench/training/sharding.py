@@ -1,35 +1,42 @@
-"""One model on several ranks, wrapped by accelerate: whole on every rank (DDP), or sharded (FSDP2)."""
+"""One model on several ranks: whole on every rank (DDP), or sharded (torch's FSDP2).
+
+accelerate wraps a model for DDP. It knows FSDP2 too, but on accelerators alone, and torch shards on a CPU as well: so
+its `fully_shard` is called here.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-)
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
+from accelerate.utils import DistributedDataParallelKwargs
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from left_bench.compat.bitsandbytes import not_to_shard
+from left_bench.compat.torch import leave_out_of_ddp
 from left_bench.core.errors import UserError, nearest
 from left_bench.model.load import layers_of
 from left_bench.processes.ranks import Team
 from left_bench.spec.cell import Cell
 
+_SHARDING_ARGUMENTS = ("reshard_after_forward",)
+"""Those of `fully_shard` that a configuration can hold."""
+
 
 def make_accelerator(model: torch.nn.Module, cell: Cell, *, team: Team, unused: Callable[[], bool]) -> Accelerator:
-    """accelerate as the cell's `hardware` section wants it; to be given model and optimizer together.
+    """accelerate as the cell's `hardware` section wants it; it is given model and optimizer together (`wrap`).
+
+    A model that FSDP2 shards is changed here, in place: its optimizer is made afterwards, of the shards.
 
     Args:
         unused: whether some trainable parameter gets no gradient in a pass; asked under DDP alone.
 
     Raises:
-        UserError: an argument in `hardware.sharding_config` that the plugin does not have.
+        UserError: an argument in `hardware.sharding_config` that there is not.
     """
     cpu, hardware = cell.device_type == "cpu", cell.hardware
     if hardware.processes != team.size:
@@ -39,13 +46,10 @@ def make_accelerator(model: torch.nn.Module, cell: Cell, *, team: Team, unused: 
     if team.size == 1:
         return Accelerator(cpu=cpu)
     if hardware.sharding == "fsdp2":
-        layers = sorted({type(layer).__name__ for layer in layers_of(model)})
-        defaults = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": layers}
-        plugin = _plugin(FullyShardedDataParallelPlugin, defaults | hardware.sharding_config, fsdp_version=2)
-        accelerator = Accelerator(cpu=cpu, fsdp_plugin=plugin)
-        if cpu:  # accelerate knows this on accelerators alone and would run DDP; torch shards on the CPU too
-            accelerator.state.distributed_type = DistributedType.FSDP
-            accelerator.state.fsdp_plugin = plugin
+        _check_names(hardware.sharding_config, _SHARDING_ARGUMENTS, whose="torch's fully_shard")
+        accelerator = Accelerator(cpu=cpu)
+        if not isinstance(model, FSDPModule):  # else an earlier training of the cell has sharded it
+            _shard(model, accelerator.device, ranks=team.size, **hardware.sharding_config)
         return accelerator
     _leave_alone_what_is_frozen(model)
     handler = DistributedDataParallelKwargs(
@@ -60,12 +64,24 @@ def wrap(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The module to call in `model`'s place, and the optimizer of what it trains."""
+    if isinstance(model, FSDPModule):
+        return model, optimizer
     network, optimizer = accelerator.prepare(model, optimizer)
-    if accelerator.device.type == "cpu":
-        for module in network.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no average
     return network, optimizer
+
+
+@contextlib.contextmanager
+def gradients_kept_apart(accelerator: Accelerator, network: torch.nn.Module) -> Iterator[None]:
+    """Inside, a backward pass adds to this rank's own gradients and sends none of them round."""
+    if not isinstance(network, FSDPModule):
+        with accelerator.no_sync(network):
+            yield
+        return
+    network.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        network.set_requires_gradient_sync(True)
 
 
 def clip_gradient(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -103,15 +119,32 @@ def _leave_alone_what_is_frozen(model: torch.nn.Module) -> None:
     """Keep DDP from sending what every rank has loaded itself; quantized storage it could not even send."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     frozen += [name for name, _ in model.named_buffers()]
-    ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-    ignore(model, frozen)
+    leave_out_of_ddp(model, frozen)
 
 
-def _plugin(kind: Any, config: dict[str, Any], **fixed: Any) -> Any:
-    known = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
+def _shard(model: Any, device: torch.device, *, ranks: int, **arguments: Any) -> None:
+    """Divide each layer's parameters over the ranks, and what is in no layer as one more group.
+
+    An embedding that is not the output head too is a group of its own: it is used at the beginning alone.
+    """
+    shared: dict[str, Any] = {"mesh": init_device_mesh(device.type, (ranks,)), **arguments}
+    if ignored := not_to_shard(model):
+        shared["ignored_params"] = ignored
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
+    groups = [*layers_of(model), *([] if tied or embedding is None else [embedding])]
+    for group in groups:
+        if group is not model:
+            fully_shard(group, **shared)
+    shared.pop("reshard_after_forward", None)  # by default not the outermost one's, which is wanted again at once
+    fully_shard(model, **shared)
+    if device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no average
+
+
+def _check_names(config: dict[str, Any], known: Sequence[str], *, whose: str) -> None:
     for key in config:
         if key not in known:
-            raise UserError(
-                f"hardware.sharding_config.{key}: {kind.__name__} has no such argument{nearest(key, known)}"
-            )
-    return kind(**config, **fixed)
+            raise UserError(f"hardware.sharding_config.{key}: {whose} has no such argument{nearest(key, known)}")

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from left_bench.processes.start_process import die_with_parent
 from left_bench.spec.run_files import ADAPTER_NAME, ROWS_NAME
@@ -83,6 +84,7 @@ def compare_losses(run_dir: Path) -> str:
     import torch
 
     from left_bench.evaluation import evaluate
+    from left_bench.evaluation.shared_prompt import read_shared_prompt
     from left_bench.model import load as models
     from left_bench.processes.ranks import Team
     from left_bench.worker.load_trained import cell_of, load_base, with_adapter
@@ -97,7 +99,9 @@ def compare_losses(run_dir: Path) -> str:
     test = test if cell.eval.rows is None else test[: cell.eval.rows]
     model = with_adapter(load_base(cell, folder=folder, classes=splits.classes), cell, run_dir / ADAPTER_NAME)
     with torch.no_grad(), models.autocast(cell, device=device):
-        found = evaluate.row_losses(model, test, cell, pad_id=evaluate.pad_of(tokenizer), device=device).nll
+        asked: dict[str, Any] = {"pad_id": evaluate.pad_of(tokenizer), "device": device}
+        shared = read_shared_prompt(model, test, cell, **asked)
+        found = evaluate.row_losses(model, test, cell, shared=shared, **asked).nll
     lines = (run_dir / ROWS_NAME).read_text(encoding="utf-8").splitlines()
     recorded = [json.loads(line)["nll"] for line in lines]
     difference = max(abs(one - other) for one, other in zip(found, recorded, strict=True))

@@ -25,7 +25,7 @@ from left_bench.processes.ranks import OUTCOME_NAME, Team
 from left_bench.processes.start_process import STACK_SIGNAL, die_with_parent
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import EVENTS_NAME, EventWriter, NullEventWriter
-from left_bench.spec.record import Record, Status
+from left_bench.spec.record import Status, outcome_of
 from left_bench.spec.run_files import ADAPTER_NAME, CELL_NAME
 from left_bench.worker.classify_error import disk_full, out_of_memory_reason, status_of
 
@@ -98,16 +98,7 @@ def main(argv: list[str], *, forked: bool = False) -> int:
         memory_limit.lift()  # a run that is out of memory needs some to say so
         # JSON has no NaN, and a loss that is none is in the reason, not a number to compare
         found["metrics"] = {name: value for name, value in dict(found.get("metrics", {})).items() if isfinite(value)}
-        outcome = Record(
-            cell_id=cell.id,
-            status=status,
-            reason=reason,
-            started_at=started,
-            finished_at=utc_now(),
-            choices=cell.choices,
-            config=cell.sections(),
-            **found,
-        )
+        outcome = outcome_of(cell, status, reason, started_at=started, measured=found)
         try:
             write_atomically(ranks.folder_of(run_dir, rank) / OUTCOME_NAME, outcome.model_dump_json(exclude_none=True))
         except OSError as error:

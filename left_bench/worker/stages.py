@@ -34,10 +34,11 @@ from left_bench.processes import ranks
 from left_bench.processes.ranks import Team
 from left_bench.processes.resources import assigned_cores, concurrent_cells
 from left_bench.spec.cell import Cell
-from left_bench.spec.events import ROW_COUNTS, EventWriter, progress_of
+from left_bench.spec.events import ROW_COUNTS, VALIDATION_COUNTS, EventWriter, progress_of
 from left_bench.spec.record import RECORDED_PACKAGES
 from left_bench.spec.run_files import ADAPTER_NAME, ROWS_NAME
 from left_bench.training import float8, loop, packing
+from left_bench.training.curve import Curve, check_curve
 from left_bench.training.flops import step_flops
 from left_bench.training.loss import AnswerLoss
 from left_bench.training.objective import make_objective, with_reference
@@ -123,14 +124,17 @@ def begin(
     elif splits.classes is None:
         longest_prompt = max(len(row.prompt_ids) for row in test)
         check_generation(cell, load.config_of(cell, folder), longest_prompt=longest_prompt)
+    check_curve(cell, rows=len(splits.validation))
     tasks = harness.load_tasks(cell) if team.first else None  # what cannot be had shows now, and not after training
 
     load.make_ready(cell, device=device.kind)
     meter = Meter(device, events, energy=joules)
     found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics |= counted_rows(splits, scored=len(test), cell=cell)
-    events.write("data", shape=splits.shape, **{name: meter.metrics[name] for name in ROW_COUNTS})
+    told = {name: meter.metrics[name] for name in (*ROW_COUNTS, *VALIDATION_COUNTS)}
+    events.write("data", shape=splits.shape, **told)
     found["provenance"]["rows"] = splits.fingerprint
+    found["provenance"]["splits"] = used_for(splits, scored=len(test))
     if cell.hardware.memory_limit is not None:
 
         def end_phase_too(used: int) -> None:
@@ -268,10 +272,11 @@ def train(run: RunContext, model: Any) -> None:
         if cell.training.compile:
             with meter.phase("compile"):
                 compiling = loop.compile_model(model, rows, cell, objective=objective, device=kind)
+        curve = curve_of(run, model)
         neighbours = Neighbours(beside=team.pids)
         try:
             with meter.phase("train") as counts, loop.embedding_noise(model, cell.training.neftune_alpha):
-                states = loop.train(
+                trained = loop.train(
                     model,
                     rows,
                     cell,
@@ -281,7 +286,9 @@ def train(run: RunContext, model: Any) -> None:
                     compiling=compiling,
                     team=team,
                     base=None if run.is_sharded else run.base_modules,  # sharded, frozen parts count among the weights
+                    curve=curve,
                 )
+                curve.finish(model)
         finally:
             others = neighbours.share()
             if others is not None:
@@ -291,7 +298,8 @@ def train(run: RunContext, model: Any) -> None:
             if meter.starts[1:]:
                 run.found["provenance"]["resumed_after_steps"] = meter.starts[1:]
             sum_up(peak)
-    effective["optimizer_state_dtype"] = states
+    effective["optimizer_state_dtype"] = trained.optimizer_state_dtypes
+    note_end(run, trained.ended, curve)
     if meter.above_peak is not None:  # measured beside other load, most likely, and kept
         sum_up(measured_peak(doubted=True))
     if compiling is not None:
@@ -299,6 +307,39 @@ def train(run: RunContext, model: Any) -> None:
     if team.size > 1:
         effective["rank_peak_memory_bytes"] = meter.take_in_peaks(team)
         meter.take_in_energy(team)
+
+
+def curve_of(run: RunContext, model: Any) -> Curve:
+    """What takes the validation loss along training, and with `eval.curve_scores` the score of answers."""
+    cell, rows, kind = run.cell, run.splits.validation, run.device.kind
+
+    def scores() -> dict[str, float]:
+        return evaluate.answer_scores(model, run.tokenizer, rows, cell, device=kind)
+
+    curve = Curve(
+        *(cell, rows),
+        meter=run.meter,
+        team=run.team,
+        tell=progress_of(run.events),
+        scores=scores if cell.eval.curve_scores and (cell.generates or run.splits.classes) else None,
+    )
+    run.found["curve"] = curve.points
+    return curve
+
+
+def note_end(run: RunContext, ended: str, curve: Curve) -> None:
+    """Why training ended, and whose step the weights are; their validation loss; what was chosen on which rows."""
+    meter, kept, splits = run.meter, curve.kept, run.found["provenance"]["splits"]
+    steps, rows_per_step = len(meter.steps), run.cell.training.batch_size * run.cell.training.gradient_accumulation
+    meter.metrics["train_epochs"] = steps * rows_per_step / len(run.splits.train)
+    of_step = kept.step if kept is not None else steps
+    run.found["provenance"]["training_ended"] = {"by": ended, "steps": steps, "weights_of_step": of_step}
+    if kept is not None:
+        meter.metrics["validation_loss"] = kept.validation_loss
+    if curve.points:
+        splits["validation"]["used_for"].append("the curve along training")
+    if run.cell.training.stop_patience is not None and curve.points:
+        splits["validation"]["used_for"].append("the step whose weights are taken (training.stop_patience)")
 
 
 def gather_shards(run: RunContext, base_model: Any, model: Any) -> tuple[Any, Any]:
@@ -325,6 +366,13 @@ def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
     with meter.phase("evaluate") as counts:
         after = evaluate.evaluate_model(model, run.tokenizer, test, cell, device=run.device.kind, tell=tell)
         counts.tokens = after.tokens
+        if run.splits.validation and "validation_loss" not in meter.metrics:
+            meter.metrics["validation_loss"] = evaluate.mean_token_loss(
+                *(model, run.splits.validation, cell),
+                pad_id=evaluate.pad_of(run.tokenizer),
+                device=run.device.kind,
+                tell=tell,
+            )
         if run.tasks is not None:
             room = evaluate.room_of(model, cell)
             with costing_its_scores("tasks", effective, events):
@@ -420,13 +468,25 @@ def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
     rows_per_step = cell.training.batch_size * cell.training.gradient_accumulation
     return {
         "train_rows": len(splits.train),
+        "validation_rows": len(splits.validation),
         "test_rows": scored,
         "dropped_rows": splits.dropped_rows,
         "repeated_rows": splits.repeated_rows,
+        "repeated_validation_rows": splits.repeated_validation_rows,
         "truncated_rows": splits.truncated_rows,
         "truncated_test_rows": splits.truncated_test_rows,
         "train_epochs": cell.training.steps * rows_per_step / len(splits.train),
     }
+
+
+def used_for(splits: Any, *, scored: int) -> dict[str, dict[str, Any]]:
+    """Which rows were used for what: split -> how many rows, and the use made of them."""
+    found: dict[str, dict[str, Any]] = {"train": {"rows": len(splits.train), "used_for": ["training"]}}
+    if splits.validation:
+        found["validation"] = {"rows": len(splits.validation), "used_for": ["validation_loss"]}
+    if scored:
+        found["test"] = {"rows": scored, "used_for": ["scores, before and after training"]}
+    return found
 
 
 def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ from left_bench.spec.cell import Cell
 _SIMULATED_STEPS = 64
 _SPEED_ROWS, _SPEED_PASSES, _SPEED_STEPS = 16, 2, 16
 """What `evaluate.generation_speed` does: two prompts passes over so many rows, and so many single tokens after them."""
-_CHECKED_ROWS, _MERGE_ROWS = 4, 8
+_CHECKED_ROWS, _MERGE_ROWS, _TRIED_ROWS = 4, 8, 2
 _AROUND_SECONDS = 1.0
 """Starting a forked worker, reading its rows, attaching and saving: 0.5 to 1.3 s, by method, in the records of
 reports/peft_methods.md (wall time less the phases that are added up here)."""
@@ -117,8 +117,12 @@ class Rows(BaseModel):
     train: list[Row]
     test: list[Row]
     test_rows: int
+    validation_rows: int = 0
+    """They are taken to be as long as the test rows."""
     general: list[int]
     """Tokens of the passages of general text."""
+    shared: int = 0
+    """Tokens that the test rows' prompts all begin with, which an evaluation reads once."""
 
 
 class Measured(NamedTuple):
@@ -164,6 +168,10 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
         both = [*seen, *(row.with_worse_answer() for row in seen)]
         found["reference"] = factors.evaluate * _passes(cell, rates.forward, both, training.batch_size)
     found["train"] = factors.train * _steps(cell, rates, rows)
+    if rows.validation_rows and (points := _points(cell, rows.validation_rows)):
+        read = (rows.test * (-(-rows.validation_rows // len(rows.test))))[: rows.validation_rows]
+        once = _passes(cell, rates.forward, read, training.batch_size)
+        found["validate"] = points * factors.evaluate * once
     found["evaluate"] = factors.evaluate * (_evaluation(cell, rates, rows) + _speed(cell, rates, rows))
     if cell.eval.check_reload:
         losses = _passes(cell, rates.forward, _scored(cell, rows), cell.eval.batch_size)
@@ -172,6 +180,12 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
         compared = rates.forward.of(_padded(rows.test[:_MERGE_ROWS], cell))
         found["merge"] = (1 + factors.evaluate) * compared + _speed(cell, rates, rows)
     return found
+
+
+def _points(cell: Cell, validation_rows: int) -> int:
+    """Times that the validation rows are gone over along training."""
+    steps, every = cell.training.steps, cell.eval.every
+    return cell.curve_points(validation_rows) if every is None else -(-steps // every)
 
 
 def _steps(cell: Cell, rates: Rates, rows: Rows) -> float:
@@ -206,7 +220,13 @@ def _steps(cell: Cell, rates: Rates, rows: Rows) -> float:
 def _evaluation(cell: Cell, rates: Rates, rows: Rows) -> float:
     """Losses, answers and general text; answers are taken to be as long as they may."""
     scored, batch = _scored(cell, rows), cell.eval.batch_size
-    seconds = _passes(cell, rates.forward, scored, batch)
+    seconds = 0.0
+    if rows.shared and not virtual_tokens(cell):
+        tried = scored[:_TRIED_ROWS]
+        seconds += rates.forward.of(rows.shared) + rates.forward.of(_padded(tried, cell))
+        scored = [row._replace(prompt=row.prompt - rows.shared) for row in scored]
+        seconds += rates.forward.of(_padded(scored[:_TRIED_ROWS], cell))
+    seconds += _passes(cell, rates.forward, scored, batch)
     if cell.data.pairs:
         seconds += _passes(cell, rates.forward, [row.with_worse_answer() for row in scored], batch)
     if not cell.task.writes:

@@ -187,6 +187,7 @@ def main(argv: Sequence[str], *, forked: bool = False) -> int:
 def count_rows(cell: Cell, splits: Any, tokenizer: Any) -> Rows:
     """How long the rows are, of at most `_MOST_ROWS` of each kind."""
     from left_bench.evaluation.evaluate import general_passages
+    from left_bench.evaluation.shared_prompt import common_beginning
 
     def counted(rows: Sequence[Any]) -> list[Row]:
         if splits.classes is not None:  # pictures are all alike, and long to read
@@ -198,7 +199,14 @@ def count_rows(cell: Cell, splits: Any, tokenizer: Any) -> Rows:
     # the first test rows are scored where `eval.rows` asks for a part
     test = splits.test[:_MOST_ROWS]
     general = [row.length for row in general_passages(tokenizer)] if cell.task.is_decoder else []
-    return Rows(train=counted(splits.train), test=counted(test), test_rows=len(splits.test), general=general)
+    return Rows(
+        train=counted(splits.train),
+        test=counted(test),
+        test_rows=len(splits.test),
+        validation_rows=len(splits.validation),
+        general=general,
+        shared=len(common_beginning(test)),
+    )
 
 
 def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: float) -> Rates:

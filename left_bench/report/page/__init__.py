@@ -19,9 +19,11 @@ from typing import Any
 from left_bench.core.files import write_atomically
 from left_bench.report.cells import Axis, Row, find_axes, find_baseline
 from left_bench.report.cells import labels as name_rows
+from left_bench.report.curves import Target
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import page_data
 from left_bench.report.page.markup import (
+    along_training,
     commands,
     confounding,
     constants,
@@ -30,12 +32,13 @@ from left_bench.report.page.markup import (
     introduction,
     leaderboard,
     notices,
+    versions,
 )
 from left_bench.report.values import one_line
 
 _STYLE = "page.css"
 # One script, in this order: each part uses what stands above it.
-_SCRIPTS = ("core.js", "table.js", "detail.js", "scatter.js", "charts.js", "start.js")
+_SCRIPTS = ("core.js", "address.js", "table.js", "axes.js", "detail.js", "scatter.js", "charts.js", "start.js")
 # What could end the block early, or a line of the script that some parsers take the block for.
 _IN_JSON = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
@@ -51,6 +54,7 @@ def write_page(
     sweep: Sweep | None = None,
     problems: Sequence[Problem] = (),
     notes: Sequence[str] = (),
+    target: Target | None = None,
 ) -> Path:
     """Write the rows as one HTML file that needs nothing else; the same bytes for the same records.
 
@@ -62,6 +66,7 @@ def write_page(
         sweep: what the launcher noted, for the command that repeats it.
         problems: files that could not be read, named on the page.
         notes: sentences in plain text to print above the table, a recommendation for instance.
+        target: a quality; the page then tells when each row reached it along training.
 
     Returns:
         `path`.
@@ -70,7 +75,15 @@ def write_page(
     labels = name_rows(rows, axes) if labels is None else labels
     baseline = find_baseline(rows) if baseline is None else baseline
     page = render_page(
-        rows, title=title, axes=axes, labels=labels, baseline=baseline, sweep=sweep, problems=problems, notes=notes
+        rows,
+        title=title,
+        axes=axes,
+        labels=labels,
+        baseline=baseline,
+        sweep=sweep,
+        problems=problems,
+        notes=notes,
+        target=target,
     )
     return write_atomically(path, page)
 
@@ -85,6 +98,7 @@ def render_page(
     sweep: Sweep | None = None,
     problems: Sequence[Problem] = (),
     notes: Sequence[str] = (),
+    target: Target | None = None,
 ) -> str:
     """The page as text; the arguments are those of `write_page`."""
     data = page_data(rows, axes=axes, labels=labels, baseline=baseline)
@@ -96,9 +110,11 @@ def render_page(
         style=style,
         introduction=introduction(rows, sweep),
         commands=commands(rows, sweep),
+        versions=versions(rows),
         constants=constants(data),
         notices=notices(rows, labels, notes, data),
         leaderboard=leaderboard(data),
+        along_training=along_training(rows, labels, target),
         confounders=confounding(rows, labels),
         failures=failures(rows, labels, problems),
         glossary=glossary(data),

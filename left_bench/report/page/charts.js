@@ -49,6 +49,7 @@ function drawLossSection(section) {
   section.append(
     el("h2", {}, "Training loss"),
     el("div", { class: "chart", id: "loss" }),
+    el("p", { class: "count", id: "loss-readout", role: "status" }),
     el("ul", { class: "legend", id: "loss-legend", "aria-label": "Curves; one that is pointed at or focused stands out" }),
     el("p", { class: "hint", id: "loss-note" }),
   );
@@ -65,17 +66,21 @@ function runningMean(values, width) {
 }
 
 function drawLoss() {
-  const known = new Map(data.curves.map(([i, steps, losses]) => [i, { steps, losses }]));
+  const known = new Map(data.curves.map(([i, steps, losses, low, high]) => [i, { steps, losses, low, high }]));
   const rows = view.filter((i) => known.has(i));
   const drawn = rows.slice(0, MAX_CURVES).sort((a, b) => a - b);
   const chart = byId("loss");
   const curves = drawn.map((i, n) => {
-    const { steps, losses } = known.get(i);
+    const { steps, losses, low, high } = known.get(i);
     const width = losses.length >= SMOOTHED_FROM ? Math.floor(losses.length / 10) : 1;
-    return { i, steps, losses: runningMean(losses, width), smooth: width > 1, colour: `c${n % COLOURS}`, dash: DASHES[Math.floor(n / COLOURS) % DASHES.length] };
+    const [colour, shape] = data.styles[i];
+    const smooth = (values) => values && runningMean(values, width);
+    return { i, steps, losses: smooth(losses), low: smooth(low), high: smooth(high), smooth: width > 1, colour: `c${colour}`, dash: DASHES[shape % DASHES.length] };
   });
   byId("loss-note").textContent = [
     curves.some((curve) => curve.smooth) ? "Running mean over a tenth of the steps." : "",
+    curves.some((curve) => curve.low) ? "Band: lowest to highest of the seeds." : "",
+    curves.length ? "With the chart focused, up and down choose a curve, left and right a step." : "",
     drawn.length < rows.length ? `The first ${drawn.length} of ${rows.length} curves in the table's order.` : "",
     curves.length ? "" : "No cell that passes the filters has a curve.",
   ].filter(Boolean).join(" ");
@@ -86,7 +91,7 @@ function drawLoss() {
   }
   const width = Math.max(280, chart.clientWidth - 14);
   const height = Math.round(Math.min(420, Math.max(280, width * 0.5)));
-  const down = makeScale(curves.flatMap((curve) => curve.losses), { log: false, from: height - 42, to: 30, steps: 6 });
+  const down = makeScale(curves.flatMap((curve) => [...curve.losses, ...(curve.low ?? []), ...(curve.high ?? [])]), { log: false, from: height - 42, to: 30, steps: 6 });
   const left = 14 + 6.6 * Math.max(...down.ticks.map((tick) => tickText(tick).length));
   const across = makeScale(curves.flatMap((curve) => [curve.steps[0], curve.steps.at(-1)]), { log: false, from: left, to: width - 12, steps: Math.max(2, Math.floor(width / 85)) });
   const lines = curves.map((curve) => svg("polyline", {
@@ -96,11 +101,38 @@ function drawLoss() {
     points: curve.losses.map((loss, n) => `${across.at(curve.steps[n]).toFixed(1)},${down.at(loss).toFixed(1)}`).join(" "),
   }));
   lines.forEach((line, n) => line.append(svg("title", {}, say(data.labels[curves[n].i]))));
-  chart.replaceChildren(svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": `Training loss by optimizer step of ${curves.length} cells` },
+  const along = (curve, values) => values.map((loss, n) => `${across.at(curve.steps[n]).toFixed(1)},${down.at(loss).toFixed(1)}`);
+  const bands = curves.filter((curve) => curve.low).map((curve) => svg("polygon", { class: `band ${curve.colour}`, points: [...along(curve, curve.high), ...along(curve, curve.low).reverse()].join(" ") }));
+  const cursor = svg("circle", { class: "cursor", r: 5, visibility: "hidden" });
+  chart.replaceChildren(svg("svg", { viewBox: `0 0 ${width} ${height}`, height, tabindex: 0, role: "group", "aria-label": `Training loss by optimizer step of ${curves.length} cells; up and down choose a curve, left and right a step`, keydown: (event) => read(event), focus: () => tell(), blur: () => { mark(null)(); cursor.setAttribute("visibility", "hidden"); } },
     ...frame({ across, down, left, width, height }),
     svg("text", { x: 4, y: 14 }, "↑ training loss (nats)"),
     svg("text", { x: width - 8, y: height - 4, "text-anchor": "end" }, "optimizer step →"),
-    ...lines));
+    ...bands,
+    ...lines,
+    cursor));
+  let [chosen, at] = [0, 0];
+  const tell = () => {
+    const curve = curves[chosen];
+    at = Math.max(0, Math.min(at, curve.steps.length - 1));
+    mark(chosen)();
+    cursor.setAttribute("cx", across.at(curve.steps[at]));
+    cursor.setAttribute("cy", down.at(curve.losses[at]));
+    cursor.setAttribute("visibility", "visible");
+    cursor.parentNode.append(cursor);
+    const band = curve.low ? ` (seeds ${tickText(curve.low[at])} to ${tickText(curve.high[at])})` : "";
+    byId("loss-readout").textContent = `${say(data.labels[curve.i])}: step ${curve.steps[at]}, loss ${tickText(curve.losses[at])}${band}`;
+  };
+  const read = (event) => {
+    const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -Infinity], End: [0, Infinity] }[event.key];
+    if (event.key === "Enter") openDetail(curves[chosen].i);
+    else if (move) {
+      chosen = (chosen + move[0] + curves.length) % curves.length;
+      at += move[1];
+      tell();
+    } else return;
+    event.preventDefault();
+  };
   const mark = (n) => () => {
     chart.classList.toggle("marked", n !== null);
     lines.forEach((line, other) => line.classList.toggle("mark", other === n));

@@ -38,7 +38,7 @@ const state = {
   chosen: new Map(), // filter key -> set of values; an axis without an entry is not filtered
   sort: null, // { key, descending }
   page: 0,
-  shown: new Set(data.shown),
+  shown: new Set(window.innerWidth > 640 ? data.shown : data.main), // a phone has room for three metrics
   axes: data.axes.length > 1 && window.innerWidth > 640, // a phone has the names, which say the same
   scatter: { x: null, y: null, logX: false, logY: false, colour: null },
 };
@@ -52,6 +52,7 @@ let plotsDue = null;
 function changed({ filtered = true } = {}) {
   if (filtered) view = sorted(passing());
   for (const redraw of redraws) redraw();
+  keepAddress();
   clearTimeout(plotsDue);
   const drawPlots = () => { for (const redraw of plotRedraws) redraw(); };
   if (data.cells <= AT_ONCE) drawPlots();
@@ -65,6 +66,7 @@ const filters = [
     .filter((axis) => say(axis.key) !== "cell")
     .map((axis) => ({ key: `axis ${say(axis.key)}`, heading: say(axis.heading), values: axis.values })),
   { key: "status", heading: "status", values: data.status },
+  ...(data.pareto ? [{ key: "pareto", heading: "Pareto set", values: data.pareto }] : []),
 ].filter((filter) => new Set(filter.values).size > 1);
 
 let haystacks = null;
@@ -95,7 +97,7 @@ function sorted(rows) {
   const column = state.sort && columns().find((one) => one.key === state.sort.key);
   if (!column) return rows;
   const sign = state.sort.descending ? -1 : 1;
-  const { numbers, groups } = column.metric ?? {};
+  const { numbers, groups } = column.metric ?? column;
   if (!numbers) return [...rows].sort((a, b) => sign * collator.compare(column.text(a), column.text(b)) || a - b);
   const group = (i) => groups?.[i] ?? (groups ? Infinity : 0);
   return [...rows].sort(

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from left_bench.report.cells import Axis, Row, settings
-from left_bench.report.load import read_losses
+from left_bench.report.judgement import Family
+from left_bench.report.leaderboard import axis_blocks, reference_of
 from left_bench.report.ranking import (
     COST,
     ENERGY,
@@ -15,14 +16,18 @@ from left_bench.report.ranking import (
     SPEED,
     best_rows,
     comparable,
+    family_of,
     headline_quality,
     present,
     qualities,
     rankable,
-    ties_with_best,
+    standing,
     yardstick,
 )
-from left_bench.report.tables import heading, told_against
+from left_bench.report.recommend import recommend
+from left_bench.report.statistics import seed_losses
+from left_bench.report.styles import row_styles
+from left_bench.report.tables import Report, heading, told_against
 from left_bench.report.values import (
     clean,
     format_against,
@@ -73,6 +78,7 @@ def page_data(
     def put(value: object) -> int:
         return strings[one_line(value)]
 
+    report = Report(name="", rows=rows, axes=axes, labels=labels, baseline=baseline)
     same, told = _settings(rows)
     metrics = [_metric(rows, name, baseline, put) for name in _metric_names(rows)]
     shown = present(rows, (*qualities(rows), *COLUMNS[len(QUALITY) :]))
@@ -94,6 +100,9 @@ def page_data(
         "metrics": metrics,
         "shown": shown,
         "main": main,
+        **_standing(rows, main, put),
+        "styles": [list(style[:2]) for style in row_styles(rows)],
+        "by_axis": _by_axis(report, main, put) if len(rows) <= DETAILED_CELLS else [],
         "parts": [put(part.replace("_", " ")) for part in parts],
         "memory": [_memory(row, parts, put) for row in rows],
         "curves": _curves(rows),
@@ -166,12 +175,13 @@ def _metric(rows: Sequence[Row], name: str, baseline: Row | None, put: Callable[
             None if error is None or value is None else put(format_error(name, value, error))
             for value, error in zip(values, errors, strict=True)
         ]
-    if meaning.better != "none" and not name.startswith("base_") and (found := ties_with_best(rows, name)):
-        tied = {id(row) for row in found[1]} - best
-        column["ties"] = [i for i, row in enumerate(rows) if id(row) in tied]
+    if meaning.better != "none" and not name.startswith("base_") and (found := standing(rows, name)):
+        unresolved = {id(row) for row, against in found.unresolved if against.interval is not None} - best
+        column["unresolved"] = [i for i, row in enumerate(rows) if id(row) in unresolved]
     if baseline is not None and len(rows) > 1 and not name.startswith("base_"):
         judged = len(rows) <= DETAILED_CELLS and (name in COLUMNS or meaning.kind == "quality")
-        column["against"] = [_against(row, baseline, name, put, judged=judged) for row in rows]
+        family = family_of(rows, name) if judged else None
+        column["against"] = [_against(row, baseline, name, put, family) for row in rows]
     if not rankable(rows, name):
         # rows of two groups are not to be ranked with each other
         groups: dict[Any, int] = {}
@@ -191,9 +201,9 @@ def _text(name: str, value: float, row: Row) -> str:
     return f"{text}, {share}" if share else text
 
 
-def _against(row: Row, baseline: Row, name: str, put: Callable[[object], int], *, judged: bool) -> int | None:
-    if judged:  # a bootstrap for each: only where a reader looks
-        text = told_against(row, baseline, name)
+def _against(row: Row, baseline: Row, name: str, put: Callable[[object], int], family: Family | None) -> int | None:
+    if family is not None:  # judged: only where a reader looks
+        text = told_against(row, baseline, name, family)
     elif row is baseline or not row.ok or not comparable(row, baseline, name):
         text = ""
     else:
@@ -241,17 +251,62 @@ def _memory(row: Row, parts: Sequence[str], put: Callable[[object], int]) -> lis
     return [[size, put(format_value("peak_memory_bytes", size))] for size in (*sizes, sum(sizes))]
 
 
+def _standing(rows: Sequence[Row], main: Sequence[str], put: Callable[[object], int]) -> dict[str, Any]:
+    """Each row's place in the first metric, and whether it is of the Pareto set over all of `main`."""
+    found = standing(rows, main[0]) if main else None
+    places = [None if found is None else found.places.get(id(row)) for row in rows]
+    advice = recommend(rows) if len(rows) > 1 else None
+    front = advice.front if advice else {}
+    shares = [front.get(id(row)) for row in rows]
+    return {
+        "places": places,
+        "pareto": [put("yes" if id(row) in front else "no") for row in rows] if front else None,
+        "pareto_texts": [
+            None if id(row) not in front else put("yes" if share is None else f"{share:.0%}")
+            for row, share in zip(rows, shares, strict=True)
+        ],
+    }
+
+
+def _by_axis(report: Report, main: Sequence[str], put: Callable[[object], int]) -> list[dict[str, Any]]:
+    """The rows that differ in one axis alone, each block with its reference, and how the others stand to that."""
+    numbers = {id(row): i for i, row in enumerate(report.rows)}
+    tables = []
+    for group, own, _, blocks in axis_blocks(report):
+        listed = []
+        for block in blocks:
+            reference = reference_of(report, own, block)
+            against = {
+                name: [
+                    put(text) if (text := told_against(row, reference, name, report.family(name))) else None
+                    for row in block
+                ]
+                for name in main
+            }
+            listed.append(
+                {
+                    "rows": [numbers[id(row)] for row in block],
+                    "reference": None if reference is None else numbers[id(reference)],
+                    "against": against,
+                }
+            )
+        tables.append({"axis": put(group), "blocks": listed})
+    return tables
+
+
 def _curves(rows: Sequence[Row]) -> list[list[Any]]:
-    """(row, steps, losses) of the first cells that have a curve."""
+    """(row, steps, mean loss, lowest and highest of the seeds) of the first cells that have a curve."""
     found: list[list[Any]] = []
     for i, row in enumerate(rows):
         if len(found) == CURVES:
             break
-        if row.path is None:
+        steps, losses = seed_losses(row)
+        if len(steps) < 2:
             continue
-        steps, losses = read_losses(row.path)
-        if len(steps) > 1:
-            found.append([i, *thin_out(steps, losses)])
+        by_step = [*zip(*losses, strict=True)]
+        thinned, means = thin_out(steps, [sum(values) / len(values) for values in by_step])
+        bands = [thin_out(steps, [pick(values) for values in by_step])[1] for pick in (min, max)]
+        found.append([i, thinned, means, *(bands if len(losses) > 1 else [])])
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from left_bench import __version__
 from left_bench.report.cells import Row, machine_line, machines_of, so_far
+from left_bench.report.curves import Target, equal_cost, to_target
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
 from left_bench.report.ranking import confounders
@@ -28,7 +29,7 @@ def text(value: object, *, limit: int = _TEXT_LIMIT) -> str:
 
 
 def introduction(rows: Sequence[Row], sweep: Sweep | None) -> str:
-    """What was measured, when, where, and with which versions."""
+    """What was measured, when and where."""
     pooled, rows = len(rows), [run for row in rows for run in runs_of(row)]
     counts = Counter(map(status_of, rows))
     tally = ", ".join(f"{n:,} {status}" for status, n in sorted(counts.items(), key=lambda count: count[0] != "ok"))
@@ -40,11 +41,14 @@ def introduction(rows: Sequence[Row], sweep: Sweep | None) -> str:
     seeds = f" {pooled:,} rows: cells that differ in the seed alone are one." if pooled < len(rows) else ""
     lines = [f"<p>{text(counted + when)}.{seeds}</p>"]
     lines += [f"<p><b>Machine:</b> {text('; '.join(where))}</p>"] if where else []
-    if versions := _versions(rows):
-        lines.append(f"<p><b>Versions:</b> {text(versions)}</p>")
     if sweep and sweep.finished_at is None:
         lines.append(f'<p class="warning">{text(so_far(rows, sweep))}</p>')
     return "\n".join(lines)
+
+
+def versions(rows: Sequence[Row]) -> str:
+    told = _versions(run for row in rows for run in runs_of(row))
+    return f"<p><b>Versions:</b> {text(told)}</p>" if told else ""
 
 
 def commands(rows: Sequence[Row], sweep: Sweep | None) -> str:
@@ -94,11 +98,7 @@ def notices(rows: Sequence[Row], labels: Sequence[str], notes: Sequence[str], da
                 "One seed only: ± is one standard error over the held-out rows and tells nothing of other seeds."
             )
         elif any(len(runs_of(row)) > 1 for row in rows):
-            lines.append(
-                "± is one standard error of the mean over seeds where there are several, else over held-out rows."
-            )
-    if data["curves"] and any(len(runs_of(row)) > 1 for row in rows):
-        lines.append("Loss curves are those of one seed, the first that is ok.")
+            lines.append("± is one standard error: of scores over held-out rows and seeds, of the rest over seeds.")
     if len(rows) > DETAILED_CELLS:
         lines.append(f"Answers and logs are in this page for the first {DETAILED_CELLS:,} cells only.")
     if len(data["curves"]) == CURVES:
@@ -107,16 +107,41 @@ def notices(rows: Sequence[Row], labels: Sequence[str], notes: Sequence[str], da
     return f'<div class="notices">\n{listed}\n</div>' if lines else ""
 
 
+def along_training(rows: Sequence[Row], labels: Sequence[str], target: Target | None) -> str:
+    """What the curves of the validation loss tell, folded; empty where there are none."""
+    told = [to_target(rows, labels, target)] if target is not None else []
+    told += [equal] if (equal := equal_cost(rows, labels)) is not None else []
+    folds = []
+    for one in told:
+        head = "".join(f"<th scope='col'>{text(name)}</th>" for name in one.header)
+        body = "\n".join(
+            f"<tr><th scope='row'>{text(name)}</th>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
+            for name, *cells in one.lines[:ROWS_SHOWN]
+        )
+        folds.append(
+            f"<details><summary>{text(one.title)}</summary>\n"
+            '<div class="scroll" tabindex="0"><table class="plain">'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+            f"<p>{text(' '.join(one.remarks))}</p></details>"
+        )
+    listed = "\n".join(folds)
+    return f"<section>\n<h2>Along training</h2>\n{listed}\n</section>\n" if folds else ""
+
+
 def leaderboard(data: Mapping[str, Any]) -> str:
     """The table's first rows; the script puts its own, sortable one in their place."""
     strings, several = data["strings"], len(data["axes"]) > 1
     axes = data["axes"] if several else []
     columns = [metric for metric in data["metrics"] if metric["name"] in data["shown"]]
-    head = ["cell", *(strings[axis["heading"]] for axis in axes), "status", *(metric["heading"] for metric in columns)]
+    ranked = any(place is not None for place in data["places"])
+    head = ["cell", *(["#"] if ranked else []), *(strings[axis["heading"]] for axis in axes), "status"]
+    head += [metric["heading"] for metric in columns]
     body = []
     for i in range(min(data["cells"], ROWS_SHOWN)):
         name = text(strings[data["labels"][i]]) + (" <small>baseline</small>" if i == data["baseline"] else "")
-        cells = [f'<th scope="row">{name}</th>', *(f"<td>{text(strings[axis['values'][i]])}</td>" for axis in axes)]
+        place = ABSENT if data["places"][i] is None else data["places"][i]
+        cells = [f'<th scope="row">{name}</th>', *([f'<td class="number">{place}</td>'] if ranked else [])]
+        cells += [*(f"<td>{text(strings[axis['values'][i]])}</td>" for axis in axes)]
         status, reason = strings[data["status"][i]], data["reasons"][i]
         told = "" if reason is None else f' <span class="reason">{text(strings[reason], limit=200)}</span>'
         kind = "ok" if status == "ok" else "failed"
@@ -201,7 +226,7 @@ def _number(strings: Sequence[str], metric: Mapping[str, Any], i: int) -> str:
     shown = f"<strong>{shown}</strong>" if best else shown
     if "error_texts" in metric and (error := metric["error_texts"][i]) is not None:
         shown += f' <span class="error">± {text(strings[error])}</span>'
-    shown += ' <span class="tie">≈</span>' if i in metric.get("ties", ()) else ""
+    shown += ' <span class="tie">≈</span>' if i in metric.get("unresolved", ()) else ""
     if "against" in metric and (against := metric["against"][i]) is not None:
         shown += f'<span class="against">{text(strings[against])}</span>'
     return f'<td class="number">{shown}</td>'

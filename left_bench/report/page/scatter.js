@@ -11,8 +11,14 @@ const SHAPES = [
   "M0,-6.2L5.9,4.6H-5.9Z", // triangle
   "M0,-6.6L6,0L0,6.6L-6,0Z", // diamond
   "M0,6.2L5.9,-4.6H-5.9Z", // triangle on its head
-  "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z", // cross
-];
+  "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z", // plus
+  "M-5.5,-3.3L-3.3,-5.5L0,-2.2L3.3,-5.5L5.5,-3.3L2.2,0L5.5,3.3L3.3,5.5L0,2.2L-3.3,5.5L-5.5,3.3L-2.2,0Z", // cross
+  "M-6.2,0L4.6,-5.9V5.9Z", // triangle to the left
+  "M6.2,0L-4.6,-5.9V5.9Z", // triangle to the right
+  "M0,-6.6L1.6,-2.1L6.3,-2L2.5,0.8L3.9,5.3L0,2.6L-3.9,5.3L-2.5,0.8L-6.3,-2L-1.6,-2.1Z", // star
+  "M0,-6L5.7,-1.9L3.5,4.9H-3.5L-5.7,-1.9Z", // pentagon
+]; // in the order of report/styles.py
+const styleOf = ([colour, shape]) => ({ path: SHAPES[shape], colour: `c${colour}` });
 const markOf = (n) => ({ path: SHAPES[n % SHAPES.length], colour: `c${n % COLOURS}` });
 
 const axisName = (metric) =>
@@ -82,12 +88,17 @@ function drawScatterControls(section) {
   const names = numeric.map((metric) => [metric.name, metric.heading]);
   const known = (name, otherwise) => (numeric.some((metric) => metric.name === name) ? name : otherwise.name);
   const { scatter } = state;
+  const asked = { ...scatter };
   scatter.x = known("peak_memory_bytes", numeric.at(-1));
   scatter.y = known(data.main[0], numeric[0]);
   const colours = filters.filter((filter) => filter.key !== "status");
   scatter.colour = (colours.find((filter) => filter.key === "axis peft") ?? colours[0])?.key ?? "";
+  Object.assign(firstView.scatter, { x: scatter.x, y: scatter.y, colour: scatter.colour, logX: String(wantsLog(scatter.x)), logY: String(wantsLog(scatter.y)) });
+  scatter.x = known(asked.x, metricOf(scatter.x));
+  scatter.y = known(asked.y, metricOf(scatter.y));
+  if (asked.colour === "" || colours.some((filter) => filter.key === asked.colour)) scatter.colour = asked.colour;
   const logBox = (id, name, key) => {
-    const box = el("input", { type: "checkbox", id, change: () => { scatter[key] = box.checked; drawScatter(); } });
+    const box = el("input", { type: "checkbox", id, change: () => { scatter[key] = box.checked; drawScatter(); keepAddress(); } });
     return el("label", { class: "check" }, box, name);
   };
   const swap = (axis, log) => (value) => {
@@ -95,6 +106,7 @@ function drawScatterControls(section) {
     scatter[log] = wantsLog(value);
     byId(axis === "x" ? "log-x" : "log-y").checked = scatter[log];
     drawScatter();
+    keepAddress();
   };
   section.append(
     el("h2", {}, "One metric against another"),
@@ -104,13 +116,15 @@ function drawScatterControls(section) {
       choice("scatter-y", "up", names, scatter.y, swap("y", "logY")),
       logBox("log-y", "log", "logY"),
       choice("scatter-colour", "colour and shape", [...colours.map((filter) => [filter.key, filter.heading]), ["", "all alike"]], scatter.colour,
-        (value) => { scatter.colour = value; drawScatter(); })),
+        (value) => { scatter.colour = value; drawScatter(); keepAddress(); })),
     el("div", { class: "chart", id: "scatter" }),
     el("ul", { class: "legend", id: "scatter-legend", "aria-label": "Legend" }),
     el("p", { class: "hint", id: "scatter-note" }),
   );
-  swap("x", "logX")(scatter.x);
-  swap("y", "logY")(scatter.y);
+  for (const [axis, log] of [["x", "logX"], ["y", "logY"]]) {
+    scatter[log] = scatter.asked?.get(log) ?? wantsLog(scatter[axis]);
+    byId(axis === "x" ? "log-x" : "log-y").checked = scatter[log];
+  }
   plotRedraws.push(drawScatter);
   whenResized(byId("scatter"), drawScatter);
   return true;
@@ -198,13 +212,16 @@ function colouring(rows) {
   }
   const values = [...new Set(filter.values)].sort((a, b) => collator.compare(say(a), say(b)));
   const numbers = new Map(values.map((value, n) => [value, n]));
+  const own = new Map();
+  if (filter.key === "axis peft") filter.values.forEach((value, i) => { if (!own.has(value)) own.set(value, styleOf(data.styles[i])); });
+  const look = (value) => own.get(value) ?? markOf(numbers.get(value));
   const present = new Set(rows.map((i) => filter.values[i]));
   const told = values.filter((value) => present.has(value)).slice(0, 40);
   legend.replaceChildren(...told.map((value) => {
-    const { path, colour } = markOf(numbers.get(value));
+    const { path, colour } = look(value);
     return el("li", {}, svg("svg", { viewBox: "-9 -9 18 18", "aria-hidden": "true" }, svg("path", { d: path, class: colour })), say(value));
   }));
-  return (i) => markOf(numbers.get(filter.values[i]));
+  return (i) => look(filter.values[i]);
 }
 
 function noteScatter(having, drawn, { front, bars, refused }) {

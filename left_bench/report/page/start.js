@@ -39,9 +39,10 @@ function drawTheme() {
 
 for (const metric of data.metrics) {
   metric.bestRows = new Set(metric.best);
-  metric.tiedRows = new Set(metric.ties ?? []);
+  metric.unresolvedRows = new Set(metric.unresolved ?? []);
 }
 drawTheme();
+readAddress();
 drawControls();
 drawHead();
 redraws.push(drawBody);
@@ -49,7 +50,9 @@ byId("command").closest("pre").after(copyButton(byId("command").textContent, "Co
 const plots = byId("plots");
 plots.hidden = false;
 view = passing();
-drawScatterControls(plots);
+const answer = byId("answer");
+answer.hidden = !drawScatterControls(answer);
+byId("by-axis").hidden = !drawAxisSection(byId("by-axis"));
 drawMemorySection(plots);
 drawLossSection(plots);
 const tip = byId("tip");
@@ -62,3 +65,8 @@ byId("detail").addEventListener("click", (event) => {
   if (event.target === byId("detail")) byId("detail").close(); // the backdrop
 });
 changed();
+viewIsKnown = true;
+window.addEventListener("hashchange", () => {
+  // an address pasted into the same tab: begin anew from it; a link within the page has none
+  if (location.hash.includes("=")) location.reload();
+});

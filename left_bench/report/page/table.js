@@ -9,6 +9,8 @@ function columns() {
   const axes = state.axes ? data.axes : [];
   return [
     { key: "cell", heading: "cell", text: (i) => say(data.labels[i]) },
+    ...(data.places.some((place) => place !== null) ? [{ key: "place", heading: "#", numbers: data.places, text: (i) => String(data.places[i] ?? ABSENT) }] : []),
+    ...(data.pareto && window.innerWidth > 640 ? [{ key: "pareto", heading: "Pareto set", text: (i) => (data.pareto_texts[i] === null ? "" : say(data.pareto_texts[i])) }] : []),
     ...axes.map((axis) => ({ key: `axis ${say(axis.key)}`, heading: say(axis.heading), text: (i) => say(axis.values[i]) })),
     ...(someFailed ? [{ key: "status", heading: "status", text: (i) => say(data.status[i]) }] : []),
     ...data.metrics
@@ -28,7 +30,7 @@ function drawHead() {
   const cells = columns().map((column) =>
     el(
       "th",
-      { scope: "col", class: column.metric ? "number" : null, "data-key": column.key },
+      { scope: "col", class: column.metric || column.numbers ? "number" : null, "data-key": column.key },
       el(
         "button",
         {
@@ -113,7 +115,7 @@ function tableCell(column, i) {
   }
   if (column.key === "status") return el("td", {}, statusOf(i));
   const { metric } = column;
-  if (!metric) return el("td", {}, column.text(i));
+  if (!metric) return el("td", { class: column.numbers ? "number" : null }, column.text(i));
   if (metric.texts[i] === null) return el("td", { class: "number" }, ABSENT);
   const error = metric.error_texts?.[i] ?? null;
   const against = metric.against?.[i] ?? null;
@@ -123,7 +125,7 @@ function tableCell(column, i) {
     { class: "number", "data-metric": metric.name },
     el(best ? "strong" : "span", best ? { title: "best of the column" } : {}, say(metric.texts[i])),
     error === null ? null : el("span", { class: "error" }, ` ± ${say(error)}`),
-    metric.tiedRows.has(i) ? el("span", { class: "tie", title: "tied with the best: the difference lies inside the noise" }, " ≈") : null,
+    metric.unresolvedRows.has(i) ? el("span", { class: "tie", title: "not resolved from the best" }, " ≈") : null,
     against === null ? null : el("span", { class: "against", title: "against the baseline" }, say(against)),
   );
 }
@@ -149,6 +151,7 @@ function drawControls() {
       changed();
     },
   });
+  search.value = state.query;
   const clear = el("button", { type: "button", id: "clear", click: () => {
     state.query = search.value = "";
     state.chosen.clear();
@@ -194,7 +197,7 @@ function filterMenu(filter) {
   const summary = el("summary", {});
   const boxes = values.map((value) => {
     const box = el("input", { type: "checkbox", change: () => choose() });
-    box.checked = true;
+    box.checked = !state.chosen.has(filter.key) || state.chosen.get(filter.key).has(value);
     return { value, box };
   });
   const choose = () => {

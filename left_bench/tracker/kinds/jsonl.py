@@ -11,7 +11,7 @@ from left_bench.tracker.base import Attempt, Comparison, TrackerKind, flat_envir
 
 
 class JsonlTracker:
-    """Lines are `{"kind": "start" | "step" | "finish" | "report", ...}`."""
+    """Lines are `{"kind": "start" | "step" | "validation" | "finish" | "report", ...}`."""
 
     def __init__(self, *, store: Path, folder: str | None) -> None:
         self._folder = Path(folder) if folder else store / "jsonl"
@@ -30,6 +30,9 @@ class JsonlTracker:
 
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         self._write("step", step=step, time=time, **metrics)
+
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        self._write("validation", step=step, time=time, **metrics)
 
     def finish(self, record: Record) -> None:
         self._write(

@@ -44,6 +44,11 @@ class MlflowTracker:
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         self._metrics({f"train/{name}": value for name, value in metrics.items()} | {"train/step": step}, step, time)
 
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        self._metrics({f"eval/{name}": value for name, value in metrics.items()} | {"eval/step": step}, step, time)
+        # a chart of MLflow has steps or the clock below it: this one has tokens
+        self._metrics({"eval/validation_loss_over_tokens": metrics["validation_loss"]}, int(metrics["tokens"]), time)
+
     def finish(self, record: Record) -> None:
         assert self._attempt is not None
         self._params(flat_environment(record).items())

@@ -13,6 +13,7 @@ from left_bench.tracker.base import (
     Attempt,
     Comparison,
     TrackerKind,
+    file_name,
     flat_environment,
     markdown_table,
     numbers_of,
@@ -36,11 +37,19 @@ class TensorboardTracker:
 
     def start(self, attempt: Attempt) -> None:
         self._attempt = attempt
-        self._open(attempt.group, f"{attempt.name}-{attempt.id}")
+        self._open(attempt.group, f"{file_name(attempt.name)}-{attempt.id}")
 
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         self._last = (step, time)
         self._scalars({f"train/{name}": value for name, value in metrics.items()})
+
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        self._last = (step, time)
+        self._scalars({f"eval/{name}": value for name, value in metrics.items()})
+        # a chart of TensorBoard has steps or the clock below it: this one has tokens
+        self._last = (int(metrics["tokens"]), time)
+        self._scalars({"eval/validation_loss_over_tokens": metrics["validation_loss"]})
+        self._last = (step, time)
 
     def finish(self, record: Record) -> None:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb

@@ -12,12 +12,14 @@ import time as clock
 from pathlib import Path
 from typing import Any
 
+from left_bench.compat.trackio import as_logged
 from left_bench.spec.record import Record
 from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
     Attempt,
     Comparison,
     TrackerKind,
+    file_name,
     flat_environment,
     sample_rows,
     summary_of,
@@ -37,11 +39,19 @@ class TrackioTracker:
         self._step, self._written = 0, 0.0
 
     def start(self, attempt: Attempt) -> None:
-        self._open(attempt.id, f"{attempt.name}-{attempt.id}", group=attempt.group, config=attempt.configuration())
+        self._open(
+            attempt.id, f"{file_name(attempt.name)}-{attempt.id}", group=attempt.group, config=attempt.configuration()
+        )
 
     def log(self, step: int, *, time: float, **metrics: float) -> None:
+        self._take(step, time, {f"train/{name}": value for name, value in metrics.items()})
+
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        self._take(step, time, {f"eval/{name}": value for name, value in metrics.items()})
+
+    def _take(self, step: int, time: float, metrics: dict[str, Any]) -> None:
         self._step = step
-        self._rows.append((step, _iso(time), {f"train/{name}": value for name, value in metrics.items()}))
+        self._rows.append((step, _iso(time), metrics))
         if clock.monotonic() - self._written >= _WRITE_EVERY_SECONDS:
             self._write()
 
@@ -52,7 +62,7 @@ class TrackioTracker:
         last: dict[str, Any] = summary_of(record)
         if record.samples:
             table = trackio.Table(columns=list(SAMPLE_COLUMNS), data=sample_rows(record))
-            last["samples"] = table._to_dict(self._project, self._name, self._step)
+            last["samples"] = as_logged(table, project=self._project, run=self._name, step=self._step)
         self._rows.append((self._step, record.finished_at, last))
         self._write()
 
@@ -63,14 +73,12 @@ class TrackioTracker:
         name = " ".join([comparison.name, *([comparison.launch] if comparison.launch else [])])
         self._open(comparison.id, name, group=comparison.group, config=config)
         table = trackio.Table(columns=list(comparison.columns), data=comparison.rows)
-        shown = {
-            "comparison": table._to_dict(self._project, self._name, 0),
-            "report": trackio.Markdown(comparison.markdown.read_text(encoding="utf-8"))._to_dict(),
+        parts = {
+            "comparison": table,
+            "report": trackio.Markdown(comparison.markdown.read_text(encoding="utf-8")),
+            **{f"plot/{path.stem}": trackio.Image(str(path), caption=path.stem) for path in comparison.plots},
         }
-        for path in comparison.plots:
-            image = trackio.Image(str(path), caption=path.stem)
-            image._save(self._project, self._name, 0)
-            shown[f"plot/{path.stem}"] = image._to_dict()
+        shown = {name: as_logged(part, project=self._project, run=self._name) for name, part in parts.items()}
         self._rows.append((0, _iso(clock.time()), shown))
         self._write()
 

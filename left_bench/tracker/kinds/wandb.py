@@ -54,15 +54,21 @@ class WandbTracker:
             tags=attempt.tags,
             config=attempt.configuration(),
         )
-        for axis in ("train/step", "train/tokens"):
+        for axis in ("train/step", "train/tokens", "eval/step", "eval/tokens", "eval/seconds"):
             self._run.define_metric(axis)
+        self._run.define_metric("eval/*", step_metric="eval/step")
+        self._run.define_metric("eval/validation_loss", step_metric="eval/tokens", summary="min")
         self._run.define_metric("train/*", step_metric="train/step")
         self._run.define_metric("train/loss", step_metric="train/tokens", summary="min")
-        self._run.define_metric("train/memory_bytes", step_metric="train/step", summary="max")
+        self._run.define_metric("train/memory_gib", step_metric="train/step", summary="max")
 
     def log(self, step: int, *, time: float, **metrics: float) -> None:
         row = {f"train/{name}": value for name, value in metrics.items()}
         self._run.log({"train/step": step, "_timestamp": time} | row)
+
+    def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
+        row = {f"eval/{name}": value for name, value in metrics.items()}
+        self._run.log({"eval/step": step, "_timestamp": time} | row)
 
     def finish(self, record: Record) -> None:
         import wandb

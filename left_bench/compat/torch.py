@@ -1,0 +1,124 @@
+"""torch, seen with 2.6 to 2.13.
+
+- `FakeTensorMode` and its relatives: tensors with shapes and dtypes and no numbers have no public name
+  (pytorch/pytorch#113456, open; #173671 proposed `torch.subclasses` and was closed).
+- `TorchDispatchMode`: torch's own guide to extending it imports it from a private module.
+- `storage_key`: what tells storages apart on whatever device; `data_ptr` is 0 on the meta device and for fakes.
+- `sparse_parts`, `sparse_like`: `indices()` and `values()` refuse a tensor that is not coalesced.
+- `watch_compiling`: `torch.compiler` tells nobody of a compilation; the callbacks are torch._dynamo's
+  (pytorch/pytorch#120764).
+- `uncompile`, `run_eagerly`: `nn.Module.compile` has no undo (torch/nn/modules/module.py).
+  `torch.compiler.set_stance("force_eager")` is no such thing: it holds for the whole process, and leaves a wrapper
+  around every call of the layer.
+- `leave_out_of_ddp`: what DDP is to pass by is told it in no public way (pytorch/pytorch#43690, open).
+- `MovedNotCast`: `.to(dtype)`, `.half()` and their like all go through `nn.Module._apply`, and nothing public lets a
+  module say that one of its buffers is stored in the dtype it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "DataDependentOutputException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "MovedNotCast",
+    "TorchDispatchMode",
+    "UnsupportedFakeTensorException",
+    "leave_out_of_ddp",
+    "run_eagerly",
+    "sparse_like",
+    "sparse_parts",
+    "storage_key",
+    "uncompile",
+    "watch_compiling",
+]
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """A number that no other living storage has."""
+    key: int = storage._cdata
+    return key
+
+
+def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two tensors that a sparse COO tensor is stored as, coalesced or not."""
+    return tensor._indices(), tensor._values()
+
+
+def sparse_like(mask: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """A sparse COO tensor with the entries of another one and values of its own, which are not filled in."""
+    make = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default
+    found: torch.Tensor = make(
+        mask.sparse_dim(),
+        mask.dense_dim(),
+        mask.shape,
+        mask._indices(),
+        torch.empty(mask._nnz(), dtype=dtype),
+        layout=torch.sparse_coo,
+        dtype=dtype,
+    )
+    return found
+
+
+def watch_compiling(begin: Callable[[Any], None], end: Callable[[Any], None]) -> None:
+    """Have torch call `begin` and `end` around every compilation in this process."""
+    from torch._dynamo.callback import callback_handler
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
+
+
+def uncompile(module: torch.nn.Module) -> None:
+    """Undo `module.compile()`."""
+    module._compiled_call_impl = None
+
+
+@contextmanager
+def run_eagerly(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Inside, modules that `compile()` has compiled run without it."""
+    compiled: list[Any] = [module._compiled_call_impl for module in modules]
+    for module in modules:
+        uncompile(module)
+    try:
+        yield
+    finally:
+        for module, call in zip(modules, compiled, strict=True):
+            module._compiled_call_impl = call
+
+
+def leave_out_of_ddp(module: torch.nn.Module, names: Iterable[str]) -> None:
+    """Have DDP, wrapped around `module` later, neither send nor look at these parameters and buffers."""
+    ignore: Any = torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(module, list(names))
+
+
+class MovedNotCast(torch.nn.Module):
+    """A module whose buffers named by `constant_names` move with it to another device, and keep their dtype."""
+
+    constant_names: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MovedNotCast:
+        before = {name: self.get_buffer(name) for name in self.constant_names}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = self.get_buffer(name)
+            if now.dtype != value.dtype:
+                setattr(self, name, value.to(now.device))
+        self.after_moving()
+        return self
+
+    def after_moving(self) -> None:
+        """Called when parameters and buffers may have become other tensors."""

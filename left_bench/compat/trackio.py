@@ -1,0 +1,20 @@
+"""trackio, seen with 0.40 to 0.43.
+
+- `as_logged`: tables, texts and pictures become what its store keeps inside `trackio.log` alone, which begins a run
+  whose id and times cannot be given (trackio/media/media.py, `_save` and `_to_dict`; table.py; markdown.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def as_logged(value: Any, *, project: str, run: str, step: int = 0) -> Any:
+    """What trackio's store keeps of a run's `trackio.Table`, `Markdown` or `Image`, whose file is put there."""
+    import trackio
+
+    if isinstance(value, trackio.Table):
+        return value._to_dict(project, run, step)
+    if isinstance(value, trackio.Image):
+        value._save(project, run, step)
+    return value._to_dict()

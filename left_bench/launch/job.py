@@ -1,0 +1,254 @@
+"""One job of a launch: a composed cell and all that running it needs, in whatever process its launcher chose.
+
+A launcher carries a job as one line among its overrides. It may run `run_job` in another process or on another machine:
+all it knows is the job and files.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from hydra.conf import HydraConf
+from hydra.core.utils import JobReturn
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pydantic import BaseModel, ConfigDict
+
+from left_bench.core import interrupt
+from left_bench.core.errors import user_errors
+from left_bench.grid.compose import Settings, check_same_files
+from left_bench.launch.cell_lock import until_done
+from left_bench.launch.partial_report import write_partial
+from left_bench.launch.run_cell import Pace, run_cell
+from left_bench.processes.resources import SCHEDULERS, seated
+from left_bench.spec.cell import Cell
+from left_bench.spec.record import RECORD_NAME, Record
+
+_CARRIED = "hydra.left_bench_job="
+"""Launchers leave overrides that begin with `hydra.` out of their logs."""
+_HYDRAS_PART = ("mode", "sweep", "job", "runtime", "verbose", "output_subdir", "job_logging", "hydra_logging")
+"""What launchers and Hydra's own running of a job read."""
+_NOT_A_JOBS = ("help", "hydra_help", "run", "callbacks", "sweeper", "launcher", "searchpath")
+ELSEWHERE = "elsewhere"
+
+
+class OwnFiles(NamedTuple):
+    """What a launch tells its jobs, wherever they run, and they tell it: no other launch of the sweep writes here."""
+
+    scope: Path
+    """The manifest as this launch began; one of the same name may have written its own over it meanwhile."""
+    report: Path
+    """When the sweep's report was last written, and how long that took."""
+
+    @classmethod
+    def of(cls, folder: Path, sweep: str, launch: str) -> OwnFiles:
+        return cls(*(folder / f"{sweep}.{launch}.{what}" for what in ("scope", "report")))
+
+    def remove(self) -> None:
+        for path in self:
+            path.unlink(missing_ok=True)
+
+
+class Job(BaseModel):
+    """A cell that is to run, and what its launch knows of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cell: Cell
+    settings: Settings
+    overrides: list[str]
+    command: str
+    """What makes this cell alone again."""
+    number: int
+    """From 1."""
+    total: int
+    recorded: int | None
+    """The attempt that was on record when the launch began, 0 for none: a later one was made by another launch. None:
+    nobody has looked."""
+    sweep: str | None
+    launch: str
+    """What trackers group its cells by."""
+    launcher: str
+    at_once: int
+    """Cells that run at the same time on one machine."""
+    elsewhere: bool
+    """The launcher may have carried it to another machine."""
+    comes_back: bool
+    """The launch takes the cell up again at its end if another launch is running it now; else the job waits."""
+    folder: str
+    """Where the command was given: relative paths are meant from there."""
+    own: OwnFiles | None
+
+    def carried(self) -> list[str]:
+        """The overrides that a launcher is given for it."""
+        # a dollar sign would be an interpolation to OmegaConf, and in JSON it stands within strings alone
+        text = self.model_dump_json(by_alias=True).replace("$", "\\u0024")
+        return [*self.overrides, f"{_CARRIED}{text}"]
+
+    def attempt(self, pace: Pace | None = None) -> Record | None:
+        """The cell's record, run now if need be; None where another launch has the cell in hand."""
+        return run_cell(
+            self.cell,
+            self.settings,
+            overrides=self.overrides,
+            command=self.command,
+            recorded_before=self.recorded,
+            number=self.number,
+            total=self.total,
+            sweep=self.sweep,
+            launch=self.launch,
+            take_seat=functools.partial(
+                seated,
+                at_once=min(self.at_once, self.total),
+                devices=self.cell.hardware.processes,
+                share=self.settings.share_devices,
+                scheduled=self.launcher in SCHEDULERS,
+            ),
+            bars=self.launcher == "basic",
+            pace=pace,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What a job returns to its launcher.
+
+    A search takes it as a number, the objective; a cell that has none (diverged, out of memory, ...) is a failed trial.
+    """
+
+    cell_id: str
+    status: str
+    """`elsewhere` where another launch has the cell in hand."""
+    objective: float | None
+    record: str | None = None
+    """As JSON, where the runs folder is not shared."""
+
+    @classmethod
+    def of(cls, record: Record, *, objective: str, sent_back: bool) -> Ended:
+        value = record.metrics.get(objective) if record.status == "ok" else None
+        text = record.model_dump_json() if sent_back else None
+        return cls(cell_id=record.cell_id, status=record.status, objective=value, record=text)
+
+    def __float__(self) -> float:
+        if self.objective is None:
+            raise ValueError(f"{self.cell_id} is {self.status} and has no value")
+        return self.objective
+
+    def __repr__(self) -> str:  # what Optuna's sweeper prints of a failed trial
+        return f"{self.cell_id}: {self.status}"
+
+
+def run_job(config: DictConfig, *, pace: Pace | None = None) -> Ended:
+    """The task that a launcher runs: take the job's cell to its record.
+
+    Args:
+        config: of `JobLoader`.
+        pace: of the launch, in whose own process the job runs.
+    """
+    with user_errors():
+        return take(Job.model_validate_json(config.job), pace=pace)
+
+
+def take(job: Job, *, pace: Pace | None = None) -> Ended:
+    """Run a job's cell in a process of its own, from this one."""
+    if Path(job.folder).is_dir() and Path(job.folder) != Path.cwd():
+        os.chdir(job.folder)  # some launchers start elsewhere
+    if job.elsewhere:
+        check_same_files(job.cell)
+    try:
+        interrupt.check()
+        record = job.attempt(pace)
+        if record is None and job.comes_back:
+            return Ended(cell_id=job.cell.id, status=ELSEWHERE, objective=None)
+        record = record or until_done([job.attempt])[0]
+    except KeyboardInterrupt:
+        print(f"\n{_interruption_note(job)}", file=sys.stderr)
+        _report_so_far(job, always=True)
+        raise
+    _report_so_far(job)
+    shared = job.own is None or job.own.scope.exists()
+    return Ended.of(record, objective=job.settings.objective, sent_back=not shared)
+
+
+def _report_so_far(job: Job, *, always: bool = False) -> None:
+    """Let the report grow with the sweep; a search's has no list of cells before its end, and a cell has no report."""
+    if job.own is None or job.sweep is None or not job.own.report.exists():
+        return
+    write_partial(
+        job.own.report,
+        runs_dir=job.settings.runs_dir,
+        name=job.sweep,
+        out=job.settings.reports_dir,
+        per_kwh=job.settings.price_per_kwh,
+        per_hour=job.settings.price_per_hour,
+        always=always,
+    )
+
+
+def _interruption_note(job: Job) -> str:
+    """What an interrupted launch leaves, and what goes on from there."""
+    told = f"{job.cell.id} has no record of this attempt and is run again"
+    if job.own is None or not job.own.scope.exists():
+        return told
+    cells = json.loads(job.own.scope.read_text(encoding="utf-8"))["cells"]
+    if not cells:  # a search, whose cells are not known before
+        return told
+    done = sum((job.settings.runs_dir / name / RECORD_NAME).exists() for name in cells)
+    return f"{done} of {len(cells)} cells have their record; {told}"
+
+
+def for_launchers(context: HydraContext) -> HydraContext:
+    """What a launcher is handed in the place of Hydra's own loader and callbacks."""
+    return HydraContext(config_loader=cast(Any, JobLoader()), callbacks=cast(Any, _LightReturns(context.callbacks)))
+
+
+class JobLoader:
+    """Gives a launcher a job's configuration: the job, which was composed before it was handed over.
+
+    Launchers ask a loader for nothing else (Hydra's basic one; joblib 1.2, submitit 1.2, ray 1.2).
+    """
+
+    def __init__(self) -> None:
+        self._shared: DictConfig | None = None
+        """What the jobs of a launch have in common."""
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
+        """`job` is the job as text; `hydra` what running a job reads of it."""
+        *given, carried = sweep_overrides
+        if self._shared is None:
+            hydra = master_config.hydra
+            self._shared = OmegaConf.create({"hydra": HydraConf(), "job": ""})
+            for key in _HYDRAS_PART:
+                self._shared.hydra[key] = hydra[key]
+            self._shared.hydra.sweep.dir = str(hydra.sweep.dir)  # it may refer to keys of the sweep's configuration
+            # Hydra copies all of it four times for every job
+            self._shared.hydra.runtime.choices, self._shared.hydra.runtime.config_sources = {}, []
+            with open_dict(self._shared.hydra):
+                for key in _NOT_A_JOBS:
+                    del self._shared.hydra[key]
+        config = copy.deepcopy(self._shared)
+        config.job = carried.removeprefix(_CARRIED)
+        config.hydra.overrides.task = given
+        return config
+
+
+class _LightReturns:
+    """The launch's callbacks. Launchers keep every job's return to the end, two configurations in each: those go."""
+
+    def __init__(self, callbacks: Any) -> None:
+        self._callbacks = callbacks
+
+    def on_job_start(self, **named: Any) -> None:
+        self._callbacks.on_job_start(**named)
+
+    def on_job_end(self, *, job_return: JobReturn, **named: Any) -> None:
+        self._callbacks.on_job_end(job_return=job_return, **named)
+        job_return.cfg = job_return.hydra_cfg = None

@@ -1,0 +1,383 @@
+"""A launch, from what was typed to its closing summary: `Launch`, which Hydra calls.
+
+Hydra reads the command line and has two doors to what runs then: the task of a single run, and the sweeper of a sweep
+(`hydra_plugins.left_bench_sweeper`). Both lead to `Launch`, and a single cell takes the way of a sweep's: composed
+once, checked, passed by if it is done, run as a `Job`, summed up.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from left_bench.core import interrupt
+from left_bench.core.clock import utc_now
+from left_bench.core.errors import UserError, user_errors
+from left_bench.core.files import write_atomically
+from left_bench.grid.compose import Settings, check_cell, check_folder, compose, ignored_choices
+from left_bench.grid.job_composer import JobComposer
+from left_bench.grid.rules import why_unsupported
+from left_bench.grid.sweep import (
+    SWEEPS_FOLDER,
+    Manifest,
+    best_trial,
+    check_launcher,
+    check_objective,
+    command_of,
+    config_dir_of,
+    jobs_of,
+    launcher_of,
+    quiet_optuna,
+    runs_elsewhere,
+    searches,
+    sweep_name,
+)
+from left_bench.launch.cell_lock import until_done
+from left_bench.launch.estimate import Planned, say_estimate
+from left_bench.launch.job import ELSEWHERE, Ended, Job, OwnFiles, for_launchers, run_job, take
+from left_bench.launch.notes import say_automatic_precision, say_what_is_emulated, say_what_leaves
+from left_bench.launch.partial_report import begin_partial
+from left_bench.launch.preflight import Trial, has_user_values, rehearse
+from left_bench.launch.run_cell import Pace, note_records, previous_record, store_received
+from left_bench.measure.auto_precision import AUTO
+from left_bench.processes.resources import available_cores, cells_at_once
+from left_bench.spec.cell import SECTIONS, Cell, fingerprint
+from left_bench.spec.record import RECORD_NAME, KnownParts
+from left_bench.tracker import check_trackers, launch_id
+
+_BATCH_LAUNCHER = "hydra_plugins.left_bench_sweeper.BatchLauncher"
+
+
+class Composed(NamedTuple):
+    """A job's overrides and what they are."""
+
+    overrides: list[str]
+    cell: Cell
+    settings: Settings
+    trial: Trial | None
+    """Where values of the person's own go to other packages' classes."""
+    automatic: bool
+    """Its precision is what this machine is fast in."""
+
+    @property
+    def refused(self) -> bool:
+        """By a rule: no error, but a row that says so."""
+        return not self.settings.force_unsupported and why_unsupported(self.cell) is not None
+
+
+class Launch:
+    """One command's cells. Hydra's task in a run; what its sweeper hands a sweep to."""
+
+    def __init__(self, typed: Sequence[str] = ()) -> None:
+        """`typed`: the overrides of the command line, as a person has given them."""
+        self._typed = tuple(typed)
+        self._started_at = utc_now()
+        self._launcher = "basic"
+        self._elsewhere = False
+        self._searches = False
+        self._at_once = 1
+        self._total = 1
+        self._sweep: str | None = None
+        self._own: OwnFiles | None = None
+        self._manifest: Manifest | None = None
+        self._cells: dict[str, None] = {}
+        """Ids, in the sweep's order; those of a search as they are chosen."""
+        self._recorded: dict[str, int] = {}
+        self._pace = Pace()
+        self._hydras_launcher: Launcher | None = None
+        self._later: list[Job] = []
+        self._shared_sections: dict[tuple[str, str], Any] = {}
+
+    def __call__(self, config: DictConfig) -> None:
+        """A run: one cell, in this process."""
+        with user_errors():
+            hydra: Any = HydraConfig.get()
+            job = self._composed(config, hydra)
+            self._prepare([job], hydra)
+
+            def run(jobs: Sequence[Composed]) -> None:
+                for one in jobs:
+                    take(self._job(one, 1, hydra), pace=self._pace)
+
+            self._conduct([job], run)
+
+    def sweep(self, config: DictConfig, context: HydraContext) -> None:
+        """A sweep or a search, as `hydra/sweeper=` has it, by the launcher that `hydra/launcher=` chose."""
+        hydra = config.hydra
+        check_launcher(config)
+        for told in ignored_choices(config):
+            print(told, file=sys.stderr)
+        # one at a time: thousands of configurations would fill the memory
+        jobs = [self._composed(job, job.hydra) for _, job in jobs_of(config, context.config_loader)]
+        if not jobs:
+            raise UserError("the sweep has no cells: one of its keys has no values, such as seed=range(0,0)")
+        self._launcher, self._elsewhere, self._searches = launcher_of(hydra), runs_elsewhere(hydra), searches(hydra)
+        self._sweep = sweep_name(hydra)
+        self._prepare(jobs, hydra)
+        launch = functools.partial(self._hand_over, config=config, context=context)
+        # what comes before a comparison, as a search for each method's rate would, goes here: it may run cells with
+        # `launch`, and its answer is another list of jobs
+        if self._searches:
+            self._conduct(jobs, lambda _: self._search(config, context, launch), config=config)
+        else:
+            self._conduct(jobs, lambda left: self._run_grid(left, hydra, launch), config=config)
+
+    # --- before the first cell ---
+
+    def _composed(self, config: DictConfig, hydra: Any) -> Composed:
+        """The only time that a job's configuration becomes a cell."""
+        interrupt.check()
+        cell, settings = compose(config, hydra, typed=self._typed)
+        cell = cell.model_copy(update={name: self._shared(name, getattr(cell, name)) for name in SECTIONS})
+        trial = Trial.of(cell, hydra) if has_user_values(hydra) else None
+        overrides = [str(one) for one in hydra.overrides.task]
+        return Composed(overrides, cell, settings, trial, hydra.runtime.choices.precision == AUTO)
+
+    def _shared(self, name: str, section: Any) -> Any:
+        """The same section of a cell before, if one was equal: ten thousand cells have a few dozen between them."""
+        return self._shared_sections.setdefault((name, section.model_dump_json()), section)
+
+    def _prepare(self, jobs: Sequence[Composed], hydra: Any) -> None:
+        """Check all cells; nothing is written."""
+        self._settings = jobs[-1].settings
+        self._at_once = self._settings.at_once or cells_at_once(
+            hydra.launcher, self._launcher, cores=len(available_cores())
+        )
+        self._trials = int(hydra.sweeper.n_trials) if self._searches else 1
+        self._cells = {} if self._searches else dict.fromkeys(job.cell.id for job in jobs)
+        self._total = self._trials if self._searches else len(self._cells)
+        unlike: dict[str, Cell] = {}
+        for job in jobs:
+            identity = job.cell.identity
+            unlike.setdefault(fingerprint([identity["model"], identity["data"]]), job.cell)
+        for cell in unlike.values():
+            interrupt.check()
+            check_cell(cell)
+            if self._searches:
+                check_objective(cell, self._settings.objective)
+        check_trackers(self._settings.tracker)
+        for key in ("runs_dir", "reports_dir"):
+            check_folder(key, getattr(self._settings, key))
+
+    def _conduct(
+        self, jobs: Sequence[Composed], run: Callable[[Sequence[Composed]], None], *, config: DictConfig | None = None
+    ) -> None:
+        """Pass by what is done, try and say what can be known of the rest, run it, sum up.
+
+        Args:
+            config: the sweep's; None for a cell alone, which has no manifest and no report.
+        """
+        left = self._without_finished(jobs)
+        self._try_and_tell(left)
+        if config is not None:
+            self._open_manifest(config)
+        run(left)
+        interrupt.check()
+        if self._later:
+            print(f"waiting for {len(self._later)} cells that another launch is running")
+            until_done([functools.partial(job.attempt, self._pace) for job in self._later])
+        if config is not None:
+            self._close_manifest()
+        self._sum_up()
+
+    def _without_finished(self, jobs: Sequence[Composed]) -> list[Composed]:
+        """The jobs that are left to run; what is kept is said. Which attempts are on record now is noted for all."""
+        keep = {job.cell.id for job in jobs if not job.settings.force}
+        self._recorded, done = note_records(list(self._cells), self._settings.runs_dir, keep=keep)
+        self._pace = Pace(len(self._cells) - len(done))
+        return [job for job in jobs if job.settings.force or job.cell.id not in done]
+
+    def _try_and_tell(self, left: Sequence[Composed]) -> None:
+        here = self._launcher == "basic"
+        allowed = [job for job in left if not job.refused]
+        rehearse((job.trial for job in allowed if job.trial is not None), cells_follow=here)
+        say_what_leaves(job.cell for job in left)
+        if self._elsewhere:
+            say_automatic_precision(job.cell for job in left if job.automatic)
+        else:
+            say_what_is_emulated(job.cell for job in left)
+        alike: dict[str, tuple[Cell, set[str]]] = {}
+        for job in allowed:
+            alike.setdefault(_what_it_costs(job.cell), (job.cell, set()))[1].add(job.cell.id)
+        if left:
+            say_estimate(
+                [Planned(cell, len(ids) * self._trials) for cell, ids in alike.values()],
+                self._settings.runs_dir,
+                at_once=self._at_once,
+                elsewhere=self._elsewhere,
+                cells_follow=here,
+            )
+
+    def _open_manifest(self, config: DictConfig) -> None:
+        hydra, runs_dir = config.hydra, self._settings.runs_dir
+        given, several = list(hydra.overrides.task), "sweep" not in hydra.runtime.choices
+        self._manifest = Manifest(
+            name=str(self._sweep),
+            command=command_of(given, multirun=several, config_dir=config_dir_of(hydra)),
+            overrides=given,
+            started_at=self._started_at,
+            cells=list(self._cells),
+        )
+        self._manifest.write(runs_dir)
+        OmegaConf.save(config, runs_dir / SWEEPS_FOLDER / "multirun.yaml")  # as Hydra's own sweeper does
+        launch = f"{launch_id(self._started_at)}-{os.getpid()}"
+        self._own = OwnFiles.of(runs_dir / SWEEPS_FOLDER, self._manifest.name, launch)
+        write_atomically(self._own.scope, self._manifest.model_dump_json() + "\n")
+        atexit.register(self._own.remove)  # an interrupted launch does not come to its end
+        if self._searches:
+            quiet_optuna()
+        else:
+            begin_partial(self._own.report)
+
+    # --- the cells ---
+
+    def _run_grid(self, left: Sequence[Composed], hydra: Any, launch: Callable[..., list[JobReturn]]) -> None:
+        """In batches: one at a time in this process, else as many as the launcher may have."""
+        places = {cell_id: place for place, cell_id in enumerate(self._cells, start=1)}
+        jobs = [(one, places[one.cell.id]) for one in left]
+        size = 1 if self._launcher == "basic" else hydra.sweeper.get("max_batch_size") or max(1, len(jobs))
+        for first in range(0, len(jobs), size):
+            launch(jobs[first : first + size], first=first)
+
+    def _search(self, config: DictConfig, context: HydraContext, launch: Callable[..., list[JobReturn]]) -> None:
+        """By the sweeper that was chosen: it asks for batches of trials, and is told how they ended."""
+        composer = JobComposer(context.config_loader, config)
+        begun = 0
+
+        def run_batch(trials: Sequence[Sequence[str]]) -> list[JobReturn]:
+            nonlocal begun
+            jobs = []
+            for number, overrides in enumerate(trials, start=begun + 1):
+                job = composer.compose(overrides)
+                jobs.append((self._composed(job, job.hydra), number))
+            first, begun = begun, begun + len(jobs)
+            self._cells |= dict.fromkeys(job.cell.id for job, _ in jobs)
+            return launch(jobs, first=first)
+
+        inner = copy.deepcopy(config)
+        chosen = context.config_loader.load_configuration(
+            None, [f"hydra/sweeper={config.hydra.runtime.choices['hydra/sweeper']}"], run_mode=RunMode.MULTIRUN
+        )
+        with open_dict(inner):
+            inner.hydra.sweeper._target_ = chosen.hydra.sweeper._target_
+            inner.hydra.launcher = {"_target_": _BATCH_LAUNCHER}
+        sweeper = Plugins.instance().instantiate_sweeper(config=inner, hydra_context=context, task_function=run_batch)
+        sweeper.sweep(list(config.hydra.overrides.task))
+
+    def _hand_over(
+        self, jobs: Sequence[tuple[Composed, int]], *, first: int, config: DictConfig, context: HydraContext
+    ) -> list[JobReturn]:
+        """Have the launcher run these jobs, each with its place in the sweep, and take what comes back.
+
+        Args:
+            first: how many were handed over before.
+        """
+        if self._hydras_launcher is None:
+            task = functools.partial(run_job, pace=self._pace) if self._launcher == "basic" else run_job
+            self._hydras_launcher = Plugins.instance().instantiate_launcher(for_launchers(context), task, config)
+        made = [self._job(one, number, config.hydra) for one, number in jobs]
+        returns = list(self._hydras_launcher.launch([job.carried() for job in made], initial_job_idx=first))
+        for job, returned in zip(made, returns, strict=True):
+            ended: Ended = returned.return_value  # raises what the job raised
+            if ended.status == ELSEWHERE:
+                self._later.append(job)
+            if ended.record is not None:
+                store_received(ended.record, self._settings.runs_dir)
+        return returns
+
+    def _job(self, composed: Composed, number: int, hydra: Any) -> Job:
+        return Job(
+            cell=composed.cell,
+            settings=composed.settings,
+            overrides=composed.overrides,
+            command=command_of(composed.overrides, config_dir=config_dir_of(hydra)),
+            number=number,
+            total=self._total,
+            recorded=self._recorded.get(composed.cell.id),
+            sweep=self._sweep,
+            launch=launch_id(self._started_at),
+            launcher=self._launcher,
+            at_once=self._at_once,
+            elsewhere=self._elsewhere,
+            comes_back=self._sweep is not None and self._launcher == "basic" and not self._searches,
+            folder=str(hydra.runtime.cwd),
+            own=self._own,
+        )
+
+    # --- the end ---
+
+    def _close_manifest(self) -> None:
+        assert self._own is not None and self._manifest is not None
+        self._own.remove()
+        # this launch's own: another of the same name may have written the file meanwhile
+        changes = {"finished_at": utc_now(), "cells": list(self._cells)}
+        self._manifest = self._manifest.model_copy(update=changes)
+        self._manifest.write(self._settings.runs_dir)
+
+    def _sum_up(self) -> None:
+        """Print the summary, write a sweep's report, and leave with 1 where a cell ended neither ok nor unsupported."""
+        from left_bench.report import print_summary
+
+        runs_dir = self._settings.runs_dir
+        known: KnownParts = {}
+        paths = [runs_dir / cell / RECORD_NAME for cell in self._cells]
+        records = [record for path in paths if (record := previous_record(path, known=known)) is not None]
+        print_summary(records)
+        if self._searches:
+            print(best_trial(records, objective=self._settings.objective))
+        all_well = len(records) == len(paths) and all(record.status in ("ok", "unsupported") for record in records)
+        del records, known  # the report reads them again
+        if self._manifest is not None:
+            _report(self._manifest, self._settings)
+        print(f"records: {runs_dir}/<cell>/{RECORD_NAME}")
+        if not all_well:
+            raise SystemExit(1)
+
+
+def _what_it_costs(cell: Cell) -> str:
+    """The same for cells that take the same time: what differs in a seed or a learning rate does as much work."""
+    identity = cell.identity
+    identity.pop("seed", None)
+    for key in ("learning_rate", "sft_learning_rate", "schedule", "warmup_ratio"):
+        identity["training"].pop(key, None)
+    return fingerprint(identity)
+
+
+def _report(manifest: Manifest, settings: Settings) -> None:
+    """Write a sweep's report and tell its trackers of it."""
+    from left_bench.report import write_report
+    from left_bench.report.cost import Prices
+    from left_bench.tracker.comparison import track_sweep
+
+    prices = Prices(per_kwh=settings.price_per_kwh, per_hour=settings.price_per_hour)
+    out = settings.reports_dir
+    try:
+        markdown: Path = write_report(settings.runs_dir, name=manifest.name, out=out, prices=prices)
+    except OSError as error:
+        raise UserError(
+            f"reports_dir={out}: {error.filename or out} cannot be written "
+            f"({error.strerror or error}); the records are kept; fix that and give the same command again"
+        ) from error
+    print(f"report: {markdown}\npage: {markdown.with_suffix('.html')}")
+    track_sweep(
+        settings.tracker,
+        runs_dir=settings.runs_dir,
+        cells=manifest.cells,
+        sweep=manifest.name,
+        started_at=manifest.started_at,
+        command=manifest.command,
+        markdown=markdown,
+    )
