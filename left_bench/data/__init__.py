@@ -9,6 +9,7 @@ stands for all of it where a model sees and does not read, `batches` says which 
 from __future__ import annotations
 
 from left_bench.data.batches import Batch, ClassBatch, collate, split_passes, step_rows
+from left_bench.data.classified_texts import load_classified_texts
 from left_bench.data.pictures import Picture, load_pictures
 from left_bench.data.rendering import start_ids, turn_end
 from left_bench.data.rows import load_rows

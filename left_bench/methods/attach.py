@@ -28,8 +28,8 @@ from left_bench.methods import Method, data_init, load_attached, method_in
 from left_bench.methods.verify import check_variant, stored_integers_are_not_read
 from left_bench.model.load import DTYPES, quantized_weights
 from left_bench.spec.cell import Cell
-from left_bench.spec.instantiate import instantiate
-from left_bench.spec.task import classifier_of
+from left_bench.spec.instantiate import instantiate, takes_argument
+from left_bench.spec.task import is_within, new_layers_of
 
 _KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
@@ -56,11 +56,12 @@ def attach_adapter(
     arguments = dict(cell.peft.config)
     if cell.peft.target.startswith("peft."):
         arguments.setdefault("task_type", cell.task.peft_type)
-        if (head := classifier_of(model)) is not None:  # new, so every method trains it whole
-            arguments.setdefault("modules_to_save", [head])
+        if new := new_layers_of(model):  # every method trains them whole
+            if takes_argument(cell.peft.target, "modules_to_save"):  # else peft adds them by the task
+                arguments.setdefault("modules_to_save", new)
             if arguments.get("target_modules") == "all-linear":  # peft would adapt the output layer too
-                linear = [name for name, one in model.named_modules() if hasattr(one, "in_features")]
-                arguments["target_modules"] = [name for name in linear if name != head]
+                linear = [name for name, layer in model.named_modules() if hasattr(layer, "in_features")]
+                arguments["target_modules"] = [name for name in linear if not is_within(name, new)]
     if arguments.get("adapter_layers", 0) is None:
         arguments["adapter_layers"] = model.config.num_hidden_layers
     arguments = data_init.arguments_from_rows(cell.peft.target, arguments, rows)
@@ -85,6 +86,7 @@ def attach_adapter(
         text = " ".join(str(error).split())
         raise Unsupported(f"peft={cell.peft.name} on {type(model).__name__}: peft refuses it ({text[:300]})") from error
     check_variant(adapted)
+    check_new_layers(adapted, new_layers_of(model), cell)
     if _is_adalora(adapted):
         freeze_ranks(adapted)
     _give_one_task(adapted)
@@ -97,6 +99,18 @@ def attach_adapter(
     if cell.peft.init_text is not None and not model.config.is_encoder_decoder:
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
     return adapted
+
+
+def check_new_layers(adapted: torch.nn.Module, new: Sequence[str], cell: Cell) -> None:
+    """Refuse a method that leaves an output layer as it was drawn: the model would guess.
+
+    Raises:
+        Unsupported: naming the layer.
+    """
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    for layer in new:
+        if not any(f".{layer}." in f".{name}" for name in trained):
+            raise Unsupported(f"peft={cell.peft.name}: peft leaves the new output layer {layer} untrained")
 
 
 def let_autocast_convert(model: torch.nn.Module) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from left_bench.core.errors import UserError
-from left_bench.spec.task import classifier_of
+from left_bench.spec.task import new_layers_of
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 
@@ -43,8 +43,8 @@ class Method:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.prepare(model, adapter_dtype=adapter_dtype)
-        if (head := classifier_of(model)) is not None:  # new, so every method trains it whole
-            model.get_submodule(head).requires_grad_(True)
+        for name in new_layers_of(model):  # every method trains them whole
+            model.get_submodule(name).requires_grad_(True)
         return Attached(model, self)
 
 

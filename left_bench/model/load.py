@@ -20,6 +20,7 @@ from left_bench.data import Splits
 from left_bench.measure.meter import constants, logical_numel, plain_parts, stored_bytes
 from left_bench.pretrained import (
     check_vocabulary,
+    load_text_reader,
     model_folder,
     resolved_revision,
     source,
@@ -28,9 +29,12 @@ from left_bench.pretrained import (
 from left_bench.quantization import backend_of
 from left_bench.spec.cell import Cell
 from left_bench.spec.instantiate import instantiate
-from left_bench.spec.task import TASKS, classifier_of
+from left_bench.spec.task import TASKS, is_within, new_layers_of
 
-_CLASSIFIERS = ["classifier", "cls_classifier", "distillation_classifier", "head"]  # the names of output layers
+_CLASSIFIERS = [  # the names of output layers
+    *("classifier", "pre_classifier", "cls_classifier", "distillation_classifier", "classification_head", "score"),
+    *("head", "pooler"),
+]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,7 +45,7 @@ def load_model(
 
     Args:
         quantized: a folder with the same model's weights as quantizing left them (see `quantized_cache`).
-        classes: of pictures; the output layer is made new for them, by the cell's seed.
+        classes: of the data; the output layer is made new for them, by the cell's seed.
 
     Returns:
         The model, and what was found after loading: dtypes, attention kernel, quantized modules.
@@ -91,6 +95,9 @@ def load_model(
     unexpected = _all_loaded(model, loading, cell, new_output=classes is not None)
     if model.can_generate():
         model.generation_config = _greedy(model.generation_config)
+    if cell.task.reads == "text" and not cell.task.writes and model.config.pad_token_id is None:
+        # a decoder tells the class from the last token that is no padding
+        model.config.pad_token_id = load_text_reader(folder, cell.model).pad_token_id
     _feed_head_contiguous(model)
     keep_trainable(model)
     if device == "cpu" and quantized_weights(model):
@@ -114,8 +121,8 @@ def _all_loaded(model: PreTrainedModel, loading: dict[str, Any], cell: Cell, *, 
     unexpected = sorted(loading["unexpected_keys"])
     lacking = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
     if new_output:
-        output = classifier_of(model)
-        lacking = {name for name in lacking if output is None or not name.startswith(f"{output}.")}
+        new = new_layers_of(model)
+        lacking = {name for name in lacking if not is_within(name, new)}
     if not lacking:
         return len(unexpected)
     first = ", ".join(sorted(lacking)[:3])

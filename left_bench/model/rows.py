@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from left_bench.core.errors import UserError
-from left_bench.data import Splits, load_data, load_pictures
+from left_bench.data import Splits, load_classified_texts, load_data, load_pictures
 from left_bench.pretrained import source
 from left_bench.spec.cell import Cell
 
@@ -35,6 +35,13 @@ def encoder_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
 def picture_rows(cell: Cell, processor: Any, *, folder: str) -> Splits:
     """Pictures and their classes (see `data.load_pictures`)."""
     return load_pictures(cell.data, processor, patches=_patches(_config_of(cell, folder)))
+
+
+def classified_text_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
+    """Texts and their classes (see `data.load_classified_texts`), as long as the model has positions."""
+    positions = getattr(_config_of(cell, folder), "max_position_embeddings", None)
+    longest = min(cell.training.max_length, positions) if isinstance(positions, int) else cell.training.max_length
+    return load_classified_texts(cell.data, tokenizer, max_length=longest)
 
 
 def _text_rows(cell: Cell, tokenizer: Any, *, decoder_start: int | None) -> Splits:

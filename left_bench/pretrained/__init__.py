@@ -132,7 +132,7 @@ def check_model(model: Model) -> None:
     if kind == "wheel":
         check_wheel(model)
     if kind == "folder":
-        check_folder(_local(model), reads_text=TASKS[model.task].reads == "text")
+        check_folder(_local(model), task=TASKS[model.task])
 
 
 def with_content(model: Model) -> Model:
@@ -182,15 +182,7 @@ def load_tokenizer(folder: str, model: Model) -> Any:
     Raises:
         UserError: the hub cannot be reached or refuses, remote code is needed, or there is no end-of-text token.
     """
-    from transformers import AutoTokenizer
-
-    revision = model.revision if source(model) == "hub" else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, use_fast=True, revision=revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise unloadable(model, error) from error
+    tokenizer = _open_tokenizer(folder, model)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name_or_path={model.name_or_path}: the tokenizer has no end-of-text token, so no answer could end; "
@@ -199,6 +191,35 @@ def load_tokenizer(folder: str, model: Model) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_text_reader(folder: str, model: Model) -> Any:
+    """The tokenizer of a model that reads text and writes none: it pads, and need not end anything.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses, remote code is needed, or nothing can stand for padding.
+    """
+    tokenizer = _open_tokenizer(folder, model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"model.name_or_path={model.name_or_path}: the tokenizer has no padding token, so rows of unlike lengths "
+            "make no batch; set pad_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _open_tokenizer(folder: str, model: Model) -> Any:
+    from transformers import AutoTokenizer
+
+    revision = model.revision if source(model) == "hub" else None
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, use_fast=True, revision=revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise unloadable(model, error) from error
 
 
 def load_processor(folder: str, model: Model) -> Any:

@@ -10,12 +10,13 @@ from typing import Any
 
 from left_bench.core.errors import UserError
 from left_bench.core.paths import contents_of
+from left_bench.spec.task import DEFAULT_TASK, TASKS, Task
 
 _WITHOUT_DEFAULTS = ("TokenizersBackend", "PreTrainedTokenizerFast", "")
 """Tokenizer classes that bring no special tokens of their own: what the folder does not name is not there."""
 
 
-def check_folder(folder: Path, *, reads_text: bool = True) -> None:
+def check_folder(folder: Path, *, task: Task = TASKS[DEFAULT_TASK]) -> None:
     """Whether the folder holds what loading needs: configuration, safetensors, a tokenizer that goes with them.
 
     A model that does not read text needs an image processor's settings instead.
@@ -46,13 +47,13 @@ def check_folder(folder: Path, *, reads_text: bool = True) -> None:
             missing = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - names
             if missing:
                 raise UserError(f"{key} lacks {min(missing)}, which its index names; finish the download")
-    if not reads_text:
+    if task.reads != "text":
         if "preprocessor_config.json" not in names:
             raise UserError(f"{key} has no image processor; save it there with image_processor.save_pretrained")
         return
     if not any(name.startswith(("tokenizer", "vocab", "tekken")) or name.endswith(".model") for name in names):
         raise UserError(f"{key} has no tokenizer; save it there with tokenizer.save_pretrained")
-    _check_tokenizer(folder, key)
+    _check_tokenizer(folder, key, writes=task.writes)
 
 
 @functools.cache  # once for a launch: a sweep composes one model thousands of times
@@ -63,12 +64,12 @@ def content_of(folder: Path) -> str:
     return contents_of(files, root=folder)
 
 
-def _check_tokenizer(folder: Path, key: str) -> None:
+def _check_tokenizer(folder: Path, key: str, *, writes: bool) -> None:
     """An end-of-text token, and no id beyond the embedding; where the files do not tell, the worker will."""
     settings = _json(folder / "tokenizer_config.json")
     older = _json(folder / "special_tokens_map.json")
     ends = settings.get("eos_token") or older.get("eos_token")
-    if settings and not ends and settings.get("tokenizer_class", "") in _WITHOUT_DEFAULTS:
+    if writes and settings and not ends and settings.get("tokenizer_class", "") in _WITHOUT_DEFAULTS:
         raise UserError(
             f"{key}: the tokenizer has no end-of-text token, so no answer could end; "
             "set eos_token in its tokenizer_config.json"

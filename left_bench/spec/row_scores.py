@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -64,6 +65,25 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     return float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score) / 100
 
 
+def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """F1 of each class that is there or was answered, its mean: a rare class weighs as much as a frequent one."""
+    pairs = Counter(zip(predictions, references, strict=True))
+    answered, there = Counter(predictions), Counter(references)
+    classes = answered.keys() | there.keys()
+    return sum(2 * pairs[name, name] / (answered[name] + there[name]) for name in classes) / len(classes)
+
+
+def matthews(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Matthews' correlation of answered and right classes, of any number of them (Gorodkin 2004); 0 where either is
+    one class alone."""
+    rows = len(references)
+    right = sum(map(str.__eq__, predictions, references))
+    answered, there = Counter(predictions), Counter(references)
+    together = sum(answered[name] * there[name] for name in there)
+    spread = (rows**2 - sum(n**2 for n in answered.values())) * (rows**2 - sum(n**2 for n in there.values()))
+    return (right * rows - together) / spread**0.5 if spread else 0.0
+
+
 ANSWER_METRICS: dict[str, Metric] = {
     "exact_match": Metric(
         "fraction", "higher", "quality", "greedy answers equal to the reference", exact_match, extracts=True
@@ -81,6 +101,8 @@ ANSWER_METRICS: dict[str, Metric] = {
         extra="text-metrics",
     ),
     "accuracy": Metric("fraction", "higher", "quality", "share of rows with the right class", exact_match),
+    "macro_f1": Metric("fraction", "higher", "quality", "F1 of each class, mean over classes", of_answers=macro_f1),
+    "matthews": Metric("", "higher", "quality", "Matthews' correlation of the classes", of_answers=matthews),
     "f1": Metric("fraction", "higher", "quality", "token-overlap F1 of greedy answers, mean over rows", token_f1),
     "number_match": Metric(
         *("fraction", "higher", "quality", "greedy answers that come to the reference's number, as GSM8K is scored"),

@@ -6,7 +6,7 @@ it too, so what needs torch is named in it, as `module:function`, and imported w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,15 +83,26 @@ def _asked_of(task: Task, refuses: Callable[[Cell], bool]) -> Callable[[Cell], b
     return lambda cell: cell.task is task and refuses(cell)
 
 
-def classifier_of(model: Any) -> str | None:
-    """Name of the layer that the data's classes come from, new for every set of them; None where there is none."""
+def new_layers_of(model: Any) -> list[str]:
+    """Names of the layers that the data's classes come from, new for every set of them; none for a model that writes.
+
+    They are what stands beside the pretrained body: one linear layer (`classifier`, `score`) or a few.
+    """
     import torch
 
     if not any(task.new_output and task.is_of(model) for task in TASKS.values()):
-        return None
+        return []
+    children = {name for name, layer in model.named_children() if any(True for _ in layer.parameters())}
+    if model.base_model_prefix in children:
+        return sorted(children - {model.base_model_prefix})
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
     fitting = [name for name in linear if model.get_submodule(name).out_features == model.config.num_labels]
-    return fitting[-1] if fitting else None
+    return fitting[-1:]
+
+
+def is_within(name: str, layers: Iterable[str]) -> bool:
+    """Whether a parameter or module is one of the layers, or part of one."""
+    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)
 
 
 def probe_inputs(model: Any, *, tokens: int = 2) -> dict[str, Any]:
