@@ -71,16 +71,16 @@ def measure(
     layer = Linear5bit(shape[1], shape[0], False, compute_dtype=dtype, device=device, **options)  # type: ignore[arg-type]
     layer.quantize_(weight)
     calls = _PER_READING if device == "cuda" else 1
-    found = paired(layer.dequantize, lambda: dequantize_4bit(packed, state), rounds=rounds, calls=calls)
+    result = paired(layer.dequantize, lambda: dequantize_4bit(packed, state), rounds=rounds, calls=calls)
     return {
         "scheme": scheme,
         "shape": list(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "decoder": layer.decoded_by,
-        "nanoseconds_per_weight": 1e9 * found["seconds"] / weight.numel(),
-        "bitsandbytes_nanoseconds_per_weight": 1e9 * found["bitsandbytes_seconds"] / weight.numel(),
-        **found,
+        "nanoseconds_per_weight": 1e9 * result["seconds"] / weight.numel(),
+        "bitsandbytes_nanoseconds_per_weight": 1e9 * result["bitsandbytes_seconds"] / weight.numel(),
+        **result,
     }
 
 

@@ -90,7 +90,9 @@ def compose_cell(overrides: list[str]) -> Any:
     register_resolvers()
     register_sweeps()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf")):
-        config = hydra.compose("config", overrides=[open_section(one) for one in overrides], return_hydra_config=True)
+        config = hydra.compose(
+            "config", overrides=[open_section(override) for override in overrides], return_hydra_config=True
+        )
         return compose(config, config.hydra)[0]
 
 
@@ -99,16 +101,16 @@ def needed_bytes(names: Sequence[str], overrides: list[str]) -> dict[str, int | 
     from left_bench.plan.predict import predict
 
     planned: dict[tuple[str, ...], int | None] = {}
-    found: dict[str, int | None] = {}
+    result: dict[str, int | None] = {}
     for name in names:
         own = CONTENDERS[name]
-        options = ("training.output_head=all",) if own is None else tuple(one for one in own if _is_planned(one))
+        options = ("training.output_head=all",) if own is None else tuple(item for item in own if _is_planned(item))
         if options not in planned:
             planned[options] = predict(compose_cell([*overrides, *options])).peak_bytes
         peak = planned[options]
         held = 1.0 if own is not None else PEERS_HOLD
-        found[name] = None if peak is None else int(peak * held) + PROCESS_BYTES
-    return found
+        result[name] = None if peak is None else int(peak * held) + PROCESS_BYTES
+    return result
 
 
 def _is_planned(override: str) -> bool:
@@ -394,30 +396,30 @@ def measure(names: list[str], overrides: list[str], *, steps: int) -> dict[str, 
     for name in set(names) - facts.keys():
         hear(name)
     names = [name for name in names if name in facts]
-    found: dict[str, Any] = {name: {"seconds": [], "losses": []} for name in names}
+    result: dict[str, Any] = {name: {"seconds": [], "losses": []} for name in names}
     for step in range(steps):
         for name in names[step % len(names) :] + names[: step % len(names)]:
-            if name not in found:
+            if name not in result:
                 continue
             try:
                 connections[name].send("go")
                 said = connections[name].recv()
             except (EOFError, OSError):
                 left_out(name)
-                del found[name]
+                del result[name]
                 continue
-            found[name]["seconds"].append(said["seconds"])
-            found[name]["losses"].append(said["loss"])
+            result[name]["seconds"].append(said["seconds"])
+            result[name]["losses"].append(said["loss"])
         print(f"{time.perf_counter() - began:.0f} s: step {step + 1}/{steps}", end="\r", flush=True)
-    names = [name for name in names if name in found]
+    names = [name for name in names if name in result]
     for name in names:
         connections[name].send("go")
-        found[name] |= connections[name].recv()
+        result[name] |= connections[name].recv()
     for process in processes:
         process.join(30)
     first = facts[names[0]]
     assert all(facts[name] == first for name in names), "contenders see other rows"
-    return {"contenders": found, **first}
+    return {"contenders": result, **first}
 
 
 def summarize(run: dict[str, Any], *, peak_flops: float, group: int = 1) -> list[dict[str, Any]]:
@@ -426,22 +428,22 @@ def summarize(run: dict[str, Any], *, peak_flops: float, group: int = 1) -> list
     tokens = sum(run["tokens"][counted])
     packed = run["contenders"][PACKED]
     rows = []
-    for name, one in run["contenders"].items():
-        seconds = sum(one["seconds"][counted])
+    for name, item in run["contenders"].items():
+        seconds = sum(item["seconds"][counted])
         ratio, low, high = faster(run, PACKED, name)
         rows.append(
             {
                 "group": group,
                 "contender": name,
                 "tokens_per_second": tokens / seconds,
-                "model_flops_utilization": sum(one["flops"][counted]) / seconds / peak_flops,
-                "peak_memory_bytes": one["peak_memory_bytes"],
+                "model_flops_utilization": sum(item["flops"][counted]) / seconds / peak_flops,
+                "peak_memory_bytes": item["peak_memory_bytes"],
                 "packed_is_faster": ratio,
                 "packed_is_faster_low": low,
                 "packed_is_faster_high": high,
-                "packed_needs": packed["peak_memory_bytes"] / one["peak_memory_bytes"],
+                "packed_needs": packed["peak_memory_bytes"] / item["peak_memory_bytes"],
                 "largest_loss_difference": max(
-                    abs(a - b) for a, b in zip(one["losses"], packed["losses"], strict=True)
+                    abs(a - b) for a, b in zip(item["losses"], packed["losses"], strict=True)
                 ),
             }
         )
@@ -504,8 +506,8 @@ def markdown(runs: list[dict[str, Any]], rows: list[dict[str, Any]], facts: dict
     ]
     for run in runs:
         if all(name in run["contenders"] for name in SAME_WORK):
-            found = _interval(*faster(run, *SAME_WORK))
-            lines += [f"`{SAME_WORK[0]}` is {found} times as fast as the bare loop, which does the same work.", ""]
+            result = _interval(*faster(run, *SAME_WORK))
+            lines += [f"`{SAME_WORK[0]}` is {result} times as fast as the bare loop, which does the same work.", ""]
     return "\n".join(lines)
 
 

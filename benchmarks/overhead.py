@@ -116,7 +116,7 @@ def _cells(runs: Path) -> list[Any]:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf")):
         for values in itertools.product(*GRID.values()):
             job = [f"{key}={value}" for key, value in zip(GRID, values, strict=True)]
-            overrides = [open_section(one) for one in (*TINY, *job, f"runs_dir={runs}")]
+            overrides = [open_section(item) for item in (*TINY, *job, f"runs_dir={runs}")]
             config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
             cells.append(compose(config, config.hydra)[0])
     return cells

@@ -18,13 +18,13 @@ def earlier(folder: Path) -> str:
     """What earlier runs of engine.py gave, kept as `engine_<date>.json`: the ratios hang on the machine's day."""
     told = []
     for path in sorted(folder.glob("engine_*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        ratios = {row["contender"]: row["packed_is_faster"] for row in found["rows"]}
+        result = json.loads(path.read_text(encoding="utf-8"))
+        ratios = {row["contender"]: row["packed_is_faster"] for row in result["rows"]}
         told.append(
             f"Run of {path.stem.removeprefix('engine_')}, when the machine's products peaked at "
-            f"{found['facts']['peak_flops'] / 1e9:.0f} GFLOP/s: packed was {ratios['HF Trainer']:.2f} times as fast as "
-            f"HF Trainer and {ratios['TRL']:.2f} times as TRL. Where products are slower they are more of everybody's "
-            "step, and what a loop can save is less of it.\n"
+            f"{result['facts']['peak_flops'] / 1e9:.0f} GFLOP/s: packed was {ratios['HF Trainer']:.2f} times as fast "
+            f"as HF Trainer and {ratios['TRL']:.2f} times as TRL. Where products are slower they are more of "
+            "everybody's step, and what a loop can save is less of it.\n"
         )
     return "\n".join(told)
 

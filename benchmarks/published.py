@@ -71,7 +71,7 @@ def main() -> int:
             print(in_words(rows[-1]), file=sys.stderr, flush=True)
     if given.markdown:
         print("\n".join(table(rows)))
-    return int(not all(one.holds for one in rows))
+    return int(not all(item.holds for item in rows))
 
 
 def compared(row: dict[str, Any], setting: dict[str, Any], *, longest: int, known: Known) -> Compared:
@@ -108,8 +108,8 @@ def cell_of(row: dict[str, Any], setting: dict[str, Any]) -> Cell:
 
     def option(group: str, name: str) -> dict[str, Any]:
         text = (config_root() / "conf" / group / f"{name}.yaml").read_text(encoding="utf-8")
-        found: dict[str, Any] = yaml.safe_load(text)
-        return found
+        result: dict[str, Any] = yaml.safe_load(text)
+        return result
 
     model = option("model", "llama3_2_3b") | {"weights": "random", "name_or_path": "llama3_2_3b"}
     method = {"name": row["experiment"].replace("/", "_"), "_target_": row["class"], "config": row["config"]}
@@ -152,12 +152,12 @@ def table(rows: list[Compared]) -> list[str]:
         "| experiment | trained | static planned | published | ratio | peak planned | published p99 | ratio |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for one in rows:
-        params = f"{one.params[0]:,}" + ("" if one.params[0] == one.params[1] else f" (published {one.params[1]:,})")
+    for row in rows:
+        params = f"{row.params[0]:,}" + ("" if row.params[0] == row.params[1] else f" (published {row.params[1]:,})")
         sizes = [
-            f"{ours / GIB:.2f} | {theirs / GIB:.2f} | {ours / theirs:.3f}" for ours, theirs in (one.static, one.peak)
+            f"{ours / GIB:.2f} | {theirs / GIB:.2f} | {ours / theirs:.3f}" for ours, theirs in (row.static, row.peak)
         ]
-        lines.append(f"| {one.experiment} | {params} | {' | '.join(sizes)} |")
+        lines.append(f"| {row.experiment} | {params} | {' | '.join(sizes)} |")
     return lines
 
 

@@ -170,7 +170,7 @@ def section(rows: list[dict[str, Any]]) -> str:
         each = [1000 * row["cpu_seconds"][phase] / row["cells"] for row in rows]
         peaks = [row["peak_bytes"][phase] / 2**20 for row in rows]
         lines.append(
-            f"| {phase} | {' | '.join(f'{one:.2f}' for one in each)} | {each[-1] / each[0]:.2f} | "
+            f"| {phase} | {' | '.join(f'{item:.2f}' for item in each)} | {each[-1] / each[0]:.2f} | "
             f"{' | '.join(f'{peak:,.0f}' for peak in peaks)} |"
         )
     lines += [
@@ -191,8 +191,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.one:
         with tempfile.TemporaryDirectory() as folder:
-            found = run(options.one, Path(folder))
-        print(json.dumps(found))
+            result = run(options.one, Path(folder))
+        print(json.dumps(result))
         return 0
     rows = []
     for cells in options.cells:

@@ -43,5 +43,5 @@ class BatchLauncher(Launcher):
         self._run_batch = task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        returns: Sequence[JobReturn] = self._run_batch([list(one) for one in job_overrides])
+        returns: Sequence[JobReturn] = self._run_batch([list(override) for override in job_overrides])
         return returns

@@ -110,12 +110,12 @@ def composed() -> Callable[..., Any]:
             folder = str(config_root() / "conf")
             hydra.initialize_config_dir(version_base="1.3", config_dir=folder, job_name="left_bench")
             opened[:] = [GlobalHydra.instance().hydra, reading_once(GlobalHydra.instance().config_loader())]
-        multirun = "-m" in overrides or any(one.startswith("+sweep=") for one in overrides)
-        overrides = tuple(one for one in overrides if one != "-m")
+        multirun = "-m" in overrides or any(override.startswith("+sweep=") for override in overrides)
+        overrides = tuple(override for override in overrides if override != "-m")
         named = [f"hydra.job.name={launch_name(list(overrides))}"] if multirun else []
         return opened[1].load_configuration(
             "config",
-            [*(open_section(one) for one in overrides), *named],
+            [*(open_section(override) for override in overrides), *named],
             run_mode=RunMode.MULTIRUN if multirun else RunMode.RUN,
             from_shell=False,
         )
@@ -141,8 +141,8 @@ def tiny_cell(compose_cell: Callable[..., Cell]) -> Callable[..., Cell]:
     """`tiny_cell(*overrides)`: two steps of a two-layer model in float32."""
 
     def tiny_cell(*overrides: str) -> Cell:
-        named = {one.partition("=")[0] for one in overrides}
-        return compose_cell(*(one for one in TINY if one.partition("=")[0] not in named), *overrides)
+        named = {override.partition("=")[0] for override in overrides}
+        return compose_cell(*(item for item in TINY if item.partition("=")[0] not in named), *overrides)
 
     return tiny_cell
 
@@ -170,12 +170,12 @@ def work_in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell]
 
         run_dir = tmp_path_factory.mktemp("run") / "cell"
         run_dir.mkdir()
-        found: dict[str, Any] = {"provenance": {}}
+        result: dict[str, Any] = {"provenance": {}}
         with pytest.MonkeyPatch.context() as patch:
             # half a second for each phase in a process of pytest's size; peaks are tested elsewhere
             patch.setattr("left_bench.measure.device._give_back_freed_memory", lambda: None)
-            work(cell, run_dir=run_dir, found=found, events=EventWriter(run_dir / EVENTS_NAME))
-        return found | {"run_dir": run_dir}
+            work(cell, run_dir=run_dir, draft=result, events=EventWriter(run_dir / EVENTS_NAME))
+        return result | {"run_dir": run_dir}
 
     return work_in_process
 

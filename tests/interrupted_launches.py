@@ -145,8 +145,8 @@ def main(count: int, seed: int, folder: Path) -> None:
         while waiting and len(running) < AT_ONCE:
             running.append((Launch(folder / str(number)), *waiting.pop()))
             number += 1
-        for one in list(running):
-            begun, moment, asked = one
+        for item in list(running):
+            begun, moment, asked = item
             now = time.monotonic()
             if begun.struck_at is None and now - begun.began >= moment:
                 begun.strike(asked)
@@ -154,7 +154,7 @@ def main(count: int, seed: int, folder: Path) -> None:
                 os.killpg(begun.pid, signal.SIGKILL)
             code = begun.ended()
             if code is not None:
-                running.remove(one)
+                running.remove(item)
                 since = None if begun.struck_at is None else time.monotonic() - begun.struck_at
                 print(json.dumps(begun.told(code=code, signal=asked, moment=moment, seconds=since)), flush=True)
         time.sleep(0.002)

@@ -128,8 +128,10 @@ def tokenizer_of(family: Family, folder: Path) -> Any:
     backend.train_from_iterator(said * 3, trainer)
     backend.add_special_tokens(
         [
-            AddedToken(one, special=True)
-            for one in dict.fromkeys([*family.markers, *filter(None, [family.bos]), family.eos, family.end, "<pad>"])
+            AddedToken(fromkey, special=True)
+            for fromkey in dict.fromkeys(
+                [*family.markers, *filter(None, [family.bos]), family.eos, family.end, "<pad>"]
+            )
         ]
     )
     tokenizer = PreTrainedTokenizerFast(
@@ -161,18 +163,18 @@ def by_trl(talks: list[Any], tokenizer: Any, folder: Path) -> list[tuple[list[in
         train_dataset=Dataset.from_list([{"messages": talk} for talk in talks]),
         processing_class=tokenizer,
     )
-    found = []
+    results = []
     for row in trainer.train_dataset:
         batch = trainer.data_collator([row])
-        found.append((batch["input_ids"][0].tolist(), batch["labels"][0].tolist()))
-    return found
+        results.append((batch["input_ids"][0].tolist(), batch["labels"][0].tolist()))
+    return results
 
 
 def wanted(rows: list[tuple[list[int], list[int]]], family: Family, tokenizer: Any) -> Counter[tuple[Any, int]]:
     """TRL's labelled tokens with what stands before each, less what differs by intent."""
     end = tokenizer.convert_tokens_to_ids(family.end)
     thoughts = tokenizer(family.thoughts, add_special_tokens=False)["input_ids"] if family.thoughts else []
-    found: Counter[tuple[Any, int]] = Counter()
+    result: Counter[tuple[Any, int]] = Counter()
     for ids, labels in rows:
         for of_answer, places in itertools.groupby(range(len(ids)), key=lambda place: labels[place] != -100):
             run = list(places)
@@ -184,8 +186,8 @@ def wanted(rows: list[tuple[list[int], list[int]]], family: Family, tokenizer: A
             ends = next(number for number, place in enumerate(run) if ids[place] == end)
             assert tokenizer.decode([ids[place] for place in run[ends + 1 :]]) in ("", "\n")
             for place in run[len(thoughts) : ends + 1]:
-                found[tuple(ids[:place]), ids[place]] += 1
-    return found
+                result[tuple(ids[:place]), ids[place]] += 1
+    return result
 
 
 @pytest.fixture

@@ -56,9 +56,9 @@ def cell_of(composed):
 
 @pytest.mark.parametrize(("line", "option"), CPUS.values(), ids=CPUS)
 def test_a_processor_gets_what_it_has_instructions_for(line, option, machine, cell_of):
-    found = flags_of(["processor\t: 0", line, "processor\t: 1"])
-    assert found is not None
-    machine(" ".join(found))
+    result = flags_of(["processor\t: 0", line, "processor\t: 1"])
+    assert result is not None
+    machine(" ".join(result))
     cell, named = cell_of("hardware=cpu"), cell_of("hardware=cpu", f"precision={option}")
     assert cell.choices["precision"] == cell.precision.name == option
     assert cell == named and cell.id == named.id
@@ -156,14 +156,14 @@ def test_the_note_says_how_much_slower_and_what_to_type(machine, monkeypatch):
 def test_speeds_are_measured_in_a_process_of_their_own_and_kept(machine, monkeypatch, tmp_path):
     machine("avx2")
     monkeypatch.setenv("LEFT_BENCH_CACHE", str(tmp_path))
-    found = product_speeds("cpu", "float16")
-    assert found is not None and min(found.values()) > 1e6
+    result = product_speeds("cpu", "float16")
+    assert result is not None and min(result.values()) > 1e6
 
     def refuse(*_args, **_how):
         raise AssertionError("measured twice")
 
     monkeypatch.setattr("subprocess.run", refuse)
-    assert product_speeds("cpu", "float16") == found
+    assert product_speeds("cpu", "float16") == result
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # another speed
     with pytest.raises(AssertionError, match="twice"):
         product_speeds("cpu", "float16")
@@ -190,11 +190,11 @@ def test_the_advice_of_doctor_is_words(machine):
 
 def test_the_lowest_capability_of_the_visible_gpus_counts(monkeypatch):
     monkeypatch.setattr(instruction_sets, "_capabilities", lambda: ((8, 0), (7, 5), (9, 0)))
-    for visible, found in ((None, (7, 5)), ("0", (8, 0)), ("0,2", (8, 0)), ("2,1", (7, 5)), ("GPU-5f2c", (7, 5))):
+    for visible, result in ((None, (7, 5)), ("0", (8, 0)), ("0,2", (8, 0)), ("2,1", (7, 5)), ("GPU-5f2c", (7, 5))):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert cuda_capability() == found, visible
+        assert cuda_capability() == result, visible
     monkeypatch.setattr(instruction_sets, "_capabilities", lambda: ())
     assert cuda_capability() is None
 

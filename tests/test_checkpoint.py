@@ -55,13 +55,13 @@ def losses_of(tmp_path):
                 if event == "step" and fields["step"] == kill_after and "time" not in fields:
                     raise Killed
 
-        found: dict[str, Any] = {"provenance": {}}
+        result: dict[str, Any] = {"provenance": {}}
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
             patch.setattr("left_bench.measure.device._give_back_freed_memory", lambda: None)
-            work(cell, run_dir=run_dir, found=found, events=Events(run_dir / EVENTS_NAME))
+            work(cell, run_dir=run_dir, draft=result, events=Events(run_dir / EVENTS_NAME))
         steps = step_events(run_dir)
         assert [event["step"] for event in steps] == list(range(1, len(steps) + 1))
-        return [(event["loss"], event["gradient_norm"]) for event in steps], found
+        return [(event["loss"], event["gradient_norm"]) for event in steps], result
 
     return losses_of
 
@@ -93,11 +93,11 @@ def test_losses_are_bit_identical(name, tiny_cell, losses_of):
     whole, _ = losses_of(cell, "whole")
     losses_of(cell, "killed", kill_after=3)
     losses_of(cell, "killed", kill_after=5)
-    resumed, found = losses_of(cell, "killed")
+    resumed, result = losses_of(cell, "killed")
     assert len(whole) == STEPS
     assert resumed == whole
-    assert found["provenance"]["resumed_after_steps"] == [2, 4]
-    assert found["metrics"]["train_steps"] == STEPS
+    assert result["provenance"]["resumed_after_steps"] == [2, 4]
+    assert result["metrics"]["train_steps"] == STEPS
 
 
 def test_the_curve_goes_on_where_it_was(tiny_cell, losses_of):
@@ -132,18 +132,18 @@ def test_repeated_steps_count_once(tiny_cell, losses_of, tmp_path):
     cell = tiny_cell(*QUICK[:1], f"training.steps={STEPS}", "training.checkpoint_every=2", "training.measure_after=1")
     losses_of(cell, "run", kill_after=5)
     torn = [event["seconds"] for event in step_events(tmp_path / "run" / "cell")]
-    _, found = losses_of(cell, "run")
+    _, result = losses_of(cell, "run")
     steps = step_events(tmp_path / "run" / "cell")
     assert [event["seconds"] for event in steps[:4]] == torn[:4]
     assert steps[4]["seconds"] != torn[4]  # the fifth was taken anew
     # warm-up is left out wherever a process began: steps 1 and 5
     counted = steps[1:4] + steps[5:]
     rate = sum(event["tokens"] for event in counted) / sum(event["seconds"] for event in counted)
-    assert found["metrics"]["train_tokens_per_second"] == pytest.approx(rate)
-    [phase] = [phase for phase in found["phases"] if phase.name == "train"]
+    assert result["metrics"]["train_tokens_per_second"] == pytest.approx(rate)
+    [phase] = [phase for phase in result["phases"] if phase.name == "train"]
     assert phase.steps == 4  # what this attempt did
-    assert found["metrics"]["train_seconds"] == pytest.approx(phase.seconds + sum(torn[:4]))
-    assert found["memory_breakdown"]["gradients"] > 0
+    assert result["metrics"]["train_seconds"] == pytest.approx(phase.seconds + sum(torn[:4]))
+    assert result["memory_breakdown"]["gradients"] > 0
 
 
 def test_joules_of_earlier_attempts_are_neither_counted_nor_invented(tiny_cell, losses_of, tmp_path, monkeypatch):
@@ -182,8 +182,8 @@ def test_one_checkpoint_is_kept_and_nothing_is_pickled(tiny_cell, losses_of, tmp
 
 def test_without_the_setting_nothing_is_written_or_read(tiny_cell, losses_of, tmp_path):
     losses_of(tiny_cell(*QUICK, "training.checkpoint_every=2"), "run")
-    _, found = losses_of(tiny_cell(*QUICK), "run")
-    assert "resumed_after_steps" not in found["provenance"]
+    _, result = losses_of(tiny_cell(*QUICK), "run")
+    assert "resumed_after_steps" not in result["provenance"]
     losses_of(tiny_cell(*QUICK), "other")
     assert not (tmp_path / "other" / "cell" / CHECKPOINTS_NAME).exists()
 
@@ -202,8 +202,8 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_passed_over(damage, tiny_ce
         tensors.unlink()
     else:
         monkeypatch.setattr(checkpoints, "versions_of", lambda packages: {"torch": "another"})
-    again, found = losses_of(cell, "run")
-    assert "resumed_after_steps" not in found["provenance"]
+    again, result = losses_of(cell, "run")
+    assert "resumed_after_steps" not in result["provenance"]
     assert again == whole
 
 

@@ -144,8 +144,8 @@ def taken(left_bench, names: str) -> dict[str, Path]:
     from left_bench.spec.record import read_record
 
     assert left_bench("-m", *QUICK, f"peft={names}", "runs_dir=probe").code == 0
-    found = [read_record(path) for path in Path("probe").glob("*/record.json")]
-    return {record.choices["peft"]: Path("runs") / record.cell_id for record in found}
+    results = [read_record(path) for path in Path("probe").glob("*/record.json")]
+    return {record.choices["peft"]: Path("runs") / record.cell_id for record in results}
 
 
 def test_a_launch_takes_other_cells_first_and_picks_the_record_up(runs, left_bench):

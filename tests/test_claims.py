@@ -44,7 +44,7 @@ def cell(seed: int = 0, **more: Any) -> Record:
 
 
 def verdicts(*records: Record) -> Mapping[str, Any]:
-    return {found.claim.sentence: found.verdict for found in judge_claims(pool([row_of(record) for record in records]))}
+    return {claim.claim.sentence: claim.verdict for claim in judge_claims(pool([row_of(record) for record in records]))}
 
 
 def words(*records: Record) -> Mapping[str, str]:
@@ -66,7 +66,9 @@ def test_the_sweep_runs_the_cells_that_the_claims_name() -> None:
     run = set()
     for name in named:
         defaults = yaml.safe_load((config_root() / "conf" / "recipe" / f"{name}.yaml").read_text())["defaults"]
-        run.add(frozenset((key.removeprefix("override /"), value) for one in defaults for key, value in one.items()))
+        run.add(
+            frozenset((key.removeprefix("override /"), value) for default in defaults for key, value in default.items())
+        )
     for claim in CLAIMS:
         for chosen in claim.cells.values():
             assert frozenset(({"peft": "lora", "precision": "bf16"} | dict(chosen)).items()) in run, claim.sentence
@@ -74,26 +76,26 @@ def test_the_sweep_runs_the_cells_that_the_claims_name() -> None:
 
 def test_nothing_is_measured_without_records() -> None:
     assert set(words().values()) == {NOT_MEASURED}
-    found = verdicts(cell(), cell(quantization="nf4", status="oom", reason="x"))
-    assert {verdict.word for verdict in found.values()} == {NOT_MEASURED}
-    assert found[ISSUE[1]].measured == "NF4 is oom"
-    assert found[ISSUE[0]].measured == "there is no record of 8-bit"
+    result = verdicts(cell(), cell(quantization="nf4", status="oom", reason="x"))
+    assert {verdict.word for verdict in result.values()} == {NOT_MEASURED}
+    assert result[ISSUE[1]].measured == "NF4 is oom"
+    assert result[ISSUE[0]].measured == "there is no record of 8-bit"
 
 
 @pytest.mark.parametrize(("int8_mib", "word"), [(128, HOLDS), (200, IN_PART), (400, NOT_HERE)])
 def test_8_bit_memory_is_judged_by_stored_bytes(int8_mib: float, word: str) -> None:
     records = [cell(precision="fp32", weights_mib=512), cell(weights_mib=256)]
     int8 = cell(quantization="int8", weights_mib=int8_mib, metrics={"quantized_bits_per_param": 8.0})
-    found = verdicts(*records, int8)[ISSUE[0]]
-    assert found.word == word and f"{512 / int8_mib:.2f}×" in found.measured and "4.00× less" in found.measured
+    result = verdicts(*records, int8)[ISSUE[0]]
+    assert result.word == word and f"{512 / int8_mib:.2f}×" in result.measured and "4.00× less" in result.measured
 
 
 @pytest.mark.parametrize(("score", "word"), [(0.50, IN_PART), (0.20, NOT_HERE), (0.8, HOLDS), (0.45, IN_PART)])
 def test_quality_is_kept_only_where_the_interval_says_so(score: float, word: str) -> None:
-    found = verdicts(cell(exact_match=0.5), cell(quantization="nf4", exact_match=score))
-    assert found[ISSUE[1]].word == word
-    found = verdicts(cell(method="full", exact_match=0.5), cell(exact_match=score))
-    assert found[ISSUE[5]].word == word
+    result = verdicts(cell(exact_match=0.5), cell(quantization="nf4", exact_match=score))
+    assert result[ISSUE[1]].word == word
+    result = verdicts(cell(method="full", exact_match=0.5), cell(exact_match=score))
+    assert result[ISSUE[5]].word == word
 
 
 def test_three_like_seeds_are_evidence_that_one_is_not() -> None:
@@ -157,8 +159,8 @@ def test_memory_inside_the_seeds_noise_is_not_saved() -> None:
         ]
 
     fp32 = seeds("fp32", 1000, 1010, 990)
-    found = verdicts(*fp32, *seeds("bf16_mixed", 700, 1000, 1050))[ISSUE[7]]
-    assert found.word == IN_PART and found.measured.startswith("0.92× [0.5")
+    result = verdicts(*fp32, *seeds("bf16_mixed", 700, 1000, 1050))[ISSUE[7]]
+    assert result.word == IN_PART and result.measured.startswith("0.92× [0.5")
     assert words(*fp32, *seeds("bf16_mixed", 910, 925, 915))[ISSUE[7]] == HOLDS
 
 
@@ -186,8 +188,8 @@ def test_a_slowdown_inside_the_steps_noise_is_none(tmp_path: Path) -> None:
     from left_bench.report.load import read_runs
 
     rows = [row_of(run) for run in read_runs(tmp_path)[0]]
-    found = {finding.claim.sentence: finding.verdict for finding in judge_claims(rows)}
-    assert found[ISSUE[9]].word == IN_PART and "[" in found[ISSUE[9]].measured
+    results = {finding.claim.sentence: finding.verdict for finding in judge_claims(rows)}
+    assert results[ISSUE[9]].word == IN_PART and "[" in results[ISSUE[9]].measured
 
 
 def test_cells_of_other_steps_or_machines_are_not_held_against_each_other() -> None:

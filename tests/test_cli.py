@@ -152,8 +152,8 @@ def done(cell: Cell, settings: Settings) -> Record:
 def test_hydras_options_are_known():
     from hydra._internal.utils import get_args_parser
 
-    found = {one for action in get_args_parser()._actions for one in action.option_strings}
-    assert found - {"--config-path", "-cp"} == set(command_line._HYDRA_OPTIONS)
+    results = {string for action in get_args_parser()._actions for string in action.option_strings}
+    assert results - {"--config-path", "-cp"} == set(command_line._HYDRA_OPTIONS)
 
 
 def test_cfg_job(left_bench, tmp_path, monkeypatch):

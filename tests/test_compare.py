@@ -48,9 +48,9 @@ def judged(found: Any, metric: str) -> list[str]:
 
 def test_the_same_records_show_no_change(tmp_path: Path) -> None:
     a = write_side(tmp_path / "a", cells())
-    found = compare(a, a)
-    assert len(found.matched) == 2 and {change.judgement for change in found.changes} == {"same", "not resolved"}
-    assert not found.only_a and not found.only_b and not found.differing
+    result = compare(a, a)
+    assert len(result.matched) == 2 and {change.judgement for change in result.changes} == {"same", "not resolved"}
+    assert not result.only_a and not result.only_b and not result.differing
 
 
 def test_json_holds_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,11 +58,13 @@ def test_json_holds_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureF
     b = write_side(tmp_path / "b", cells(800 / 1.1), slower=1.1, draw=1)
     assert main([str(a), str(b), "--json", "--fail-on", "train_tokens_per_second<-5%"]) == 1
     told = json.loads(capsys.readouterr().out)
-    found = compare(a, b)
-    assert told["matched"] == [name for name, _, _ in found.matched] and len(told["failed"]) == 2
+    result = compare(a, b)
+    assert told["matched"] == [name for name, _, _ in result.matched] and len(told["failed"]) == 2
     changes = told["changes"]
-    assert [(one["metric"], one["judged"]) for one in changes] == [(c.metric, c.judgement) for c in found.changes]
-    speed = next(one for one in changes if one["metric"] == "train_tokens_per_second")
+    assert [(change["metric"], change["judged"]) for change in changes] == [
+        (c.metric, c.judgement) for c in result.changes
+    ]
+    speed = next(change for change in changes if change["metric"] == "train_tokens_per_second")
     low, high = speed["interval"]
     assert speed["unit"] == "tokens/s" and low < speed["after"] - speed["before"] < high
     with pytest.raises(SystemExit):
@@ -73,8 +75,8 @@ def test_json_holds_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_slowdown_beyond_the_steps_noise_fails_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_side(tmp_path / "a", cells(800))
     b = write_side(tmp_path / "b", cells(800 / 1.1), slower=1.1, draw=1)
-    found = compare(a, b)
-    assert judged(found, "train_tokens_per_second") == ["worse", "worse"]
+    result = compare(a, b)
+    assert judged(result, "train_tokens_per_second") == ["worse", "worse"]
     assert main([str(a), str(b), "--fail-on", "train_tokens_per_second<-5%"]) == 1
     out = capsys.readouterr().out
     assert "FAILED train_tokens_per_second<-5%: lora went from 800 to 727" in out and "-9.1%" in out
@@ -92,11 +94,11 @@ def test_noise_passes_the_gate(tmp_path: Path) -> None:
 def test_quality_is_paired_by_row(tmp_path: Path) -> None:
     a = write_side(tmp_path / "a", cells(score=64 / 128), right=64)
     b = write_side(tmp_path / "b", cells(score=56 / 128), right=56)
-    found = compare(a, b)
-    [change, _] = [change for change in found.changes if change.metric == "exact_match"]
+    result = compare(a, b)
+    [change, _] = [change for change in result.changes if change.metric == "exact_match"]
     assert change.how == "paired rows" and change.judgement == "worse" and change.interval is not None
     gate = parse_gate("exact_match<-0.02")
-    assert len(failures(found, [gate])) == 2 and not failures(found, [parse_gate("exact_match<-0.1")])
+    assert len(failures(result, [gate])) == 2 and not failures(result, [parse_gate("exact_match<-0.1")])
 
 
 def test_what_is_counted_changes_by_any_difference(tmp_path: Path) -> None:
@@ -142,8 +144,8 @@ def test_versions_machine_and_commit_may_differ(tmp_path: Path, capsys: pytest.C
 def test_settings_match_unless_they_are_ignored(tmp_path: Path) -> None:
     a = write_side(tmp_path / "a", [make_record(changes={"training.steps": 40})])
     b = write_side(tmp_path / "b", [make_record(changes={"training.steps": 50})])
-    found = compare(a, b)
-    assert not found.matched and len(found.only_a) == len(found.only_b) == 1
+    result = compare(a, b)
+    assert not result.matched and len(result.only_a) == len(result.only_b) == 1
     assert len(compare(a, b, ignore=["training.steps"]).matched) == 1
     assert len(compare(a, b, ignore=["training"]).matched) == 1
     with pytest.raises(UserError, match=r"did you mean 'training\.steps'"):
@@ -154,8 +156,8 @@ def test_settings_match_unless_they_are_ignored(tmp_path: Path) -> None:
 def test_a_setting_that_came_with_a_version_is_told_and_does_not_part_the_cells(tmp_path: Path) -> None:
     a = write_side(tmp_path / "a", [make_record()])
     b = write_side(tmp_path / "b", [make_record(changes={"training.shiny": True})])
-    found = compare(a, b)
-    assert len(found.matched) == 1 and ("setting training.shiny", "not there", "True") in found.differing
+    result = compare(a, b)
+    assert len(result.matched) == 1 and ("setting training.shiny", "not there", "True") in result.differing
 
 
 def test_missing_and_failing_cells_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,8 +254,8 @@ def test_an_argument_that_one_side_alone_has_makes_another_cell(tmp_path: Path, 
     full = make_record()
     a = write_side(tmp_path / "a", [full, make_record(changes=peft("lora"))])
     b = write_side(tmp_path / "b", [full, make_record(changes=DORA, tokens_per_second=500)])
-    found = compare(a, b)
-    assert len(found.matched) == len(found.only_a) == len(found.only_b) == 1
+    result = compare(a, b)
+    assert len(result.matched) == len(result.only_a) == len(result.only_b) == 1
     assert main([str(a), str(b), "--fail-on", "missing"]) == 1
     both = [make_record(changes=DORA, tokens_per_second=500), full, make_record(changes=peft("lora"))]
     c = write_side(tmp_path / "c", both)

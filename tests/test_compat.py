@@ -63,17 +63,17 @@ def take_steps(model: PeftModel, *steps: int) -> None:
 
 def foreign_private_names(source: str, own: set[str]) -> set[str]:
     """Names with an underscore that a module uses of others' packages."""
-    found = set()
+    results = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("left_bench"):
             parts = [*node.module.split("."), *(alias.name for alias in node.names)]
             if node.module != "__future__":
-                found |= {f"{node.module}.{part}" for part in parts if part.startswith("_")}
+                results |= {f"{node.module}.{part}" for part in parts if part.startswith("_")}
         elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
             of = node.value.id if isinstance(node.value, ast.Name) else ""
             if of not in ("self", "cls") and node.attr not in own:
-                found.add(f"{of}.{node.attr}")
-    return found
+                results.add(f"{of}.{node.attr}")
+    return results
 
 
 OPEN_TO_ALL = {"_replace", "_asdict", "_exit"}  # public names of the standard library
@@ -96,14 +96,14 @@ def test_no_room_but_compat_reaches_behind_another_packages_doors():
                 own.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 own |= {node.attr} if ast.unparse(node.value) == "self" else set()
-    found = {
+    results = {
         f"{path.relative_to(PACKAGE).as_posix()}: {name}"
         for path, source in sources.items()
         if path.parent.name != "compat"
         for name in foreign_private_names(source, own)
         if not name.startswith(tuple(ELSEWHERE))
     }
-    assert not found
+    assert not results
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("compat/[a-z]*.py")), ids=lambda path: path.stem)
@@ -196,11 +196,11 @@ def test_peft_still_leaves_a_methods_loss_to_the_loop_by_a_private_name(name, ll
 
 def test_peft_still_lets_adaloras_ranks_be_trained_over_half_precision(adalora):
     model = adalora(torch.bfloat16)
-    ranks = [one for layer in model.modules() for one in getattr(layer, "ranknum", {}).values()]
+    ranks = [item for layer in model.modules() for item in getattr(layer, "ranknum", {}).values()]
     assert len(ranks) == 7
-    assert all(one.requires_grad for one in ranks), "freeze_ranks is not needed any more"
+    assert all(rank.requires_grad for rank in ranks), "freeze_ranks is not needed any more"
     compat_peft.freeze_ranks(model)
-    assert not any(one.requires_grad for one in ranks)
+    assert not any(rank.requires_grad for rank in ranks)
 
 
 def test_peft_still_rounds_an_adalora_adapter_when_it_loads_it(adalora, llama, tmp_path):
@@ -212,20 +212,20 @@ def test_peft_still_rounds_an_adalora_adapter_when_it_loads_it(adalora, llama, t
                 parameter.copy_(torch.randn_like(parameter))
     take_steps(model, 2, 3)
     model.save_pretrained(tmp_path)
-    expected = {name: one for name, one in model.named_parameters() if "lora_B" in name}
+    expected = {name: item for name, item in model.named_parameters() if "lora_B" in name}
 
     def of(loaded: PeftModel) -> dict[str, torch.Tensor]:
-        return {name: one for name, one in loaded.named_parameters() if name in expected}
+        return {name: item for name, item in loaded.named_parameters() if name in expected}
 
     from safetensors.torch import load_file
 
     saved = load_file(tmp_path / "adapter_model.safetensors")
     loaded = PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path)
-    alike = [torch.equal(one.float(), saved[name.replace(".default", "")]) for name, one in of(loaded).items()]
+    alike = [torch.equal(item.float(), saved[name.replace(".default", "")]) for name, item in of(loaded).items()]
     assert not all(alike), "load_unrounded is not needed any more"
     compat_peft.load_unrounded(loaded, tmp_path)
-    for name, one in of(loaded).items():
-        assert torch.equal(one, saved[name.replace(".default", "")])
+    for name, item in of(loaded).items():
+        assert torch.equal(item, saved[name.replace(".default", "")])
 
 
 def test_adaloras_allocator_still_has_no_state_and_goes_on_with_ours(adalora):
@@ -283,9 +283,9 @@ def test_peft_still_drops_variants_without_a_word(llama, tiny_cell, load_tiny):
 
     config = LoraConfig(r=2, target_modules=["q_proj"], kasa_config=KasaConfig())
     model = get_peft_model(load_tiny(tiny_cell("quantization=nf4"))[0], config)
-    found = list(compat_peft.dropped_variants(model))
-    assert [(name.rpartition(".")[2], variant) for name, _, variant in found] == [("q_proj", "kasa_config")] * 2
-    assert {type(layer).__name__ for _, layer, _ in found} == {"Linear4bit"}
+    results = list(compat_peft.dropped_variants(model))
+    assert [(name.rpartition(".")[2], variant) for name, _, variant in results] == [("q_proj", "kasa_config")] * 2
+    assert {type(layer).__name__ for _, layer, _ in results} == {"Linear4bit"}
     assert not list(compat_peft.dropped_variants(get_peft_model(llama(), config)))
 
 

@@ -71,7 +71,11 @@ def test_a_tracker_opens(name, composed, tmp_path):
 def test_the_default_is_the_same_as_every_default_named(compose_cell):
     defaults = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())["defaults"]
     named = [
-        f"{key}={value}" for one in defaults if isinstance(one, dict) for key, value in one.items() if key in GROUPS
+        f"{key}={value}"
+        for default in defaults
+        if isinstance(default, dict)
+        for key, value in default.items()
+        if key in GROUPS
     ]
     assert len(named) == len(GROUPS)
     assert compose_cell().id == compose_cell(*named).id

@@ -28,11 +28,11 @@ LEADING = CLOSED.replace("<{{ m['role'] }}>", "<{{ m['role'] }}>{{ ' ' if m['rol
 
 
 def talk(number: int, *, turns: int = 3) -> dict[str, Any]:
-    found = []
+    results = []
     for turn in range(turns):
-        found.append({"role": "user", "content": f"Question {number}, {turn}?"})
-        found.append({"role": "assistant", "content": f"Answer {turn} to {number}.\n"})
-    return {"messages": found}
+        results.append({"role": "user", "content": f"Question {number}, {turn}?"})
+        results.append({"role": "assistant", "content": f"Answer {turn} to {number}.\n"})
+    return {"messages": results}
 
 
 def loaded(path: str, *, template: str | None = CLOSED, max_length: int = 512, **keys: Any) -> Any:
@@ -43,13 +43,13 @@ def loaded(path: str, *, template: str | None = CLOSED, max_length: int = 512, *
 
 def labelled(rows: Any) -> Counter[tuple[Any, int]]:
     """Each token that carries loss, with all that stands before it."""
-    found: Counter[tuple[Any, int]] = Counter()
+    result: Counter[tuple[Any, int]] = Counter()
     for row in rows:
         batch = collate([row], pad_id=0)
         ids = batch.input_ids[0].tolist()
         for position in batch.label_positions.tolist():
-            found[tuple(ids[: position + 1]), ids[position + 1]] += 1
-    return found
+            result[tuple(ids[: position + 1]), ids[position + 1]] += 1
+    return result
 
 
 @pytest.mark.parametrize("template", [CLOSED, LEADING])
@@ -92,7 +92,7 @@ def test_the_labels_of_a_packed_conversation_are_those_of_a_padded_one(tmp_path)
 def test_answers_whose_context_is_rendered_otherwise_later_are_rows_apart(template, tmp_path):
     """No template, one without a turn's end, one that forgets: what follows does not begin with the row before."""
     path = jsonl(tmp_path / "r.jsonl", [talk(number) for number in range(4)])
-    together, apart = (loaded(path, template=template, one_answer_a_row=one).train for one in (False, True))
+    together, apart = (loaded(path, template=template, one_answer_a_row=item).train for item in (False, True))
     assert labelled(together) == labelled(apart)
     assert len(together) > 3
 
@@ -108,10 +108,10 @@ def test_a_conversation_that_is_too_long_is_one_row_as_far_as_it_fits(tmp_path):
 
 def test_a_held_out_conversation_is_asked_for_one_of_its_turns(tmp_path):
     path = jsonl(tmp_path / "r.jsonl", [talk(number) for number in range(30)])
-    found = split_rows(section(path=path, test_rows=20))
-    assert len(found.test) == 20 and all(not row.earlier for row in found.test)
-    assert {row.answer.split()[1] for row in found.test} == {"0", "1", "2"}
-    assert found.test == split_rows(section(path=path, test_rows=20)).test
+    result = split_rows(section(path=path, test_rows=20))
+    assert len(result.test) == 20 and all(not row.earlier for row in result.test)
+    assert {row.answer.split()[1] for row in result.test} == {"0", "1", "2"}
+    assert result.test == split_rows(section(path=path, test_rows=20)).test
 
 
 @pytest.mark.parametrize("template", [CLOSED, LEADING, None])
@@ -157,7 +157,7 @@ def test_a_call_of_a_tool_is_an_answer_as_the_template_writes_it(tmp_path):
     path = jsonl(tmp_path / "r.jsonl", [with_tools(number) for number in range(3)])
     splits = loaded(path, template=CHAT_WITH_TOOLS)
     tokenizer = byte_tokenizer(chat_template=CHAT_WITH_TOOLS)
-    [row] = [one for one in splits.train if "Ulm 0" in tokenizer.decode(one.answer_ids)] or [splits.train[0]]
+    [row] = [item for item in splits.train if "Ulm 0" in tokenizer.decode(item.answer_ids)] or [splits.train[0]]
     number = row.prompt.rpartition(" ")[2].rstrip("?")
     call = f'[CALL]{{"name": "weather", "arguments": {{"city": "Ulm {number}"}}}}'
     ids = [id for id, of_answer in zip(row.answer_ids, row.of_answer, strict=True) if of_answer]
@@ -222,7 +222,7 @@ def test_documents_are_packed_end_to_end_and_every_token_is_trained_on_once(tmp_
     held_out = splits.test[0].reference
     documents = [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
     assert sorted(tokenizer.decode(stream).split("</s>")[:-1]) == sorted(
-        f"<s>{one}" for one in documents if one != held_out
+        f"<s>{document}" for document in documents if document != held_out
     )
     assert {row.length for row in splits.train[:-1]} == {64} and splits.truncated_rows == 0
     assert all(len(row.prompt_ids) == 1 and row.labels == row.length - 1 for row in splits.train)
@@ -237,8 +237,8 @@ def test_a_held_out_document_is_scored_by_itself_and_what_does_not_fit_is_counte
 
 def test_a_document_that_is_held_out_is_not_trained_on(tmp_path):
     path = jsonl(tmp_path / "r.jsonl", [{"text": f"text {number % 4}"} for number in range(12)])
-    found = split_rows(section(path=path, test_rows=1))
-    assert (len(found.train), len(found.test), found.repeated) == (9, 1, 2)
+    result = split_rows(section(path=path, test_rows=1))
+    assert (len(result.train), len(result.test), result.repeated) == (9, 1, 2)
 
 
 def test_another_column_of_texts_is_named(tmp_path):
@@ -274,9 +274,9 @@ def test_a_cell_of_plain_text_knows_it_and_generates_nothing(tmp_path, tiny_cell
     given = ("data=jsonl", f"data.path={path}", "data.train_rows=null", "data.test_rows=2", "training.max_length=64")
     cell, named = tiny_cell(*given), tiny_cell(*given, "data.shape=text")
     assert cell.data.shape == "text" and not cell.generates and cell.id == named.id
-    found = work_in_process(cell)
-    assert "generate_tokens_per_second" not in found["metrics"] and found["metrics"]["train_rows"] == 3
-    lines = [json.loads(line) for line in (found["run_dir"] / "rows.jsonl").read_text().splitlines()]
+    result = work_in_process(cell)
+    assert "generate_tokens_per_second" not in result["metrics"] and result["metrics"]["train_rows"] == 3
+    lines = [json.loads(line) for line in (result["run_dir"] / "rows.jsonl").read_text().splitlines()]
     assert all(line["nll"] > 0 and line["prediction"] is None and line["answer_tokens"] > 40 for line in lines)
 
 
@@ -297,7 +297,7 @@ def test_an_activated_lora_is_given_its_answers_apart(tmp_path, tiny_cell):
     given = ("data=jsonl", f"data.path={path}", "data.test_rows=1", "data.train_rows=null", "training.max_length=512")
     tokenizer = byte_tokenizer(chat_template=CLOSED)
     counts = [
-        len(load_rows_of(tiny_cell(*given, f"peft={one}"), tokenizer, folder="").train) for one in ("lora", "alora")
+        len(load_rows_of(tiny_cell(*given, f"peft={item}"), tokenizer, folder="").train) for item in ("lora", "alora")
     ]
     assert counts == [3, 9]
 

@@ -46,11 +46,11 @@ CELLS = {
 def test_training_takes_the_same_steps_with_a_curve_and_without(name, tiny_cell, work_in_process):
     common = [*QUICK, *CELLS[name], "training.steps=4"]
     without = work_in_process(tiny_cell(*common, "eval.points=0"))
-    found = work_in_process(tiny_cell(*common, "eval.points=4"))
-    assert losses(found) == losses(without) and len(losses(found)) == 4
-    assert steps(found) == [1, 2, 3, 4] and not without["curve"]
-    last = found["curve"][-1].validation_loss
-    assert found["metrics"]["validation_loss"] == last
+    result = work_in_process(tiny_cell(*common, "eval.points=4"))
+    assert losses(result) == losses(without) and len(losses(result)) == 4
+    assert steps(result) == [1, 2, 3, 4] and not without["curve"]
+    last = result["curve"][-1].validation_loss
+    assert result["metrics"]["validation_loss"] == last
     # afterwards, padded and in larger batches, it is the same number
     assert without["metrics"]["validation_loss"] == pytest.approx(last, rel=1e-4)
 
@@ -67,14 +67,14 @@ def test_what_is_measured_of_training_leaves_the_evaluations_out(tiny_cell, work
         return loss(*given)
 
     monkeypatch.setattr(curve.Curve, "_loss", slow)
-    found = work_in_process(tiny_cell(*QUICK, "eval.points=4"))
-    phases = {phase.name: phase.seconds for phase in found["phases"]}
+    result = work_in_process(tiny_cell(*QUICK, "eval.points=4"))
+    phases = {phase.name: phase.seconds for phase in result["phases"]}
     assert phases["validate"] > 1.2 > phases["train"]
-    assert found["metrics"]["train_seconds"] == phases["train"]
-    assert sum(event["seconds"] for event in events(found, "step")) < 1.2
-    points = found["curve"]
-    assert points[-1].seconds == pytest.approx(sum(event["seconds"] for event in events(found, "step")))
-    assert points[-1].tokens == found["metrics"]["train_tokens"]
+    assert result["metrics"]["train_seconds"] == phases["train"]
+    assert sum(event["seconds"] for event in events(result, "step")) < 1.2
+    points = result["curve"]
+    assert points[-1].seconds == pytest.approx(sum(event["seconds"] for event in events(result, "step")))
+    assert points[-1].tokens == result["metrics"]["train_tokens"]
 
 
 def test_a_phases_peak_is_its_own(tmp_path):
@@ -123,20 +123,21 @@ def test_a_phases_peak_is_its_own(tmp_path):
     ],
 )
 def test_points_are_where_they_were_asked_for(asked, expected, tiny_cell, work_in_process):
-    found = work_in_process(tiny_cell(*QUICK, *asked))
-    assert steps(found) == expected
+    result = work_in_process(tiny_cell(*QUICK, *asked))
+    assert steps(result) == expected
     told = [
-        CurvePoint(**{k: v for k, v in one.items() if k in CurvePoint.model_fields}) for one in events(found, "curve")
+        CurvePoint(**{k: v for k, v in event.items() if k in CurvePoint.model_fields})
+        for event in events(result, "curve")
     ]
-    assert told == found["curve"]
-    by = found["provenance"]["training_ended"]
+    assert told == result["curve"]
+    by = result["provenance"]["training_ended"]
     assert by == {"by": "steps", "steps": 8, "weights_of_step": 8}
 
 
 def test_answers_are_scored_along_the_way_if_asked_for(tiny_cell, work_in_process):
     scored = [*QUICK[1:], "eval.points=2", "eval.curve_scores=true"]
-    found = work_in_process(tiny_cell(*scored))
-    assert [list(point.scores) for point in found["curve"]] == [["exact_match"]] * 2
+    result = work_in_process(tiny_cell(*scored))
+    assert [list(point.scores) for point in result["curve"]] == [["exact_match"]] * 2
     packed = tiny_cell(*scored, "training.batching=packed")
     assert "eval.curve_scores" in str(why_unsupported(packed))
 
@@ -164,26 +165,26 @@ def test_a_time_limit_ends_training_and_the_schedule_with_it(tiny_cell, work_in_
 
     monkeypatch.setattr(loop, "time", Clock())
     asked = [*QUICK, "training.steps=1000", "training.max_seconds=5", "eval.points=5", "training.schedule=linear"]
-    found = work_in_process(tiny_cell(*asked))
-    rates = [event["learning_rate"] for event in events(found, "step")]
-    assert len(rates) == 10 == found["metrics"]["train_steps"]
-    assert found["provenance"]["training_ended"] == {"by": "max_seconds", "steps": 10, "weights_of_step": 10}
-    assert steps(found) == [2, 4, 6, 8, 10]
+    result = work_in_process(tiny_cell(*asked))
+    rates = [event["learning_rate"] for event in events(result, "step")]
+    assert len(rates) == 10 == result["metrics"]["train_steps"]
+    assert result["provenance"]["training_ended"] == {"by": "max_seconds", "steps": 10, "weights_of_step": 10}
+    assert steps(result) == [2, 4, 6, 8, 10]
     assert rates == pytest.approx([rates[0] * (10 - n) / 10 for n in range(10)])
 
 
 def test_early_stopping_keeps_the_best_weights(tiny_cell, work_in_process):
     # a rate at which the loss soon rises
     rising = [*QUICK, "eval.every=1", "training.steps=12", "peft=full", "training.learning_rate=0.02"]
-    found = work_in_process(tiny_cell(*rising, "training.schedule=constant", "training.stop_patience=2"))
-    ended, curve = found["provenance"]["training_ended"], found["curve"]
+    result = work_in_process(tiny_cell(*rising, "training.schedule=constant", "training.stop_patience=2"))
+    ended, curve = result["provenance"]["training_ended"], result["curve"]
     best = min(curve, key=lambda point: point.validation_loss)
     assert ended == {"by": "stop_patience", "steps": best.step + 2, "weights_of_step": best.step}
     assert len(curve) == best.step + 2 < 12
-    assert found["metrics"]["validation_loss"] == best.validation_loss
+    assert result["metrics"]["validation_loss"] == best.validation_loss
     stopped = work_in_process(tiny_cell(*rising, f"training.steps={best.step}", "training.schedule=constant"))
-    assert held_out(found) == held_out(stopped)
-    assert not list(found["run_dir"].glob("checkpoints/best-*"))
+    assert held_out(result) == held_out(stopped)
+    assert not list(result["run_dir"].glob("checkpoints/best-*"))
 
 
 def held_out(found: dict[str, Any]) -> list[float]:

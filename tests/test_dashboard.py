@@ -21,7 +21,7 @@ def test_the_workspace_shows_what_the_tracker_logs():
 
     plain = specification(**NAMED)
     section = plain["workspace"]["spec"]["section"]
-    shown = [panel for one in section["panelBankConfig"]["sections"] for panel in one["panels"]]
+    shown = [panel for item in section["panelBankConfig"]["sections"] for panel in item["panels"]]
     kinds = [panel["viewType"] for panel in shown]
     assert {"Scatter Plot", "Bar Chart", "Parallel Coordinates Plot", "Run History Line Plot", "Run Comparer"} == set(
         kinds

@@ -47,16 +47,16 @@ def test_what_became_of_the_rows_is_said_and_no_model_is_made(given_rows, left_b
 
 def test_json_has_each_token_and_agrees_with_a_run(given_rows, left_bench, compose_cell, work_in_process):
     answer = left_bench("data", *given_rows, "--rows", "2", "--json")
-    found = json.loads(answer.out)
+    result = json.loads(answer.out)
     ran = work_in_process(compose_cell(*given_rows, "tracker=none", "eval.forgetting=false", "eval.max_new_tokens=2"))
     for name in ("train_rows", "test_rows", "dropped_rows", "repeated_rows", "truncated_rows", "train_epochs"):
-        assert found[name] == ran["metrics"][name], name
-    assert len(found["rows"]) == 2
-    for row in found["rows"]:
+        assert result[name] == ran["metrics"][name], name
+    assert len(result["rows"]) == 2
+    for row in result["rows"]:
         assert sum(token["loss"] for token in row["tokens"]) == row["loss_tokens"]
         assert row["runs"][-1]["loss"] and row["tokens"][-1]["loss"]
-    counted = found["lengths"]["with_loss"]["histogram"]
-    assert sum(one["rows"] for one in counted) == found["train_rows"]
+    counted = result["lengths"]["with_loss"]["histogram"]
+    assert sum(item["rows"] for item in counted) == result["train_rows"]
 
 
 def test_sets_of_rows_that_differ_are_shown_once_each(given_rows, left_bench):
@@ -130,7 +130,7 @@ def test_nothing_in_a_row_steers_the_terminal():
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
 def test_a_histogram_counts_every_row_once(lengths):
     bins = histogram(lengths)
-    assert sum(one.rows for one in bins) == len(lengths) and len(bins) <= 8
+    assert sum(item.rows for item in bins) == len(lengths) and len(bins) <= 8
     for length in lengths:
-        assert sum(one.tokens_from <= length <= one.tokens_to for one in bins) == 1
+        assert sum(item.tokens_from <= length <= item.tokens_to for item in bins) == 1
     assert bins[0].rows and bins[-1].rows

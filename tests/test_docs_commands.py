@@ -65,8 +65,8 @@ def test_a_printed_command_composes_to_cells(arguments, composed, tmp_path, monk
     (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
     (tmp_path / "score.py").write_text("def score(prediction, reference, row):\n    return 1.0\n")
     command_line.check_choices(arguments)
-    config = composed(*(one for one in arguments if one not in ("--cfg", "job")))
-    swept = "-m" in arguments or any(one.startswith("+sweep=") for one in arguments)
+    config = composed(*(item for item in arguments if item not in ("--cfg", "job")))
+    swept = "-m" in arguments or any(item.startswith("+sweep=") for item in arguments)
     if swept:
         check_launcher(config)
     job = next(jobs_of(config))[1] if swept else config
@@ -125,14 +125,14 @@ def test_the_five_commands_lead_from_conversations_to_a_model(tmp_path):
 
 def launcher_keys() -> list[tuple[str, str]]:
     """`(launcher, override)` of every launcher's key that docs/cluster.md names; what has no value gets 1."""
-    found = []
+    results = []
     for section in (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("\n## ")[1:]:
         launcher = {"Slurm": "submitit_slurm", "Ray": "ray"}.get(section.splitlines()[0])
         for override in re.findall(r"`'?(\+?hydra\.launcher\.[^`]*?)'?`", section):
             key, _, value = override.partition("=")
             guessed = launcher or ("ray" if ".ray." in key else "joblib" if "n_jobs" in key else "submitit_slurm")
-            found.append((guessed, f"{key}={value if value and not value.startswith('<') else '1'}"))
-    return found
+            results.append((guessed, f"{key}={value if value and not value.startswith('<') else '1'}"))
+    return results
 
 
 def test_the_tables_of_launcher_keys_are_found():

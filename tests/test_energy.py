@@ -154,17 +154,17 @@ class Said:
 
 def test_a_gpu_is_found_by_its_uuid_and_counted_in_joules(gpu):
     nvml = gpu()
-    found = open_gpu("cuda")
-    assert found.readable and found.source == "NVML total energy counter"
-    before = found.joules()
+    result = open_gpu("cuda")
+    assert result.readable and result.source == "NVML total energy counter"
+    before = result.joules()
     nvml.millijoules += 1500
-    assert found.joules() - before == 1.5
+    assert result.joules() - before == 1.5
 
 
 def test_the_drivers_facts_are_an_allow_list_and_hold_no_uuid(gpu):
     gpu()
-    found = open_gpu("cuda")
-    facts = found.facts() | found.clocks()
+    result = open_gpu("cuda")
+    facts = result.facts() | result.clocks()
     assert facts == {
         "driver": "580.95",
         "power_limit_watts": 700.0,
@@ -208,8 +208,8 @@ def test_without_torchs_uuid_the_visible_devices_tell_which_gpu_it_is(visible, o
 )
 def test_where_there_is_no_counter_the_reason_is_said(how, words, gpu):
     gpu(**how)
-    found = open_gpu("cuda")
-    assert not found.readable and words in found.source and found.joules() is None
+    result = open_gpu("cuda")
+    assert not result.readable and words in result.source and result.joules() is None
 
 
 def test_a_gpu_without_counter_has_its_driver_all_the_same(gpu):
@@ -240,12 +240,12 @@ def test_packages_are_added_up_and_nothing_else_is(powercap):
             "intel-rapl-mmio_0": ("package-0", 100),
         }
     )
-    found = open_cpu()
-    assert found.source == "RAPL, 2 CPU packages"
-    assert found.joules() == 0
+    result = open_cpu()
+    assert result.source == "RAPL, 2 CPU packages"
+    assert result.joules() == 0
     for name, now in {"intel-rapl:0": 1100, "intel-rapl:0:0": 900, "intel-rapl:1": 700, "intel-rapl:2": 9999}.items():
         set_zone(root, name, now)
-    assert found.joules() == pytest.approx((1000 + 500) / 1e6)
+    assert result.joules() == pytest.approx((1000 + 500) / 1e6)
 
 
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=30), st.integers(0, 999))
@@ -255,8 +255,8 @@ def test_a_register_that_wraps_around_loses_nothing(tmp_path_factory, used, firs
     (zone / "energy_uj").write_text(str(first))
     counter = RaplCounter([zone])
     total = 0
-    for one in used:
-        total += one
+    for item in used:
+        total += item
         (zone / "energy_uj").write_text(str((first + total) % 1000))
         assert counter.joules() == pytest.approx(total / 1e6)
 
@@ -335,16 +335,16 @@ def test_a_stretch_of_few_updates_has_no_joules(monkeypatch):
 
 def test_a_counter_that_fails_in_between_has_no_joules():
     counter = Said()
-    found = Energy({"": counter})
-    found.start()
+    result = Energy({"": counter})
+    result.start()
     counter.now = None
-    found.stop()
+    result.stop()
     counter.now = 8.0
-    found.start()
-    found.stop()
-    assert found.of_steps(tokens=10) == {} and found.of_cell() == {"cell_joules": 8.0}
+    result.start()
+    result.stop()
+    assert result.of_steps(tokens=10) == {} and result.of_cell() == {"cell_joules": 8.0}
     counter.now = None
-    assert found.of_cell() == {}
+    assert result.of_cell() == {}
 
 
 # --- the cell ---
@@ -386,41 +386,41 @@ CELL = ["eval.generate=false", "training.steps=7", "training.measure_after=2"]
 
 def test_joules_are_those_of_the_steps_that_count_for_speed(tiny_cell, work_in_process, monkeypatch):
     counter = TellsTokens(monkeypatch)
-    found = work_in_process(tiny_cell(*CELL, "training.checkpoint_every=3"))
-    tokens = [event["tokens"] for event in step_events(found["run_dir"])]
-    metrics = found["metrics"]
+    result = work_in_process(tiny_cell(*CELL, "training.checkpoint_every=3"))
+    tokens = [event["tokens"] for event in step_events(result["run_dir"])]
+    metrics = result["metrics"]
     assert len(tokens) == 7
     assert metrics["train_joules"] == sum(tokens[2:])
     assert metrics["joules_per_1000_tokens"] == 1000
     assert metrics["cell_joules"] == counter.now == sum(tokens) + 2e6  # saving is the cell's, and no step's
     assert metrics["train_watts"] > 0
     assert metrics["cpu_train_joules"] == metrics["cpu_cell_joules"] == metrics["cpu_train_watts"] == 0
-    assert found["environment"]["effective"]["energy"] == "told; told"
+    assert result["environment"]["effective"]["energy"] == "told; told"
 
 
 def test_training_before_preference_tuning_is_the_cells_alone(tiny_cell, work_in_process, monkeypatch):
     counter = TellsTokens(monkeypatch)
     pairs = ["training=dpo", "training.sft_steps=2", "data.pairs=true", "training.measure_after=0"]
-    found = work_in_process(tiny_cell(*pairs, "training.steps=3", "eval.generate=false"))
-    tokens = sum(event["tokens"] for event in step_events(found["run_dir"]))
-    assert found["metrics"]["train_joules"] == tokens
-    assert found["metrics"]["cell_joules"] == counter.now > tokens
+    result = work_in_process(tiny_cell(*pairs, "training.steps=3", "eval.generate=false"))
+    tokens = sum(event["tokens"] for event in step_events(result["run_dir"]))
+    assert result["metrics"]["train_joules"] == tokens
+    assert result["metrics"]["cell_joules"] == counter.now > tokens
 
 
 def test_nothing_is_counted_where_nothing_can_be_read(tiny_cell, work_in_process, monkeypatch):
     monkeypatch.setattr(energy, "open_counters", lambda *_, **__: (NoCounter("none"), {"": NoCounter("none")}))
-    found = work_in_process(tiny_cell(*CELL))
-    assert not [name for name in found["metrics"] if "joules" in name or "watts" in name]
-    assert "energy" not in found["environment"]["effective"]
-    assert "gpu" not in found["environment"]["machine"]
+    result = work_in_process(tiny_cell(*CELL))
+    assert not [name for name in result["metrics"] if "joules" in name or "watts" in name]
+    assert "energy" not in result["environment"]["effective"]
+    assert "gpu" not in result["environment"]["machine"]
 
 
 def test_a_cpu_cell_counts_the_kernels_packages(powercap, tiny_cell, work_in_process):
     powercap(**{"intel-rapl_0": ("package-0", 100)})
-    found = work_in_process(tiny_cell(*CELL))
-    assert found["metrics"]["cell_joules"] == 0  # the register stands still
-    assert found["environment"]["effective"]["energy"] == "RAPL, 1 CPU package"
-    assert "cpu_cell_joules" not in found["metrics"]
+    result = work_in_process(tiny_cell(*CELL))
+    assert result["metrics"]["cell_joules"] == 0  # the register stands still
+    assert result["environment"]["effective"]["energy"] == "RAPL, 1 CPU package"
+    assert "cpu_cell_joules" not in result["metrics"]
 
 
 def test_the_gpus_facts_and_its_clocks_after_training_are_the_machines(tiny_cell, work_in_process, gpu, monkeypatch):
@@ -429,10 +429,10 @@ def test_the_gpus_facts_and_its_clocks_after_training_are_the_machines(tiny_cell
     clocks = iter([{"sm_clock_mhz": 1755}])
     monkeypatch.setattr(found_gpu, "clocks", lambda: next(clocks))
     monkeypatch.setattr(energy, "open_counters", lambda *_, **__: (found_gpu, {}))
-    found = work_in_process(tiny_cell(*CELL))
-    machine = found["environment"]["machine"]
+    result = work_in_process(tiny_cell(*CELL))
+    machine = result["environment"]["machine"]
     assert machine["gpu"]["driver"] == "580.95" and machine["gpu"]["sm_clock_mhz"] == 1755
-    assert UUID not in json.dumps(found["environment"])
+    assert UUID not in json.dumps(result["environment"])
 
 
 def test_a_run_that_diverges_has_no_joules(tmp_path, monkeypatch):
@@ -631,9 +631,9 @@ def test_energy_of_different_machines_is_not_ranked():
 def test_another_power_limit_confounds_speed_and_energy():
     machines = [LAPTOP | {"gpu": {"power_limit_watts": watts, "driver": "580"}} for watts in (350.0, 700.0)]
     rows = [row_of(make_record(changes=peft(name), machine=m)) for name, m in zip("ab", machines, strict=True)]
-    found = dict(confounders(rows, {id(row): row.cell_id[:3] for row in rows}))
-    assert "350" in found["power limit (W)"] and "700" in found["power limit (W)"]
-    assert touching([*found.items()], "energy") and not touching([("power limit (W)", "")], "quality")
+    results = dict(confounders(rows, {id(row): row.cell_id[:3] for row in rows}))
+    assert "350" in results["power limit (W)"] and "700" in results["power limit (W)"]
+    assert touching([*results.items()], "energy") and not touching([("power limit (W)", "")], "quality")
     alike = [row_of(make_record(changes=peft(name), machine=machines[0])) for name in "ab"]
     assert "power limit (W)" not in dict(confounders(alike, {id(row): "x" for row in alike}))
 
@@ -645,7 +645,7 @@ def test_prices_are_settings_and_no_part_of_a_cell(composed):
     from left_bench.grid.compose import compose
 
     plain, priced = (composed(*given) for given in ((), ("price_per_kwh=0.3", "price_per_hour=2")))
-    (cell, without), (same, settings) = (compose(one, one.hydra) for one in (plain, priced))
+    (cell, without), (same, settings) = (compose(item, item.hydra) for item in (plain, priced))
     assert cell.id == same.id
     assert (without.price_per_kwh, without.price_per_hour) == (None, None)
     assert (settings.price_per_kwh, settings.price_per_hour) == (0.3, 2.0)

@@ -57,9 +57,9 @@ def no_process(monkeypatch):
 def keep(cell, measured=MEASURED) -> None:
     """Leave in the cache what a calibration would."""
     paths = calibrate.rates_path(cell, at_once=1), calibrate.rows_path(cell)
-    for path, found in zip(paths, measured, strict=True):
+    for path, result in zip(paths, measured, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found.model_dump_json())
+        path.write_text(result.model_dump_json())
 
 
 # --- arithmetic ---
@@ -68,16 +68,16 @@ def keep(cell, measured=MEASURED) -> None:
 @given(st.floats(0.001, 10), st.floats(0.001, 10), st.integers(1, 50), st.integers(1, 1000))
 def test_a_line_goes_through_what_was_measured(fixed, each, small, more):
     line = Line(fixed, each)
-    found = Line.through([(small, line.of(small)), (small + more, line.of(small + more))])
-    assert found.of(3000) == pytest.approx(line.of(3000), rel=1e-3)
+    result = Line.through([(small, line.of(small)), (small + more, line.of(small + more))])
+    assert result.of(3000) == pytest.approx(line.of(3000), rel=1e-3)
 
 
 @given(st.lists(st.tuples(st.integers(1, 1000), st.floats(0.001, 100)), min_size=1, max_size=3))
 def test_a_line_through_noise_is_never_negative_and_meets_the_largest(points):
     points = sorted(points)
-    found = Line.through(points)
-    assert min(found) >= 0
-    assert found.of(points[-1][0]) == pytest.approx(points[-1][1])
+    result = Line.through(points)
+    assert min(result) >= 0
+    assert result.of(points[-1][0]) == pytest.approx(points[-1][1])
 
 
 def test_steps_are_passes_of_padded_rows(tiny_cell):
@@ -109,10 +109,10 @@ def test_an_evaluation_is_losses_answers_and_general_text(tiny_cell):
 def test_preference_tuning_reads_two_answers_and_has_a_reference(tiny_cell):
     rows = ROWS.model_copy(update={"train": [Row(3, 1, 2)] * 8, "test": [Row(3, 1, 2)] * 4})
     cell = tiny_cell("training=dpo", "data=chain_sum_pairs", "training.sft_steps=2", "training.batch_size=4")
-    found = seconds_of(cell, RATES, rows)
-    assert found["sft"] == 2 * 4 * 4 * 10
-    assert found["train"] == 2 * 8 * 5 * 10, "padded to the longer, two steps"
-    assert found["reference"] == 8 * 5 + 8 * 4
+    result = seconds_of(cell, RATES, rows)
+    assert result["sft"] == 2 * 4 * 4 * 10
+    assert result["train"] == 2 * 8 * 5 * 10, "padded to the longer, two steps"
+    assert result["reference"] == 8 * 5 + 8 * 4
 
 
 def test_what_only_some_methods_have(tiny_cell):
@@ -160,9 +160,9 @@ def test_a_base_model_is_scored_by_the_first_cell_alone(compose_cell):
 
 
 def test_the_line(tiny_cell):
-    one = added_up([(Planned(tiny_cell(), 1), MEASURED)], Experience())
-    assert str(one._replace(seconds=44)) == "1 cell, about 40 s on this machine (measured)"
-    assert str(one._replace(cells=12, seconds=540)) == "12 cells, about 9 min on this machine (measured)"
+    item = added_up([(Planned(tiny_cell(), 1), MEASURED)], Experience())
+    assert str(item._replace(seconds=44)) == "1 cell, about 40 s on this machine (measured)"
+    assert str(item._replace(cells=12, seconds=540)) == "12 cells, about 9 min on this machine (measured)"
 
 
 @pytest.mark.parametrize(
@@ -292,9 +292,9 @@ def test_a_ladder_grows_as_far_as_there_is_time(monkeypatch):
         return calibrate.ladder(take, range(64), until=until, **how)
 
     assert climb(0.0) == Line(0.0, pytest.approx(1.1)) and taken == [1], "no time: what one pass took"
-    found = climb(40.0)
+    result = climb(40.0)
     assert taken == [1, 1, 32, 64, 64], "the largest again, for there is time"
-    assert found == (pytest.approx(1), pytest.approx(0.1))
+    assert result == (pytest.approx(1), pytest.approx(0.1))
 
 
 def test_a_large_pass_that_takes_longer_for_each_token_than_a_short_one_is_taken_again(monkeypatch):
@@ -323,9 +323,9 @@ def test_a_process_of_its_own_times_a_model_once(tiny_cell, tmp_path, monkeypatc
     assert calibrate.kept(cell, at_once=1) is None
     assert calibrate.why_not(cell) is None
     assert calibrate.calibrate([cell], at_once=1, cells_follow=False) is False
-    found = calibrate.kept(cell, at_once=1)
-    assert found is not None and found.rates.threads == 1 and found.rates.start > 0
-    assert len(found.rows.train) == 8
+    result = calibrate.kept(cell, at_once=1)
+    assert result is not None and result.rates.threads == 1 and result.rates.start > 0
+    assert len(result.rows.train) == 8
     [line] = told([Planned(cell, 1)], tmp_path)
     assert line.startswith("1 cell, about ")
 
@@ -375,7 +375,7 @@ def test_cells_that_run_at_once_are_timed_on_a_share_of_the_cores(cache, tiny_ce
     monkeypatch.setattr(calibrate, "available_cores", lambda: [0, 1, 2, 3])
     cell = tiny_cell("hardware.threads=null")
     calibrate.calibrate([cell], at_once=2, cells_follow=False)
-    assert [(one["LEFT_BENCH_CORES"], one["LEFT_BENCH_AT_ONCE"]) for one in seen] == [("0,1", "2")]
+    assert [(item["LEFT_BENCH_CORES"], item["LEFT_BENCH_AT_ONCE"]) for item in seen] == [("0,1", "2")]
     assert calibrate.rates_path(cell, at_once=1) != calibrate.rates_path(cell, at_once=2)
 
 
@@ -428,14 +428,14 @@ def test_a_cell_that_has_run_corrects_those_to_come(cache, tmp_path, tiny_cell, 
     expected = seconds_of(ran, RATES, ROWS)
     twice = recorded(ran, train=2 * expected["train"], evaluate=3 * expected["evaluate"])
     twice.write(tmp_path / "runs" / ran.id)
-    found = gathered(tmp_path / "runs", at_once=1)
-    assert base_of(ran) in found.bases
-    assert found.factors(tiny_cell("quantization=nf4", "peft=lora", "training.steps=9")) == ((2, 3), True)
-    assert found.factors(tiny_cell("quantization=nf4", "peft=ln_tuning")) == (
+    result = gathered(tmp_path / "runs", at_once=1)
+    assert base_of(ran) in result.bases
+    assert result.factors(tiny_cell("quantization=nf4", "peft=lora", "training.steps=9")) == ((2, 3), True)
+    assert result.factors(tiny_cell("quantization=nf4", "peft=ln_tuning")) == (
         (pytest.approx(2 / 1.37), pytest.approx(3 / 1.42)),
         True,
     )
-    assert found.factors(tiny_cell("quantization=nf4_dq", "peft=lora"))[1] is False
+    assert result.factors(tiny_cell("quantization=nf4_dq", "peft=lora"))[1] is False
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")  # of which a record tells nothing
     assert not gathered(tmp_path / "runs", at_once=1).of_kinds
     monkeypatch.delenv("ATEN_CPU_CAPABILITY")
@@ -496,13 +496,13 @@ def test_a_launch_plans_what_is_left_and_not_refused(tmp_path, monkeypatch, left
     )
     quick = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=1"]
     assert left_bench("-m", *quick, "peft=lora,ia3", "seed=0,1", "data.train_rows=8").code == 0
-    assert [(one.cell.peft.name, one.cells) for one in planned[-1]] == [("lora", 2)]
+    assert [(item.cell.peft.name, item.cells) for item in planned[-1]] == [("lora", 2)]
     assert left_bench("-m", *quick, "peft=lora,full", "seed=0,1,2", "data.train_rows=8").code == 0
-    assert [(one.cell.peft.name, one.cells) for one in planned[-1]] == [("lora", 1), ("full", 3)]
+    assert [(item.cell.peft.name, item.cells) for item in planned[-1]] == [("lora", 1), ("full", 3)]
     assert left_bench("-m", *quick, "peft=lora,full", "seed=0,1,2", "data.train_rows=8").code == 0
     assert len(planned) == 2, "nothing is left"
     assert left_bench(*quick, "seed=5", "data.train_rows=8").code == 0
-    assert [(one.cell.peft.name, one.cells) for one in planned[-1]] == [("lora", 1)]
+    assert [(item.cell.peft.name, item.cells) for item in planned[-1]] == [("lora", 1)]
     before = len(planned)
     assert left_bench(*quick, "seed=5", "data.train_rows=8").code == 0
     assert len(planned) == before, "a cell that is done"

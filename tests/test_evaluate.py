@@ -74,11 +74,11 @@ def test_row_losses_are_in_the_rows_order(tiny_cell, load_tiny, addition_rows):
     cell = tiny_cell("eval.batch_size=3")
     model, _ = load_tiny(cell)
     with torch.no_grad():
-        found = row_losses(model, addition_rows, cell, pad_id=0, device="cpu")
-        alone = [row_losses(model, [one], cell, pad_id=0, device="cpu").nll[0] for one in addition_rows]
-    assert found.nll == pytest.approx(alone, abs=1e-4)
-    assert found.answer_tokens == [len(one.answer_ids) for one in addition_rows]
-    assert found.tokens == sum(one.length for one in addition_rows)
+        result = row_losses(model, addition_rows, cell, pad_id=0, device="cpu")
+        alone = [row_losses(model, [item], cell, pad_id=0, device="cpu").nll[0] for item in addition_rows]
+    assert result.nll == pytest.approx(alone, abs=1e-4)
+    assert result.answer_tokens == [len(item.answer_ids) for item in addition_rows]
+    assert result.tokens == sum(item.length for item in addition_rows)
 
 
 # --- batches ---
@@ -104,7 +104,7 @@ def test_a_batch_answers_as_its_rows_alone(name, tiny_cell, load_tiny, addition_
     model.eval()
     with torch.no_grad():
         together = greedy_answers(model, tokenizer, addition_rows, cell, device="cpu")
-        apart = [greedy_answers(model, tokenizer, [one], cell, device="cpu")[0] for one in addition_rows]
+        apart = [greedy_answers(model, tokenizer, [item], cell, device="cpu")[0] for item in addition_rows]
     assert together == apart
     assert len(set(map(tuple, together))) > 1
 
@@ -112,13 +112,13 @@ def test_a_batch_answers_as_its_rows_alone(name, tiny_cell, load_tiny, addition_
 def token_by_token(model, tokenizer, rows, *, tokens: int) -> list[list[int]]:
     """Greedy answers with no cache, no padding, no sampling: one forward pass for every token."""
     answers = []
-    for one in rows:
-        ids = list(one.prompt_ids)
+    for item in rows:
+        ids = list(item.prompt_ids)
         for _ in range(tokens):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] == tokenizer.eos_token_id:
                 break
-        answers.append(ids[len(one.prompt_ids) :])
+        answers.append(ids[len(item.prompt_ids) :])
     return answers
 
 
@@ -234,23 +234,23 @@ def test_the_general_text_is_prose_in_passages(tiny_cell, load_tiny):
     assert len(set(texts)) == len(texts)
     _, tokenizer = load_tiny(tiny_cell())
     passages = general_passages(tokenizer)
-    assert [len(one.prompt_ids) for one in passages] == [1] * len(texts)
-    assert [tokenizer.decode(one.prompt_ids + one.answer_ids) for one in passages] == texts
+    assert [len(passage.prompt_ids) for passage in passages] == [1] * len(texts)
+    assert [tokenizer.decode(passage.prompt_ids + passage.answer_ids) for passage in passages] == texts
 
 
 def test_general_loss_is_over_all_tokens(tiny_cell, load_tiny, addition_rows, monkeypatch):
     monkeypatch.setattr(evaluate, "general_texts", lambda: ["Short one.", "A somewhat longer passage of text."])
     cell = tiny_cell("eval.forgetting=true", "eval.generate=false")
     model, tokenizer = load_tiny(cell)
-    found = evaluate_model(model, tokenizer, addition_rows, cell, device="cpu")
-    assert found.predictions is None
+    result = evaluate_model(model, tokenizer, addition_rows, cell, device="cpu")
+    assert result.predictions is None
     total, tokens = 0.0, 0
     with torch.no_grad():
         for text in evaluate.general_texts():
             ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
             total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             tokens += ids.shape[1] - 1
-    assert found.general_loss == pytest.approx(total / tokens, abs=1e-4)
+    assert result.general_loss == pytest.approx(total / tokens, abs=1e-4)
 
 
 # --- scores ---
@@ -261,36 +261,36 @@ def test_scores_stand_beside_the_base_models(tiny_cell):
     rows = [row(reference="a"), row(reference="b"), row(reference="c"), row(reference="d")]
     base = measured([4.0] * 4, [2] * 4, predictions=["a", "x", "x", "x"], general_loss=3.0)
     after = measured([1.0] * 4, [2] * 4, predictions=["a", "b", "c", "x"], general_loss=3.25)
-    found = {score.metric: score for score in scores(after, base, rows, cell)}
-    assert set(found) == {"eval_loss", "eval_perplexity", "exact_match", "bleu", "forgetting_nats"}
-    assert (found["eval_loss"].value, found["eval_loss"].base_value) == (0.5, 2.0)
-    assert found["eval_perplexity"].value == pytest.approx(math.exp(0.5))
-    assert found["eval_perplexity"].base_value == pytest.approx(math.exp(2))
-    assert (found["exact_match"].value, found["exact_match"].base_value) == (0.75, 0.25)
-    assert found["exact_match"].stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
-    assert found["bleu"].stderr is None
-    assert found["forgetting_nats"].value == pytest.approx(0.25)
-    assert found["forgetting_nats"].base_value is None
-    assert {score.task for score in found.values()} == {"chain_sum", "general_text"}
-    assert found["exact_match"].n == 4
+    results = {score.metric: score for score in scores(after, base, rows, cell)}
+    assert set(results) == {"eval_loss", "eval_perplexity", "exact_match", "bleu", "forgetting_nats"}
+    assert (results["eval_loss"].value, results["eval_loss"].base_value) == (0.5, 2.0)
+    assert results["eval_perplexity"].value == pytest.approx(math.exp(0.5))
+    assert results["eval_perplexity"].base_value == pytest.approx(math.exp(2))
+    assert (results["exact_match"].value, results["exact_match"].base_value) == (0.75, 0.25)
+    assert results["exact_match"].stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert results["bleu"].stderr is None
+    assert results["forgetting_nats"].value == pytest.approx(0.25)
+    assert results["forgetting_nats"].base_value is None
+    assert {score.task for score in results.values()} == {"chain_sum", "general_text"}
+    assert results["exact_match"].n == 4
 
 
 def test_perplexitys_error_is_the_delta_methods(tiny_cell):
     after = measured([1.0, 3.0], [1, 1])
-    found = {score.metric: score for score in scores(after, None, [row(), row()], tiny_cell())}
-    assert found["eval_perplexity"].stderr == pytest.approx(math.exp(2) * found["eval_loss"].stderr)
-    assert found["eval_loss"].base_value is None
+    results = {score.metric: score for score in scores(after, None, [row(), row()], tiny_cell())}
+    assert results["eval_perplexity"].stderr == pytest.approx(math.exp(2) * results["eval_loss"].stderr)
+    assert results["eval_loss"].base_value is None
 
 
 def test_a_hopeless_loss_has_no_infinite_perplexity(tiny_cell):
-    found = {one.metric: one.value for one in scores(measured([9000.0], [1]), None, [row()], tiny_cell())}
-    assert found["eval_loss"] == 9000
-    assert math.isfinite(found.get("eval_perplexity", 0.0))
+    results = {score.metric: score.value for score in scores(measured([9000.0], [1]), None, [row()], tiny_cell())}
+    assert results["eval_loss"] == 9000
+    assert math.isfinite(results.get("eval_perplexity", 0.0))
 
 
 def test_without_generation_there_are_no_text_scores(tiny_cell):
-    found = scores(measured([1.0], [1]), measured([2.0], [1]), [row()], tiny_cell("eval.generate=false"))
-    assert {score.metric for score in found} == {"eval_loss", "eval_perplexity"}
+    result = scores(measured([1.0], [1]), measured([2.0], [1]), [row()], tiny_cell("eval.generate=false"))
+    assert {score.metric for score in result} == {"eval_loss", "eval_perplexity"}
 
 
 def test_samples_are_the_first_rows(tiny_cell):
@@ -298,7 +298,7 @@ def test_samples_are_the_first_rows(tiny_cell):
     after = measured([1.0] * 6, [1] * 6, predictions=[f"p{i}" for i in range(6)])
     base = measured([1.0] * 6, [1] * 6, predictions=[f"b{i}" for i in range(6)])
     kept = samples(after, base, rows, tiny_cell("eval.samples=2"))
-    assert [(one.prompt, one.reference, one.prediction, one.base_prediction) for one in kept] == [
+    assert [(item.prompt, item.reference, item.prediction, item.base_prediction) for item in kept] == [
         ("q0", "0", "p0", "b0"),
         ("q1", "1", "p1", "b1"),
     ]
@@ -307,12 +307,12 @@ def test_samples_are_the_first_rows(tiny_cell):
 
 
 def test_random_weights_have_no_scores(tiny_cell, work_in_process):
-    found = work_in_process(tiny_cell("training.steps=1", "eval.forgetting=true"))
-    assert "scores" not in found
-    assert "samples" not in found
+    result = work_in_process(tiny_cell("training.steps=1", "eval.forgetting=true"))
+    assert "scores" not in result
+    assert "samples" not in result
     quality = {"eval_loss", "eval_perplexity", "exact_match", "forgetting_nats", "base_eval_loss"}
-    assert quality.isdisjoint(found["metrics"])
-    assert found["metrics"]["train_steps"] == 1
+    assert quality.isdisjoint(result["metrics"])
+    assert result["metrics"]["train_steps"] == 1
 
 
 def test_greedy_is_greedy_whatever_the_checkpoint_says(tiny_cell, tmp_path, load_tiny):
@@ -328,7 +328,7 @@ def test_greedy_is_greedy_whatever_the_checkpoint_says(tiny_cell, tmp_path, load
     assert "repetition_penalty" in (tmp_path / "model" / "generation_config.json").read_text()
     loaded, _ = models.load_model(cell, folder=str(tmp_path / "model"), device="cpu")
     ids = torch.tensor([[5, 6, 7]])
-    found = loaded.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0]
+    result = loaded.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0]
     for _ in range(6):
         ids = torch.cat([ids, loaded(ids).logits[:, -1:].argmax(-1)], 1)
-    assert found.tolist() == ids[0].tolist()
+    assert result.tolist() == ids[0].tolist()

@@ -127,9 +127,9 @@ def test_an_unknown_extractor_is_named(name, words, tiny_cell):
     ids=["empty", "blank", "braces", "mark", "unfinished", "brackets", "digits", "digits in JSON"],
 )
 def test_no_answer_breaks_an_extractor(extractor, text):
-    found = extracted(extractor, text)
-    assert found is None or isinstance(found, str)
-    assert same(found or "", found or "")
+    result = extracted(extractor, text)
+    assert result is None or isinstance(result, str)
+    assert same(result or "", result or "")
 
 
 def test_school_word_problems_are_scored_by_their_numbers(compose_cell):

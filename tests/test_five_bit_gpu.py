@@ -78,9 +78,9 @@ def test_cuda_products_are_the_cpus():
     there.load_state_dict(here.state_dict())
     one = torch.randn(3, 512, requires_grad=True)
     other = one.detach().cuda().requires_grad_()
-    found, wanted = there(other), here(one)
-    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
-    found.sum().backward()
+    result, wanted = there(other), here(one)
+    torch.testing.assert_close(result.cpu(), wanted, rtol=1e-4, atol=1e-4)
+    result.sum().backward()
     wanted.sum().backward()
     torch.testing.assert_close(other.grad.cpu(), one.grad, rtol=1e-4, atol=1e-4)
 
@@ -159,13 +159,13 @@ def test_a_gpus_layers_are_compiled_whole_and_keep_nothing_dense(gpu_for_the_com
     backend = aot_autograd(
         fw_compiler=seen("forward"), bw_compiler=seen("backward"), partition_fn=min_cut_rematerialization_partition
     )
-    found = []
+    results = []
     for call in (network, torch.compile(network, backend=backend, fullgraph=True, dynamic=True)):
         x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
         out = call(x)
         out.float().square().sum().backward()
-        found.append((out, x.grad))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+        results.append((out, x.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     for kind, (graph,) in graphs.items():  # ValueError: more than one
         assert sum("decode_five_bits" in str(node.target) for node in graph.nodes) == 2, kind
     (kept,) = [node.args[0] for node in graphs["forward"][0].nodes if node.op == "output"]
@@ -188,10 +188,10 @@ def test_a_compiled_cuda_layer_computes_the_same(scheme):
     torch.manual_seed(0)
     layer = Linear5bit(256, 128, False, compute_dtype=torch.bfloat16, device="cuda", **SCHEMES[scheme])
     layer.quantize_(torch.randn(128, 256, device="cuda"))
-    found = []
+    results = []
     for call in (layer, torch.compile(layer, fullgraph=True, dynamic=True)):
         x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).to("cuda", torch.bfloat16).requires_grad_()
         out = call(x)
         out.float().square().sum().backward()
-        found.append((out, x.grad))
-    torch.testing.assert_close(found[0], found[1])
+        results.append((out, x.grad))
+    torch.testing.assert_close(results[0], results[1])

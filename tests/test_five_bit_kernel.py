@@ -84,11 +84,11 @@ def test_any_bits_decode_as_torch_does(
     packed, constants = anything(rows * columns, **SCHEMES[scheme], block_size=block_size, seed=seed)
     options = {"scheme": SCHEMES[scheme]["scheme"], "block_size": block_size, "dtype": dtype}
     with settled(look_up=lambda: way):
-        found = blocks.dequantize(packed, constants, shape=(rows, columns), **options)
+        result = blocks.dequantize(packed, constants, shape=(rows, columns), **options)
     with settled(look_up=lambda: None):
         expected = blocks.dequantize(packed, constants, shape=(rows, columns), **options)
-    assert found.shape == expected.shape == (rows, columns)
-    assert same_bits(found, expected)
+    assert result.shape == expected.shape == (rows, columns)
+    assert same_bits(result, expected)
 
 
 @each_scheme
@@ -123,14 +123,14 @@ def test_stored_bytes_may_begin_anywhere() -> None:
 def test_products_and_gradients_are_those_of_torch(scheme: str, dtype: torch.dtype) -> None:
     weight = 0.02 * torch.randn(40, 72, generator=torch.Generator().manual_seed(0))
     layer = Linear5bit(72, 40, False, **SCHEMES[scheme], compute_dtype=dtype).quantize_(weight)
-    found = []
+    results = []
     for way in (native.look_up(), None):
         with settled(look_up=lambda way=way: way):
             x = torch.randn(3, 72, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
             out = layer(x)
             out.float().square().sum().backward()
-            found.append((out, x.grad))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+            results.append((out, x.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
 def test_who_decodes_is_told() -> None:
@@ -167,9 +167,9 @@ def test_preparing_compiles_all_that_a_run_decodes() -> None:
 def test_a_compiled_layer_computes_the_same() -> None:
     """The kernel is left out of what torch.compile traces; the backend matters not."""
     layer = Linear5bit(64, 64, False, compute_dtype=torch.float32).quantize_(torch.eye(64))
-    found = []
+    results = []
     for call in (layer, torch.compile(layer, backend="eager", dynamic=True)):
         x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
         call(x).square().sum().backward()
-        found.append(x.grad)
-    assert torch.equal(*found)
+        results.append(x.grad)
+    assert torch.equal(*results)

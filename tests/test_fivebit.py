@@ -84,11 +84,11 @@ def test_normal_float_at_four_bits_is_bitsandbytes_nf4() -> None:
 
 
 def test_normal_float_at_five_bits() -> None:
-    found = normal_float(5)
-    assert len(found) == 32
-    assert torch.equal(found, found.sort().values) and len(found.unique()) == 32
-    assert found[0] == -1 and found[-1] == 1
-    assert found[15] == 0, "15 levels below zero, 16 above"
+    result = normal_float(5)
+    assert len(result) == 32
+    assert torch.equal(result, result.sort().values) and len(result.unique()) == 32
+    assert result[0] == -1 and result[-1] == 1
+    assert result[15] == 0, "15 levels below zero, 16 above"
 
 
 @given(st.lists(st.integers(0, 31), min_size=1, max_size=200), st.sampled_from([1, 2]))
@@ -134,9 +134,9 @@ def test_more_threads_decode_the_same() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = layer.dequantize()
+        item = layer.dequantize()
         torch.set_num_threads(2)
-        assert torch.equal(layer.dequantize(), one)
+        assert torch.equal(layer.dequantize(), item)
     finally:
         torch.set_num_threads(before)
 
@@ -165,8 +165,8 @@ def test_zero_stays_zero(scheme: str) -> None:
 @each_scheme
 def test_error_lies_between_nf4_and_int8(scheme: str) -> None:
     weight = weight_like(256, 512)
-    found = error(layer_of(scheme, weight).dequantize(), weight)
-    assert int8_error(weight) < found < nf4_error(weight)
+    result = error(layer_of(scheme, weight).dequantize(), weight)
+    assert int8_error(weight) < result < nf4_error(weight)
 
 
 @each_scheme
@@ -195,8 +195,8 @@ def test_error_on_the_real_default_model(scheme: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder(Model.model_validate(section)), dtype=torch.bfloat16)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.14.mlp.down_proj", "model.layers.29.mlp.gate_proj"):
         weight = model.get_submodule(name).weight.detach()
-        found = error(layer_of(scheme, weight).dequantize(), weight)
-        assert int8_error(weight) < found < nf4_error(weight), name
+        result = error(layer_of(scheme, weight).dequantize(), weight)
+        assert int8_error(weight) < result < nf4_error(weight), name
 
 
 # the layer
@@ -248,13 +248,13 @@ def test_input_dtypes_autocast_and_inference_mode(dtype: torch.dtype) -> None:
 def test_gradient_checkpointing_gives_equal_gradients() -> None:
     layer = layer_of("nf5", weight_like(64, 64))
     x = torch.randn(4, 64)
-    found = []
+    results = []
     for reentrant in (None, False, True):
         leaf = x.clone().requires_grad_(True)
         out = layer(leaf) if reentrant is None else checkpoint(layer, leaf, use_reentrant=reentrant)
         out.square().sum().backward()
-        found.append(leaf.grad)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        results.append(leaf.grad)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @each_scheme
@@ -318,8 +318,8 @@ def test_saved_model_reloads_bit_equal(dense_folder: Path, tmp_path: Path, schem
 
 @each_scheme
 def test_quantization_error_is_measured_against_the_checkpoint(dense_folder: Path, scheme: str) -> None:
-    found = quantization_error(load(dense_folder, scheme), Path(dense_folder))
-    assert found is not None and 0.02 < found < 0.07
+    result = quantization_error(load(dense_folder, scheme), Path(dense_folder))
+    assert result is not None and 0.02 < result < 0.07
 
 
 def test_dequantized_model_computes_the_same(dense_folder: Path) -> None:
@@ -408,7 +408,7 @@ def test_a_whole_cell(tmp_path: Path, name: str) -> None:
     import subprocess
     import sys
 
-    found = subprocess.run(
+    result = subprocess.run(
         [
             sys.executable, "-m", "left_bench", "model=tiny_llama", f"quantization={name}", "peft=lora",
             "training.steps=2", "tracker=none", "data.train_rows=8", "data.test_rows=4", "eval.generate=false",
@@ -416,7 +416,7 @@ def test_a_whole_cell(tmp_path: Path, name: str) -> None:
         ],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert found.returncode == 0, found.stderr + found.stdout
+    assert result.returncode == 0, result.stderr + result.stdout
     (path,) = (tmp_path / "runs").glob("*/record.json")
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["status"] == "ok", record.get("reason")

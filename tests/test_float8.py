@@ -31,10 +31,10 @@ def test_the_layers_round_while_training_and_are_themselves_again(cell):
     model, ids = small(), torch.arange(2, 15)[None]  # 13 tokens: no multiple of 16
     before, linear = model(ids, labels=ids).loss, dict(model.named_modules())
     parameters = dict(model.named_parameters())
-    with float8.in_float8(model, cell, emulate=True) as found:
-        assert found == {"float8_layers": 2 * 7}
+    with float8.in_float8(model, cell, emulate=True) as result:
+        assert result == {"float8_layers": 2 * 7}
         assert type(model.lm_head) is torch.nn.Linear
-        assert {name: id(one) for name, one in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
+        assert {name: id(item) for name, item in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
         inside = model(ids, labels=ids).loss
         inside.backward()
     assert 1e-3 < abs(inside.item() - before.item()) < 0.3
@@ -44,8 +44,8 @@ def test_the_layers_round_while_training_and_are_themselves_again(cell):
 
 
 def test_layers_that_the_hardware_cannot_take_are_left_out(cell):
-    with float8.in_float8(small(intermediate_size=56), cell, emulate=True) as found:
-        assert found == {"float8_layers": 2 * 4}  # attention's alone
+    with float8.in_float8(small(intermediate_size=56), cell, emulate=True) as result:
+        assert result == {"float8_layers": 2 * 4}  # attention's alone
     with (
         pytest.raises(NotInForce, match="multiples of 16"),
         float8.in_float8(small(hidden_size=24, num_attention_heads=1), cell, emulate=True),
@@ -54,8 +54,8 @@ def test_layers_that_the_hardware_cannot_take_are_left_out(cell):
 
 
 def test_without_it_nothing_is_touched(tiny_cell):
-    with float8.in_float8(torch.nn.Linear(16, 16), tiny_cell("peft=full", "precision=bf16")) as found:
-        assert found == {}
+    with float8.in_float8(torch.nn.Linear(16, 16), tiny_cell("peft=full", "precision=bf16")) as result:
+        assert result == {}
 
 
 @pytest.mark.parametrize(("capability", "fits"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])

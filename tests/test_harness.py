@@ -131,8 +131,8 @@ def test_tasks_groups_and_tags_of_the_harness_are_known(name, task_cell):
 )
 def test_a_task_alone_is_found_without_the_whole_index(name, folder):
     """A group's or a tag's members may lie in several folders, and a part of them would be scored in silence."""
-    found = harness._folder_of(name)
-    assert (found and found.name) == folder
+    result = harness._folder_of(name)
+    assert (result and result.name) == folder
 
 
 def test_pictures_are_not_asked(compose_cell):
@@ -194,7 +194,7 @@ def test_a_choice_is_the_likelier_continuation(task_cell, load_tiny, weights):
     mean = sum(right) / 6
     assert (score.task, score.metric, score.n) == ("left_bench_choices", "lm_eval_left_bench_choices_acc", 6)
     assert score.value == pytest.approx(mean)
-    assert score.stderr == pytest.approx(math.sqrt(sum((one - mean) ** 2 for one in right) / 5 / 6))
+    assert score.stderr == pytest.approx(math.sqrt(sum((item - mean) ** 2 for item in right) / 5 / 6))
     assert told[-1][0] == "tasks" and told[0][1] == 0
 
 
@@ -206,23 +206,23 @@ def test_a_runs_record_has_base_beside_adapted_and_the_next_cell_shares_the_base
     ask = harness.ask
     monkeypatch.setattr(harness, "ask", lambda *given, **named: asked.append(1) or ask(*given, **named))
     cell = task_cell("choices.yaml,answers.yaml", weights, "eval.task_rows=4")
-    found = work_in_process(cell)
-    by_name = {score.metric: score for score in found["scores"]}
+    result = work_in_process(cell)
+    by_name = {score.metric: score for score in result["scores"]}
     choices, answers = by_name["lm_eval_left_bench_choices_acc"], by_name["lm_eval_left_bench_answers_same"]
     assert (choices.n, answers.n) == (4, 4)
     assert 0 <= choices.base_value <= 1
     assert 0 <= answers.value <= 3
-    assert found["metrics"]["base_lm_eval_left_bench_choices_acc"] == choices.base_value
-    assert found["environment"]["versions"]["lm-eval"]
+    assert result["metrics"]["base_lm_eval_left_bench_choices_acc"] == choices.base_value
+    assert result["environment"]["versions"]["lm-eval"]
     assert len(asked) == 2
-    [kept] = [path for path in (found["run_dir"].parent / "base").glob("*.json") if not path.name.startswith("peak")]
+    [kept] = [path for path in (result["run_dir"].parent / "base").glob("*.json") if not path.name.startswith("peak")]
     assert [score["metric"] for score in json.loads(kept.read_text())["tasks"]] == [choices.metric, answers.metric]
 
 
 @needs_harness
 def test_virtual_tokens_and_merged_heads_are_asked_as_they_are(task_cell, weights, work_in_process):
-    found = work_in_process(task_cell("choices.yaml", weights, "peft=prompt_tuning"))
-    assert {"lm_eval_left_bench_choices_acc", "base_lm_eval_left_bench_choices_acc"} <= found["metrics"].keys()
+    result = work_in_process(task_cell("choices.yaml", weights, "peft=prompt_tuning"))
+    assert {"lm_eval_left_bench_choices_acc", "base_lm_eval_left_bench_choices_acc"} <= result["metrics"].keys()
 
 
 @needs_harness
@@ -266,10 +266,10 @@ def test_a_task_that_fails_after_training_costs_its_scores_alone(
         return ask(*given, **named)
 
     monkeypatch.setattr(harness, "ask", second_fails)
-    found = work_in_process(task_cell("choices.yaml", weights))
-    assert not [name for name in found["metrics"] if "lm_eval" in name]
-    assert {"exact_match", "adapter_file_bytes"} <= found["metrics"].keys()
-    assert found["environment"]["effective"]["tasks"] == "failed: ZeroDivisionError: nothing to divide"
+    result = work_in_process(task_cell("choices.yaml", weights))
+    assert not [name for name in result["metrics"] if "lm_eval" in name]
+    assert {"exact_match", "adapter_file_bytes"} <= result["metrics"].keys()
+    assert result["environment"]["effective"]["tasks"] == "failed: ZeroDivisionError: nothing to divide"
 
 
 def test_random_weights_are_not_asked(task_cell, monkeypatch):

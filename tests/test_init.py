@@ -51,5 +51,5 @@ def test_usage(arguments, capsys):
 
 def test_rows_are_alike_and_distinct(tmp_path):
     (rows,) = [path for path in write_project(tmp_path) if path.name == "rows.jsonl"]
-    found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert len({row["question"] for row in found}) == 20
+    results = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len({row["question"] for row in results}) == 20

@@ -1,4 +1,4 @@
-"""What is refused before anything runs, and how: one line that names the key, the value and the mend."""
+"""What is refused before anything runs, and how: one line that names the key, the value and the fix."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def refused(left_bench, tmp_path, monkeypatch):
 
     def refused(*overrides: str) -> str:
         before = sorted(tmp_path.rglob("*"))
-        named = {one.partition("=")[0] for one in overrides}
-        answer = left_bench(*(one for one in QUICK if one.partition("=")[0] not in named), *overrides)
+        named = {override.partition("=")[0] for override in overrides}
+        answer = left_bench(*(item for item in QUICK if item.partition("=")[0] not in named), *overrides)
         assert answer.code == 2, answer
         assert len(answer.err.strip().splitlines()) == 1, answer.err
         assert len(answer.err) < 2500
@@ -146,12 +146,14 @@ def test_arguments_read_from_source_are_the_classes_own(path):
     if not target or target == "???" or (read := arguments_of(target)) is None:
         return
     try:
-        found = locate(target, key="x")
+        result = locate(target, key="x")
     except UserError:
         pytest.skip("not installed")
-    parameters = inspect.signature(found).parameters.values()
+    parameters = inspect.signature(result).parameters.values()
     # what transformers' quantizations take as `**kwargs` they leave out without a word
-    assert set(read) == {one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    assert set(read) == {
+        parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
 
 
 def test_most_classes_are_read():

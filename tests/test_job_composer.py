@@ -45,13 +45,13 @@ def of_the_job(config):
 def test_it_composes_what_hydra_composes(sweep):
     config, plain, ours = sweep
     for job in [*JOBS, *JOBS]:  # the second time from what is kept
-        expected, found = plain.load_sweep_config(config, list(job)), ours.compose(job)
-        assert of_the_job(found) == of_the_job(expected), job
-        assert OmegaConf.is_struct(found) == OmegaConf.is_struct(expected)
+        expected, result = plain.load_sweep_config(config, list(job)), ours.compose(job)
+        assert of_the_job(result) == of_the_job(expected), job
+        assert OmegaConf.is_struct(result) == OmegaConf.is_struct(expected)
         for group, section in expected.items():
             if OmegaConf.is_config(section) and group != "hydra":
-                assert list(found[group]) == list(section), job
-                assert OmegaConf.is_readonly(found[group]) == OmegaConf.is_readonly(section)
+                assert list(result[group]) == list(section), job
+                assert OmegaConf.is_readonly(result[group]) == OmegaConf.is_readonly(section)
 
 
 def test_one_job_does_not_change_the_next(sweep):
@@ -87,13 +87,13 @@ def test_a_grid_is_composed_once_for_each_option_and_not_for_each_combination(sw
         for peft in ("lora", "dora", "ia3", "full")
         for seed in (0, 1)
     ]
-    found = [ours.compose(job) for job in grid]
+    results = [ours.compose(job) for job in grid]
     assert len(composed) == 3 + 4 - 1
     monkeypatch.undo()
-    for job, one in zip(grid, found, strict=True):
+    for job, item in zip(grid, results, strict=True):
         expected = plain.load_sweep_config(config, list(job))
-        assert of_the_job(one) == of_the_job(expected), job
-        assert one.hydra.runtime.choices == expected.hydra.runtime.choices
+        assert of_the_job(item) == of_the_job(expected), job
+        assert item.hydra.runtime.choices == expected.hydra.runtime.choices
 
 
 def test_hydras_loader_takes_files_that_are_read_once(sweep, monkeypatch):

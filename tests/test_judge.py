@@ -95,12 +95,12 @@ def test_each_pair_is_shown_in_both_orders(served, judged_cell):
     [score], facts = asked(judged_cell(address), ["good", "bad"], ["bad", "good"])
     assert (score.metric, score.value, score.n) == ("judge_win_rate", 0.5, 2)
     assert facts == {"judged_rows": 2, "judge_agreement": 1.0}
-    assert sorted(shown(one["body"]["messages"][0]["content"]) for one in seen) == sorted(
+    assert sorted(shown(item["body"]["messages"][0]["content"]) for item in seen) == sorted(
         [("good", "bad"), ("bad", "good")] * 2
     )
-    assert {one["path"] for one in seen} == {"/v1/chat/completions"}
-    assert {one["body"]["model"] for one in seen} == {"stub"}
-    assert all("right" in one["body"]["messages"][0]["content"] for one in seen)
+    assert {item["path"] for item in seen} == {"/v1/chat/completions"}
+    assert {item["body"]["model"] for item in seen} == {"stub"}
+    assert all("right" in item["body"]["messages"][0]["content"] for item in seen)
 
 
 def test_a_judge_that_leans_to_a_place_agrees_with_nobody(served, judged_cell):
@@ -226,10 +226,10 @@ def test_a_redirect_is_not_followed(served, judged_cell, compose_cell, monkeypat
 )
 def test_what_cannot_be_judged_is_refused(overrides, words, compose_cell, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
-    named = {one.partition("=")[0] for one in overrides}
+    named = {override.partition("=")[0] for override in overrides}
     plain = ["model=smollm2_135m", "hardware=cpu", "precision=fp32", "eval.judge_model=stub"]
     with pytest.raises(UserError, match=r"^eval\.judge") as refused:
-        compose_cell(*(one for one in plain if one.partition("=")[0] not in named), *overrides)
+        compose_cell(*(item for item in plain if item.partition("=")[0] not in named), *overrides)
     assert all(word in str(refused.value) for word in words), refused.value
 
 
@@ -294,16 +294,16 @@ def test_a_run_is_judged_and_a_server_that_fails_costs_no_cell(
     options = [*plain, "model.name_or_path=weights", "eval.judge_model=stub"]
 
     address, seen = served(lambda prompt: "[[C]]")
-    found = work_in_process(compose_cell(*options, f"eval.judge={address}"))
+    result = work_in_process(compose_cell(*options, f"eval.judge={address}"))
     assert seen
-    assert (found["metrics"]["judge_win_rate"], found["metrics"]["judge_agreement"]) == (0.5, 1.0)
-    assert "judge" in [phase.name for phase in found["phases"]]
+    assert (result["metrics"]["judge_win_rate"], result["metrics"]["judge_agreement"]) == (0.5, 1.0)
+    assert "judge" in [phase.name for phase in result["phases"]]
 
     address, _ = served(lambda prompt: (400, "no"))
-    found = work_in_process(compose_cell(*options, f"eval.judge={address}"))
-    assert "judge_win_rate" not in found["metrics"]
-    assert "answered 400" in found["environment"]["effective"]["judge"]
-    assert "exact_match" in found["metrics"]
+    result = work_in_process(compose_cell(*options, f"eval.judge={address}"))
+    assert "judge_win_rate" not in result["metrics"]
+    assert "answered 400" in result["environment"]["effective"]["judge"]
+    assert "exact_match" in result["metrics"]
 
 
 def test_the_metrics_say_what_they_are():

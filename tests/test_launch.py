@@ -73,7 +73,7 @@ def test_what_is_emulated_is_said_once_and_done(place, runs, left_bench, monkeyp
     monkeypatch.setattr(
         "left_bench.measure.auto_precision.product_speeds", lambda _device, dtype: {"float32": 60e9, dtype: 3e9}
     )
-    quick = [one for one in QUICK if not one.startswith("precision=")]
+    quick = [item for item in QUICK if not item.startswith("precision=")]
     slow = "20 times as long as float32's (measured here); precision=fp32 is what precision=auto takes here"
     answer = left_bench(*quick, "precision=bf16")
     assert answer.code == 0, answer
@@ -94,7 +94,7 @@ def test_a_sweep_has_the_precision_of_the_machine_that_launches_it(place, runs, 
     from left_bench.measure.auto_precision import fast_precision
 
     monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2 avx512_bf16")
-    quick = [one for one in QUICK if not one.startswith("precision=")]
+    quick = [item for item in QUICK if not item.startswith("precision=")]
     take = job.take
 
     def elsewhere(*how, **named):
@@ -111,7 +111,7 @@ def test_a_sweep_has_the_precision_of_the_machine_that_launches_it(place, runs, 
 def test_a_sweep_that_may_go_elsewhere_says_what_it_takes_along(place, runs, left_bench, monkeypatch):
     monkeypatch.setenv("LEFT_BENCH_CPU_FLAGS", "avx2 avx512_bf16")
     monkeypatch.setattr("left_bench.launch.launching.runs_elsewhere", lambda hydra: True)
-    quick = [one for one in QUICK if not one.startswith("precision=")]
+    quick = [item for item in QUICK if not item.startswith("precision=")]
     answer = left_bench("-m", *quick, "seed=0,1")
     assert answer.code == 0, answer
     assert answer.err.count("precision=auto is bf16 on cpu (avx512_bf16)") == 1
@@ -124,7 +124,7 @@ def test_a_job_whose_files_are_others_elsewhere_is_refused(place, runs, left_ben
     rows = "".join(json.dumps({"prompt": f"{n} + {n}", "answer": str(2 * n)}) + "\n" for n in range(20))
     (place / "rows.jsonl").write_text(rows)
     monkeypatch.setattr("left_bench.launch.launching.runs_elsewhere", lambda hydra: True)
-    quick = [*(one for one in QUICK if not one.startswith("data")), "data=jsonl", "data.path=rows.jsonl"]
+    quick = [*(item for item in QUICK if not item.startswith("data")), "data=jsonl", "data.path=rows.jsonl"]
     quick += ["data.train_rows=8", "data.test_rows=4"]
     assert left_bench("-m", *quick, "seed=0,1").code == 0
     take = job.take
@@ -216,7 +216,7 @@ def test_a_grid_passes_by_what_is_done(place, runs, left_bench, monkeypatch):
     from left_bench.launch import job
 
     take = job.take
-    monkeypatch.setattr(job, "take", lambda one, **named: launched.append(one.cell.seed) or take(one, **named))
+    monkeypatch.setattr(job, "take", lambda item, **named: launched.append(item.cell.seed) or take(item, **named))
     answer = left_bench("-m", *QUICK, "seed=0,1,2,3")
     assert answer.code == 0, answer
     assert [cell.seed for cell in runs] == launched == [0, 2]
@@ -256,12 +256,12 @@ def test_an_ok_record_is_kept(place, runs, left_bench):
 @pytest.mark.parametrize("override", ["seed=1", "training.steps=2", "data.train_rows=9", "peft.config.r=3"])
 def test_any_changed_setting_is_another_run(override, place, runs, left_bench):
     left_bench(*QUICK)
-    left_bench(*(one for one in QUICK if one.split("=")[0] != override.split("=")[0]), override)
+    left_bench(*(item for item in QUICK if item.split("=")[0] != override.split("=")[0]), override)
     assert len({cell.id for cell in runs}) == 2
 
 
 def test_an_edited_data_file_is_another_run_and_a_moved_one_is_none(place, runs, left_bench):
-    quick = [one for one in QUICK if not one.startswith("data")]
+    quick = [item for item in QUICK if not item.startswith("data")]
     rows = [json.dumps({"prompt": f"{n} + {n}", "answer": str(2 * n)}) for n in range(20)]
 
     def launch(name: str, lines: list[str]) -> None:
@@ -378,7 +378,7 @@ def test_a_broken_tracker_costs_nothing(place, runs, left_bench, monkeypatch):
         raise RuntimeError("no wandb today")
 
     monkeypatch.setattr(tracker.WandbTracker, "start", broken)
-    answer = left_bench(*[one for one in QUICK if not one.startswith("tracker")], "tracker=wandb")
+    answer = left_bench(*[item for item in QUICK if not item.startswith("tracker")], "tracker=wandb")
     assert answer.code == 0, answer
     assert "no wandb today" in answer.err
     assert records(place)[0].status == "ok"
@@ -415,7 +415,7 @@ def test_retrained_weights_are_another_cell_and_a_moved_folder_is_none(place, ru
 
     def launch(folder: str) -> str:
         of_folder.content_of.cache_clear()  # as by another launch
-        quick = [one for one in QUICK if not one.startswith("model=")]
+        quick = [item for item in QUICK if not item.startswith("model=")]
         answer = left_bench(*quick, f"model.name_or_path=./{folder}")
         assert answer.code == 0, answer
         cell: Cell = runs[-1]
@@ -437,7 +437,7 @@ def test_a_model_that_a_sweep_of_ones_own_names_is_that_model(place, runs, left_
     (place / "conf" / "sweep").mkdir(parents=True)
     body = "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\nmodel:\n  name_or_path: some/neox\n"
     (place / "conf" / "sweep" / "mine.yaml").write_text("# @package _global_\n" + body)
-    quick = [one for one in QUICK if not one.startswith("model=")]
+    quick = [item for item in QUICK if not item.startswith("model=")]
     answer = left_bench("--config-dir", "conf", "+sweep=mine", *quick)
     assert answer.code == 0, answer
     assert {(cell.model.name, cell.model.config) for cell in runs} == {("neox", None)}
@@ -492,7 +492,7 @@ def test_another_launch_of_the_same_sweep_takes_nothing_from_this_one(place, run
 
 
 def test_what_a_sweep_says_otherwise_than_a_chosen_option_is_told(place, runs, left_bench):
-    quick = [one for one in QUICK if not one.startswith("training")]
+    quick = [item for item in QUICK if not item.startswith("training")]
     answer = left_bench("+sweep=smoke", *quick, "training=long")
     assert answer.code == 0, answer
     assert "note: training.steps=4 is the sweep's, not the 1000 of training=long" in answer.err

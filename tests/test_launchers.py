@@ -65,11 +65,11 @@ def sweep(launcher: str, place: Path) -> dict[str, Record]:
     assert killed, said
     assert process.returncode == 1, said  # a cell crashed
     assert "crashed" in (place / "reports" / "four.md").read_text(), said
-    found = [read_record(path) for path in sorted(place.glob(f"runs/*/{RECORD_NAME}"))]
+    results = [read_record(path) for path in sorted(place.glob(f"runs/*/{RECORD_NAME}"))]
     manifest = json.loads((place / "runs" / "sweeps" / "four.json").read_text())
-    assert sorted(manifest["cells"]) == sorted(record.cell_id for record in found)
+    assert sorted(manifest["cells"]) == sorted(record.cell_id for record in results)
     assert manifest["finished_at"] is not None
-    return {record.cell_id: record for record in found}
+    return {record.cell_id: record for record in results}
 
 
 def kill_worker(place: Path) -> bool:
@@ -124,14 +124,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
 def test_every_launcher_leaves_the_same_records(launcher, alone, tmp_path):
     if not installed(launcher):
         pytest.skip(f"needs left-bench[{EXTRAS[launcher]}]")
-    found = sweep(launcher, tmp_path)
+    result = sweep(launcher, tmp_path)
     assert sorted(record.status for record in alone.values()) == ["crashed", "ok", "ok", "unsupported"]
-    assert found.keys() == alone.keys()
+    assert result.keys() == alone.keys()
     for cell_id, record in alone.items():
-        assert lasting(found[cell_id]) == lasting(record)
-    [crashed] = [record for record in found.values() if record.status == "crashed"]
+        assert lasting(result[cell_id]) == lasting(record)
+    [crashed] = [record for record in result.values() if record.status == "crashed"]
     assert crashed.cell_id.startswith(KILLED)
     assert "SIGKILL" in (crashed.reason or "")
-    at_once = {r.environment["effective"]["concurrent_cells"] for r in found.values() if r.status == "ok"}
+    at_once = {r.environment["effective"]["concurrent_cells"] for r in result.values() if r.status == "ok"}
     assert at_once == {min(2, len(os.sched_getaffinity(0)))}
     assert {r.environment["effective"]["concurrent_cells"] for r in alone.values() if r.status == "ok"} == {1}

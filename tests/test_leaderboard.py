@@ -34,11 +34,11 @@ def section(text: str, heading: str) -> str:
 
 def tables(text: str) -> list[list[dict[str, str]]]:
     """Every table of a text, column -> cell."""
-    found = []
+    results = []
     for block in re.findall(r"(?:^\|.*\|\n?)+", text, flags=re.MULTILINE):
         header, _, *body = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
-        found.append([dict(zip(header, line, strict=True)) for line in body])
-    return found
+        results.append([dict(zip(header, line, strict=True)) for line in body])
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +107,11 @@ def test_what_is_the_same_in_every_row_is_told_once(page: str) -> None:
 
 def test_two_axes_are_crossed_for_quality_memory_and_speed(page: str) -> None:
     text = section(page, "Quantization × peft")
-    found = tables(text)
-    assert len(found) == 3 and re.findall(r"^\*\*(.*?)\*\*", text, flags=re.MULTILINE) == [
+    result = tables(text)
+    assert len(result) == 3 and re.findall(r"^\*\*(.*?)\*\*", text, flags=re.MULTILINE) == [
         *("Exact match", "Peak memory", "Train tokens/s")
     ]
-    quality = {line[""]: line for line in found[0]}
+    quality = {line[""]: line for line in result[0]}
     assert quality["full"]["int8"] == "**unsupported**" and quality["full"]["none"].startswith("**0.602**")
     assert set(quality) == {"full", "lora", "ia3", "prompt_tuning"}
 
@@ -243,29 +243,29 @@ def test_the_best_is_taken_and_with_a_margin_the_cheapest_shown_to_be_within_it(
         make_record(changes=peft("ia3"), exact_match=0.50, peak_mib=700),
     )
     names = {id(rows[0]): "full", id(rows[1]): "lora", id(rows[2]): "ia3"}
-    found = recommend(rows)
-    assert found is not None and found.chosen is rows[0] and set(found.front) == set(map(id, rows))
-    assert sentence(found, [], names, rows) == (
+    result = recommend(rows)
+    assert result is not None and result.chosen is rows[0] and set(result.front) == set(map(id, rows))
+    assert sentence(result, [], names, rows) == (
         "Take full (0.600 exact match, 1.37 GiB peak memory, 800 training tokens/s): of 3 cells, it has the best exact "
         "match, from which 2 others are not resolved."
     )
-    sure = " ".join(how_sure(found, names))
+    sure = " ".join(how_sure(result, names))
     assert "Not resolved from full: lora −0.020 [−0.140, +0.100] with less memory (900 MiB)" in sure
     assert "All 3 pairs are judged together" in sure and "false-discovery rate" in sure
     margins = take_margins(["0.15"])  # the interval reaches 0.140 below the best
-    found = recommend(rows, margins=margins)
-    assert found is not None and found.chosen is rows[1] and list(found.as_good) == [rows[1]]
-    assert sentence(found, [], names, rows) == (
+    result = recommend(rows, margins=margins)
+    assert result is not None and result.chosen is rows[1] and list(result.as_good) == [rows[1]]
+    assert sentence(result, [], names, rows) == (
         "Take lora (0.580 exact match, 900 MiB peak memory, 800 training tokens/s): of 3 cells, 2 are shown to be "
         "within 0.150 exact match of the best (full, 0.600), and of these it needs the least memory."
     )
-    found = recommend(rows, margins=take_margins(["exact_match=0.05"]))
-    assert found is not None and found.chosen is rows[0]
-    assert "none that costs less is shown to be within 0.050 exact match" in sentence(found, [], names, rows)
+    result = recommend(rows, margins=take_margins(["exact_match=0.05"]))
+    assert result is not None and result.chosen is rows[0]
+    assert "none that costs less is shown to be within 0.050 exact match" in sentence(result, [], names, rows)
     needs = [Need("peak_memory_bytes", False, 800 * MIB)]
-    found = recommend(rows, needs)
-    assert found is not None and found.chosen is rows[2]
-    assert "the only one of 3 cells that fits peak memory ≤ 800 MiB" in sentence(found, needs, {}, rows)
+    result = recommend(rows, needs)
+    assert result is not None and result.chosen is rows[2]
+    assert "the only one of 3 cells that fits peak memory ≤ 800 MiB" in sentence(result, needs, {}, rows)
 
 
 def test_what_would_settle_a_choice_is_said(tmp_path: Path) -> None:
@@ -285,9 +285,9 @@ def test_what_would_settle_a_choice_is_said(tmp_path: Path) -> None:
 def test_where_nothing_fits_the_nearest_is_named() -> None:
     rows = rows_of(make_record(exact_match=0.6, peak_mib=900), make_record(changes=peft("lora"), exact_match=0.5))
     needs = [Need("exact_match", True, 0.9), Need("bleu", True, 0.1)]
-    found = recommend(rows, needs)
-    assert found is not None and found.chosen is None
-    told = sentence(found, needs, {id(rows[0]): "full"}, rows)
+    result = recommend(rows, needs)
+    assert result is not None and result.chosen is None
+    told = sentence(result, needs, {id(rows[0]): "full"}, rows)
     assert told == (
         "No cell fits exact match ≥ 0.900 and BLEU ≥ 0.100: the highest exact match is 0.600 (full); BLEU was not "
         "measured in any cell."
@@ -401,9 +401,9 @@ def test_a_recommendation_says_what_it_went_by() -> None:
         make_record(exact_match=0.60, tokens_per_second=400),
         make_record(changes=peft("lora"), exact_match=0.59, machine=LAPTOP | {"device": "cuda"}),
     )
-    found = recommend(rows)
-    assert found is not None and "peak_memory_bytes" not in found.metrics
-    told = sentence(found, [], {id(rows[0]): "full", id(rows[1]): "lora"}, rows)
+    result = recommend(rows)
+    assert result is not None and "peak_memory_bytes" not in result.metrics
+    told = sentence(result, [], {id(rows[0]): "full", id(rows[1]): "lora"}, rows)
     assert "memory" not in told and "best exact match" in told
 
 

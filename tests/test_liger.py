@@ -72,9 +72,11 @@ def close(one: torch.Tensor, other: torch.Tensor, name: str = "") -> None:
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    found = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    results = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad(set_to_none=True)
-    return found
+    return results
 
 
 @there
@@ -102,12 +104,12 @@ def test_the_loss_and_its_gradients_are_ours(trained, addition_rows, kernels):
         parameter.requires_grad_(trained == "all" or (name == "lm_head.weight") == (trained == "the head alone"))
     ours, theirs = AnswerLoss(model), AnswerLoss(model, by_liger=True)
     assert (theirs.output_head, theirs.output_head_fallback) == ("liger", None)
-    found = []
+    results = []
     for loss in (ours, theirs):
         summed = loss.summed(batch, gain=0.25)
         summed.backward()
-        found.append((summed, gradients_of(model)))
-    (wanted, wanted_gradients), (got, gradients) = found
+        results.append((summed, gradients_of(model)))
+    (wanted, wanted_gradients), (got, gradients) = results
     close(got, wanted)
     assert gradients.keys() == wanted_gradients.keys() and gradients
     for name, gradient in gradients.items():
@@ -141,9 +143,9 @@ def test_replaced_layers_compute_the_same(addition_rows, kernels, llama_restored
     after = AnswerLoss(model).summed(batch)
     after.backward()
     close(after, before)
-    found = gradients_of(model)
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
+    result = gradients_of(model)
+    assert result.keys() == wanted.keys()
+    for name, gradient in result.items():
         close(gradient, wanted[name], name)
 
 
@@ -164,7 +166,7 @@ def test_replaced_layers_take_an_adapter_over_quantized_weights(
                     parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
         losses.append(AnswerLoss(model).summed(batch))
         losses[-1].backward()
-        assert all(one.abs().max() > 0 for one in gradients_of(model).values())
+        assert all(gradient.abs().max() > 0 for gradient in gradients_of(model).values())
     assert {module._get_name() for module in model.modules()} >= {"LigerRMSNorm", "LigerSwiGLUMLP"}
     close(*losses)
 
@@ -174,11 +176,11 @@ def test_a_cell_says_what_ran(tiny_cell, work_in_process, kernels, llama_restore
     cheap = ["training.steps=1", "training.batch_size=1", "data.train_rows=1", "data.test_rows=1"]
     cheap += ["eval.generate=false", f"hardware={kernels}"]
     options = ["training.kernels=liger", "training.output_head=liger"]
-    found = work_in_process(tiny_cell("peft=full", *cheap, *options))
-    effective = found["environment"]["effective"]
+    result = work_in_process(tiny_cell("peft=full", *cheap, *options))
+    effective = result["environment"]["effective"]
     assert effective["output_head"] == "liger" and "output_head_fallback" not in effective
     assert effective["kernels"] == "liger: 5 LigerRMSNorm, 2 LigerSwiGLUMLP, rotary positions"
-    assert found["metrics"]["train_steps"] == 1
+    assert result["metrics"]["train_steps"] == 1
 
 
 @there
@@ -224,16 +226,16 @@ CAPPED = {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 3
 @pytest.mark.parametrize(("kind", "more"), [("Llama", {}), ("Gemma2", CAPPED), ("Phi", {})], ids=["", "cap", "bias"])
 def test_liger_is_given_the_whole_head(kind, more, addition_rows, faked):
     model, batch = model_of(kind, **more), collate(addition_rows, pad_id=0)
-    found = []
+    results = []
     for loss in (AnswerLoss(model), AnswerLoss(model, by_liger=True)):
         summed = loss.summed(batch, gain=0.25)
         summed.backward()
-        found.append((summed, gradients_of(model)))
+        results.append((summed, gradients_of(model)))
     assert loss.output_head == "liger"
-    close(found[1][0], found[0][0])
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, gradient in found[1][1].items():
-        close(gradient, found[0][1][name], name)
+    close(results[1][0], results[0][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, gradient in results[1][1].items():
+        close(gradient, results[0][1][name], name)
 
 
 def test_evaluation_and_preferences_stay_with_our_own(addition_rows, monkeypatch):

@@ -41,11 +41,11 @@ def test_what_this_machine_cannot_run_says_why(capsys, monkeypatch):
 def test_json_has_an_object_for_each_option(capsys, monkeypatch):
     monkeypatch.setattr("left_bench.grid.compose.find_device", lambda asked: "cpu")
     assert main(["precision", "sweep", "--json"]) == 0
-    found = {(one["group"], one["option"]): one for one in json.loads(capsys.readouterr().out)}
-    assert {name for group, name in found if group == "precision"} == set(command_line.options("precision"))
-    assert found["precision", "bf16"]["runs_here"] is True and found["precision", "bf16"]["reason"] is None
-    assert found["precision", "tf32"]["runs_here"] is False and "CUDA" in found["precision", "tf32"]["reason"]
-    assert found["sweep", "peft_methods"]["runs_here"] is None and found["sweep", "peft_methods"]["summary"]
+    results = {(load["group"], load["option"]): load for load in json.loads(capsys.readouterr().out)}
+    assert {name for group, name in results if group == "precision"} == set(command_line.options("precision"))
+    assert results["precision", "bf16"]["runs_here"] is True and results["precision", "bf16"]["reason"] is None
+    assert results["precision", "tf32"]["runs_here"] is False and "CUDA" in results["precision", "tf32"]["reason"]
+    assert results["sweep", "peft_methods"]["runs_here"] is None and results["sweep", "peft_methods"]["summary"]
 
 
 def test_letters_that_changed_places_are_the_likeliest_slip():

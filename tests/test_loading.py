@@ -27,8 +27,8 @@ def rewritten(folder: Path, change: Any) -> None:
 
 
 def test_a_whole_checkpoint_loads(saved, tiny_cell):
-    _, found = models.load_model(tiny_cell(), folder=str(saved), device="cpu")
-    assert "unexpected_weights" not in found
+    _, result = models.load_model(tiny_cell(), folder=str(saved), device="cpu")
+    assert "unexpected_weights" not in result
 
 
 def test_names_with_a_prefix_are_refused_and_shown(saved, tiny_cell):
@@ -46,8 +46,8 @@ def test_a_missing_tensor_is_refused_by_name(saved, tiny_cell):
 
 def test_tensors_that_the_model_does_not_know_are_counted(saved, tiny_cell):
     rewritten(saved, lambda weights: weights | {"vision.weight": torch.zeros(2)})
-    _, found = models.load_model(tiny_cell(), folder=str(saved), device="cpu")
-    assert found["unexpected_weights"] == 1
+    _, result = models.load_model(tiny_cell(), folder=str(saved), device="cpu")
+    assert result["unexpected_weights"] == 1
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox"])

@@ -45,8 +45,8 @@ def family(name: str) -> torch.nn.Module:
 
 def own_loss(model, batch):
     """The model's own loss over labels, summed over the answer tokens."""
-    found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    return found * batch.answer_tokens
+    result = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    return result * batch.answer_tokens
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -135,7 +135,7 @@ def test_a_chunks_logits_are_gone_before_the_next_are_made(addition_rows, small_
     alive = []
 
     def look(_module, _inputs, output):
-        alive.append(sum(one() is not None for one in made))
+        alive.append(sum(item() is not None for item in made))
         made.append(weakref.ref(output))
 
     states = loss._states(batch)
@@ -156,9 +156,9 @@ def test_a_chunk_is_made_for_its_device(device):
 def test_what_is_done_to_logits_unknown_to_us_the_model_does_itself(addition_rows):
     class Odd(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
-            found = super().forward(*args, **kwargs)
-            found.logits = found.logits + 0.1 * found.logits.abs().sqrt()
-            return found
+            result = super().forward(*args, **kwargs)
+            result.logits = result.logits + 0.1 * result.logits.abs().sqrt()
+            return result
 
     torch.manual_seed(0)
     model = Odd(transformers.LlamaConfig(**SMALL, intermediate_size=48)).eval()

@@ -107,16 +107,16 @@ def test_what_is_not_quantized_has_no_quantized_numbers(tiny_cell, load_tiny):
 
 def test_a_summary_by_hand():
     steps = [step(9, 1000, 50, 5.0), step(1, 10, 2, 4.0), step(2, 30, 4, 3.0), step(3, 20, 6, 2.0)]
-    found = summarize_steps(steps, measure_after=1)
-    assert found["train_tokens_per_second"] == pytest.approx(60 / 6)
-    assert found["train_samples_per_second"] == pytest.approx(12 / 6)
-    assert found["step_seconds_p50"] == 2
-    assert found["step_seconds_p95"] == pytest.approx(2.9)
-    assert found["train_steps"] == 4
-    assert found["train_tokens"] == 1060
-    assert found["train_answer_tokens"] == 530
-    assert found["first_train_loss"] == 5.0
-    assert found["train_loss"] == 2.0
+    result = summarize_steps(steps, measure_after=1)
+    assert result["train_tokens_per_second"] == pytest.approx(60 / 6)
+    assert result["train_samples_per_second"] == pytest.approx(12 / 6)
+    assert result["step_seconds_p50"] == 2
+    assert result["step_seconds_p95"] == pytest.approx(2.9)
+    assert result["train_steps"] == 4
+    assert result["train_tokens"] == 1060
+    assert result["train_answer_tokens"] == 530
+    assert result["first_train_loss"] == 5.0
+    assert result["train_loss"] == 2.0
 
 
 def test_the_training_loss_is_of_the_last_tenth():
@@ -134,9 +134,9 @@ def test_warm_up_is_at_most_half(measure_after, n):
 
 @given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 10**6)), min_size=1, max_size=20))
 def test_throughput_is_between_the_slowest_and_the_fastest_step(pairs):
-    found = summarize_steps([step(seconds, tokens) for seconds, tokens in pairs], measure_after=0)
+    result = summarize_steps([step(seconds, tokens) for seconds, tokens in pairs], measure_after=0)
     rates = [tokens / seconds for seconds, tokens in pairs]
-    assert min(rates) * 0.999 <= found["train_tokens_per_second"] <= max(rates) * 1.001
+    assert min(rates) * 0.999 <= result["train_tokens_per_second"] <= max(rates) * 1.001
 
 
 def test_no_steps_no_numbers():

@@ -59,11 +59,11 @@ def test_a_merged_lora_gives_the_attached_ones_logits(meter, tiny_cell):
 
 def test_the_compared_logits_are_the_models_own_at_the_first_answer_tokens(tiny_cell):
     model = tiny().eval()
-    found = answer_logits(model, ROWS, tiny_cell(), pad_id=0, device="cpu")
+    result = answer_logits(model, ROWS, tiny_cell(), pad_id=0, device="cpu")
     with torch.no_grad():
         whole = [model(torch.tensor([row.prompt_ids + row.answer_ids])).logits[0] for row in ROWS]
     # the token before an answer predicts its first; of the long answer eight are compared
-    torch.testing.assert_close(found, torch.cat([whole[0][2:4], whole[1][4:12]]))
+    torch.testing.assert_close(result, torch.cat([whole[0][2:4], whole[1][4:12]]))
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
@@ -81,9 +81,9 @@ def test_a_model_without_an_adapter_has_nothing_to_merge():
 
 def test_a_merge_into_quantized_weights_says_that_they_are_quantized_again(tiny_cell, work_in_process):
     cell = tiny_cell("quantization=nf4", "training.steps=1", "eval.generate=false", "eval.check_reload=false")
-    found = work_in_process(cell)
-    assert found["environment"]["effective"]["merge"].startswith("merged and quantized again; ")
-    assert found["metrics"]["merge_max_abs_difference"] > 0
+    result = work_in_process(cell)
+    assert result["environment"]["effective"]["merge"].startswith("merged and quantized again; ")
+    assert result["metrics"]["merge_max_abs_difference"] > 0
 
 
 @pytest.mark.parametrize("adapted", ["lm_head", "embed_tokens"])

@@ -208,11 +208,11 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
+    results = {}
     for family in ("llama", "gpt_neox", "opt"):
-        found[family] = tmp_path_factory.mktemp(family)
-        build(family, dtype=torch.bfloat16).save_pretrained(found[family])
-    return found
+        results[family] = tmp_path_factory.mktemp(family)
+        build(family, dtype=torch.bfloat16).save_pretrained(results[family])
+    return results
 
 
 def quantized(folder: Path, bits: str) -> PreTrainedModel:
@@ -319,10 +319,10 @@ def test_options_are_valid(path: Path) -> None:
     ],
 )
 def test_whole_cell(model: str, peft: str, trainable: int, tiny_cell, work_in_process) -> None:
-    found = work_in_process(tiny_cell(f"model={model}", f"peft={peft}", "eval.check_reload=false"))
-    assert found["metrics"]["trainable_params"] == trainable
-    [weights] = found["run_dir"].rglob("*.safetensors")
-    assert found["metrics"]["adapter_file_bytes"] == weights.stat().st_size
+    result = work_in_process(tiny_cell(f"model={model}", f"peft={peft}", "eval.check_reload=false"))
+    assert result["metrics"]["trainable_params"] == trainable
+    [weights] = result["run_dir"].rglob("*.safetensors")
+    assert result["metrics"]["adapter_file_bytes"] == weights.stat().st_size
 
 
 def test_of_an_encoder_with_a_decoder_the_decoders_last_layers_are_trained(tiny_cell, load_tiny):
@@ -345,8 +345,8 @@ def test_biases_that_peft_trains_in_place_are_none_of_the_adapters(tiny_cell, lo
     base = [name for name, _ in model.named_parameters()]
     attached = attach_adapter(model, cell, tokenizer=tokenizer, rows=[])
     added = {id(parameter) for parameter in added_parameters(attached, base=base)}
-    trained = {name for name, one in attached.named_parameters() if one.requires_grad}
-    assert {name for name, one in attached.named_parameters() if id(one) in added} == {
+    trained = {name for name, item in attached.named_parameters() if item.requires_grad}
+    assert {name for name, item in attached.named_parameters() if id(item) in added} == {
         name for name in trained if "lora_" in name
     }
     assert any(name.endswith("bias") for name in trained)

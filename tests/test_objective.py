@@ -92,13 +92,13 @@ def test_preferring_the_right_answer_makes_it_likelier(tiny_cell, work_in_proces
         *("training=dpo", "data=preferences", f"data.path={path}", "peft=full"),
         *("training.steps=20", "training.sft_steps=3", "training.learning_rate=1e-2"),
     )
-    found = work_in_process(cell)
-    metrics = found["metrics"]
+    result = work_in_process(cell)
+    metrics = result["metrics"]
     assert metrics["first_train_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["train_loss"] < 0.3
     assert metrics["train_steps"] == 20
-    assert [phase.name for phase in found["phases"]].count("sft") == 1
-    [sft] = [phase for phase in found["phases"] if phase.name == "sft"]
+    assert [phase.name for phase in result["phases"]].count("sft") == 1
+    [sft] = [phase for phase in result["phases"] if phase.name == "sft"]
     assert sft.steps == 3
     # both answers of every pair are read
     assert metrics["train_answer_tokens"] > 2 * 20 * cell.training.batch_size
@@ -116,11 +116,11 @@ def test_pairs_are_scored_by_which_answer_is_likelier(tiny_cell, pairs):
     cell = tiny_cell(*DPO)
     after = Evaluation(nll=[1.0, 2.0, 3.0, 1.0], rejected_nll=[2.0, 1.0, 5.0, 4.0], answer_tokens=[2, 2, 2, 2])
     before = Evaluation(nll=[1.0] * 4, rejected_nll=[0.5] * 4, answer_tokens=[2] * 4)
-    found = {score.metric: score for score in scores(after, before, pairs[:4], cell)}
-    assert found["preference_accuracy"].value == 0.75
-    assert found["preference_accuracy"].base_value == 0
-    assert found["preference_margin_nats"].value == pytest.approx((1 - 1 + 2 + 3) / 4)
-    assert found["preference_margin_nats"].base_value == -0.5
+    results = {score.metric: score for score in scores(after, before, pairs[:4], cell)}
+    assert results["preference_accuracy"].value == 0.75
+    assert results["preference_accuracy"].base_value == 0
+    assert results["preference_margin_nats"].value == pytest.approx((1 - 1 + 2 + 3) / 4)
+    assert results["preference_margin_nats"].base_value == -0.5
 
 
 def test_another_rows_answer_stands_for_a_worse_one(tiny_cell):

@@ -17,8 +17,8 @@ BITS = {"hqq_4": 4 + 1, "hqq_3": 3.389 + 1, "hqq_2": 2 + 1, "quanto_int4": 4.889
 def test_lora_trains_over_it(name, tiny_cell, work_in_process):
     if not is_installed(MODULES[name.partition("_")[0]]):
         pytest.skip("not installed")
-    found = work_in_process(tiny_cell("training.steps=4", "eval.check_reload=false", f"quantization={name}"))
-    metrics = found["metrics"]
+    result = work_in_process(tiny_cell("training.steps=4", "eval.check_reload=false", f"quantization={name}"))
+    metrics = result["metrics"]
     assert metrics["quantized_modules"] == 14
     assert metrics["quantized_bits_per_param"] == pytest.approx(BITS[name], abs=0.06)
     assert metrics["train_loss"] < metrics["first_train_loss"]

@@ -47,8 +47,8 @@ def test_segments_are_causal_attention_under_a_block_mask(lengths, groups, windo
     torch.testing.assert_close(ours, theirs.transpose(1, 2))
     slope = torch.randn_like(ours)
     expected = torch.autograd.grad(theirs.transpose(1, 2), (query, key, value), slope)
-    for found, wanted in zip(torch.autograd.grad(ours, (query, key, value), slope), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for result, wanted in zip(torch.autograd.grad(ours, (query, key, value), slope), expected, strict=True):
+        torch.testing.assert_close(result, wanted)
 
 
 @settings(max_examples=40)
@@ -77,9 +77,9 @@ def loss_and_gradients(loss: AnswerLoss, rows: Any, *, packed: bool) -> tuple[fl
     """Of the mean over the answers' tokens, as a step takes it."""
     model = loss.model
     model.zero_grad()
-    found = loss.summed(collate(rows, pad_id=0, packed=packed)) / sum(len(row.answer_ids) for row in rows)
-    found.backward()
-    return found.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    result = loss.summed(collate(rows, pad_id=0, packed=packed)) / sum(len(row.answer_ids) for row in rows)
+    result.backward()
+    return result.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_neox", "tiny_opt"])
@@ -90,11 +90,11 @@ def test_packed_is_padded(name, peft, tiny_cell, load_tiny, addition_rows):
     padded, expected = loss_and_gradients(loss, addition_rows, packed=False)
     with laid_out(model, loss, addition_rows, cell, pad_id=0, device="cpu") as layout:
         assert layout.effective == {"batching": "packed", "attention": SEGMENTS}
-        packed, found = loss_and_gradients(loss, addition_rows, packed=True)
+        packed, result = loss_and_gradients(loss, addition_rows, packed=True)
     assert packed == pytest.approx(padded, rel=1e-5)
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
-    for key, gradient in found.items():
+    for key, gradient in result.items():
         torch.testing.assert_close(gradient, expected[key], atol=1e-5, rtol=1e-4, msg=key)
     assert model.config._attn_implementation != SEGMENTS  # evaluation is padded again
 
@@ -165,13 +165,13 @@ def test_soft_capped_attention_is_not_packed(addition_rows):
 
 
 def test_a_packed_cell_from_start_to_end(tiny_cell, work_in_process):
-    found = work_in_process(tiny_cell("training=packed", "training.steps=3", "eval.generate=false"))
-    effective = found["environment"]["effective"]
+    result = work_in_process(tiny_cell("training=packed", "training.steps=3", "eval.generate=false"))
+    effective = result["environment"]["effective"]
     assert effective["batching"] == "packed"
     assert effective["attention"] == SEGMENTS
     plain = work_in_process(tiny_cell("training.steps=3", "eval.generate=false"))
-    assert found["metrics"]["train_loss"] == pytest.approx(plain["metrics"]["train_loss"], rel=1e-4)
-    assert found["metrics"]["train_tokens"] == plain["metrics"]["train_tokens"]
+    assert result["metrics"]["train_loss"] == pytest.approx(plain["metrics"]["train_loss"], rel=1e-4)
+    assert result["metrics"]["train_tokens"] == plain["metrics"]["train_tokens"]
 
 
 def test_attention_is_put_back_after_an_error(tiny_cell, load_tiny, addition_rows):
@@ -187,10 +187,10 @@ def test_attention_is_put_back_after_an_error(tiny_cell, load_tiny, addition_row
 def test_packed_rows_train_under_autocast(peft, precision, tiny_cell, work_in_process):
     """Rotary positions leave float32 queries beside 16-bit values: only a backward pass shows it."""
     overrides = [f"peft={peft}", f"precision={precision}", "training.steps=3", "eval=loss", "eval.forgetting=false"]
-    found = work_in_process(tiny_cell("training=packed", *overrides))
-    assert found["environment"]["effective"]["batching"] == "packed", found["environment"]["effective"]
+    result = work_in_process(tiny_cell("training=packed", *overrides))
+    assert result["environment"]["effective"]["batching"] == "packed", result["environment"]["effective"]
     plain = work_in_process(tiny_cell(*overrides))
-    assert found["metrics"]["train_loss"] == pytest.approx(plain["metrics"]["train_loss"], rel=2e-3)
+    assert result["metrics"]["train_loss"] == pytest.approx(plain["metrics"]["train_loss"], rel=2e-3)
 
 
 @pytest.mark.parametrize("peft", ["alora", "lily"])

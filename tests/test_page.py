@@ -147,9 +147,9 @@ def test_the_data_hold_the_numbers_and_their_text(methods: str) -> None:
     assert strings[memory["texts"][0]] == "1.36 GiB" and (memory["scale"], memory["unit"]) == (2**30, "GiB")
     lora = next(i for i, row in enumerate(rows) if row.ok and row.record and row.record.choices["peft"] == "lora")
     [exact] = [metric for metric in data["metrics"] if metric["name"] == "exact_match"]
-    found = standing(rows, "exact_match")
-    assert found is not None and [rows[i].cell_id for i in exact["best"]] == [found.best.cell_id]
-    assert {rows[i].cell_id for i in exact["unresolved"]} == {row.cell_id for row, _ in found.unresolved} != set()
+    result = standing(rows, "exact_match")
+    assert result is not None and [rows[i].cell_id for i in exact["best"]] == [result.best.cell_id]
+    assert {rows[i].cell_id for i in exact["unresolved"]} == {row.cell_id for row, _ in result.unresolved} != set()
     assert methods.count('<span class="tie">') == sum(
         len(m.get("unresolved", ())) for m in data["metrics"] if m["name"] in data["shown"]
     )
@@ -279,8 +279,8 @@ def test_nothing_is_fetched_and_only_its_own_script_runs(methods: str) -> None:
 def test_the_script_never_reads_a_string_as_markup() -> None:
     for name in _SCRIPTS:
         script = _asset(name)
-        found = re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(|srcdoc", script)
-        assert found is None and "</script" not in script, name
+        match = re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(|srcdoc", script)
+        assert match is None and "</script" not in script, name
 
 
 # ---- colours
@@ -300,8 +300,8 @@ def contrast(a: str, b: str) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_colours_stand_out_in_both_schemes(scheme: int) -> None:
-    found = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", _asset("page.css"))
-    colours = {name: pair[scheme] for name, *pair in found}
+    result = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", _asset("page.css"))
+    colours = {name: pair[scheme] for name, *pair in result}
     for paper in ("paper", "raised", "hover", "noted"):
         assert contrast(colours["ink"], colours[paper]) >= 7
     for paper in ("paper", "raised", "hover"):

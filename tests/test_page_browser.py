@@ -328,21 +328,21 @@ def test_the_scatter_is_within_ten_tab_stops(page: Browser) -> None:
 
 
 def test_places_and_the_pareto_set_are_columns_and_a_filter(page: Browser) -> None:
-    found = recommend(METHODS)
+    result = recommend(METHODS)
     ranked = standing(METHODS, "exact_match")
-    assert found is not None and ranked is not None
+    assert result is not None and ranked is not None
     script = "return [...document.querySelectorAll('#leaderboard thead th button')].map((n) => n.firstChild.data)"
     names = page.run(script)
     lines = {int(tr.get_attribute("data-row")): tr for tr in page.all("#leaderboard tr[data-row]")}
     for i, row in enumerate(METHODS):
         cells = [cell.text for cell in lines[i].find_elements(By.CSS_SELECTOR, "th,td")]
         assert cells[names.index("#")] == str(ranked.places.get(id(row), "–"))
-        assert bool(cells[names.index("Pareto set")]) == (id(row) in found.front)
+        assert bool(cells[names.index("Pareto set")]) == (id(row) in result.front)
     menu = page.one(".menu.filter[data-filter='pareto']")
     page.click(menu.find_element(By.TAG_NAME, "summary"))
     no = next(box for box in menu.find_elements(By.TAG_NAME, "label") if box.text.startswith("no"))
     page.click(no)
-    assert {id(METHODS[i]) for i in page.rows()} == set(found.front)
+    assert {id(METHODS[i]) for i in page.rows()} == set(result.front)
 
 
 def test_a_view_is_sent_by_its_address(page: Browser) -> None:

@@ -105,20 +105,20 @@ def test_a_damaged_file_is_replaced(peak_of, others, tmp_path):
 def test_a_peak_that_a_cell_beats_is_measured_anew_in_it(tiny_cell, work_in_process, monkeypatch):
     speeds = iter([1.0, 1e15])
     monkeypatch.setattr(shared_baseline, "measured_quietly", lambda *_args, **_how: Quiet(next(speeds), None))
-    found = work_in_process(tiny_cell("eval.generate=false"))
-    assert 0 < found["metrics"]["model_flops_utilization"] < 1
-    effective = found["environment"]["effective"]
+    result = work_in_process(tiny_cell("eval.generate=false"))
+    assert 0 < result["metrics"]["model_flops_utilization"] < 1
+    effective = result["environment"]["effective"]
     assert effective["peak_flops_per_second"] == 1e15
     assert "utilization_withheld" not in effective
-    [path] = (found["run_dir"].parent / "base").glob("peak-*.json")
+    [path] = (result["run_dir"].parent / "base").glob("peak-*.json")
     assert json.loads(path.read_text())["flops_per_second"] == 1e15
 
 
 def test_a_utilization_above_one_is_never_a_number(tiny_cell, work_in_process, monkeypatch):
     monkeypatch.setattr(shared_baseline, "measured_quietly", lambda *_args, **_how: Quiet(1.0, 0.4))
-    found = work_in_process(tiny_cell("eval.generate=false"))
-    assert "model_flops_utilization" not in found["metrics"]
-    effective = found["environment"]["effective"]
+    result = work_in_process(tiny_cell("eval.generate=false"))
+    assert "model_flops_utilization" not in result["metrics"]
+    effective = result["environment"]["effective"]
     assert "times the measured peak, which must be wrong" in effective["utilization_withheld"]
     assert (effective["peak_flops_per_second"], effective["peak_other_cpu_share"]) == (1.0, 0.4)
 
@@ -127,13 +127,13 @@ def test_a_utilization_above_one_is_never_a_number(tiny_cell, work_in_process, m
 
 
 def test_machines_of_unlike_instruction_sets_are_two(monkeypatch):
-    found = []
+    results = []
     for flags in ("avx2", "avx2 avx512f", "avx2 avx512f avx512_bf16", "avx2 avx512f avx512_bf16"):
         monkeypatch.setenv(FLAGS_VARIABLE, flags)
-        found.append(describe_machine(CpuDevice()))
-    assert found[2]["instruction_sets"] == ["avx2", "avx512f", "avx512_bf16"]
-    assert len({machine["id"] for machine in found}) == 3
-    assert found[2]["id"] == found[3]["id"]
+        results.append(describe_machine(CpuDevice()))
+    assert results[2]["instruction_sets"] == ["avx2", "avx512f", "avx512_bf16"]
+    assert len({machine["id"] for machine in results}) == 3
+    assert results[2]["id"] == results[3]["id"]
 
 
 def cell(name: str, speed: float, machine: dict[str, object], **effective: object) -> Record:
@@ -198,10 +198,10 @@ def test_a_recorded_utilization_above_one_is_not_a_number_in_a_report(tmp_path: 
     frame = load_records(tmp_path)
     assert "model_flops_utilization" not in frame
     row = row_of(record)
-    found = dict(confounders([row], {id(row): "full"}))
+    results = dict(confounders([row], {id(row): "full"}))
     assert (
-        "1.65 times the measured peak" in found["model_flops_utilization"]
-        and "(full)" in found["model_flops_utilization"]
+        "1.65 times the measured peak" in results["model_flops_utilization"]
+        and "(full)" in results["model_flops_utilization"]
     )
 
 

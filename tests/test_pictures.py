@@ -62,9 +62,9 @@ def test_pictures_are_made_as_the_models_processor_makes_them(tiny_cell):
 
 def test_test_pictures_do_not_depend_on_the_training_pictures(tiny_cell):
     few, many = (splits_of(tiny_cell(*VIT, f"data.train_rows={n}", "data.test_rows=6"))[0] for n in (4, 40))
-    assert [one.prompt for one in few.test] == [one.prompt for one in many.test]
-    seen = {one.prompt for one in many.train}
-    assert not seen & {one.prompt for one in many.test}
+    assert [item.prompt for item in few.test] == [item.prompt for item in many.test]
+    seen = {item.prompt for item in many.train}
+    assert not seen & {item.prompt for item in many.test}
 
 
 def test_loss_is_the_models_own(tiny_cell):
@@ -104,9 +104,9 @@ def test_a_published_model_learns_digits(method, published, tiny_cell, work_in_p
         *("training.batch_size=32", "training.learning_rate=1e-3"),
         *("data.train_rows=512", "data.test_rows=64", "training.schedule=constant"),
     )
-    found = work_in_process(cell)
-    metrics, effective = found["metrics"], found["environment"]["effective"]
-    scores = {score.metric: score for score in found["scores"]}
+    result = work_in_process(cell)
+    metrics, effective = result["metrics"], result["environment"]["effective"]
+    scores = {score.metric: score for score in result["scores"]}
     assert metrics["train_loss"] < metrics["first_train_loss"] - 0.01
     assert scores["accuracy"].value > (0.5 if method == "full" else 0)  # of ten classes
 
@@ -114,7 +114,7 @@ def test_a_published_model_learns_digits(method, published, tiny_cell, work_in_p
     assert scores["accuracy"].base_value is None  # a new output layer knows nothing
     assert "generate_tokens_per_second" not in metrics
     assert effective["architecture"] == "ViTForImageClassification"
-    run_dir = found["run_dir"]
+    run_dir = result["run_dir"]
     (run_dir / CELL_NAME).write_text(cell.model_dump_json(by_alias=True), encoding="utf-8")
     assert reload_check.compare_losses(run_dir) == reload_check.EQUAL
     if method == "lora":
@@ -141,7 +141,7 @@ def test_pictures_from_folders(tiny_cell, tmp_path):
     ):
         key = wrong.partition("=")[0]
         with pytest.raises(UserError, match=words):
-            splits_of(tiny_cell(*(one for one in folder if not one.startswith(f"{key}=")), wrong))
+            splits_of(tiny_cell(*(item for item in folder if not item.startswith(f"{key}=")), wrong))
 
 
 @pytest.mark.parametrize(

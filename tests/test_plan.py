@@ -121,17 +121,17 @@ def test_what_a_method_holds_frozen_is_neither_the_base_models_nor_trained(name,
     base, weights = modules_of(model), list(model.parameters())
     adapted = attach_adapter(model, cell, tokenizer=tokenizer, rows=addition_rows)
     own = {tensor.data_ptr() for tensor in [*weights, *trainable_parameters(adapted)]}
-    found = frozen_tensors(adapted, base=base)
-    assert not own & {tensor.data_ptr() for tensor in found}
+    result = frozen_tensors(adapted, base=base)
+    assert not own & {tensor.data_ptr() for tensor in result}
     if name == "adalora":
-        assert stored_bytes(found) < 100  # ranks alone; the scores of importance come with the first step
+        assert stored_bytes(result) < 100  # ranks alone; the scores of importance come with the first step
         for parameter in trainable_parameters(adapted):
             parameter.grad = torch.ones_like(parameter)
         after_optimizer_step(adapted, 0)
         trained = stored_bytes(trainable_parameters(adapted))
-        assert stored_bytes(frozen_tensors(adapted, base=base)) == stored_bytes(found) + 3 * trained
+        assert stored_bytes(frozen_tensors(adapted, base=base)) == stored_bytes(result) + 3 * trained
     else:
-        assert stored_bytes(found) > 0
+        assert stored_bytes(result) > 0
 
 
 def test_methods_that_ask_for_numbers_are_told_the_ordinary_case():
@@ -159,8 +159,8 @@ def known():
 def committed(kind: str) -> list[dict]:
     """The default model's committed records, ok and with the default training."""
     records = [run.record for run in committed_runs()]
-    named = [one for one in records if one.cell_id.startswith(f"smollm2_135m-{kind}-bf16-chain_sum-s")]
-    return [one.model_dump() for one in named if one.status == "ok" and one.config["training"]["name"] == "default"]
+    named = [record for record in records if record.cell_id.startswith(f"smollm2_135m-{kind}-bf16-chain_sum-s")]
+    return [item.model_dump() for item in named if item.status == "ok" and item.config["training"]["name"] == "default"]
 
 
 @pytest.mark.parametrize("kind", [*(f"{name}-lora" for name in RECORDED_WEIGHTS), "nf4_dq-ln_tuning", "none-full"])

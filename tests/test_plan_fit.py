@@ -92,18 +92,18 @@ def linear(monkeypatch):
 @pytest.mark.parametrize(("limit", "size", "passes"), [(100, 24, 1), (12, 12, 2), (11, 8, 3), (1, 1, 24), (0, None, 1)])
 def test_the_largest_batch_that_fits_keeps_the_rows_of_a_step(limit, size, passes, tiny_cell, linear):
     cell = tiny_cell("training.batch_size=4", "training.gradient_accumulation=6")
-    found = largest_batch(cell, limit * MIB, rows=Rows(), plan=linear)
-    assert (found.value, found.gradient_accumulation) == (size, passes)
-    assert found.bounded == (size == 24)
+    result = largest_batch(cell, limit * MIB, rows=Rows(), plan=linear)
+    assert (result.value, result.gradient_accumulation) == (size, passes)
+    assert result.bounded == (size == 24)
 
 
 @pytest.mark.parametrize("limit", [6, 7, 20, 41, 100, 10_000])
 def test_the_largest_length_is_the_last_that_fits(limit, tiny_cell, linear):
     cell = tiny_cell("training.batch_size=4")
-    found = largest_length(cell, limit * MIB, rows=Rows(), plan=linear)
+    result = largest_length(cell, limit * MIB, rows=Rows(), plan=linear)
     fitting_lengths = [length for length in range(8, 513) if 4 * MIB + length * MIB // 8 <= limit * MIB]
-    assert found.value == max(fitting_lengths)
-    assert found.bounded == (found.value == 512)
+    assert result.value == max(fitting_lengths)
+    assert result.bounded == (result.value == 512)
     assert linear.asked < 30
 
 
@@ -116,12 +116,12 @@ def test_changes_that_save_nothing_are_no_remedy_and_the_search_ends_where_it_fi
         return 10 - saved - 3 * (cell.training.batch_size == 1)
 
     cell = tiny_cell("peft=lora", "training.batch_size=4")
-    found = remedies(cell, 5, rows=Rows(), plan=plan)
-    assert [(len(remedy.overrides), remedy.needed_bytes, remedy.fits) for remedy in found] == [
+    result = remedies(cell, 5, rows=Rows(), plan=plan)
+    assert [(len(remedy.overrides), remedy.needed_bytes, remedy.fits) for remedy in result] == [
         *((1, 8, False), (1, 7, False), (1, 7, False)),
         (2, 5, True),
     ]
-    assert not any("optimizer=" in overrides for remedy in found for overrides in remedy.overrides)
+    assert not any("optimizer=" in overrides for remedy in result for overrides in remedy.overrides)
 
 
 def test_a_batch_that_fits_by_the_real_planner_needs_no_more_than_the_limit(tiny_cell):
@@ -132,9 +132,9 @@ def test_a_batch_that_fits_by_the_real_planner_needs_no_more_than_the_limit(tiny
         return predict(cell, rows=rows)
 
     most, least = (largest_batch(cell, limit, rows=rows, plan=plan).needed_bytes for limit in (10**12, 1))
-    found = largest_batch(cell, (most + least) // 2, rows=rows, plan=plan)
-    assert 1 <= found.value < 16
-    assert least <= found.needed_bytes <= (most + least) // 2
+    result = largest_batch(cell, (most + least) // 2, rows=rows, plan=plan)
+    assert 1 <= result.value < 16
+    assert least <= result.needed_bytes <= (most + least) // 2
 
 
 # --- plans that are kept ---

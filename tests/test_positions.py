@@ -54,9 +54,9 @@ def test_positions_are_those_of_an_embedding(config, expected):
 )
 def test_rows_longer_than_the_positions_are_refused_before_anything_runs(overrides, words, left_bench, tmp_path):
     given = [*gpt2(tmp_path / "gpt2"), *overrides]
-    named = {one.partition("=")[0] for one in overrides}
-    answer = left_bench(*(one for one in given[:2] if one.partition("=")[0] not in named), *given[2:], "tracker=none",
-                        f"runs_dir={tmp_path / 'runs'}")  # fmt: skip
+    named = {override.partition("=")[0] for override in overrides}
+    kept = [argument for argument in given[:2] if argument.partition("=")[0] not in named]
+    answer = left_bench(*kept, *given[2:], "tracker=none", f"runs_dir={tmp_path / 'runs'}")
     assert answer.code == 2
     assert all(word in answer.err for word in words), answer.err
     assert not list((tmp_path / "runs").glob("*/record.json"))

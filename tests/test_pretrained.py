@@ -558,8 +558,8 @@ def test_default_model_answers(tmp_path, monkeypatch):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not hasattr(model.config, "quantization_config") and model.config.architectures == ["LlamaForCausalLM"]
     for key, value in section.config.items():
-        found = getattr(model.config, key)
-        assert found == (pytest.approx(value) if isinstance(value, float) else value), key
+        result = getattr(model.config, key)
+        assert result == (pytest.approx(value) if isinstance(value, float) else value), key
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|im_start|>",
         "<|im_end|>",

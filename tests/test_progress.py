@@ -37,7 +37,7 @@ def test_progress_is_written_twice_a_second_and_where_something_begins(tmp_path,
         clock.now = 100 + row / 100
         tell("loss", row, 100)
     tell("answers", 0, 100)
-    told = [(one["event"], one["work"], one["done"], one["total"]) for one in EventReader(writer.path).new()]
+    told = [(item["event"], item["work"], item["done"], item["total"]) for item in EventReader(writer.path).new()]
     assert told == [
         ("progress", "loss", 0, 100),
         ("progress", "loss", 50, 100),
@@ -49,7 +49,7 @@ def test_an_evaluation_tells_rows_of_each_work_in_turn(tiny_cell, load_tiny, add
     cell = tiny_cell("eval.batch_size=3", "eval.max_new_tokens=4", "eval.forgetting=true")
     model, tokenizer = load_tiny(cell)
     told: list[tuple[str, int, int]] = []
-    found = evaluate.evaluate_model(
+    result = evaluate.evaluate_model(
         model, tokenizer, addition_rows, cell, device="cpu", tell=lambda *what: told.append(what)
     )
     assert list(dict.fromkeys(work for work, _, _ in told)) == ["loss", "answers", "general text"]
@@ -59,7 +59,7 @@ def test_an_evaluation_tells_rows_of_each_work_in_turn(tiny_cell, load_tiny, add
     assert {1, 2} & set(answers), "within a batch, too: one of them can take minutes"
     assert {total for work, _, total in told if work != "general text"} == {len(addition_rows)}
     untold = evaluate.evaluate_model(model, tokenizer, addition_rows, cell, device="cpu")
-    assert found == untold
+    assert result == untold
 
 
 def test_classes_are_told_too(tiny_cell, load_tiny, monkeypatch):
@@ -78,8 +78,8 @@ def test_classes_are_told_too(tiny_cell, load_tiny, monkeypatch):
             return SimpleNamespace(logits=torch.tensor([[0.0, 1.0]]))
 
     cell = tiny_cell("eval.batch_size=1")
-    found = evaluate.classify(Model(), None, [1, 2], cell, device="cpu", tell=lambda *what: told.append(what))
-    assert found == ["b", "b"]
+    result = evaluate.classify(Model(), None, [1, 2], cell, device="cpu", tell=lambda *what: told.append(what))
+    assert result == ["b", "b"]
     assert told == [("classes", 0, 2), ("classes", 1, 2), ("classes", 2, 2)]
 
 
@@ -94,9 +94,9 @@ def told_in(path) -> list[tuple[str, str]]:
 
 
 def test_a_cell_tells_how_far_its_evaluation_is_and_no_timed_generation(tiny_cell, work_in_process):
-    found = work_in_process(tiny_cell())
-    assert "generate_tokens_per_second" in found["metrics"]
-    assert told_in(found["run_dir"] / "events.jsonl") == [
+    result = work_in_process(tiny_cell())
+    assert "generate_tokens_per_second" in result["metrics"]
+    assert told_in(result["run_dir"] / "events.jsonl") == [
         ("peak", "matrix products, measured"),
         ("train", "validation loss"),
         ("evaluate", "loss"),

@@ -73,8 +73,8 @@ def load(tiny_cell):
     def load(cell, *, meter=None, since=SINCE, folder=None):
         meter = meter or Meter()
         folder = folder or models.open_pretrained(cell)[0]
-        model, found = quantized_cache.load_base(cell, folder=folder, device="cpu", meter=meter, circumstances=since)
-        return model, found, meter
+        model, result = quantized_cache.load_base(cell, folder=folder, device="cpu", meter=meter, circumstances=since)
+        return model, result, meter
 
     return load
 
@@ -89,10 +89,10 @@ def stored(model):
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_weights_are_the_same_bit_for_bit(name, precision, tiny_cell, load):
     cell = tiny_cell(f"quantization={name}", f"precision={precision}")
-    fresh, found, meter = load(cell)
+    fresh, result, meter = load(cell)
     again, found_again, meter_again = load(cell)
     assert (meter.names, meter_again.names) == (["load", "keep_quantized"], ["load_cached"])
-    assert found == found_again | {"weights_from": "checkpoint"}
+    assert result == found_again | {"weights_from": "checkpoint"}
     assert found_again["weights_from"] == "quantized_cache"
     one, other = stored(fresh), stored(again)
     assert one.keys() == other.keys()
@@ -151,8 +151,8 @@ def test_nothing_loaded_refers_to_the_mapped_file(name, tiny_cell, load):
     """One small constant that is a view of it would keep the whole file in the cell's memory."""
     cell = tiny_cell(f"quantization={name}")
     load(cell)
-    model, found, _ = load(cell)  # the model is alive while the maps are read
-    assert found["weights_from"] == "quantized_cache"
+    model, result, _ = load(cell)  # the model is alive while the maps are read
+    assert result["weights_from"] == "quantized_cache"
     assert "quantized-" not in Path("/proc/self/maps").read_text(), type(model)
 
 
@@ -257,8 +257,8 @@ def test_cells_at_the_same_time_leave_one_whole_folder(tiny_cell, load, own_cach
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(3) as at_once:
         patch.setattr(quantized_cache, "load_model", load_model)
-        found = [future.result()[1]["weights_from"] for future in [at_once.submit(load, cell) for _ in range(3)]]
-    assert found == ["checkpoint"] * 3
+        results = [future.result()[1]["weights_from"] for future in [at_once.submit(load, cell) for _ in range(3)]]
+    assert results == ["checkpoint"] * 3
     assert len(list(own_cache.glob("quantized-*"))) == 1
     assert load(cell)[2].names == ["load_cached"]
 

@@ -353,9 +353,9 @@ def test_a_report_does_not_rank_the_speed_and_memory_of_other_processes():
     told = [{"processes": 1}, {"processes": 2}, {}]  # the last is of before there could be several
     rows = [row_of(make_record(effective=effective)) for effective in told]
     names = {id(row): name for row, name in zip(rows, ("one", "two", "before"), strict=True)}
-    found = confounders(rows, names)
-    assert ("processes", "1: one, before; 2: two") in found
-    assert ("processes", "1: one, before; 2: two") not in touching(found, "quality")
+    result = confounders(rows, names)
+    assert ("processes", "1: one, before; 2: two") in result
+    assert ("processes", "1: one, before; 2: two") not in touching(result, "quality")
     for metric in ("train_tokens_per_second", "peak_memory_bytes"):
         assert not rankable(rows, metric)
         assert rankable([rows[0], rows[2]], metric)

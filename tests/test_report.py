@@ -449,21 +449,21 @@ def test_failed_cells_are_never_best() -> None:
 def test_what_independent_errors_leave_open_is_not_resolved() -> None:
     scores = [0.640625, 0.55, 0.5, 0.3]
     rows = rows_of(*(make_record(changes=peft(f"m{i}"), exact_match=score) for i, score in enumerate(scores)))
-    found = standing(rows, "exact_match")
+    result = standing(rows, "exact_match")
 
     def error(score: float) -> float:
         return score * (1 - score) / 128
 
     expected = [i for i in (1, 2, 3) if scores[0] - scores[i] < 1.96 * math.sqrt(error(scores[0]) + error(scores[i]))]
-    assert found is not None and found.best is rows[0] and found.family.how == ["standard errors"]
-    assert [row for row, _ in found.unresolved] == [rows[i] for i in expected] and expected == [1]
+    assert result is not None and result.best is rows[0] and result.family.how == ["standard errors"]
+    assert [row for row, _ in result.unresolved] == [rows[i] for i in expected] and expected == [1]
     assert "best is **m0**; not resolved from it: m1 (−0.210, +0.029)." in document(rows)
 
 
 def test_equal_scores_without_spread_are_not_resolved() -> None:
     rows = rows_of(make_record(exact_match=1.0), make_record(changes=peft("lora"), exact_match=1.0))
-    found = standing(rows, "exact_match")
-    assert found is not None and [row for row, _ in found.unresolved] == [rows[1]]
+    result = standing(rows, "exact_match")
+    assert result is not None and [row for row, _ in result.unresolved] == [rows[1]]
 
 
 def test_one_seed_is_said_to_be_one_seed() -> None:
@@ -505,8 +505,8 @@ def test_confounders_are_named_with_their_cells() -> None:
             provenance={"notes": ["both"]},
         ),
     )
-    found = confounders(rows, dict(zip(map(id, rows), ["full", "lora"], strict=True)))
-    told = [f"{what}: {how}" for what, how in found]
+    result = confounders(rows, dict(zip(map(id, rows), ["full", "lora"], strict=True)))
+    told = [f"{what}: {how}" for what, how in result]
     assert "training.batch_size: 8: full; 2: lora" in told
     assert "training.batching: padded: full; grouped: lora" in told
     assert "attention: sdpa: full; eager: lora" in told
@@ -636,14 +636,14 @@ HEADINGS = {
 
 
 def tokens(text: str) -> list:
-    found = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text)
-    return [token for top in found for token in (top, *(top.children or ()))]
+    result = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text)
+    return [token for top in result for token in (top, *(top.children or ()))]
 
 
 def assert_harmless(text: str) -> None:
     """Only the report's own markup takes effect: its folds, its plots, tables with as many cells as columns."""
-    found = tokens(text)
-    for token in found:
+    result = tokens(text)
+    for token in result:
         if token.type in ("html_block", "html_inline"):
             # a fold's summary is text with its own entities
             rest = re.sub(r"^</?u>$|^<details>\n<summary>[^<>\n]*</summary>\n?$|^</details>\n?$", "", token.content)
@@ -652,7 +652,7 @@ def assert_harmless(text: str) -> None:
         if token.type == "image":
             assert re.fullmatch(r"[\w.]+\.svg", str(token.attrs["src"]))
     columns = width = 0
-    for token in found:
+    for token in result:
         if token.type == "thead_open":
             width = 0
         if token.type == "th_open":
@@ -686,8 +686,8 @@ def test_a_record_can_write_nothing_into_the_report_but_text(texts: list[str]) -
     text = document(rows, name=f)
     text.encode("utf-8")
     assert_harmless(text)
-    found = tokens(text)
-    headings = [found[i + 1].content for i, token in enumerate(found) if token.type == "heading_open"]
+    result = tokens(text)
+    headings = [result[i + 1].content for i, token in enumerate(result) if token.type == "heading_open"]
     assert set(headings[1:]) <= HEADINGS
 
 
@@ -977,10 +977,10 @@ def test_the_circumstances_of_every_seed_confound() -> None:
     ]
     other = [make_record(changes=peft("ia3") | {"seed": seed}, effective={"threads": 2}) for seed in range(3)]
     rows = pool(rows_of(*lora, *other))
-    found = dict(confounders(rows, dict(zip(map(id, rows), ["lora", "ia3"], strict=True))))
-    assert found["threads"] == "2: lora seed 0, ia3; 1: lora seed 1, lora seed 2"
-    assert found["note"] == "late (lora seed 1)"
-    assert "12 %: lora seed 1" in found["other processes"]
+    results = dict(confounders(rows, dict(zip(map(id, rows), ["lora", "ia3"], strict=True))))
+    assert results["threads"] == "2: lora seed 0, ia3; 1: lora seed 1, lora seed 2"
+    assert results["note"] == "late (lora seed 1)"
+    assert "12 %: lora seed 1" in results["other processes"]
     assert best_rows(rows, "train_tokens_per_second") == []  # a mean over unlike circumstances
 
 

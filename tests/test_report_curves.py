@@ -48,7 +48,7 @@ def record(name: str, losses: list[float], *, seed: int = 0, peak_mib: float = 9
 
 
 def rows_of(*records: Record) -> list[Row]:
-    return pool([row_of(one) for one in records])
+    return pool([row_of(item) for item in records])
 
 
 def test_between_two_points_the_line_is_straight_and_outside_of_them_there_is_none():

@@ -54,8 +54,8 @@ def finished(tiny_cell, work_in_process, tmp_path_factory):
         if overrides in done:
             return done[overrides]
         cell = tiny_cell(*overrides, "training.steps=6", "training.learning_rate=0.01")
-        found = work_in_process(cell)
-        folder = shutil.copytree(found.pop("run_dir"), runs / cell.id)
+        result = work_in_process(cell)
+        folder = shutil.copytree(result.pop("run_dir"), runs / cell.id)
         (folder / CELL_NAME).write_text(cell.model_dump_json(by_alias=True))
         record = Record(
             cell_id=cell.id,
@@ -64,7 +64,7 @@ def finished(tiny_cell, work_in_process, tmp_path_factory):
             finished_at="2026-01-01T00:01:00+00:00",
             choices=cell.choices,
             config=cell.sections(),
-            **found,
+            **result,
         )
         record.write(folder)
         done[overrides] = folder
@@ -221,8 +221,8 @@ def test_a_merged_folder_is_a_plain_model_with_the_trained_models_logits(overrid
     answer = left_bench("export", str(run_dir), "--to", "merged", str(out))
     assert answer.code == 0, answer
     assert "its logits differ from the trained model's by at most" in answer.out
-    model, found = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(found.values()) and not hasattr(model.config, "quantization_config")
+    model, result = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(result.values()) and not hasattr(model.config, "quantization_config")
     cell = tiny_cell(*overrides)
     folder, tokenizer = models.open_pretrained(cell)
     base, _ = models.load_model(cell, folder=folder, device="cpu")
@@ -500,8 +500,8 @@ def test_all_rows_are_those_of_the_test_file_too(compose_cell, tmp_path):
     messages = [[{"role": role, "content": text} for role, text in chat] for chat in chats]
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in messages))
     files = compose_cell("data=jsonl", f"data.path={tmp_path}/rows.jsonl", f"data.test_path={tmp_path}/held_out.jsonl")
-    found = split_rows(files.data.model_copy(update={"hold_out": False}))
-    assert len(found.train) == 12 and found.test == []
+    result = split_rows(files.data.model_copy(update={"hold_out": False}))
+    assert len(result.train) == 12 and result.test == []
     chat = compose_cell("data=jsonl", f"data.path={tmp_path}/chat.jsonl", "data.test_rows=1").data
     apart, together = split_rows(chat), split_rows(chat.model_copy(update={"hold_out": False}))
     # the turns of a conversation that is held out are left out of training; now they are in it

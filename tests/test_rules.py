@@ -206,8 +206,8 @@ def test_the_nearest_neighbour_runs(allowed, tiny_cell, work_in_process):
     skip_without_packages(allowed)
     cell = tiny_cell(*CHEAP, *allowed)
     assert why_unsupported(cell) is None
-    found = work_in_process(cell)
-    assert found["metrics"]["train_steps"] == cell.training.steps
+    result = work_in_process(cell)
+    assert result["metrics"]["train_steps"] == cell.training.steps
 
 
 def losses_of(cell, run_dir) -> tuple[str, str, list[float]]:
@@ -236,9 +236,9 @@ def test_what_shards_do_not_mind_learns_the_same(overrides, tiny_cell, tmp_path)
     common = ["eval.generate=false", "data.train_rows=24", "training.steps=3", *overrides]
     sharded = tiny_cell(*common, *FSDP2)
     assert why_unsupported(sharded) is None
-    found = [losses_of(cell, tmp_path / name) for name, cell in (("s", sharded), ("one", tiny_cell(*common)))]
-    assert [status for status, _, _ in found] == ["ok", "ok"], found
-    assert found[0][2] == pytest.approx(found[1][2], rel=2e-6)
+    results = [losses_of(cell, tmp_path / name) for name, cell in (("s", sharded), ("one", tiny_cell(*common)))]
+    assert [status for status, _, _ in results] == ["ok", "ok"], results
+    assert results[0][2] == pytest.approx(results[1][2], rel=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -246,25 +246,25 @@ def trained(work_in_process, own_cell, load_tiny, tmp_path, source, here):
 
 
 def test_a_runs_record_and_rows_have_the_scores(work_in_process, own_cell, load_tiny, tmp_path, here):
-    found = trained(work_in_process, own_cell, load_tiny, tmp_path, LENGTHS, here)
-    assert {"scorer_shorter", "base_scorer_shorter", "scorer_hint"} <= found["metrics"].keys()
-    assert {score.metric for score in found["scores"]} >= {"eval_loss", "exact_match", "scorer_shorter", "scorer_hint"}
-    lines = [json.loads(line) for line in (found["run_dir"] / "rows.jsonl").read_text().splitlines()]
+    result = trained(work_in_process, own_cell, load_tiny, tmp_path, LENGTHS, here)
+    assert {"scorer_shorter", "base_scorer_shorter", "scorer_hint"} <= result["metrics"].keys()
+    assert {score.metric for score in result["scores"]} >= {"eval_loss", "exact_match", "scorer_shorter", "scorer_hint"}
+    lines = [json.loads(line) for line in (result["run_dir"] / "rows.jsonl").read_text().splitlines()]
     assert [line["scores"].keys() for line in lines] == [{"scorer_shorter", "scorer_hint"}] * 4
     mean = sum(line["scores"]["scorer_shorter"] for line in lines) / 4
-    assert found["metrics"]["scorer_shorter"] == mean
-    kept = scored_rows([found["run_dir"] / "record.json"], "scorer_shorter")
+    assert result["metrics"]["scorer_shorter"] == mean
+    kept = scored_rows([result["run_dir"] / "record.json"], "scorer_shorter")
     assert kept.values.mean() == mean
-    assert "score" in [phase.name for phase in found["phases"]]
+    assert "score" in [phase.name for phase in result["phases"]]
 
 
 def test_a_crash_in_it_costs_the_score_and_not_the_cell(work_in_process, own_cell, load_tiny, tmp_path, here):
     source = "def score(prediction, reference, row):\n    return 1 / 0"
-    found = trained(work_in_process, own_cell, load_tiny, tmp_path, source, here)
-    assert not [name for name in found["metrics"] if "scorer" in name]
-    assert {"exact_match", "adapter_file_bytes"} <= found["metrics"].keys()
-    assert "ZeroDivisionError" in found["environment"]["effective"]["scorer"]
-    events = [json.loads(line) for line in (found["run_dir"] / "events.jsonl").read_text().splitlines()]
+    result = trained(work_in_process, own_cell, load_tiny, tmp_path, source, here)
+    assert not [name for name in result["metrics"] if "scorer" in name]
+    assert {"exact_match", "adapter_file_bytes"} <= result["metrics"].keys()
+    assert "ZeroDivisionError" in result["environment"]["effective"]["scorer"]
+    events = [json.loads(line) for line in (result["run_dir"] / "events.jsonl").read_text().splitlines()]
     [note] = [event["text"] for event in events if event["event"] == "note"]
     assert "eval.scorer: no score, it failed on row 1: ZeroDivisionError" in note
 
@@ -298,7 +298,9 @@ def test_a_higher_score_of_ones_own_is_better_everywhere(tmp_path):
     for name, value in (("before", 0.4), ("after", 0.2)):
         (tmp_path / name / "a").mkdir(parents=True)
         record_of(value).write(tmp_path / name / "a")
-    [change] = [one for one in compare(tmp_path / "before", tmp_path / "after").changes if one.metric == "scorer_tone"]
+    [change] = [
+        item for item in compare(tmp_path / "before", tmp_path / "after").changes if item.metric == "scorer_tone"
+    ]
     assert (change.before, change.after, change.judgement) == (0.4, 0.2, "worse")
     assert parse_gate("scorer_tone<-0.02").hit(0.4, 0.2)
 

@@ -31,8 +31,8 @@ from left_bench.spec.row_scores import ANSWER_METRICS, number_match
     ],
 )
 def test_a_row_by_hand(metric, prediction, reference, value):
-    found, per_row = score_text(metric, [prediction], [reference])
-    assert found == pytest.approx(value)
+    result, per_row = score_text(metric, [prediction], [reference])
+    assert result == pytest.approx(value)
     assert per_row == [pytest.approx(value)]
 
 

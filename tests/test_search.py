@@ -89,7 +89,7 @@ def test_a_learning_rate_is_searched_for(runs, left_bench, tmp_path, monkeypatch
 def test_a_search_for_what_there_is_not(override, said, runs, left_bench, tmp_path, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs left-bench[optuna]")
     monkeypatch.chdir(tmp_path)
-    answer = left_bench(*(one for one in SEARCH if not one.startswith("objective")), override)
+    answer = left_bench(*(item for item in SEARCH if not item.startswith("objective")), override)
     assert answer.code == 2
     assert said in answer.err
     assert runs == []

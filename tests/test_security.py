@@ -73,14 +73,14 @@ def test_a_target_outside_the_allow_list_is_refused_before_anything_runs(target,
 def test_every_shipped_target_is_allowed():
     from left_bench.spec.instantiate import check_targets
 
-    found = 0
+    result = 0
     for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").glob("*.yaml")]:
         if path.stem in ("config", "custom"):  # Hydra's own callback; a class that is still to be named
             continue
         text = path.read_text(encoding="utf-8")
-        found += text.count("_target_:")
+        result += text.count("_target_:")
         check_targets(yaml.safe_load(text), key=path.stem)
-    assert found > 50
+    assert result > 50
 
 
 # --- code that comes with a model ---

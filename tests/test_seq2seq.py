@@ -97,8 +97,8 @@ def test_the_prompt_ends_as_the_tokenizer_ends_an_encoders(tiny_cell):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains(method, tiny_cell, work_in_process):
-    found = work_in_process(tiny_cell("model=tiny_t5", f"peft={method}", "training.batching=packed"))
-    metrics, effective = found["metrics"], found["environment"]["effective"]
+    result = work_in_process(tiny_cell("model=tiny_t5", f"peft={method}", "training.batching=packed"))
+    metrics, effective = result["metrics"], result["environment"]["effective"]
     assert metrics["train_loss"] != metrics["first_train_loss"]
     assert metrics["generate_tokens_per_second"] > 0
     assert "model_flops_utilization" not in metrics  # not counted for two halves

@@ -73,13 +73,13 @@ def test_a_shape_is_found_by_looking(record, prompt, answer, tmp_path):
 @pytest.mark.parametrize(("train_on", "earlier"), [("assistant", ["First."]), ("last", []), ("all", [])])
 def test_every_assistant_turn_is_trained_on_or_the_last_alone(train_on, earlier, tmp_path):
     path = written(tmp_path / "r.jsonl", [{"messages": asked(number)} for number in range(5)])
-    found = split_rows(section(path=str(path), test_rows=1, train_on=train_on))
-    assert len(found.train) == 4 and found.test[0].earlier == ()
-    assert {row.group for row in found.train}.isdisjoint({found.test[0].group})
+    result = split_rows(section(path=str(path), test_rows=1, train_on=train_on))
+    assert len(result.train) == 4 and result.test[0].earlier == ()
+    assert {row.group for row in result.train}.isdisjoint({result.test[0].group})
     words = {"assistant": "every assistant turn", "last": "the last assistant turn of each", "all": "every token"}
-    assert words[train_on] in str(found.shape)
-    row = found.train[0]
-    assert row.answer == "Second." and [one.answer for one in row.earlier] == earlier
+    assert words[train_on] in str(result.shape)
+    row = result.train[0]
+    assert row.answer == "Second." and [item.answer for item in row.earlier] == earlier
     assert row.before is not None and [turn["role"] for turn in row.before] == ["system", "user", "assistant", "user"]
 
 
@@ -189,8 +189,8 @@ def save(kind: str, folder: Path) -> Path:
 )
 def test_a_kind_of_file_is_read(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    found = rows_of(save(kind, tmp_path))
-    assert [(row.prompt, row.answer) for row in found] == [("P0", "0"), ("P1", "NA"), ("P2", "2"), ("P3", "3")]
+    result = rows_of(save(kind, tmp_path))
+    assert [(row.prompt, row.answer) for row in result] == [("P0", "0"), ("P1", "NA"), ("P2", "2"), ("P3", "3")]
 
 
 def test_several_files_are_one_set_of_rows_known_by_what_is_in_them(tmp_path):
@@ -207,9 +207,9 @@ def test_test_rows_of_ones_own_are_the_test_rows_and_are_not_trained_on(tmp_path
     path = written(tmp_path / "train.jsonl", [{"prompt": f"P{n}", "answer": "a"} for n in range(6)])
     apart = written(tmp_path / "test.jsonl", [{"prompt": f"P{n}", "answer": "b"} for n in (0, 10, 11)])
     data = section(path=str(path), test_path=str(apart), test_rows=50)
-    found = split_rows(data)
-    assert sorted(row.prompt for row in found.test) == ["P0", "P10", "P11"]
-    assert sorted(row.prompt for row in found.train) == ["P1", "P2", "P3", "P4", "P5"] and found.repeated == 1
+    result = split_rows(data)
+    assert sorted(row.prompt for row in result.test) == ["P0", "P10", "P11"]
+    assert sorted(row.prompt for row in result.train) == ["P1", "P2", "P3", "P4", "P5"] and result.repeated == 1
     before = with_content(data).content
     written(apart, [{"prompt": "P1", "answer": "b"}])
     assert before != with_content(data).content
@@ -278,9 +278,9 @@ def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path, monkeypatch):
     answers = ["007", "1.50", "True", "NA", "1e3", "null"]
     text = "prompt,answer\n" + "".join(f"P{number},{answer}\n" for number, answer in enumerate(answers))
     (tmp_path / "r.csv").write_text(text + "P6,\n")
-    found = split_rows(section(path=str(tmp_path / "r.csv"), test_rows=1))
-    assert sorted(row.answer for row in [*found.train, *found.test]) == sorted(answers)
-    assert found.dropped == ["row 7: no answer"]
+    result = split_rows(section(path=str(tmp_path / "r.csv"), test_rows=1))
+    assert sorted(row.answer for row in [*result.train, *result.test]) == sorted(answers)
+    assert result.dropped == ["row 7: no answer"]
 
 
 @pytest.mark.parametrize(
@@ -303,8 +303,8 @@ def test_a_row_that_lacks_something_is_dropped_and_says_what(record, lacks, tmp_
     elif "chosen" in record:
         whole = {"prompt": "P{}", "chosen": "A", "rejected": "B"}
     lines = [json.loads(json.dumps(whole).replace("{}", str(number))) for number in range(3)]
-    found = split_rows(section(path=str(written(tmp_path / "r.jsonl", [*lines, record])), test_rows=1))
-    assert found.dropped == [f"line 4: {lacks}"] and len(found.train) + len(found.test) == 3
+    result = split_rows(section(path=str(written(tmp_path / "r.jsonl", [*lines, record])), test_rows=1))
+    assert result.dropped == [f"line 4: {lacks}"] and len(result.train) + len(result.test) == 3
 
 
 @pytest.mark.parametrize(
@@ -373,21 +373,23 @@ def test_rows_of_both_sets_are_left_out_of_training_and_counted(tmp_path):
     path = written(tmp_path / "train.jsonl", [{"prompt": f"P{n}", "answer": "a"} for n in range(6)])
     apart = written(tmp_path / "test.jsonl", [{"prompt": p, "answer": "b"} for p in ("P0", " p0 ", "P1", "T")])
     for test_rows in (1, 50):  # one that is not drawn is a test row all the same
-        found = split_rows(section(path=str(path), test_path=str(apart), test_rows=test_rows))
-        assert sorted(row.prompt for row in found.train) == ["P2", "P3", "P4", "P5"]
-        assert found.repeated == 3 and found.test_there == 3  # two training rows, and the test row that repeats another
-        assert len(found.test) == min(test_rows, 3)
+        result = split_rows(section(path=str(path), test_path=str(apart), test_rows=test_rows))
+        assert sorted(row.prompt for row in result.train) == ["P2", "P3", "P4", "P5"]
+        assert (
+            result.repeated == 3 and result.test_there == 3
+        )  # two training rows, and the test row that repeats another
+        assert len(result.test) == min(test_rows, 3)
 
 
 def test_a_conversation_of_both_sets_is_known_by_its_questions(tmp_path):
     path = written(tmp_path / "train.jsonl", [{"messages": asked(number)} for number in range(4)])
     apart = written(tmp_path / "test.jsonl", [{"messages": asked(0)[1:]}, {"messages": asked(9)}])
-    found = split_rows(section(path=str(path), test_path=str(apart), test_rows=9))
-    assert (len(found.train), len(found.test), found.repeated) == (3, 2, 1)
+    result = split_rows(section(path=str(path), test_path=str(apart), test_rows=9))
+    assert (len(result.train), len(result.test), result.repeated) == (3, 2, 1)
 
 
 def test_a_question_that_stands_twice_is_held_out_once_and_not_trained_on(tmp_path):
     lines = [{"prompt": f"P{n % 4}", "answer": f"a{n}"} for n in range(12)]
-    found = split_rows(section(path=str(written(tmp_path / "r.jsonl", lines)), test_rows=2))
-    assert {row.prompt for row in found.train}.isdisjoint({row.prompt for row in found.test})
-    assert (len(found.train), len(found.test), found.repeated, found.test_there) == (6, 2, 4, None)
+    result = split_rows(section(path=str(written(tmp_path / "r.jsonl", lines)), test_rows=2))
+    assert {row.prompt for row in result.train}.isdisjoint({row.prompt for row in result.test})
+    assert (len(result.train), len(result.test), result.repeated, result.test_there) == (6, 2, 4, None)

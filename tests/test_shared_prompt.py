@@ -61,8 +61,8 @@ def test_losses_and_answers_after_a_shared_beginning_are_those_of_whole_rows(
 def test_an_evaluation_reads_the_beginning_once(tiny_cell, load_tiny, rows):
     cell = tiny_cell("eval.forgetting=false")
     model, tokenizer = load_tiny(cell)
-    found = evaluate_model(model, tokenizer, rows, cell, device="cpu")
-    assert found.tokens == 25 + sum(row.length - 25 for row in rows)
+    result = evaluate_model(model, tokenizer, rows, cell, device="cpu")
+    assert result.tokens == 25 + sum(row.length - 25 for row in rows)
 
 
 def test_a_row_keeps_the_last_token_of_its_prompt(tiny_cell, load_tiny, rows, read):

@@ -83,9 +83,9 @@ def test_a_cell_that_slurm_ends_early_is_requeued_and_run_again(slurm, tmp_path)
     assert signalled, said
     assert launched.returncode == 0, said
     assert (slurm / "requeued").read_text().split() == ["requeue", "77_0"]
-    found = {record.config["seed"]: record for record in map(read_record, tmp_path.glob(f"runs/*/{RECORD_NAME}"))}
-    assert {seed: record.status for seed, record in found.items()} == {0: "ok", 1: "ok"}
-    assert (found[0].attempt, found[1].attempt) == (2, 1)
+    results = {record.config["seed"]: record for record in map(read_record, tmp_path.glob(f"runs/*/{RECORD_NAME}"))}
+    assert {seed: record.status for seed, record in results.items()} == {0: "ok", 1: "ok"}
+    assert (results[0].attempt, results[1].attempt) == (2, 1)
     assert (tmp_path / "reports" / "queued.md").is_file()
     submitted = (slurm / "submitted.sh").read_text()
     for line in ("array=0-1%2", "cpus-per-task=8", "gpus-per-node=1", "mem=64GB", "mail-type=FAIL", "time=240"):

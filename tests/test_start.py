@@ -98,10 +98,10 @@ def test_lora_gas_first_a_spans_the_gradient(attached, tiny_cell, load_tiny, add
 
 
 def test_cpts_context_is_the_first_rows_with_their_answers_frozen(attached, addition_rows):
-    found = context_of([row([5, 6], [7]), row([8], [9, 1])])
-    assert found["cpt_token_ids"] == [5, 6, 7, 8, 9, 1]
-    assert [kind % 4 for kind in found["cpt_tokens_type_mask"]] == [2, 2, 0, 2, 0, 0]
-    assert found["cpt_tokens_type_mask"] == [2, 2, 4, 6, 8, 8]
+    result = context_of([row([5, 6], [7]), row([8], [9, 1])])
+    assert result["cpt_token_ids"] == [5, 6, 7, 8, 9, 1]
+    assert [kind % 4 for kind in result["cpt_tokens_type_mask"]] == [2, 2, 0, 2, 0, 0]
+    assert result["cpt_tokens_type_mask"] == [2, 2, 4, 6, 8, 8]
     model, _ = attached("cpt")
     learn(model, addition_rows, steps=2)
     change = model.prompt_encoder["default"].delta_embedding.weight.detach().norm(dim=1)
@@ -120,9 +120,9 @@ def test_before_aloras_invocation_the_model_is_the_base_model(attached, addition
     model, fresh = attached("alora")
     learn(model, addition_rows)
     length = model.active_peft_config.alora_invocation_tokens
-    one = addition_rows[:1]
-    before = len(one[0].prompt_ids) - len(length)
-    trained, base = logits(model, one), logits(fresh, one)
+    item = addition_rows[:1]
+    before = len(item[0].prompt_ids) - len(length)
+    trained, base = logits(model, item), logits(fresh, item)
     assert torch.equal(trained[:, :before], base[:, :before])
     assert not torch.equal(trained[:, before:], base[:, before:])
 
@@ -132,16 +132,18 @@ def test_the_regularization_that_peft_leaves_to_the_loop(name, attached):
     model, _ = attached(name)
     own = {"kasa": "_get_kasa_loss", "monteclora": "_get_monteclora_loss"}[name]
     model.train()
-    found = regularization(model)
-    assert found is not None and found.requires_grad and found.item() > 0
+    result = regularization(model)
+    assert result is not None and result.requires_grad and result.item() > 0
     if name == "kasa":  # beta ||sigma||^2 + gamma (||B^T B - I|| + ||A A^T - I||) over the layers
-        torch.testing.assert_close(found, getattr(model.base_model, own)())
+        torch.testing.assert_close(result, getattr(model.base_model, own)())
         eye = torch.eye(16)
         expected = 0.0
-        for layer in (one for one in model.modules() if hasattr(one, "lora_diag") and "default" in one.lora_diag):
+        for layer in (
+            module for module in model.modules() if hasattr(module, "lora_diag") and "default" in module.lora_diag
+        ):
             a, b, sigma = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_diag["default"]
             expected += 1e-4 * sigma.square().sum() + 1e-3 * ((b.T @ b - eye).norm() + (a @ a.T - eye).norm())
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(result, expected)
 
 
 def test_adalora_over_bfloat16_comes_back_bit_for_bit(tiny_cell, load_tiny, addition_rows, tmp_path):
@@ -149,7 +151,7 @@ def test_adalora_over_bfloat16_comes_back_bit_for_bit(tiny_cell, load_tiny, addi
     cell = tiny_cell("peft=adalora", "precision=bf16", "training.steps=10")
     base, tokenizer = load_tiny(cell)
     model = attach_adapter(base, cell, tokenizer=tokenizer, rows=addition_rows)
-    assert not [name for name, one in model.named_parameters() if "ranknum" in name and one.requires_grad]
+    assert not [name for name, parameter in model.named_parameters() if "ranknum" in name and parameter.requires_grad]
     batch, optimizer = collate(addition_rows, pad_id=0), torch.optim.AdamW(trainable_parameters(model), lr=1e-2)
     for step in range(cell.training.steps):
         with autocast(cell, device="cpu"):

@@ -62,14 +62,14 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row() -> None:
 
 
 def test_other_settings_machines_and_repetitions_stay_apart() -> None:
-    one = make_record(changes={"seed": 1})
+    record = make_record(changes={"seed": 1})
     rows = pool(
         rows_of(
             make_record(),
-            one,
+            record,
             make_record(changes=peft("lora")),
             make_record(changes={"seed": 2}, machine=SERVER),
-            one.model_copy(update={"started_at": "2026-03-15"}),
+            record.model_copy(update={"started_at": "2026-03-15"}),
         )
     )
     assert [len(row.runs) for row in rows] == [2, 1, 1, 1]
@@ -155,8 +155,8 @@ def test_rows_are_paired_where_they_were_kept(tmp_path: Path) -> None:
     assert paired.value == pytest.approx(7 / 128) and 7 / 128 in paired.interval  # type: ignore[operator]
     back = difference(a, b, "exact_match")
     assert back is not None and back.interval == pytest.approx((-paired.interval.high, -paired.interval.low))  # type: ignore[union-attr]
-    found = standing([a, b], "exact_match")
-    assert found is not None and found.best is b and found.unresolved == [] and found.family.how == ["paired rows"]
+    result = standing([a, b], "exact_match")
+    assert result is not None and result.best is b and result.unresolved == [] and result.family.how == ["paired rows"]
 
 
 @pytest.mark.parametrize(("metric", "partly"), [("f1", 4 / 5), ("rouge_l", 4 / 5)])
@@ -200,8 +200,8 @@ def test_a_corpus_score_has_no_rows_to_pair(tmp_path: Path) -> None:
     for row in (a, b):
         assert row.path is not None
         write_rows(row.path.parent, right=[True] * 8, nll=[1.0] * 8)
-    found = difference(a, b, "bleu")
-    assert found is not None and found.how == "none"
+    result = difference(a, b, "bleu")
+    assert result is not None and result.how == "none"
 
 
 def test_a_loss_is_weighted_by_its_tokens(tmp_path: Path) -> None:
@@ -210,17 +210,19 @@ def test_a_loss_is_weighted_by_its_tokens(tmp_path: Path) -> None:
     hard = [rng.uniform(0.2, 4.0) for _ in range(128)]
     for row, shift in ((a, 0.0), (b, 0.2)):
         write_rows(row.path.parent, right=[True] * 128, nll=[x + shift + 0.01 * (i % 3) for i, x in enumerate(hard)])  # type: ignore[union-attr]
-    found = difference(b, a, "eval_loss")
-    assert found is not None and found.interval is not None and found.how == "paired rows"
-    assert found.interval.low == pytest.approx(0.1) and found.interval.high == pytest.approx(0.1)  # 0.2 over two tokens
+    result = difference(b, a, "eval_loss")
+    assert result is not None and result.interval is not None and result.how == "paired rows"
+    assert result.interval.low == pytest.approx(0.1) and result.interval.high == pytest.approx(
+        0.1
+    )  # 0.2 over two tokens
 
 
 def test_other_questions_are_not_paired(tmp_path: Path) -> None:
     a, b = written(tmp_path, make_record(), make_record(changes=peft("lora")))
     write_rows(a.path.parent, right=[True] * 4, nll=[1.0] * 4)  # type: ignore[union-attr]
     write_rows(b.path.parent, right=[True] * 5, nll=[1.0] * 5)  # type: ignore[union-attr]
-    found = difference(a, b, "exact_match")
-    assert found is not None and found.how == "standard errors"
+    result = difference(a, b, "exact_match")
+    assert result is not None and result.how == "standard errors"
 
 
 def test_seeds_widen_what_rows_alone_would_claim(tmp_path: Path) -> None:
@@ -231,20 +233,20 @@ def test_seeds_widen_what_rows_alone_would_claim(tmp_path: Path) -> None:
         for seed, gain in enumerate((0.3, 0.05, -0.05))
     ]
     a, b = pool(written(tmp_path, *records))
-    found = difference(b, a, "exact_match")
-    assert found is not None and found.how == "seeds" and not found.resolved and found.value == pytest.approx(0.1)
+    result = difference(b, a, "exact_match")
+    assert result is not None and result.how == "seeds" and not result.resolved and result.value == pytest.approx(0.1)
     for row in (a, b):
         for run in row.runs:
             score = run.value("exact_match") or 0.0
             write_rows(run.path.parent, right=[i < round(128 * score) for i in range(128)], nll=[1.0] * 128)  # type: ignore[union-attr]
-    found = difference(replace(b), replace(a), "exact_match")
-    assert found is not None and found.how == "paired rows and seeds" and not found.resolved
+    result = difference(replace(b), replace(a), "exact_match")
+    assert result is not None and result.how == "paired rows and seeds" and not result.resolved
 
 
 def test_one_measurement_each_is_no_tie_and_no_evidence() -> None:
     a, b = rows_of(make_record(wall=100), make_record(changes=peft("lora"), wall=101))
-    found = difference(a, b, "wall_seconds")
-    assert found is not None and found.interval is None and found.resolved is None and found.how == "none"
+    result = difference(a, b, "wall_seconds")
+    assert result is not None and result.interval is None and result.resolved is None and result.how == "none"
     assert difference(a, b, "bleu") is None
 
 
@@ -264,10 +266,10 @@ def test_three_seeds_are_judged_by_students_t(tmp_path: Path) -> None:
     ]
     a, b = pool(rows_of(*records))
     shifts = [2**20 * (round(1000 * (1 + gain)) - 1000) for gain in gains]
-    found = difference(b, a, "peak_memory_bytes")
+    result = difference(b, a, "peak_memory_bytes")
     expected = scipy.stats.ttest_rel([shift + 1 for shift in shifts], [1] * 3).confidence_interval()
-    assert found is not None and found.how == "seeds" and not found.resolved
-    assert found.interval == pytest.approx((expected.low, expected.high))
+    assert result is not None and result.how == "seeds" and not result.resolved
+    assert result.interval == pytest.approx((expected.low, expected.high))
     alone = difference(rows_of(records[0])[0], rows_of(records[3])[0], "wall_seconds")
     assert alone is not None and alone.spread is None
     value, interval = ratio(b, a, "peak_memory_bytes")  # type: ignore[misc]
@@ -285,22 +287,22 @@ def test_unlike_seeds_are_judged_by_welch() -> None:
 
 def _measured(name: str, score: float, error: float) -> Record:
     record = make_record(changes=peft(name), exact_match=score)
-    known = [one.model_copy(update={"stderr": error}) for one in record.scores]
+    known = [item.model_copy(update={"stderr": error}) for item in record.scores]
     return record.model_copy(update={"scores": known})
 
 
 def test_no_place_stands_above_that_of_a_better_value() -> None:
     """The third is poorly measured: the noise tells it from none, and yet it is not the first."""
     rows = rows_of(_measured("a", 0.6, 0.001), _measured("b", 0.58, 0.001), _measured("c", 0.5, 0.3))
-    found = places(rows, "exact_match")
-    assert found is not None and [found[id(row)] for row in rows] == [1, 2, 2]
+    result = places(rows, "exact_match")
+    assert result is not None and [result[id(row)] for row in rows] == [1, 2, 2]
 
 
 def test_a_place_begins_where_a_difference_is_resolved() -> None:
     scores = (0.60, 0.58, 0.40, 0.39, 0.10)
     rows = rows_of(*(make_record(changes=peft(f"m{i}"), exact_match=score) for i, score in enumerate(scores)))
-    found = places(rows, "exact_match")
-    assert found is not None and [found[id(row)] for row in rows] == [1, 1, 3, 3, 5]
+    result = places(rows, "exact_match")
+    assert result is not None and [result[id(row)] for row in rows] == [1, 1, 3, 3, 5]
     other = make_record(changes=peft("x"), machine=SERVER)
     assert places([*rows, *rows_of(other)], "train_tokens_per_second") is None
 
@@ -335,10 +337,12 @@ def test_a_margin_that_is_none_is_refused(text: str) -> None:
 
 def test_what_would_settle_a_difference_is_enough_when_it_is_tried() -> None:
     """Rows and seeds drawn anew with the variances measured: the promised chance, within what 400 draws can tell."""
-    found = Components(of_seeds=0.0004, of_rows=0.02, residual=0.05)
+    result = Components(of_seeds=0.0004, of_rows=0.02, residual=0.05)
     rng, apart = np.random.default_rng(1), 0.05
     seeds = next(
-        n for n in range(2, 200) if (s := found.spread(n, 256)).reach_at(0.95) + 0.8416 * math.sqrt(s.variance) <= apart
+        n
+        for n in range(2, 200)
+        if (s := result.spread(n, 256)).reach_at(0.95) + 0.8416 * math.sqrt(s.variance) <= apart
     )
     resolved = 0
     for _ in range(400):
@@ -353,8 +357,8 @@ def test_what_would_settle_a_difference_is_enough_when_it_is_tried() -> None:
 def test_components_are_those_the_values_were_drawn_with() -> None:
     rng = np.random.default_rng(0)
     values = 0.3 * rng.normal(size=(60, 1)) + 0.5 * rng.normal(size=(1, 800)) + 0.2 * rng.normal(size=(60, 800))
-    found = components(values, np.ones(800))
-    assert found is not None and found == pytest.approx((0.09, 0.25, 0.04), rel=0.35)
+    result = components(values, np.ones(800))
+    assert result is not None and result == pytest.approx((0.09, 0.25, 0.04), rel=0.35)
     assert components(values[:1], np.ones(800)).of_seeds == 0  # type: ignore[union-attr]
 
 

@@ -96,31 +96,31 @@ def contents(path: Path) -> dict[str, Any]:
     while not settled or settled != path.read_bytes():  # wandb's own process may write on for a moment
         settled = path.read_bytes()
         time.sleep(0.3)
-    found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "run": None, "exit": None, "artifacts": []}
-    found["metrics"] = {}
+    result: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "run": None, "exit": None, "artifacts": []}
+    result["metrics"] = {}
     for data in stored(path):
-        one = Stored.FromString(data)
-        match one.WhichOneof("record_type"):
+        entry = Stored.FromString(data)
+        match entry.WhichOneof("record_type"):
             case "run":
-                found["run"] = one.run
-                found["config"] |= plain(one.run.config.update)
+                result["run"] = entry.run
+                result["config"] |= plain(entry.run.config.update)
             case "config":
-                found["config"] |= plain(one.config.update)
+                result["config"] |= plain(entry.config.update)
             case "history":
-                found["history"].append(plain(one.history.item))
+                result["history"].append(plain(entry.history.item))
             case "summary":
-                found["summary"] |= plain(one.summary.update)
+                result["summary"] |= plain(entry.summary.update)
             case "metric":
-                found["metrics"][one.metric.name or one.metric.glob_name] = one.metric
+                result["metrics"][entry.metric.name or entry.metric.glob_name] = entry.metric
             case "artifact":
-                found["artifacts"].append((one.artifact.type, one.artifact.name))
-            case "request" if one.request.HasField("log_artifact"):
-                found["artifacts"].append(
-                    (one.request.log_artifact.artifact.type, one.request.log_artifact.artifact.name)
+                result["artifacts"].append((entry.artifact.type, entry.artifact.name))
+            case "request" if entry.request.HasField("log_artifact"):
+                result["artifacts"].append(
+                    (entry.request.log_artifact.artifact.type, entry.request.log_artifact.artifact.name)
                 )
             case "exit":
-                found["exit"] = one.exit.exit_code
-    return found
+                result["exit"] = entry.exit.exit_code
+    return result
 
 
 def only(runs_dir: Path) -> dict[str, Any]:
@@ -155,27 +155,27 @@ def test_a_run_is_all_in_the_offline_file(tiny_cell, offline):
         tracker.log(step, time=100.0 + step, loss=loss, learning_rate=0.1, memory_gib=5.0 - step, tokens=10.0 * step)
     tracker.finish(made(cell))
 
-    found = only(offline)
-    run, identity = found["run"], cell.id.rpartition("-")[2]
+    result = only(offline)
+    run, identity = result["run"], cell.id.rpartition("-")[2]
     assert (run.project, run.run_group, run.job_type) == ("left_bench", f"smoke-{LAUNCH}", "train")
     assert run.display_name == "lora · s0"
     assert run.run_id == f"{identity}-2-{LAUNCH}"
     assert {"peft:lora", "model:tiny_llama", "quantization:none"} <= set(run.tags)
-    rows = [row for row in found["history"] if "train/step" in row]
+    rows = [row for row in result["history"] if "train/step" in row]
     assert [(row["train/step"], row["train/loss"]) for row in rows] == [(1, 3.0), (2, 1.0), (3, 2.0)]
     assert [row["_timestamp"] for row in rows] == [101.0, 102.0, 103.0]
-    assert found["config"]["training"]["steps"] == 2
-    assert found["config"]["axis.peft"] == "lora"
-    assert (found["config"]["cell_id"], found["config"]["sweep_name"]) == (cell.id, "smoke")
-    assert found["config"]["environment.machine.cores"] == 2
-    summary = found["summary"]
+    assert result["config"]["training"]["steps"] == 2
+    assert result["config"]["axis.peft"] == "lora"
+    assert (result["config"]["cell_id"], result["config"]["sweep_name"]) == (cell.id, "smoke")
+    assert result["config"]["environment.machine.cores"] == 2
+    summary = result["summary"]
     assert (summary["status"], summary["eval_loss"], summary["seconds/train"]) == ("ok", 0.5, 2.5)
     assert (summary["memory_gib/weights"], summary["score/sums/exact_match/value"]) == (11 / 2**30, 0.25)
-    assert found["exit"] == 0
+    assert result["exit"] == 0
     [table] = offline.glob("wandb/offline-run-*/files/media/table/*.json")
     assert json.loads(table.read_text())["data"] == [["1 + 1?", "2", "3", "x"]]
     # both axes, the least loss and the most memory
-    metrics = found["metrics"]
+    metrics = result["metrics"]
     assert {"train/step", "train/tokens"} <= set(metrics)
     assert (metrics["train/loss"].step_metric, metrics["train/loss"].summary.min) == ("train/tokens", True)
     assert (metrics["train/memory_gib"].step_metric, metrics["train/memory_gib"].summary.max) == (
@@ -206,8 +206,8 @@ def test_how_a_cell_ended_is_how_its_run_ends(status, code, tiny_cell, offline):
     tracker = wandb_tracker(offline)
     tracker.start(attempt_of(cell, folder=offline))
     tracker.finish(made(cell, status=status, reason="because", samples=[]))
-    found = only(offline)
-    assert (found["exit"], found["summary"]["status"], found["summary"]["reason"]) == (code, status, "because")
+    result = only(offline)
+    assert (result["exit"], result["summary"]["status"], result["summary"]["reason"]) == (code, status, "because")
 
 
 def test_nothing_of_the_machines_user_is_written(tiny_cell, offline):
@@ -391,8 +391,8 @@ def test_what_no_tracker_knows_is_refused(section, words, tmp_path):
 def test_a_missing_package_is_said_before_the_sweep_starts(left_bench, tmp_path, monkeypatch):
     import importlib.util
 
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
+    result = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else result(name, *a))
     monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     monkeypatch.chdir(tmp_path)
     answer = left_bench("+sweep=smoke", "tracker=[jsonl,mlflow]")

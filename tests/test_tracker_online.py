@@ -153,8 +153,8 @@ def test_a_server_that_is_not_there_is_waited_for_once(tmp_path):
     done = run("tell(1); tell(2)", tmp_path, "http://127.0.0.1:9", WANDB_INIT_TIMEOUT="1")
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "warning" in line] == done.stderr.splitlines()[:1]
-    found = {contents(path)["run"].run_id for path in tmp_path.glob("wandb/offline-run-*/*.wandb")}
-    assert found == {"abc-1-20260101T120000", "abc-2-20260101T120000"}
+    results = {contents(path)["run"].run_id for path in tmp_path.glob("wandb/offline-run-*/*.wandb")}
+    assert results == {"abc-1-20260101T120000", "abc-2-20260101T120000"}
 
 
 def test_wandbs_own_process_may_die(tmp_path):

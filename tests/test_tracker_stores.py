@@ -24,7 +24,7 @@ from left_bench.tracker import TRACKERS, Attempt, replay
 
 PACKAGES = {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "jsonl": ()}
 INSTALLED = [
-    name for name in TRACKERS if all(importlib.util.find_spec(one) for one in PACKAGES.get(name, (name,)))
+    name for name in TRACKERS if all(importlib.util.find_spec(item) for item in PACKAGES.get(name, (name,)))
 ]  # fmt: skip
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "HF_TOKEN": "hf_secretsecretsecretsecretsecret"}
 BROKEN = """# A start that looks for more directions than the training rows have.
@@ -75,7 +75,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     )
     assert done.returncode == 1, done.stdout + done.stderr  # one cell failed
     assert "warning: tracker" not in done.stderr, done.stderr
-    records = {one.choices["peft"]: one for one in map(read_record, place.glob("runs/*/record.json"))}
+    records = {item.choices["peft"]: item for item in map(read_record, place.glob("runs/*/record.json"))}
     assert {name: record.status for name, record in records.items()} == {
         "lora": "ok",
         "broken": "failed",
@@ -93,35 +93,37 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 
 def read_wandb(place: Path) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for path in place.glob("runs/wandb/offline-run-*/*.wandb"):
-        one = contents(path)
-        assert one["run"].run_id not in found, "the same run twice"
-        found[one["run"].run_id] = {
-            "kind": one["run"].job_type,
-            "group": one["run"].run_group,
-            "status": one["summary"].get("status"),
-            "losses": {row["train/step"]: row["train/loss"] for row in one["history"] if "train/loss" in row},
+        item = contents(path)
+        assert item["run"].run_id not in result, "the same run twice"
+        result[item["run"].run_id] = {
+            "kind": item["run"].job_type,
+            "group": item["run"].run_group,
+            "status": item["summary"].get("status"),
+            "losses": {row["train/step"]: row["train/loss"] for row in item["history"] if "train/loss" in row},
             "curve": {
-                row["eval/step"]: row["eval/validation_loss"] for row in one["history"] if "eval/validation_loss" in row
+                row["eval/step"]: row["eval/validation_loss"]
+                for row in item["history"]
+                if "eval/validation_loss" in row
             },
-            "metrics": {key: value for key, value in one["summary"].items() if isinstance(value, (int, float))},
-            "method": one["config"].get("axis.peft"),
-            "whole": one,
+            "metrics": {key: value for key, value in item["summary"].items() if isinstance(value, (int, float))},
+            "method": item["config"].get("axis.peft"),
+            "whole": item,
         }
-    return found
+    return result
 
 
 def read_jsonl(place: Path) -> dict[str, dict[str, Any]]:
-    found = {}
+    results = {}
     for path in place.glob("runs/jsonl/*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         if lines[0]["kind"] == "report":
             [report] = lines
-            found[path.stem] = {"kind": "report", "group": report["group"], "whole": report}
+            results[path.stem] = {"kind": "report", "group": report["group"], "whole": report}
             continue
         start, *steps, finish = lines
-        found[path.stem] = {
+        results[path.stem] = {
             "kind": "train",
             "group": start["group"],
             "status": finish["summary"]["status"],
@@ -130,14 +132,14 @@ def read_jsonl(place: Path) -> dict[str, dict[str, Any]]:
             "metrics": finish["summary"],
             "method": start["config"]["axis.peft"],
         }
-    return found
+    return results
 
 
 def read_tensorboard(place: Path) -> dict[str, dict[str, Any]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    found = {}
+    results = {}
     for folder in place.glob("runs/tensorboard/*/*"):
         [path] = folder.iterdir()
         events = EventAccumulator(str(path))
@@ -145,7 +147,7 @@ def read_tensorboard(place: Path) -> dict[str, dict[str, Any]]:
         tags = events.Tags()
         if folder.name.startswith("report"):
             text = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags["tensors"]}
-            found[folder.name] = {
+            results[folder.name] = {
                 "kind": "report",
                 "group": folder.parent.name,
                 "whole": {"images": tags["images"], **text},
@@ -155,28 +157,28 @@ def read_tensorboard(place: Path) -> dict[str, dict[str, Any]]:
         axes = HParamsPluginData.FromString(data).session_start_info.hparams
         scalars = {tag: events.Scalars(tag) for tag in tags["scalars"]}
         slug = next(part for part in ("_s0-",) if part in folder.name)
-        found[folder.name.partition(slug)[2]] = {
+        results[folder.name.partition(slug)[2]] = {
             "kind": "train",
             "group": folder.parent.name,
             "status": axes["status"].string_value,
-            "losses": {one.step: one.value for one in scalars.get("train/loss", [])},
-            "curve": {one.step: one.value for one in scalars.get("eval/validation_loss", [])},
+            "losses": {item.step: item.value for item in scalars.get("train/loss", [])},
+            "curve": {item.step: item.value for item in scalars.get("eval/validation_loss", [])},
             "metrics": {tag.removeprefix("record/"): values[-1].value for tag, values in scalars.items()},
             "method": axes["axis.peft"].string_value,
         }
-    return found
+    return results
 
 
 def read_mlflow(place: Path) -> dict[str, dict[str, Any]]:
     database = sqlite3.connect(place / "runs" / "mlflow" / "mlflow.db")
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     runs = "SELECT run_uuid, status FROM runs WHERE lifecycle_stage = 'active'"
     for key, ended in database.execute(runs).fetchall():
         tags = dict(database.execute("SELECT key, value FROM tags WHERE run_uuid = ?", [key]).fetchall())
         params = dict(database.execute("SELECT key, value FROM params WHERE run_uuid = ?", [key]).fetchall())
         rows = database.execute("SELECT key, value, step FROM metrics WHERE run_uuid = ?", [key]).fetchall()
-        assert tags["left_bench.id"] not in found, "the same run twice"
-        found[tags["left_bench.id"]] = {
+        assert tags["left_bench.id"] not in result, "the same run twice"
+        result[tags["left_bench.id"]] = {
             "kind": tags["left_bench.job_type"],
             "group": tags["left_bench.group"],
             "status": tags.get("left_bench.status"),
@@ -187,19 +189,19 @@ def read_mlflow(place: Path) -> dict[str, dict[str, Any]]:
             "method": params.get("axis.peft"),
             "files": sorted(path.name for path in place.glob(f"runs/mlflow/artifacts/{key}/artifacts/*")),
         }
-    return found
+    return result
 
 
 def read_trackio(place: Path) -> dict[str, dict[str, Any]]:
     database = sqlite3.connect(place / "trackio" / "left_bench.db")
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for key, text in database.execute("SELECT run_id, config FROM configs").fetchall():
         rows = [
             (step, json.loads(metrics))
             for step, metrics in database.execute("SELECT step, metrics FROM metrics WHERE run_id = ?", [key])
         ]
         config = json.loads(text)
-        found[key] = {
+        result[key] = {
             "kind": "report" if key.startswith("report") else "train",
             "group": config["_Group"],
             "status": config.get("status"),
@@ -209,7 +211,7 @@ def read_trackio(place: Path) -> dict[str, dict[str, Any]]:
             "rows": len(rows),
             "method": config.get("axis.peft"),
         }
-    return found
+    return result
 
 
 READERS = {
@@ -242,7 +244,7 @@ def test_the_store_holds_the_three_cells_and_the_report(name: str, told: str, sw
         for metric, value in record.metrics.items():
             assert run["metrics"][metric] == pytest.approx(value, rel=1e-6), metric
     events = (swept.place / "runs" / swept.records["lora"].cell_id / "events.jsonl").read_text().splitlines()
-    losses = {one["step"]: one["loss"] for one in map(json.loads, events) if one["event"] == "step"}
+    losses = {item["step"]: item["loss"] for item in map(json.loads, events) if item["event"] == "step"}
     assert len(losses) == 3
     assert cells[swept.attempts["lora"].id]["losses"] == pytest.approx(losses, rel=1e-6)
     assert cells[swept.attempts["full"].id]["losses"] == {}

@@ -28,7 +28,9 @@ def mine(path: Path, **changes: Any) -> Data:
 
 
 def written(path: Path, questions: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"prompt": one, "answer": "a"}) + "\n" for one in questions), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"prompt": question, "answer": "a"}) + "\n" for question in questions), encoding="utf-8"
+    )
     return path
 
 
@@ -46,10 +48,10 @@ def rows_file(tmp_path):
 
 @pytest.mark.parametrize("wanted", [None, 0, 7, 200])
 def test_generated_validation_rows_change_neither_training_nor_test_rows(wanted):
-    none, found = split_rows(sums(validation_rows=0)), split_rows(sums(validation_rows=wanted))
-    assert (found.train, found.test) == (none.train, none.test)
-    assert len(found.validation) == (DEFAULT_VALIDATION_ROWS if wanted is None else wanted)
-    everything = prompts([*found.train, *found.validation, *found.test])
+    none, result = split_rows(sums(validation_rows=0)), split_rows(sums(validation_rows=wanted))
+    assert (result.train, result.test) == (none.train, none.test)
+    assert len(result.validation) == (DEFAULT_VALIDATION_ROWS if wanted is None else wanted)
+    everything = prompts([*result.train, *result.validation, *result.test])
     assert len(set(everything)) == len(everything)
 
 
@@ -67,27 +69,27 @@ def test_a_source_with_few_questions_gives_what_is_left_unless_a_number_was_aske
 def test_a_file_keeps_all_its_training_rows_unless_validation_rows_are_asked_for(rows_file):
     assert not split_rows(mine(rows_file)).validation
     before = split_rows(mine(rows_file, train_rows=20))
-    found = split_rows(mine(rows_file, train_rows=20, validation_rows=0))
-    assert found.train == before.train and not found.validation
+    result = split_rows(mine(rows_file, train_rows=20, validation_rows=0))
+    assert result.train == before.train and not result.validation
     assert len(before.validation) == 25  # what lies beyond the training rows
     assert not set(prompts(before.validation)) & set(prompts([*before.train, *before.test]))
 
 
 def test_validation_rows_asked_for_are_held_out_of_the_training_rows(rows_file):
-    none, found = split_rows(mine(rows_file)), split_rows(mine(rows_file, validation_rows=12))
-    assert found.test == none.test
-    assert sorted(prompts([*found.train, *found.validation])) == sorted(prompts(none.train))
-    assert len(found.validation) == 12
-    assert split_rows(mine(rows_file, validation_rows=12)).validation == found.validation
-    assert split_rows(mine(rows_file, validation_rows=12, seed=1)).validation != found.validation
+    none, result = split_rows(mine(rows_file)), split_rows(mine(rows_file, validation_rows=12))
+    assert result.test == none.test
+    assert sorted(prompts([*result.train, *result.validation])) == sorted(prompts(none.train))
+    assert len(result.validation) == 12
+    assert split_rows(mine(rows_file, validation_rows=12)).validation == result.validation
+    assert split_rows(mine(rows_file, validation_rows=12, seed=1)).validation != result.validation
 
 
 def test_a_question_that_repeats_is_on_one_side_alone(tmp_path):
     path = written(tmp_path / "rows.jsonl", [f"P{n % 20}" for n in range(60)])
-    found = split_rows(mine(path, validation_rows=6))
-    parts = [set(prompts(rows)) for rows in (found.train, found.validation, found.test)]
+    result = split_rows(mine(path, validation_rows=6))
+    parts = [set(prompts(rows)) for rows in (result.train, result.validation, result.test)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 20
-    assert len(found.validation) == 6
+    assert len(result.validation) == 6
 
 
 @pytest.mark.parametrize(
@@ -107,10 +109,10 @@ def test_validation_rows_of_a_file_of_their_own_take_nothing_from_training(rows_
     trained, tested = none.train[0].prompt, none.test[0].prompt
     apart = written(tmp_path / "validation.jsonl", ["V1", trained, "V2", tested.lower(), "V2", "V3"])
     data = mine(rows_file, validation_path=str(apart))
-    found = split_rows(data)
-    assert (found.train, found.test) == (none.train, none.test)
-    assert sorted(prompts(found.validation)) == ["V1", "V2", "V3"]
-    assert found.repeated_validation == 3  # trained on, tested on, repeated
+    result = split_rows(data)
+    assert (result.train, result.test) == (none.train, none.test)
+    assert sorted(prompts(result.validation)) == ["V1", "V2", "V3"]
+    assert result.repeated_validation == 3  # trained on, tested on, repeated
     with pytest.raises(UserError, match=r"data.validation_rows=4: .* has only 3 validation rows"):
         split_rows(data.model_copy(update={"validation_rows": 4}))
     before = with_content(data).content
@@ -122,9 +124,9 @@ def test_a_saved_data_set_brings_its_own_validation_split(tmp_path):
     parts = {name: [{"prompt": f"{name} {n}", "answer": "a"} for n in range(9)] for name in ("train", "validation")}
     saved = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
     datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
-    found = split_rows(mine(tmp_path / "saved", validation_rows=4))
-    assert len(found.train) == 4 and len(found.validation) == 4
-    assert all(one.startswith("validation") for one in prompts(found.validation))
+    result = split_rows(mine(tmp_path / "saved", validation_rows=4))
+    assert len(result.train) == 4 and len(result.validation) == 4
+    assert all(prompt.startswith("validation") for prompt in prompts(result.validation))
 
 
 @pytest.mark.parametrize(("split", "own"), [("train", True), ("train+validation", False)])
@@ -133,14 +135,14 @@ def test_a_hub_data_sets_validation_split_is_taken_unless_it_is_trained_on(tmp_p
         written(tmp_path / f"{name}.jsonl", [f"{name} {n}" for n in range(9)])
     files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "validation")}
     config = {"data_files": files, "split": split, "cache_dir": str(tmp_path / "hf")}
-    found = split_rows(Data(name="hub", source="hub", hub_id="json", config=config, test_rows=2))
-    assert len(found.validation) == (9 if own else 0)
-    assert len(found.train) == (7 if own else 16)
+    result = split_rows(Data(name="hub", source="hub", hub_id="json", config=config, test_rows=2))
+    assert len(result.validation) == (9 if own else 0)
+    assert len(result.train) == (7 if own else 16)
 
 
 def test_nothing_is_held_out_where_all_rows_are_trained_on(rows_file):
-    found = split_rows(mine(rows_file, validation_rows=5, hold_out=False))
-    assert len(found.train) == 50 and not found.validation and not found.test
+    result = split_rows(mine(rows_file, validation_rows=5, hold_out=False))
+    assert len(result.train) == 50 and not result.validation and not result.test
 
 
 # --- pictures ---
@@ -148,7 +150,7 @@ def test_nothing_is_held_out_where_all_rows_are_trained_on(rows_file):
 
 def test_digits_are_validated_on_pictures_beyond_the_training_rows():
     def processor(pictures: Any, return_tensors: str) -> dict[str, Any]:
-        return {"pixel_values": np.stack([np.asarray(one, dtype="float32")[None, :, :, 0] for one in pictures])}
+        return {"pixel_values": np.stack([np.asarray(picture, dtype="float32")[None, :, :, 0] for picture in pictures])}
 
     def load(**changes: Any) -> Any:
         plain = {"name": "digits", "source": "scikit_learn", "task": "digits", "image_column": "image"}
@@ -158,10 +160,10 @@ def test_digits_are_validated_on_pictures_beyond_the_training_rows():
             patches=1,
         )
 
-    none, found = load(validation_rows=0), load()
-    assert found.fingerprint == none.fingerprint
-    assert len(found.validation) == DEFAULT_VALIDATION_ROWS
-    shown = [{row.prompt for row in rows} for rows in (found.train, found.validation, found.test)]
+    none, result = load(validation_rows=0), load()
+    assert result.fingerprint == none.fingerprint
+    assert len(result.validation) == DEFAULT_VALIDATION_ROWS
+    shown = [{row.prompt for row in rows} for rows in (result.train, result.validation, result.test)]
     assert sum(map(len, shown)) == len(set.union(*shown))
     held_out = load(train_rows=None, validation_rows=100)
     assert len(held_out.train) == 1797 - 256 - 100
@@ -173,14 +175,14 @@ def test_digits_are_validated_on_pictures_beyond_the_training_rows():
 
 
 def test_a_record_says_which_rows_were_used_for_what(tiny_cell, work_in_process):
-    found = work_in_process(tiny_cell("data.validation_rows=6"))
-    splits = found["provenance"]["splits"]
+    result = work_in_process(tiny_cell("data.validation_rows=6"))
+    splits = result["provenance"]["splits"]
     assert {name: part["rows"] for name, part in splits.items()} == {"train": 8, "validation": 6, "test": 4}
     assert "validation_loss" in splits["validation"]["used_for"]
-    assert found["metrics"]["validation_rows"] == 6 and found["metrics"]["validation_loss"] > 0
+    assert result["metrics"]["validation_rows"] == 6 and result["metrics"]["validation_loss"] > 0
     lost = work_in_process(tiny_cell("data.validation_rows=0"))
     assert "validation_loss" not in lost["metrics"] and "validation" not in lost["provenance"]["splits"]
-    assert lost["provenance"]["rows"] == found["provenance"]["rows"]
+    assert lost["provenance"]["rows"] == result["provenance"]["rows"]
 
 
 def test_left_bench_data_shows_the_three_counts(left_bench):

@@ -79,9 +79,9 @@ def plan_of(record: dict[str, Any], data: dict[str, Path]) -> dict[str, Any]:
     architecture = config["model"]["config"]
     architecture["vocab_size"] = max(architecture["vocab_size"], VOCABULARY)
     cell = Cell.model_validate({"choices": record["choices"], **config})
-    found = predict(cell)
-    print(record["cell_id"], found.parts, found.unknown, flush=True)
-    return {"parts": found.parts, "peak": found.peak_bytes, "unknown": found.unknown}
+    result = predict(cell)
+    print(record["cell_id"], result.parts, result.unknown, flush=True)
+    return {"parts": result.parts, "peak": result.peak_bytes, "unknown": result.unknown}
 
 
 def long_rows(data: Path, folder: Path) -> Path:
@@ -144,10 +144,10 @@ def static_parts(records: list[dict[str, Any]], plans: dict[str, Any]) -> str:
     wrong = []
     for record in records:
         for name in names:
-            planned, found = plans[record["cell_id"]]["parts"].get(name), record["memory_breakdown"].get(name)
-            if found is not None and planned != found:
+            planned, result = plans[record["cell_id"]]["parts"].get(name), record["memory_breakdown"].get(name)
+            if result is not None and planned != result:
                 wrong.append(
-                    f"{record['choices']['quantization']} {record['choices']['peft']}: {name} {planned} for {found}"
+                    f"{record['choices']['quantization']} {record['choices']['peft']}: {name} {planned} for {result}"
                 )
     if not wrong:
         return "Weights, adapter, gradients and optimizer states are planned to the byte in all of them."

@@ -58,7 +58,9 @@ class Window:
         self.tokenizer: Path = arguments.tokenizer.resolve()
         self.data: Path = arguments.data.resolve()
         later = {"3b": "cells_3b", "7b": "cells_7b"}
-        self.shapes = [one for one in SHAPES if later.get(one) is None or later[one] in (arguments.only or STEPS)]
+        self.shapes = [
+            shape for shape in SHAPES if later.get(shape) is None or later[shape] in (arguments.only or STEPS)
+        ]
         self.runs = self.work / "runs"
 
     def check(self, name: str, value: Any, ok: bool, expected: Any) -> None:
@@ -70,9 +72,9 @@ class Window:
         return ["model=tiny_llama" if self.tiny else f"model={SHAPES[shape]}"]
 
     def overrides(self, shape: str, *more: str) -> list[str]:
-        named = {one.partition("=")[0] for one in more}
+        named = {item.partition("=")[0] for item in more}
         common = [*self.model(shape), *COMMON, f"data.path={self.data}", f"hardware={self.device}"]
-        return [*(one for one in common if one.partition("=")[0] not in named), *more]
+        return [*(item for item in common if item.partition("=")[0] not in named), *more]
 
     def compose(self, overrides: list[str]) -> Any:
         from benchmarks.engine import compose_cell
@@ -87,22 +89,22 @@ def facts(window: Window) -> dict[str, Any]:
     """What the machine is, and what its card says of itself."""
     import torch
 
-    found: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    result: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
     if window.device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        found |= {"name": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
-        found |= {"free_bytes": free, "total_bytes": total}
+        result |= {"name": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
+        result |= {"free_bytes": free, "total_bytes": total}
         columns = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm,clocks.mem,temperature.gpu"
         asked = ["nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader"]
         with contextlib.suppress(OSError):
             said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-            found["nvidia_smi"] = dict(zip(columns.split(","), said.split(", "), strict=False))
+            result["nvidia_smi"] = dict(zip(columns.split(","), said.split(", "), strict=False))
     doctor = subprocess.run(
         [sys.executable, "-m", "left_bench", "doctor"], capture_output=True, text=True, check=False, cwd=window.work
     )
     print(doctor.stdout + doctor.stderr)
     window.check("doctor ends well", doctor.returncode, doctor.returncode == 0, 0)
-    return found | {"doctor": doctor.stdout}
+    return result | {"doctor": doctor.stdout}
 
 
 def models(window: Window) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def models(window: Window) -> dict[str, Any]:
     from left_bench.pretrained import _made_name
     from left_bench.pretrained.make import architecture
 
-    found = {}
+    results = {}
     for shape in window.shapes:
         cell = window.compose(window.overrides(shape))
         folder = window.work / "cache" / "models" / _made_name(cell.model, dtype="bfloat16")
@@ -133,26 +135,26 @@ def models(window: Window) -> dict[str, Any]:
             shutil.copy(window.tokenizer / name, part / name)
         part.rename(folder)
         numel = sum(parameter.numel() for parameter in model.parameters())
-        found[shape] = {"parameters": numel, "seconds": time.perf_counter() - start}
-        print(shape, found[shape], flush=True)
+        results[shape] = {"parameters": numel, "seconds": time.perf_counter() - start}
+        print(shape, results[shape], flush=True)
         del model
         _empty(window)
-    return found
+    return results
 
 
 def kernels(window: Window) -> dict[str, Any]:
     """What our own kernels compute, against the CPU and against float64; and how fast they and the card are."""
-    found = {"attention": _attention(window), "five_bits": _five_bits(window), "head": _head(window)}
+    results = {"attention": _attention(window), "five_bits": _five_bits(window), "head": _head(window)}
     if not window.tiny:
         from left_bench.measure.device import matrix_product_peak
 
-        found["peaks"] = {
+        results["peaks"] = {
             f"{dtype} to {largest}": matrix_product_peak(window.device, dtype, largest=largest, seconds=0.2)
             for dtype in ("bfloat16", "float16", "float32")
             for largest in (2048, 8192)
         }
-        print(found["peaks"])
-    return found
+        print(results["peaks"])
+    return results
 
 
 def _attention(window: Window) -> dict[str, Any]:
@@ -161,21 +163,21 @@ def _attention(window: Window) -> dict[str, Any]:
     from left_bench.training.packing import segment_attention
 
     lengths = [7, 130, 64, 1, 255]
-    total, found = sum(lengths), {}
+    total, result = sum(lengths), {}
     cases = [(32, 8, 64, None), (8, 8, 128, None), (16, 2, 64, 50), (4, 4, 36, None)]
     for (heads, groups, width, sliding), dtype in [(c, d) for c in cases for d in (torch.bfloat16, torch.float32)]:
         torch.manual_seed(0)
         shapes = [(1, heads, total, width), (1, groups, total, width), (1, groups, total, width)]
         exact = [torch.randn(shape, device=window.device, dtype=torch.float64) for shape in shapes]
-        rounded = [one.to(dtype) for one in exact]
-        exact = [one.double().requires_grad_() for one in rounded]  # the same numbers
-        ours = [one.requires_grad_() for one in rounded]
+        rounded = [item.to(dtype) for item in exact]
+        exact = [item.double().requires_grad_() for item in rounded]  # the same numbers
+        ours = [item.requires_grad_() for item in rounded]
         row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(window.device)
         place = torch.cat([torch.arange(length) for length in lengths]).to(window.device)
         distance = place[:, None] - place[None, :]
         mask = (row[:, None] == row[None, :]) & (distance >= 0) & (distance < (sliding or total + 1))
         expected = torch.nn.functional.scaled_dot_product_attention(
-            exact[0], *(one.repeat_interleave(heads // groups, 1) for one in exact[1:]), attn_mask=mask
+            exact[0], *(item.repeat_interleave(heads // groups, 1) for item in exact[1:]), attn_mask=mask
         ).transpose(1, 2)
         boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(window.device)
         arguments = {"cu_seq_lens_q": boundaries, "max_length_q": max(lengths), "sliding_window": sliding}
@@ -186,9 +188,9 @@ def _attention(window: Window) -> dict[str, Any]:
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True)]
         name = f"{heads} heads, {groups} keys, width {width}, window {sliding}, {dtype}".replace("torch.", "")
         allowed = 1e-2 if dtype == torch.bfloat16 else 1e-5
-        found[name] = dict(zip(("out", "query", "key", "value"), errors, strict=True))
+        result[name] = dict(zip(("out", "query", "key", "value"), errors, strict=True))
         window.check(f"packed attention, {name}", f"{max(errors):.2g}", max(errors) < allowed, f"under {allowed}")
-    return found
+    return result
 
 
 def _five_bits(window: Window) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def _five_bits(window: Window) -> dict[str, Any]:
 
     from left_bench.fivebit import Linear5bit
 
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     kinds = {"nf5": {}, "nf5_dq": {"double_quant": True}, "int5": {"scheme": "int5"}}
     for kind, options in kinds.items():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -219,12 +221,12 @@ def _five_bits(window: Window) -> dict[str, Any]:
         asked = [sys.executable, str(ROOT / "benchmarks/dequantize.py"), "--json", "--device", window.device]
         said = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
         print(said.stdout + said.stderr[-2000:])
-        found["speed"] = [json.loads(line) for line in said.stdout.splitlines() if line.startswith("{")]
-        for row in found["speed"]:
+        result["speed"] = [json.loads(line) for line in said.stdout.splitlines() if line.startswith("{")]
+        for row in result["speed"]:
             if row["dtype"] == "bfloat16":
                 name = f"five bits, {row['scheme']} {row['shape']}: seconds over nf4's"
                 window.check(name, round(row["ratio"], 2), row["ratio"] <= 1.5, "at most 1.5")
-    return found
+    return result
 
 
 def _bits(tensor: Any) -> Any:
@@ -239,7 +241,7 @@ def _head(window: Window) -> dict[str, Any]:
 
     from left_bench.training import loss as losses
 
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     vocabulary, width, tokens = (512, 64, 300) if window.tiny else (128256, 2048, 2048)
     torch.manual_seed(0)
     states = torch.randn(tokens, width, device=window.device, dtype=torch.bfloat16) * 0.5
@@ -271,7 +273,7 @@ def _head(window: Window) -> dict[str, Any]:
         window.check(f"loss in chunks of {name}: gradient apart", f"{error:.2g}", error < 0.02, "under 0.02")
         whole = states.clone().requires_grad_()
         ones = torch.ones(tokens, device=window.device)
-        found[name] = _milliseconds(
+        result[name] = _milliseconds(
             lambda whole=whole, ones=ones, chunk=chunk: losses._Chunked.apply(
                 whole, targets, Fixed(chunk), ones
             ).backward(),
@@ -282,9 +284,9 @@ def _head(window: Window) -> dict[str, Any]:
 
         if window.device == "cuda":
             whole = states.clone().requires_grad_()
-            found["liger"] = _milliseconds(lambda: Liger.apply(whole, head.weight, targets)[0].backward(), window)
-    print("head, milliseconds:", found)
-    return found
+            result["liger"] = _milliseconds(lambda: Liger.apply(whole, head.weight, targets)[0].backward(), window)
+    print("head, milliseconds:", result)
+    return result
 
 
 def _milliseconds(call: Callable[[], object], window: Window, *, times: int = 5) -> float:
@@ -318,17 +320,17 @@ def cells_1b(window: Window) -> dict[str, Any]:
     """Every quantization, full fine-tuning, DoRA; padded and packed; bf16 and float32."""
     fast = ["training.batch_size=16", "training.steps=14", "training.measure_after=4"]
     lora = {"none": _cell(window, "1b", *fast, "peft=lora")}
-    found = {"full": _cell(window, "1b", *fast, "peft=full")}
-    padded = found["lora, padded"] = _cell(window, "1b", *fast, "peft=lora", "training.batching=padded")
-    found["dora"] = _cell(window, "1b", *fast, "peft=dora")
+    results = {"full": _cell(window, "1b", *fast, "peft=full")}
+    padded = results["lora, padded"] = _cell(window, "1b", *fast, "peft=lora", "training.batching=padded")
+    results["dora"] = _cell(window, "1b", *fast, "peft=dora")
     lora |= {name: _cell(window, "1b", *fast, "peft=lora", f"quantization={name}") for name in ("nf5", "int5")}
     lora |= {name: _cell(window, "1b", *fast, "peft=lora", f"quantization={name}") for name in ("nf4_dq", "int8")}
-    found |= {f"lora over {name}": short for name, short in lora.items()}
+    results |= {f"lora over {name}": short for name, short in lora.items()}
     for name, bits in BITS.items():
         stored = lora[name]["metrics"].get("quantized_bits_per_param", 0)
         if not window.tiny:
             window.check(f"1b {name}: bits stored", round(stored, 3), abs(stored - bits) < 0.001, bits)
-    for name, short in found.items():
+    for name, short in results.items():
         wanted = "padded" if name.endswith("padded") else "packed"
         batching = short["effective"].get("batching")
         window.check(f"1b {name}: batching in force", batching, batching == wanted, wanted)
@@ -336,7 +338,7 @@ def cells_1b(window: Window) -> dict[str, Any]:
     brief = ["training.batch_size=8", "training.steps=4", "precision=fp32", "peft=lora"]
     both = [_cell(window, "1b", *brief, f"training.batching={batching}") for batching in ("padded", "packed")]
     _compare_losses(window, "float32", *both, allowed=1e-4)
-    return {name: _brief(short) for name, short in found.items()}
+    return {name: _brief(short) for name, short in results.items()}
 
 
 def _compare_losses(window: Window, name: str, one: Any, other: Any, *, allowed: float) -> None:
@@ -354,11 +356,11 @@ def cells_3b(window: Window) -> dict[str, Any]:
         "nf5 lora": ["peft=lora", "quantization=nf5"],
         "full": ["peft=full"],
     }
-    found = {name: _cell(window, "3b", *fast, *more) for name, more in recipes.items()}
-    speeds = [found[name]["metrics"].get("train_tokens_per_second", 0) for name in ("nf5 lora", "nf4 lora")]
+    results = {name: _cell(window, "3b", *fast, *more) for name, more in recipes.items()}
+    speeds = [results[name]["metrics"].get("train_tokens_per_second", 0) for name in ("nf5 lora", "nf4 lora")]
     ratio = speeds[0] / max(speeds[1], 1e-9)
     window.check("3b: nf5's speed over nf4's", round(ratio, 2), ratio >= 0.9, "at least 0.9")
-    return {name: _brief(short) for name, short in found.items()}
+    return {name: _brief(short) for name, short in results.items()}
 
 
 def cells_7b(window: Window) -> dict[str, Any]:
@@ -369,13 +371,13 @@ def cells_7b(window: Window) -> dict[str, Any]:
         *(f"data.path={rows}", "data.test_rows=4", "training.batch_size=4", "training.steps=8"),
         *("training.measure_after=3", "training.activation_checkpointing=true", "training.max_length=512"),
     ]
-    found = {
+    results = {
         "qlora": _cell(window, "7b", *fast, "peft=lora", "quantization=nf4_dq"),
         "lora": _cell(window, "7b", *fast, "peft=lora"),
     }
-    peak = found["qlora"]["metrics"].get("peak_memory_bytes", 0) / 2**30
+    peak = results["qlora"]["metrics"].get("peak_memory_bytes", 0) / 2**30
     window.check("7b qlora: GiB at 4 x 512", round(peak, 2), 0 < peak < 10, "under 10")
-    return {name: _brief(short) for name, short in found.items()}
+    return {name: _brief(short) for name, short in results.items()}
 
 
 def write_long_rows(data: Path, path: Path) -> None:
@@ -408,7 +410,7 @@ def engine(window: Window) -> dict[str, Any]:
 def command_line(window: Window) -> dict[str, Any]:
     """`left-bench` itself: spawned cells, the quantized cache, a limit that is met, a card that is full."""
     brief = ["training.steps=6", "training.batch_size=8", "eval.check_reload=true", f"runs_dir={window.runs}"]
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
 
     def launch(name: str, *more: str) -> list[Any]:
         before = set(window.runs.glob("*/record.json"))
@@ -418,7 +420,7 @@ def command_line(window: Window) -> dict[str, Any]:
         print(name, said.returncode, said.stdout[-1500:] + said.stderr[-1500:], flush=True)
         new = sorted(set(window.runs.glob("*/record.json")) - before)
         records = [json.loads(path.read_text()) for path in new]
-        found[name] = {
+        result[name] = {
             "seconds": time.perf_counter() - start,
             "records": [
                 {key: record.get(key) for key in ("cell_id", "status", "reason", "metrics", "phases")}
@@ -446,7 +448,7 @@ def command_line(window: Window) -> dict[str, Any]:
         [full] = launch("a full card", "training.steps=5") or [{}]
         del held
         window.check("a full card", [full.get("status"), full.get("reason")], full.get("status") == "oom", "oom")
-    return found
+    return result
 
 
 def profile(window: Window) -> dict[str, Any]:
@@ -457,7 +459,7 @@ def profile(window: Window) -> dict[str, Any]:
     from left_bench.training import loop as training
 
     cell = ["training.batch_size=16", "training.steps=9", "training.measure_after=2", "peft=lora"]
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     own, seen = training.split_passes, [0]
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if window.device == "cuda" else [])]
     profiler = torch.profiler.profile(activities=kinds)
@@ -479,28 +481,28 @@ def profile(window: Window) -> dict[str, Any]:
     events = profiler.key_averages()
     kernels = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
     precision_of_cpu = sorted(events, key=lambda event: -event.self_cpu_time_total)[:40]
-    found["step_seconds_p50"] = short["metrics"].get("step_seconds_p50")
-    found["kernel_seconds_a_step"] = sum(event.self_device_time_total for event in kernels) / 2e6
-    found["kernels_a_step"] = sum(event.count for event in kernels) / 2
-    found["cpu"] = [[event.key[:60], event.count / 2, event.self_cpu_time_total / 2e3] for event in precision_of_cpu]
+    result["step_seconds_p50"] = short["metrics"].get("step_seconds_p50")
+    result["kernel_seconds_a_step"] = sum(event.self_device_time_total for event in kernels) / 2e6
+    result["kernels_a_step"] = sum(event.count for event in kernels) / 2
+    result["cpu"] = [[event.key[:60], event.count / 2, event.self_cpu_time_total / 2e3] for event in precision_of_cpu]
     longest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:20]
-    found["kernels"] = [[event.key[:80], event.count / 2, event.self_device_time_total / 2e3] for event in longest]
-    print({key: found[key] for key in ("step_seconds_p50", "kernel_seconds_a_step", "kernels_a_step")})
-    for row in [*found["cpu"][:25], *found["kernels"][:12]]:
+    result["kernels"] = [[event.key[:80], event.count / 2, event.self_device_time_total / 2e3] for event in longest]
+    print({key: result[key] for key in ("step_seconds_p50", "kernel_seconds_a_step", "kernels_a_step")})
+    for row in [*result["cpu"][:25], *result["kernels"][:12]]:
         print(row)
-    return found
+    return result
 
 
 def compiled(window: Window) -> dict[str, Any]:
     """torch.compile over layers with packed rows, beside the same cell without it."""
     fast = ["training.batch_size=16", "training.steps=14", "training.measure_after=6", "peft=lora"]
-    found = {
+    results = {
         name: _cell(window, "1b", *fast, *more)
         for name, more in {"eager": [], "compiled": ["training.compile=true"]}.items()
     }
-    speeds = {name: short["metrics"].get("train_tokens_per_second") for name, short in found.items()}
+    speeds = {name: short["metrics"].get("train_tokens_per_second") for name, short in results.items()}
     window.check("compiled", speeds, all(speeds.values()), "both have a speed")
-    return {name: _brief(short) for name, short in found.items()}
+    return {name: _brief(short) for name, short in results.items()}
 
 
 def options(window: Window) -> dict[str, Any]:
@@ -514,14 +516,14 @@ def options(window: Window) -> dict[str, Any]:
         "full, bf16": ["peft=full"],
         "tf32": ["peft=lora", "precision=tf32"],
     }
-    found = {}
+    results = {}
     for name, more in recipes.items():
         try:
-            found[name] = _brief(_cell(window, "1b", *fast, *more))
+            results[name] = _brief(_cell(window, "1b", *fast, *more))
         except Exception as error:  # an option that is not there, or refused: the others are still worth running
-            found[name] = {"error": f"{type(error).__name__}: {error}"}
-        print(name, found[name], flush=True)
-    return found
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        print(name, results[name], flush=True)
+    return results
 
 
 def forks(window: Window) -> dict[str, Any]:
@@ -543,13 +545,13 @@ def forks(window: Window) -> dict[str, Any]:
         "import torch, transformers, peft, bitsandbytes, accelerate, datasets;"
         "torch.ones(1, device=sys.argv[1]).sum().item(); print('fresh', time.perf_counter() - began)"
     )
-    found = {}
+    results = {}
     for name, text in {"forked": probe, "fresh": fresh}.items():
         start = time.perf_counter()
         said = subprocess.run([sys.executable, "-c", text, window.device], capture_output=True, text=True, check=False)
-        found[name] = {"seconds": time.perf_counter() - start, "said": said.stdout + said.stderr[-800:]}
-        print(name, found[name], flush=True)
-    return found
+        results[name] = {"seconds": time.perf_counter() - start, "said": said.stdout + said.stderr[-800:]}
+        print(name, results[name], flush=True)
+    return results
 
 
 STEPS = {
@@ -587,19 +589,19 @@ def _cell(window: Window, shape: str, *overrides: str, keep: bool = True) -> dic
     run_dir = window.runs / cell.id
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "events.jsonl").touch()
-    found: dict[str, Any] = {"provenance": {}}
+    result: dict[str, Any] = {"provenance": {}}
     status, reason = "ok", None
     started, start = utc_now(), time.perf_counter()
     try:
         if refused is not None:
             status, reason = "unsupported", refused
         else:
-            work(cell, run_dir=run_dir, found=found, events=EventWriter(run_dir / "events.jsonl"))
+            work(cell, run_dir=run_dir, draft=result, events=EventWriter(run_dir / "events.jsonl"))
     except Exception as error:
         traceback.print_exc()
         status, reason = status_of(error, limit_bytes=cell.hardware.memory_limit, device=cell.hardware.device)
     _empty(window)
-    metrics = {name: value for name, value in found.get("metrics", {}).items() if value == value}
+    metrics = {name: value for name, value in result.get("metrics", {}).items() if value == value}
     metrics["wall_seconds"] = time.perf_counter() - start
     record = Record(
         cell_id=cell.id,
@@ -609,7 +611,7 @@ def _cell(window: Window, shape: str, *overrides: str, keep: bool = True) -> dic
         finished_at=utc_now(),
         choices=cell.choices,
         config=cell.sections(),
-        **(found | {"metrics": metrics}),
+        **(result | {"metrics": metrics}),
     )
     if keep:
         with (window.out / "records.jsonl").open("a") as file:
@@ -623,10 +625,10 @@ def _cell(window: Window, shape: str, *overrides: str, keep: bool = True) -> dic
         "status": status,
         "reason": reason,
         "metrics": metrics,
-        "effective": found.get("environment", {}).get("effective", {}),
+        "effective": result.get("environment", {}).get("effective", {}),
         "losses": [event["loss"] for event in events if event["event"] == "step"],
-        "phases": [phase.model_dump(exclude_none=True) for phase in found.get("phases", [])],
-        "memory_breakdown": found.get("memory_breakdown", {}),
+        "phases": [phase.model_dump(exclude_none=True) for phase in result.get("phases", [])],
+        "memory_breakdown": result.get("memory_breakdown", {}),
     }
 
 

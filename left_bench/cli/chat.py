@@ -147,10 +147,10 @@ class Models:
                 use_cache=True,
                 **self._drawn,
             )[0].tolist()
-        found = output[1 if encoder else len(ids) :]
-        while found and found[-1] in ends:
-            found.pop()
-        return clean(self._tokenizer.decode(found, skip_special_tokens=True)).strip()
+        result = output[1 if encoder else len(ids) :]
+        while result and result[-1] in ends:
+            result.pop()
+        return clean(self._tokenizer.decode(result, skip_special_tokens=True)).strip()
 
     def _model(self, name: str) -> tuple[Any, Any]:
         """What to enter while it answers, and the model."""

@@ -52,11 +52,11 @@ def main(argv: list[str]) -> int:
     console = Console(file=sys.stdout, highlight=False)
     for cell in reversed(cells.values()):
         with _busy(f"reading the rows of data={cell.data.name} as {cell.model.name} will"):
-            found = describe(cell, rows=options.rows)
+            result = describe(cell, rows=options.rows)
         if options.json:
-            print(json.dumps(found))
+            print(json.dumps(result))
         else:
-            _print(found, cell, console)
+            _print(result, cell, console)
     return 0
 
 
@@ -95,7 +95,7 @@ def describe(cell: Cell, *, rows: int) -> dict[str, Any]:
     if splits.classes is None and folder:
         longest_prompt = max(len(row.prompt_ids) for row in test)
         check_generation(cell, models.config_of(cell, folder), longest_prompt=longest_prompt)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "data": cell.data.name,
         "model": cell.model.name,
         "unsupported": why_unsupported(cell),
@@ -108,8 +108,8 @@ def describe(cell: Cell, *, rows: int) -> dict[str, Any]:
         "dropped": list(splits.dropped_where),
     }
     if splits.classes is not None:
-        return found | {"classes": splits.classes}
-    return found | _lengths(splits) | {"rows": [_row(one, tokenizer) for one in splits.train[:rows]]}
+        return result | {"classes": splits.classes}
+    return result | _lengths(splits) | {"rows": [_row(item, tokenizer) for item in splits.train[:rows]]}
 
 
 def _opened(cell: Cell) -> tuple[str, Any]:
@@ -136,7 +136,7 @@ def _lengths(splits: Splits) -> dict[str, Any]:
             name: {
                 "median": statistics.median(lengths),
                 "longest": max(lengths),
-                "histogram": [one._asdict() for one in histogram(lengths)],
+                "histogram": [item._asdict() for item in histogram(lengths)],
             }
             for name, lengths in (("without_loss", context), ("with_loss", answer))
         },
@@ -174,20 +174,20 @@ def _row(example: Example, tokenizer: Any) -> dict[str, Any]:
         for loss, group in itertools.groupby(range(len(ids)), key=carries.__getitem__)
         if (places := list(group))
     ]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "loss_tokens": example.labels,
         "runs": runs,
         "tokens": [
             {"id": id, "token": piece, "loss": loss} for id, piece, loss in zip(ids, pieces, carries, strict=True)
         ],
     }
-    return found if example.rejected_ids is None else found | {"worse": tokenizer.decode(example.rejected_ids)}
+    return result if example.rejected_ids is None else result | {"worse": tokenizer.decode(example.rejected_ids)}
 
 
 # --- for people ---
 
 
-def _print(found: dict[str, Any], cell: Cell, console: Console) -> None:
+def _print(facts: dict[str, Any], cell: Cell, console: Console) -> None:
     from rich.text import Text
 
     from left_bench.spec.events import rows_in_words
@@ -196,25 +196,25 @@ def _print(found: dict[str, Any], cell: Cell, console: Console) -> None:
         line = text if isinstance(text, Text) else Text(_printable(text, console.encoding), style=style)
         console.print(line, soft_wrap=True)
 
-    say(f"data={found['data']} for {found['model']}", "bold")
-    say(rows_in_words(found, max_length=found["max_length"]))
-    if found["unsupported"]:
-        say(f"this cell will not run: {found['unsupported']}", "yellow")
-    if found["dropped"]:
-        more = int(found["dropped_rows"]) - len(found["dropped"])
-        say(f"dropped: {'; '.join(found['dropped'])}{f'; and {more:,} more' if more > 0 else ''}")
-    if found["test_there"] is not None and found["test_rows"] < found["test_there"]:
-        there = found["test_there"]
+    say(f"data={facts['data']} for {facts['model']}", "bold")
+    say(rows_in_words(facts, max_length=facts["max_length"]))
+    if facts["unsupported"]:
+        say(f"this cell will not run: {facts['unsupported']}", "yellow")
+    if facts["dropped"]:
+        more = int(facts["dropped_rows"]) - len(facts["dropped"])
+        say(f"dropped: {'; '.join(facts['dropped'])}{f'; and {more:,} more' if more > 0 else ''}")
+    if facts["test_there"] is not None and facts["test_rows"] < facts["test_there"]:
+        there = facts["test_there"]
         say(f"the test set has {there:,} different questions; data.test_rows={there} asks all of them")
-    if "rows" not in found:
-        say(f"pictures of {len(found['classes'])} classes ({', '.join(found['classes'][:20])}): no tokens to show")
+    if "rows" not in facts:
+        say(f"pictures of {len(facts['classes'])} classes ({', '.join(facts['classes'][:20])}): no tokens to show")
         return
-    if found["longest_row"] > found["max_length"]:
-        longest = found["longest_row"]
+    if facts["longest_row"] > facts["max_length"]:
+        longest = facts["longest_row"]
         say(f"the longest training row has {longest:,} tokens: from training.max_length={longest} on none is cut")
-    share = found["loss_tokens"] / found["train_tokens"]
-    say(f"{found['train_tokens']:,} tokens in training rows, {found['loss_tokens']:,} of them with loss ({share:.0%})")
-    for name, of in found["lengths"].items():
+    share = facts["loss_tokens"] / facts["train_tokens"]
+    say(f"{facts['train_tokens']:,} tokens in training rows, {facts['loss_tokens']:,} of them with loss ({share:.0%})")
+    for name, of in facts["lengths"].items():
         say()
         if len(of["histogram"]) == 1:
             say(f"tokens {name.replace('_', ' ')}: {of['longest']:,} in every row", "bold")
@@ -224,7 +224,7 @@ def _print(found: dict[str, Any], cell: Cell, console: Console) -> None:
             say(line)
     coloured = console.is_terminal and not console.no_color
     opening, closing = ("", "") if coloured else ("⟦", "⟧") if console.encoding.startswith("utf") else ("[[", "]]")
-    for number, row in enumerate(found["rows"], start=1):
+    for number, row in enumerate(facts["rows"], start=1):
         say()
         shown = "green" if coloured else f"between {opening} and {closing}"
         say(f"training row {number}: {len(row['tokens']):,} tokens, {row['loss_tokens']:,} with loss ({shown})", "bold")
@@ -239,17 +239,17 @@ def _print(found: dict[str, Any], cell: Cell, console: Console) -> None:
 
 
 def _bars(bins: Sequence[dict[str, int]], *, mark: str) -> Iterator[str]:
-    most = max(one["rows"] for one in bins)
+    most = max(item["rows"] for item in bins)
     names = [
-        f"{one['tokens_from']}"
-        if one["tokens_from"] == one["tokens_to"]
-        else f"{one['tokens_from']}-{one['tokens_to']}"
-        for one in bins
+        f"{item['tokens_from']}"
+        if item["tokens_from"] == item["tokens_to"]
+        else f"{item['tokens_from']}-{item['tokens_to']}"
+        for item in bins
     ]
     width = max(map(len, names))
-    for name, one in zip(names, bins, strict=True):
-        bar = mark * max(round(_BAR * one["rows"] / most), 1 if one["rows"] else 0)
-        yield f"{name:>{width}}  {bar}{' ' if bar else ''}{one['rows']:,}"
+    for name, item in zip(names, bins, strict=True):
+        bar = mark * max(round(_BAR * item["rows"] / most), 1 if item["rows"] else 0)
+        yield f"{name:>{width}}  {bar}{' ' if bar else ''}{item['rows']:,}"
 
 
 def _clipped(text: str) -> str:

@@ -24,12 +24,12 @@ def main(argv: list[str]) -> int:
     if argv not in ([], ["--json"]):
         print("usage: left-bench doctor [--json]")
         return 0 if argv[0] in ("-h", "--help") else 2
-    found, healthy = examine()
+    result, healthy = examine()
     if argv:
-        print(json.dumps({"healthy": healthy, **found}, indent=1))
+        print(json.dumps({"healthy": healthy, **result}, indent=1))
         return 0 if healthy else 1
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, told in found.items():
+    for name, told in result.items():
         table.add_row(name, told)
     Console().print(table)
     return 0 if healthy else 1
@@ -45,10 +45,10 @@ def examine() -> tuple[dict[str, str], bool]:
     device = open_device(find_device("auto"))
     aside = _begun_aside(device.kind)
     machine = describe_machine(device)
-    found = {"machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB"}
+    results = {"machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB"}
     if sets := machine.get("instruction_sets"):
-        found["instruction sets"] = ", ".join(sets)
-    found |= {
+        results["instruction sets"] = ", ".join(sets)
+    results |= {
         "device": f"{device.kind} {device.name() or ''}".strip(),
         "peak memory": device.peak_source,
         "python": f"{machine['python']} on {machine['platform']}",
@@ -61,16 +61,16 @@ def examine() -> tuple[dict[str, str], bool]:
     }
     gpu = open_gpu(device.kind)
     for name, counter in {"GPU energy": gpu, "CPU energy": open_cpu()}.items():
-        found[name] = counter.source if counter.readable else f"not read: {counter.source}"
+        results[name] = counter.source if counter.readable else f"not read: {counter.source}"
     if facts := gpu.facts() | gpu.clocks():
-        found["GPU"] = ", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in facts.items())
+        results["GPU"] = ", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in facts.items())
     healthy = True
     for name, check in _CHECKS.items():
         try:
-            found[name] = aside[name].result() if name in aside else check(device.kind)
+            results[name] = aside[name].result() if name in aside else check(device.kind)
         except Exception as error:
-            found[name], healthy = f"does not work: {type(error).__name__}: {error}", False
-    return found, healthy
+            results[name], healthy = f"does not work: {type(error).__name__}: {error}", False
+    return results, healthy
 
 
 def _free(path: os.PathLike[str]) -> float:

@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"unknown group '{name}'; groups are {', '.join(groups)}")
     command_line.register_resolvers()
     if as_json:
-        found = [_as_data(group, option) for group in argv or groups for option in command_line.options(group)]
-        print(json.dumps(found, indent=1))
+        results = [_as_data(group, option) for group in argv or groups for option in command_line.options(group)]
+        print(json.dumps(results, indent=1))
         return 0
     console = Console()
     for group in argv or groups:

@@ -90,9 +90,7 @@ def _files_named(command: str) -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        raise UserError(
-            f"{command}: {error.filename}: {error.strerror}; give another path, or mend this one"
-        ) from error
+        raise UserError(f"{command}: {error.filename}: {error.strerror}; give another path, or fix this one") from error
 
 
 def help_text() -> str:

@@ -56,17 +56,17 @@ def main(argv: list[str]) -> int:
         return 0
     options = _own_options(argv)
     overrides, model = own_architecture(options.rest)
-    if options.cards_gb and not any(one.startswith("hardware=") for one in overrides):
+    if options.cards_gb and not any(override.startswith("hardware=") for override in overrides):
         overrides = [*overrides, "hardware=cuda"]
     if options.rows.longest is not None:
         overrides = [*overrides, f"training.max_length={options.rows.longest}"]
     with still_at_work() as tell:
         tell("composing the cells")
         get_ready()
-        trials = (_with_model(one, model) for one in trials_of(overrides))
-        alike = {fingerprint(one.cell.identity | {"seed": None}): one for one in reversed(list(trials))}
+        trials = (_with_model(trial, model) for trial in trials_of(overrides))
+        alike = {fingerprint(trial.cell.identity | {"seed": None}): trial for trial in reversed(list(trials))}
         # seeds take the same memory: the first one stands for them
-        questions = [_asked(one, options) for one in reversed(alike.values())]
+        questions = [_asked(item, options) for item in reversed(alike.values())]
         answers = list(answers_of(questions, tell=tell))
     if options.form is not None:
         return print_rows(answers, form=options.form)
@@ -100,11 +100,11 @@ def _own_options(argv: list[str]) -> _Options:
     parser.add_argument("--fit", choices=("batch", "length"))
     for flag in ("remedies", "json", "csv"):
         parser.add_argument(f"--{flag}", action="store_true")
-    asked = [one for one in argv if one == "--cards" or one.startswith("--cards=")]
-    given, rest = parser.parse_known_args([one for one in argv if one not in asked])
-    forms = [one for one in ("json", "csv") if getattr(given, one)]
+    asked = [argument for argument in argv if argument == "--cards" or argument.startswith("--cards=")]
+    given, rest = parser.parse_known_args([argument for argument in argv if argument not in asked])
+    forms = [item for item in ("json", "csv") if getattr(given, item)]
     if len(forms) + bool(asked and given.fit is None) > 1:
-        together = [*(f"--{one}" for one in forms), *asked]
+        together = [*(f"--{form}" for form in forms), *asked]
         raise UserError(f"left-bench plan: {' and '.join(together)} at once; give one of them")
     cards: tuple[float, ...] = ()
     if asked:
@@ -122,7 +122,7 @@ def _rows(given: argparse.Namespace) -> Rows:
     if given.length is None:
         return Rows(with_mean=given.mean)
     numbers = given.length.split(",")
-    if not 1 <= len(numbers) <= 2 or not all(one.strip().isdigit() and int(one) >= 8 for one in numbers):
+    if not 1 <= len(numbers) <= 2 or not all(number.strip().isdigit() and int(number) >= 8 for number in numbers):
         raise UserError(
             f"--length={given.length}: tokens of the longest row and, after a comma, of an ordinary one, numbers from "
             "8, such as --length 768 or --length 768,210"
@@ -142,13 +142,13 @@ def own_architecture(argv: list[str]) -> tuple[list[str], Model | None]:
     Raises:
         UserError: the path is none, or holds no configuration.
     """
-    found, rest = None, []
-    for one in argv:
-        key, _, value = one.lstrip("+").partition("=")
+    result, rest = None, []
+    for argument in argv:
+        key, _, value = argument.lstrip("+").partition("=")
         path = Path(value).expanduser()
         names_a_path = key == "model" and (value.startswith((".", "~")) or os.sep in value or value.endswith(".json"))
         if key not in ("model", "model.name_or_path") or not (names_a_path or key != "model"):
-            rest.append(one)
+            rest.append(argument)
             continue
         if path.is_dir():
             if any(path.glob("*.safetensors")) or not (path / "config.json").is_file():
@@ -156,10 +156,10 @@ def own_architecture(argv: list[str]) -> tuple[list[str], Model | None]:
                 continue
             path = path / "config.json"
         elif not names_a_path and not (value.endswith(".json") and path.is_file()):
-            rest.append(one)
+            rest.append(argument)
             continue
-        found = _architecture_in(path, given=one)
-    return rest, found
+        result = _architecture_in(path, given=argument)
+    return rest, result
 
 
 def _architecture_in(path: Path, *, given: str) -> Model:
@@ -219,10 +219,10 @@ def trials_of(argv: list[str], *, command: str = "plan") -> Iterator[Question]:
     from left_bench.launch.preflight import Trial, has_user_values
 
     folders = command_line.config_dirs(argv)
-    for one in argv:
-        if not (command_line.is_override(one) or one.startswith("-") or Path(one) in folders):
+    for argument in argv:
+        if not (command_line.is_override(argument) or argument.startswith("-") or Path(argument) in folders):
             raise UserError(
-                f"left-bench {command}: '{one}' is no override; write GROUP=OPTION, KEY=VALUE or +sweep=NAME"
+                f"left-bench {command}: '{argument}' is no override; write GROUP=OPTION, KEY=VALUE or +sweep=NAME"
             )
     command_line.check_options(argv)
     command_line.check_choices(argv)
@@ -231,7 +231,7 @@ def trials_of(argv: list[str], *, command: str = "plan") -> Iterator[Question]:
     GlobalHydra.instance().clear()
     initialize_config_dir(version_base="1.3", config_dir=str(config_root() / "conf"), job_name="plan")
     loader = GlobalHydra.instance().config_loader()
-    typed = [command_line.open_section(one) for one in argv if command_line.is_override(one)]
+    typed = [command_line.open_section(argument) for argument in argv if command_line.is_override(argument)]
     try:
         searched = [command_line.also_searched(folders)] if folders else []
         config = loader.load_configuration("config", [*searched, *typed], run_mode=RunMode.MULTIRUN)
@@ -260,21 +260,21 @@ def answers_of(questions: list[Question], *, tell: Callable[[str], None]) -> Ite
     """
     from left_bench.grid.rules import why_unsupported
 
-    names = _names([one.cell for one in questions])
-    refused = [why_unsupported(one.cell) for one in questions]
+    names = _names([item.cell for item in questions])
+    refused = [why_unsupported(item.cell) for item in questions]
     asked = [number for number, refusal in enumerate(refused) if refusal is None]
 
     def tell_numbers(done: int, at_work: Sequence[int]) -> None:
         beside = f": {', '.join(names[asked[number]] for number in at_work)}" if at_work else ""
         tell(f"planned {done} of {len(asked)}{beside}")
 
-    found = outcomes([questions[number] for number in asked], tell=tell_numbers)
+    result = outcomes([questions[number] for number in asked], tell=tell_numbers)
     for question, name, refusal in zip(questions, names, refused, strict=True):
         cell = question.cell
         if refusal is not None:
             yield Answer(name, cell, refusal=refusal)
             continue
-        outcome = next(found)
+        outcome = next(result)
         if outcome.plan is None:
             if outcome.mistaken and (len(questions) == 1 or question.own_method is not None):
                 raise UserError(str(outcome.refusal))

@@ -88,7 +88,7 @@ def print_answers(answers: Sequence[Answer]) -> int:
         measured = _size(None) if between is None else f"{_size(between[0])} to {_size(between[1])}"
         sizes = [_size(plan.parts.get(part)) for part in parts] + ([_size(plan.mean_bytes)] if mean else [])
         table.add_row(Text(name), *sizes, _size(plan.peak_bytes), measured, _size(answer.limit_bytes), verdict_text)
-        said |= {f"{name}: not predicted: {one}": None for one in plan.unknown}
+        said |= {f"{name}: not predicted: {item}": None for item in plan.unknown}
         if plan.paged_optimizer_bytes:
             paged = _size(plan.paged_optimizer_bytes)
             said[f"{name}: {paged} of optimizer states beside the peak, in memory that CUDA pages to the host"] = None
@@ -130,7 +130,7 @@ def print_cards(answers: Sequence[Answer], cards_gb: Sequence[float]) -> int:
         shown = (Text(word, style=styles.get(word[:3], "yellow")) for word in words)
         table.add_row(Text(answer.name), _size(answer.plan.peak_bytes), *shown)
         code = max(code, int(all(word.startswith("no") for word in words)))
-        said |= {f"{answer.name}: not predicted: {one}": None for one in answer.plan.unknown}
+        said |= {f"{answer.name}: not predicted: {item}": None for item in answer.plan.unknown}
         said |= dict.fromkeys(_in_words(answer))
     said["yes +: what is left over, with what lies beside a step's tensors taken off (docs/plan.md)"] = None
     _print(table, said)
@@ -155,12 +155,12 @@ def print_fits(answers: Sequence[Answer], *, fit: str, cards_gb: Sequence[float]
             said[f"{answer.name}: {answer.refusal}"] = None
             code = max(code, int(answer.fits == "cannot run"))
             continue
-        words = [fit_in_words(one, fit=fit) for one in answer.largest] or ["?"]
+        words = [fit_in_words(item, fit=fit) for item in answer.largest] or ["?"]
         shown = words if cards_gb else [_size(answer.limit_bytes), *words]
         table.add_row(Text(answer.name), *map(Text, shown))
-        values = [one.value for one in answer.largest]
+        values = [item.value for item in answer.largest]
         code = max(code, int(bool(values) and all(value is None for value in values)))
-        said |= {f"{answer.name}: not predicted: {one}": None for one in answer.plan.unknown}
+        said |= {f"{answer.name}: not predicted: {item}": None for item in answer.plan.unknown}
     if fit == "batch":
         said["rows of a pass × passes of a step (training.batch_size, training.gradient_accumulation)"] = None
         said["all: a step's rows in one pass; a step has as many rows as before"] = None
@@ -201,8 +201,8 @@ def row_of(answer: Answer) -> dict[str, Any]:
         row |= {f"largest_pass_{name}": value for name, value in asdict(plan.largest).items()}
         if plan.mean is not None:
             row |= {"mean_bytes": plan.mean_bytes, "mean_pass_tokens": plan.mean.rows * plan.mean.length}
-    for one in answer.largest:
-        row |= {f"fits_{one.limit_bytes}_{key}": value for key, value in asdict(one).items() if key != "limit_bytes"}
+    for item in answer.largest:
+        row |= {f"fits_{item.limit_bytes}_{key}": value for key, value in asdict(item).items() if key != "limit_bytes"}
     for remedy in answer.remedies:
         row[f"needs_bytes_with {' '.join(remedy.overrides)}"] = remedy.needed_bytes
     return row
@@ -246,9 +246,9 @@ def _in_words(answer: Answer) -> list[str]:
     said = [f"largest pass: {_pass_in_words(plan.largest, answer)}"]
     if plan.mean is not None:
         said.append(f"mean pass: {_pass_in_words(plan.mean, answer)}")
-    for one in answer.remedies:
-        needs = f"needs {_size(one.needed_bytes)}" + (", and fits" if one.fits else "")
-        said.append(f"{answer.name}: with {' '.join(one.overrides)} it {needs}")
+    for remedy in answer.remedies:
+        needs = f"needs {_size(remedy.needed_bytes)}" + (", and fits" if remedy.fits else "")
+        said.append(f"{answer.name}: with {' '.join(remedy.overrides)} it {needs}")
     if answer.remedies and not answer.remedies[-1].fits:
         said.append(f"{answer.name}: nothing that is known here makes it fit; take a smaller model, or shorter rows")
     return said

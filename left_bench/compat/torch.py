@@ -61,7 +61,7 @@ def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def sparse_like(mask: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     """A sparse COO tensor with the entries of another one and values of its own, which are not filled in."""
     make = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default
-    found: torch.Tensor = make(
+    result: torch.Tensor = make(
         mask.sparse_dim(),
         mask.dense_dim(),
         mask.shape,
@@ -70,7 +70,7 @@ def sparse_like(mask: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
         layout=torch.sparse_coo,
         dtype=dtype,
     )
-    return found
+    return result
 
 
 def watch_compiling(begin: Callable[[Any], None], end: Callable[[Any], None]) -> None:

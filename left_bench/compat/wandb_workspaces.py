@@ -11,5 +11,5 @@ from typing import Any
 
 def as_saved(built: Any) -> dict[str, Any]:
     """A workspace or report as the plain data that Weights & Biases would be sent."""
-    found: dict[str, Any] = built._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
-    return found
+    result: dict[str, Any] = built._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
+    return result

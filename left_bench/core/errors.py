@@ -1,4 +1,4 @@
-"""The one error type that means: the user can mend this."""
+"""The one error type that means: the user can fix this."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LONGEST = 500
 
 
 class UserError(Exception):
-    """Input that cannot be used; the message is one sentence naming the key, the value and the mend.
+    """Input that cannot be used; the message is one sentence naming the key, the value and the fix.
 
     The command line prints it without a traceback and exits with 2.
     """
@@ -28,15 +28,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if not close:
         return ""
     # letters that changed places are a likelier slip than letters that are none of the word's: lroa is lora, not road
-    same_letters = [one for one in close if sorted(one) == sorted(word)]
+    same_letters = [item for item in close if sorted(item) == sorted(word)]
     return f"; did you mean '{(same_letters or close)[0]}'?"
 
 
 def in_one_sentence(error: Exception) -> str:
     """The words of an exception of Hydra's, which come in paragraphs with where it has looked after them."""
     text = str(error).partition("Config search path")[0]
-    found = " ".join(text.split())
-    return found if len(found) <= _LONGEST else f"{found[:_LONGEST]}…"
+    result = " ".join(text.split())
+    return result if len(result) <= _LONGEST else f"{result[:_LONGEST]}…"
 
 
 @contextlib.contextmanager

@@ -81,10 +81,10 @@ class Registry(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name not in self._loaded:
             if name in self._own:
-                found = getattr(importlib.import_module(f"{self._folder}.{name}"), self._attribute)
+                result = getattr(importlib.import_module(f"{self._folder}.{name}"), self._attribute)
             else:
-                found = load(added(self._group)[name])
-            self._loaded[name] = found
+                result = load(added(self._group)[name])
+            self._loaded[name] = result
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:

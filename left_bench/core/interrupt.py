@@ -42,7 +42,7 @@ def noted() -> Iterator[None]:
     _asked = None
     handled = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     # what is ignored stays ignored (`nohup`), and a handler that is not Python's (None) could not be put back
-    before = {n: found for n in handled if (found := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+    before = {n: result for n in handled if (result := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
     alarm = signal.getsignal(signal.SIGALRM) if hasattr(signal, "SIGALRM") else None
     try:
         for number in before:

@@ -60,8 +60,8 @@ def contents_of(files: Iterable[Path], *, root: Path) -> str:
         print(f"left-bench: reading {root} once, to know it again ({unread / 2**30:.1f} GiB)", file=sys.stderr)
     before, digest = len(hashes), hashlib.sha256()
     for path, key in keys.items():
-        found = hashes.get(key) or hashes.setdefault(key, file_sha256(path))
-        digest.update(f"{path.relative_to(root)} {found}\n".encode())
+        result = hashes.get(key) or hashes.setdefault(key, file_sha256(path))
+        digest.update(f"{path.relative_to(root)} {result}\n".encode())
     if len(hashes) > before:
         kept = dict(list(hashes.items())[-_MOST_HASHES:])
         with contextlib.suppress(OSError):  # a cache alone
@@ -71,13 +71,13 @@ def contents_of(files: Iterable[Path], *, root: Path) -> str:
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
     """The installed version of each package; what is not installed is left out."""
-    found = {}
+    results = {}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            results[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return results
 
 
 def is_installed(module: str) -> bool:

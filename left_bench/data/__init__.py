@@ -24,6 +24,7 @@ __all__ = [
     "Row",
     "Splits",
     "collate",
+    "load_classified_texts",
     "load_data",
     "load_pictures",
     "load_rows",

@@ -225,7 +225,7 @@ def _collate_for_decoder(examples: Sequence[Example], *, pad_id: int) -> Batch:
 
     start = examples[0].decoder_start
     assert start is not None
-    prompts, answers = [one.prompt_ids for one in examples], [one.answer_ids for one in examples]
+    prompts, answers = [example.prompt_ids for example in examples], [example.answer_ids for example in examples]
     input_ids, answer_lengths = padded(prompts, pad_id), [len(answer) for answer in answers]
     return Batch(
         input_ids=input_ids,
@@ -237,8 +237,8 @@ def _collate_for_decoder(examples: Sequence[Example], *, pad_id: int) -> Batch:
         attention_mask=padded([[1] * len(prompt) for prompt in prompts], 0),
         position_ids=None,
         boundaries=None,
-        tokens=sum(one.length for one in examples),
-        longest=max(one.length for one in examples),
+        tokens=sum(example.length for example in examples),
+        longest=max(example.length for example in examples),
         # padding in a causal decoder stands behind all that is labelled, where nothing attends to it
         decoder_input_ids=padded([[start, *answer[:-1]] for answer in answers], pad_id),
     )

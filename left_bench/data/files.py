@@ -55,12 +55,12 @@ def content_of(section: Data) -> str | None:
         UserError, OSError: as `data_file`, or a file that cannot be read.
     """
     if section.path is not None or section.source == "jsonl":
-        found = [_known_content(path) for path in data_files(section)]
+        results = [_known_content(path) for path in data_files(section)]
         if section.test_path is not None:
-            found += ["test", *(_known_content(path) for path in data_files(section, part="test"))]
+            results += ["test", *(_known_content(path) for path in data_files(section, part="test"))]
         if section.validation_path is not None:
-            found += ["validation", *(_known_content(path) for path in data_files(section, part="validation"))]
-        return found[0] if len(found) == 1 else fingerprint(found)
+            results += ["validation", *(_known_content(path) for path in data_files(section, part="validation"))]
+        return results[0] if len(results) == 1 else fingerprint(results)
     read = _local_files(section)
     return fingerprint([_known_sha256(path) for path in read]) if read else None
 
@@ -79,8 +79,8 @@ def _local_files(section: Data) -> list[Path]:
         if isinstance(value, str):
             named.append(value)
         elif isinstance(value, (list, tuple)):
-            for one in value:
-                walk(one)
+            for item in value:
+                walk(item)
         elif isinstance(value, Mapping):
             walk(list(value.values()))
 
@@ -88,8 +88,8 @@ def _local_files(section: Data) -> list[Path]:
     if not named and "data_dir" in section.config and root.is_dir():
         return sorted(path for path in root.rglob("*") if path.is_file())
     patterns = [str(root / Path(name).expanduser()) for name in named]
-    found = {Path(match) for pattern in patterns for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
-    return sorted(path for path in found if path.is_file())
+    results = {Path(match) for pattern in patterns for match in glob.glob(pattern, recursive=True)}  # noqa: PTH207
+    return sorted(path for path in results if path.is_file())
 
 
 def _known_content(path: Path) -> str:
@@ -130,9 +130,9 @@ def data_files(section: Data, *, part: Literal["train", "test", "validation"] = 
         path.stat()
     except FileNotFoundError:
         if any(sign in given for sign in "*?["):
-            found = sorted(Path(one) for one in glob.glob(str(path), recursive=True) if Path(one).is_file())  # noqa: PTH207
-            if found:
-                return [_of_known_kind(one, key) for one in found]
+            results = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())  # noqa: PTH207
+            if results:
+                return [_of_known_kind(item, key) for item in results]
     except (OSError, ValueError) as error:  # longer than a name may be, a null character, no permission
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{key}={given[:200]!r}: cannot be opened ({reason}); check the path") from error
@@ -190,20 +190,20 @@ def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]
 
     try:
         if path.is_dir():
-            found: Any = datasets.load_from_disk(str(path))
+            dataset: Any = datasets.load_from_disk(str(path))
         else:
             more = _as_text(path, sep="\t" if kind == ".tsv" else ",") if _BUILDERS.get(kind) == "csv" else {}
             builder = _BUILDERS.get(kind, "json")
-            found = datasets.load_dataset(builder, data_files=[str(path)], split="train", **more)
+            dataset = datasets.load_dataset(builder, data_files=[str(path)], split="train", **more)
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, TypeError, ValueError, ImportError) as error:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise UserError(f"data.path={path}: not read as {kind or 'a data set'} ({reason}); mend the file") from error
-    if isinstance(found, dict):  # a DatasetDict
-        if "train" not in found:
-            raise UserError(f"data.path={path}: has no split 'train'; it has {', '.join(map(str, found))}")
-        found = found["train"]
-    for number, record in enumerate(found, start=1):
+        raise UserError(f"data.path={path}: not read as {kind or 'a data set'} ({reason}); fix the file") from error
+    if isinstance(dataset, dict):  # a DatasetDict
+        if "train" not in dataset:
+            raise UserError(f"data.path={path}: has no split 'train'; it has {', '.join(map(str, dataset))}")
+        dataset = dataset["train"]
+    for number, record in enumerate(dataset, start=1):
         yield f"row {number}", record
 
 
@@ -227,8 +227,8 @@ def split_records(path: Path, split: str) -> Iterator[tuple[str, Mapping[str, An
     """The rows of one split of a DatasetDict."""
     import datasets
 
-    found: Any = datasets.load_from_disk(str(path))[split]
-    for number, record in enumerate(found, start=1):
+    result: Any = datasets.load_from_disk(str(path))[split]
+    for number, record in enumerate(result, start=1):
         yield f"{split} row {number}", record
 
 
@@ -250,7 +250,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from _line_records(path)
         return
     if isinstance(value, dict):
-        arrays = [one for one in value.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
+        arrays = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
         shaped = "messages" in value or "conversations" in value  # one conversation, not many
         value = arrays[0] if len(arrays) == 1 and not shaped else [value]
     if not isinstance(value, list):

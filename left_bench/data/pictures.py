@@ -86,7 +86,7 @@ def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
         patches: of one picture.
 
     Raises:
-        UserError: a source, column or count that cannot be used; the message names the key and the mend.
+        UserError: a source, column or count that cannot be used; the message names the key and the fix.
     """
     source, names, own = _source(section)
     order = list(range(len(source)))
@@ -178,31 +178,31 @@ def _source(section: Data) -> tuple[Any, list[str], Any]:
         columns = {"image": section.image_column, "label": section.answer_column}
     else:
         asked, columns = {"path": section.hub_id}, {}
-    found: Any
+    dataset: Any
     own: Any = None
     try:
-        found = datasets.load_dataset(**asked, **{"split": "train", **section.config})
-        if validation_rows_wanted(section) and brings_validation(found, section):
+        dataset = datasets.load_dataset(**asked, **{"split": "train", **section.config})
+        if validation_rows_wanted(section) and brings_validation(dataset, section):
             own = datasets.load_dataset(**asked, **section.config | {"split": "validation"})
     except Exception as error:  # the hub's errors and the folder's share no base class
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"{where}: not loaded ({reason}); check it, or point data.path= at a folder of pictures"
         ) from error
-    others = {old: new for old, new in columns.items() if old != new and old in found.column_names}
-    found, own = (None if one is None else one.rename_columns(others) for one in (found, own))
+    others = {old: new for old, new in columns.items() if old != new and old in dataset.column_names}
+    dataset, own = (None if one is None else one.rename_columns(others) for one in (dataset, own))
     for key, column in (("data.image_column", section.image_column), ("data.answer_column", section.answer_column)):
-        if column not in found.column_names:
-            hint = nearest(str(column), found.column_names)
+        if column not in dataset.column_names:
+            hint = nearest(str(column), dataset.column_names)
             raise UserError(
-                f"{key}={column!r}: {where} has no such column{hint}; it has {', '.join(found.column_names)}"
+                f"{key}={column!r}: {where} has no such column{hint}; it has {', '.join(dataset.column_names)}"
             )
-    feature = found.features[section.answer_column]
+    feature = dataset.features[section.answer_column]
     if not isinstance(feature, datasets.ClassLabel):
         raise UserError(
             f"data.answer_column={section.answer_column!r}: {where} holds no classes there; name the column that does"
         )
-    return found, list(feature.names), own
+    return dataset, list(feature.names), own
 
 
 @functools.cache
@@ -219,13 +219,13 @@ def _digits(section: Data) -> tuple[Any, list[str]]:
         )
     from PIL import Image
 
-    found = _digit_images()
-    pictures = [Image.fromarray((image * (255 / 16)).astype("uint8")) for image in found.images]
+    result = _digit_images()
+    pictures = [Image.fromarray((image * (255 / 16)).astype("uint8")) for image in result.images]
     rows = [
         {str(section.image_column): picture, section.answer_column: int(label)}
-        for picture, label in zip(pictures, found.target, strict=True)
+        for picture, label in zip(pictures, result.target, strict=True)
     ]
-    return rows, [str(name) for name in found.target_names]
+    return rows, [str(name) for name in result.target_names]
 
 
 def _name_of(section: Data) -> str:

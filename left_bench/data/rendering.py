@@ -99,7 +99,7 @@ def prompts_to_ids(
         start = [] if encoder else start_ids(tokenizer)
     offsets = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(texts, add_special_tokens=encoder, return_offsets_mapping=offsets)
-    found = []
+    results = []
     for index, (text, prompt) in enumerate(zip(texts, (row.prompt for row in rows), strict=True)):
         ids = list(encoded["input_ids"][index])
         begin, end = 0, len(ids)
@@ -112,8 +112,8 @@ def prompts_to_ids(
             ]
             if inside:
                 begin, end = inside[0], inside[-1] + 1
-        found.append((start + ids, (len(start) + begin, len(start) + end)))
-    return found
+        results.append((start + ids, (len(start) + begin, len(start) + end)))
+    return results
 
 
 def _said(row: Row) -> str:

@@ -42,8 +42,8 @@ class RowSplits(NamedTuple):
 
 def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
     """The training rows and the test rows of `split_rows`."""
-    found = split_rows(section)
-    return found.train, found.test
+    result = split_rows(section)
+    return result.train, result.test
 
 
 def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
@@ -60,7 +60,7 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
         keep_records: each row with the record it comes from, all its columns included.
 
     Raises:
-        UserError: a source, column, value or count that cannot be used; the message names the key and the mend.
+        UserError: a source, column, value or count that cannot be used; the message names the key and the fix.
     """
     if section.shape == "text":
         for key in ("pairs", "instruction", "template", "train_on"):
@@ -182,11 +182,11 @@ def _detect_shape(section: Data, records: Records) -> tuple[Records, Shape | Non
 
 
 def _hub_records(section: Data, *, whole: bool, split: str | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    found = _hub_dataset(section, split=split)
+    result = _hub_dataset(section, split=split)
     needed = [column for _, column in _columns(section)]
-    if not whole and found.column_names is not None and set(needed) <= set(found.column_names):
-        found = found.select_columns(sorted(set(needed)))  # images and the like beside the text are not decoded
-    for number, record in enumerate(found, start=1):
+    if not whole and result.column_names is not None and set(needed) <= set(result.column_names):
+        result = result.select_columns(sorted(set(needed)))  # images and the like beside the text are not decoded
+    for number, record in enumerate(result, start=1):
         yield f"{'' if split is None else f'{split} '}row {number}", record
 
 
@@ -200,9 +200,9 @@ def _hub_validation(
     return list(read(section, records, named, dropped, shape))
 
 
-def brings_validation(found: Any, section: Data) -> bool:
+def brings_validation(rows: Any, section: Data) -> bool:
     """Whether a data set of `datasets` has a split `validation` beside the one that was asked for."""
-    return "validation" in (found.info.splits or {}) and "validation" not in str(section.config.get("split", ""))
+    return "validation" in (rows.info.splits or {}) and "validation" not in str(section.config.get("split", ""))
 
 
 def _hub_dataset(section: Data, *, split: str | None = None) -> Any:
@@ -215,7 +215,7 @@ def _hub_dataset(section: Data, *, split: str | None = None) -> Any:
     local = "point data.path= at a local JSON-lines file"
     try:
         asked = {"split": "train", **section.config} | ({} if split is None else {"split": split})
-        found = datasets.load_dataset(section.hub_id, **asked)
+        dataset = datasets.load_dataset(section.hub_id, **asked)
     except ConnectionError as error:
         raise UserError(f"{where}: the hub cannot be reached from here; {local}") from error
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -223,9 +223,9 @@ def _hub_dataset(section: Data, *, split: str | None = None) -> Any:
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{where}: not loaded with data.config={section.config} ({reason}); or {local}") from error
-    if isinstance(found, dict):
-        raise UserError(f"{where}: data.config.split must name one split; it has {', '.join(map(str, found))}")
-    return found
+    if isinstance(dataset, dict):
+        raise UserError(f"{where}: data.config.split must name one split; it has {', '.join(map(str, dataset))}")
+    return dataset
 
 
 def _generated_rows(
@@ -264,10 +264,10 @@ def _generated_rows(
             " lower, or widen data.config"
         )
     most = max(len(unique) - section.test_rows, 0)
-    mend = f"set data.train_rows={most} or lower" if most else "lower data.train_rows and data.test_rows"
+    fix = f"set data.train_rows={most} or lower" if most else "lower data.train_rows and data.test_rows"
     raise UserError(
         f"data.train_rows={section.train_rows}: {source} has only {len(unique)} different questions"
-        f" for {section.train_rows} training and {section.test_rows} test rows; {mend}, or widen data.config"
+        f" for {section.train_rows} training and {section.test_rows} test rows; {fix}, or widen data.config"
     )
 
 
@@ -415,7 +415,7 @@ def _missing_column(section: Data, key: str, column: str, record: Mapping[str, A
 
 def _mismatched(rows: list[Row], source: str) -> list[Row]:
     """Every row with the answer of the next row that has another."""
-    found = []
+    results = []
     for i, row in enumerate(rows):
         others = (rows[(i + ahead) % len(rows)].answer for ahead in range(1, len(rows)))
         other = next((answer for answer in others if answer != row.answer), None)
@@ -424,8 +424,8 @@ def _mismatched(rows: list[Row], source: str) -> list[Row]:
                 f"data.rejected_column=null: {source} has one and the same answer to all questions of a split, so none"
                 " can stand for a worse one; name the column with worse answers"
             )
-        found.append(dataclasses.replace(row, rejected=other))
-    return found
+        results.append(dataclasses.replace(row, rejected=other))
+    return results
 
 
 # --- the split ---
@@ -504,34 +504,34 @@ def _for_validation(
     wanted, asked = validation_rows_wanted(section), section.validation_rows is not None
     used = train if section.train_rows is None else train[: section.train_rows]
     taken = {_question(row) for row in [*used, *test]}
-    found: dict[str, Row] = {}
+    results: dict[str, Row] = {}
     if apart is not None:
         fresh: dict[str, Row] = {}
         for row in random.Random(section.seed).sample(apart, len(apart)):
             if (question := _question(row)) not in taken:
                 fresh.setdefault(question, _one_turn(row, seed=section.seed))
-        found = dict(itertools.islice(fresh.items(), wanted))
+        results = dict(itertools.islice(fresh.items(), wanted))
         left_out = len(apart) - len(fresh)
-        if asked and len(found) < wanted:
+        if asked and len(results) < wanted:
             raise UserError(
-                f"data.validation_rows={wanted}: {source} has only {len(found)} validation rows whose question is"
-                f" neither trained on nor tested on; set data.validation_rows={len(found)} or lower"
+                f"data.validation_rows={wanted}: {source} has only {len(results)} validation rows whose question is"
+                f" neither trained on nor tested on; set data.validation_rows={len(results)} or lower"
             )
-        return train, list(found.values()), left_out
+        return train, list(results.values()), left_out
     beyond = [row for row in train[len(used) :] if _question(row) not in taken]
     for row in [*beyond, *(reversed(used) if asked else ())]:
-        if len(found) == wanted:
+        if len(results) == wanted:
             break
-        found.setdefault(_question(row), _one_turn(row, seed=section.seed))
-    left = [row for row in train if _question(row) not in found]
-    if asked and (len(found) < wanted or not left):
+        results.setdefault(_question(row), _one_turn(row, seed=section.seed))
+    left = [row for row in train if _question(row) not in results]
+    if asked and (len(results) < wanted or not left):
         most = max(0, len({_question(row) for row in train}) - 1)
         raise UserError(
             f"data.validation_rows={wanted}: {source} has only {most + 1} different questions beside {len(test)} test"
             f" rows, and one must be left to train on; set data.validation_rows={most} or lower"
         )
-    _check_train_rows(section, left, source, beside=f"{len(test)} test rows and {len(found)} validation rows")
-    return left, list(found.values()), 0
+    _check_train_rows(section, left, source, beside=f"{len(test)} test rows and {len(results)} validation rows")
+    return left, list(results.values()), 0
 
 
 def _one_turn(row: Row, *, seed: int) -> Row:

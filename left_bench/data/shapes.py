@@ -104,8 +104,8 @@ def shape_of(section: Data, record: Mapping[str, Any]) -> Shape | None:
         return SHAPES["preference"]
     if {"instruction", "output"} <= record.keys():
         return SHAPES["alpaca"]
-    if found := next((pair for pair in _PAIRS if set(pair) <= record.keys()), None):
-        return SHAPES["classification" if found == ("text", "label") else "completion"]
+    if result := next((pair for pair in _PAIRS if set(pair) <= record.keys()), None):
+        return SHAPES["classification" if result == ("text", "label") else "completion"]
     if isinstance(record.get("text"), str) and not {"prompt", "answer", "label"} & record.keys():
         return SHAPES["text"]
     return None
@@ -126,7 +126,7 @@ def text_of(value: Any, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half a character (a lone surrogate); mend the text") from error
+        raise UserError(f"{where} holds half a character (a lone surrogate); fix the text") from error
     return value
 
 
@@ -144,8 +144,8 @@ def _alpaca(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
 
 
 def _completion(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
-    found = next((pair for pair in _PAIRS if set(pair) <= record.keys()), _PAIRS[0])
-    prompt, answer = (text_of(record.get(key), f"{where}: column '{key}'") for key in found)
+    result = next((pair for pair in _PAIRS if set(pair) <= record.keys()), _PAIRS[0])
+    prompt, answer = (text_of(record.get(key), f"{where}: column '{key}'") for key in result)
     yield Row(prompt=prompt.strip(), answer=whole_lines(answer))
 
 
@@ -183,13 +183,13 @@ def _row(
 ) -> Row | None:
     """The turn as the answer to what comes before it; None where nobody has asked, or it says nothing."""
     before, turn = turns[:index], turns[index]
-    asked = [one for one in before if one["role"] == "user"]
-    calls = [one["function"] for one in turn.get("tool_calls", ())]
+    asked = [item for item in before if item["role"] == "user"]
+    calls = [item["function"] for item in turn.get("tool_calls", ())]
     answer = "\n".join(filter(None, [turn["content"], *map(json.dumps, calls)]))
     if not asked or not answer:
         return None
-    opening = [one["content"] for one in turns if one["role"] == "user"][:2]  # many begin with the same greeting
-    with_tools = bool(tools) or any(one["role"] == "tool" or "tool_calls" in one for one in (*before, turn))
+    opening = [item["content"] for item in turns if item["role"] == "user"][:2]  # many begin with the same greeting
+    with_tools = bool(tools) or any(item["role"] == "tool" or "tool_calls" in item for item in (*before, turn))
     return Row(
         prompt=asked[-1]["content"],
         answer=answer,
@@ -216,10 +216,10 @@ def _tools(record: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
                 declared = record[key]
         if not declared:
             continue
-        if not isinstance(declared, list) or not all(isinstance(one, Mapping) for one in declared):
+        if not isinstance(declared, list) or not all(isinstance(item, Mapping) for item in declared):
             form = '[{"type": "function", "function": {"name": "...", "parameters": {...}}}]'
             raise UserError(f"{where}: column '{key}' holds {kind_of_value(declared)}; declare functions as {form}")
-        return [dict(one) if key == "tools" else {"type": "function", "function": dict(one)} for one in declared]
+        return [dict(item) if key == "tools" else {"type": "function", "function": dict(item)} for item in declared]
     return []
 
 
@@ -261,7 +261,7 @@ def _messages(turns: Any, where: str) -> list[dict[str, Any]]:
         return []
     if not isinstance(turns, list):
         raise UserError(f"{where} holds {kind_of_value(turns)}, not a list of turns; {form}")
-    found = []
+    results = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
             raise UserError(f"{where}: turn {number} is {kind_of_value(turn)}; {form}")
@@ -276,8 +276,8 @@ def _messages(turns: Any, where: str) -> list[dict[str, Any]]:
             kept["tool_calls"] = calls
         if known == "assistant":
             content = whole_lines(content)
-        found.append({"role": known, "content": content, **kept})
-    return found
+        results.append({"role": known, "content": content, **kept})
+    return results
 
 
 def _tool_calls(turn: Message, where: str) -> list[dict[str, Any]]:
@@ -294,7 +294,7 @@ def _tool_calls(turn: Message, where: str) -> list[dict[str, Any]]:
     form = 'a call is written {"type": "function", "function": {"name": "...", "arguments": {...}}}'
     if not isinstance(calls, list):
         raise UserError(f"{where}: 'tool_calls' holds {kind_of_value(calls)}, not a list; {form}")
-    found = []
+    results = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -309,8 +309,8 @@ def _tool_calls(turn: Message, where: str) -> list[dict[str, Any]]:
             raise UserError(f"{where}: the arguments of {function['name']} are {kind_of_value(arguments)}; {form}")
         id_of_call = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         named = {"name": function["name"], "arguments": dict(arguments)}
-        found.append({**id_of_call, "type": "function", "function": named})
-    return found
+        results.append({**id_of_call, "type": "function", "function": named})
+    return results
 
 
 def _content(value: Any, where: str) -> str:
@@ -324,8 +324,8 @@ def _content(value: Any, where: str) -> str:
 
 
 SHAPES: dict[str, Shape] = {
-    one.name: one
-    for one in (
+    item.name: item
+    for item in (
         Shape("completion", "questions and answers", _completion),
         Shape("alpaca", "Alpaca's instructions, inputs and outputs", _alpaca),
         Shape("messages", "conversations (OpenAI's messages)", _conversation),

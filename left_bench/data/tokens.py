@@ -78,10 +78,10 @@ class Example:
     @property
     def of_answer(self) -> list[bool]:
         """For each of `answer_ids`, whether it is an answer's, and not another turn's between two of them."""
-        found = [True] * len(self.answer_ids)
+        result = [True] * len(self.answer_ids)
         for begin, end in self.unlabelled or ():
-            found[begin:end] = [False] * (end - begin)
-        return found
+            result[begin:end] = [False] * (end - begin)
+        return result
 
     @property
     def identity(self) -> list[Any]:
@@ -248,7 +248,7 @@ def _examples(
     lead = "" if shape.encoder else turn_lead(tokenizer)
     answers = answers_to_ids([lead + row.answer for row in turns], tokenizer, end=end)
     worse = answers_to_ids([lead + (row.rejected or "") for row in turns], tokenizer, end=end)
-    found = []
+    results = []
     for row, (prompt_ids, text), answer_ids, rejected_ids in zip(turns, prompts, answers, worse, strict=True):
         reference = row.answer
         if row.turn is not None:
@@ -272,20 +272,20 @@ def _examples(
             rejected_ids=None if row.rejected is None else rejected_ids[: len(longer)],
             rejected=row.rejected,
         )
-        found.append(_Tokenized(example, length))
+        results.append(_Tokenized(example, length))
     if not training or shape.apart or shape.encoder:
-        return found
-    every = iter(found)
-    return [one for row in rows for one in _joined([next(every) for _ in (*row.earlier, row)])]
+        return results
+    every = iter(results)
+    return [item for row in rows for item in _joined([next(every) for _ in (*row.earlier, row)])]
 
 
 def _joined(turns: Sequence[_Tokenized]) -> list[_Tokenized]:
     """A conversation's answers in one row, where what comes before one begins with the whole row of the one before."""
-    found: list[_Tokenized] = []
-    for one in turns:
-        last, (here, length) = found[-1].example if found else None, one
+    result: list[_Tokenized] = []
+    for turn in turns:
+        last, (here, length) = result[-1].example if result else None, turn
         if last is None or here.prompt_ids[: last.length] != last.prompt_ids + last.answer_ids:
-            found.append(one)
+            result.append(turn)
             continue
         between = here.prompt_ids[last.length :]
         begin = len(last.answer_ids)
@@ -295,8 +295,8 @@ def _joined(turns: Sequence[_Tokenized]) -> list[_Tokenized]:
             answer_ids=last.answer_ids + between + here.answer_ids,
             unlabelled=[*(last.unlabelled or []), [begin, begin + len(between)]],
         )
-        found[-1] = _Tokenized(together, max(length, found[-1].length))
-    return found
+        result[-1] = _Tokenized(together, max(length, result[-1].length))
+    return result
 
 
 # --- plain text ---
@@ -335,12 +335,12 @@ def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape)
     """Everything that changes the tokens, and nothing that costs an import to know."""
     plain = section.model_dump(mode="json", exclude={"name", "metrics", "max_new_tokens", "content"})
     content: dict[str, str] = {}
-    if (found := content_of(section)) is not None:
+    if (result := content_of(section)) is not None:
         plain.pop("path")  # the same file elsewhere is the same data
         plain.pop("test_path")
         plain.pop("validation_path")
-        content["sha256"] = found
-        if section.content not in (None, found):
+        content["sha256"] = result
+        if section.content not in (None, result):
             key = f"data.path={section.path!r}" if section.path else f"data.hub_id={section.hub_id!r}"
             raise UserError(f"{key}: the file has changed since this launch composed its cells; start it again")
     elif section.source == "reasoning_gym":
@@ -419,12 +419,12 @@ def _write(
         "validation": _examples(list(found.validation), training=False, **common),
         "test": _examples(found.test, training=False, **common),
     }
-    splits = {name: [one.example for one in rows] for name, rows in made.items()}
-    cut = {name: sum(one.length > shape.max_length for one in rows) for name, rows in made.items()}
+    splits = {name: [row.example for row in rows] for name, rows in made.items()}
+    cut = {name: sum(row.length > shape.max_length for row in rows) for name, rows in made.items()}
     facts = {
         "truncated_rows": cut["train"],
         "truncated_test_rows": cut["test"],
-        "longest_row": max(one.length for one in made["train"]),
+        "longest_row": max(item.length for item in made["train"]),
         "dropped_rows": len(found.dropped),
         "dropped_where": found.dropped[:_NAMED],
         "test_there": found.test_there,

@@ -72,20 +72,20 @@ def evaluate_model(
     losses: dict[str, Any] = {"pad_id": pad_of(tokenizer), "device": device}
     with torch.no_grad(), autocast(cell, device=device):
         shared = read_shared_prompt(model, rows, cell, **losses)
-        found = row_losses(model, rows, cell, shared=shared, tell=partial(tell, "loss"), **losses)
+        result = row_losses(model, rows, cell, shared=shared, tell=partial(tell, "loss"), **losses)
         if cell.data.pairs:
             worse = [with_worse_answer(row) for row in rows]
-            found.rejected_nll = row_losses(
+            result.rejected_nll = row_losses(
                 model, worse, cell, shared=shared, tell=partial(tell, "loss of worse answers"), **losses
             ).nll
-        found.predictions = named(cell.task.predict)(
+        result.predictions = named(cell.task.predict)(
             model, tokenizer, rows, cell, device=device, shared=shared, tell=tell
         )
         if cell.eval.forgetting and cell.task.is_decoder:  # the others do not go on with a text
             passages = general_passages(tokenizer, room=room_of(model, cell))
             general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
-            found.general_loss = sum(general.nll) / sum(general.answer_tokens)
-    return found
+            result.general_loss = sum(general.nll) / sum(general.answer_tokens)
+    return result
 
 
 def written_answers(
@@ -143,10 +143,10 @@ def mean_token_loss(
     model.eval()
     with torch.no_grad(), autocast(cell, device=device):
         shared = read_shared_prompt(model, rows, cell, pad_id=pad_id, device=device)
-        found = row_losses(
+        result = row_losses(
             model, rows, cell, pad_id=pad_id, device=device, shared=shared, tell=partial(tell, "validation loss")
         )
-    return sum(found.nll) / sum(found.answer_tokens)
+    return sum(result.nll) / sum(result.answer_tokens)
 
 
 def answer_scores(
@@ -287,14 +287,14 @@ def classify(
 ) -> list[str]:
     """The likeliest class of each row, by name; nothing is `shared` by rows that are read whole."""
     forward: Any = model
-    names, found = forward.config.id2label, []
+    names, result = forward.config.id2label, []
     done = _Counted(len(rows), partial(tell, "classes"))
     for start in range(0, len(rows), cell.eval.batch_size):
         some = rows[start : start + cell.eval.batch_size]
         batch = collate(some, pad_id=pad_of(reader)).to(device)
-        found += forward(**batch.inputs()).logits.argmax(-1).tolist()
+        result += forward(**batch.inputs()).logits.argmax(-1).tolist()
         done.add(len(some))
-    return [str(names[index]) for index in found]
+    return [str(names[index]) for index in result]
 
 
 def generation_speed(
@@ -325,10 +325,10 @@ def generation_speed(
     return len(asked) * _SPEED_TOKENS / (time.perf_counter() - start)
 
 
-def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Score]:
+def scores(evaluation: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Score]:
     """The scores of an evaluation, each beside the base model's."""
     task = cell.data.name
-    loss, stderr = token_loss(found)
+    loss, stderr = token_loss(evaluation)
     base_loss = token_loss(base)[0] if base else None
     made = [
         Score(task=task, metric="eval_loss", value=loss, stderr=stderr, n=len(rows), base_value=base_loss),
@@ -344,14 +344,14 @@ def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], 
                 base_value=None if base_loss is None or base_loss >= _LARGEST_LOSS else math.exp(base_loss),
             )
         )
-    if found.rejected_nll is not None:
+    if evaluation.rejected_nll is not None:
         pairs_before = (base.nll, base.rejected_nll) if base and base.rejected_nll else None
-        made += _preference_scores((found.nll, found.rejected_nll), pairs_before, task=task)
+        made += _preference_scores((evaluation.nll, evaluation.rejected_nll), pairs_before, task=task)
     references = [row.reference for row in rows]
-    if found.predictions is not None:
+    if evaluation.predictions is not None:
         for name in cell.eval.metrics or []:
             score = partial(score_text, name, references=references, extractor=cell.eval.extractor)
-            value, per_row = score(predictions=found.predictions)
+            value, per_row = score(predictions=evaluation.predictions)
             before = score(predictions=base.predictions)[0] if base and base.predictions else None
             made.append(
                 Score(
@@ -364,22 +364,22 @@ def scores(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], 
                 )
             )
     of_base = {score.metric: score.value for score in (base.tasks if base else None) or []}
-    made += [score.model_copy(update={"base_value": of_base.get(score.metric)}) for score in found.tasks or []]
-    if found.general_loss is not None and base and base.general_loss is not None:
+    made += [score.model_copy(update={"base_value": of_base.get(score.metric)}) for score in evaluation.tasks or []]
+    if evaluation.general_loss is not None and base and base.general_loss is not None:
         passages = len(general_texts())
-        rise = found.general_loss - base.general_loss
+        rise = evaluation.general_loss - base.general_loss
         made.append(Score(task="general_text", metric="forgetting_nats", value=rise, n=passages))
     return made
 
 
-def row_scores(found: Evaluation, rows: Sequence[Example], cell: Cell) -> dict[str, list[float]]:
+def row_scores(evaluation: Evaluation, rows: Sequence[Example], cell: Cell) -> dict[str, list[float]]:
     """Metric -> the score of each row, of those metrics that are not told from answer and reference alone."""
     extractor = cell.eval.extractor
-    if extractor is None or found.predictions is None:
+    if extractor is None or evaluation.predictions is None:
         return {}
     metrics = {name: ANSWER_METRICS[name] for name in cell.eval.metrics or []}
     return {
-        name: [metric.of_answer(*pair, extractor=extractor) for pair in _pairs(found.predictions, rows)]
+        name: [metric.of_answer(*pair, extractor=extractor) for pair in _pairs(evaluation.predictions, rows)]
         for name, metric in metrics.items()
         if metric.extracts and metric.of_answer is not None
     }
@@ -397,10 +397,10 @@ def _preference_scores(
     def margins(right: list[float], worse: list[float]) -> list[float]:
         return [q - p for p, q in zip(right, worse, strict=True)]
 
-    found, before = margins(*losses), margins(*base) if base else None
+    result, before = margins(*losses), margins(*base) if base else None
     made = []
     for metric, of_pair in SCORES_OF_A_PAIR.items():
-        of_rows = np.array([of_pair(margin) for margin in found])
+        of_rows = np.array([of_pair(margin) for margin in result])
         made.append(
             Score(
                 task=task,
@@ -414,23 +414,23 @@ def _preference_scores(
     return made
 
 
-def token_loss(found: Evaluation) -> tuple[float, float]:
+def token_loss(evaluation: Evaluation) -> tuple[float, float]:
     """Mean loss per answer token and its standard error, rows taken as the independent draws (ratio estimator)."""
-    nll, tokens = np.array(found.nll), np.array(found.answer_tokens)
+    nll, tokens = np.array(evaluation.nll), np.array(evaluation.answer_tokens)
     mean = nll.sum() / tokens.sum()
     n = len(nll)
     spread = math.sqrt(((nll - mean * tokens) ** 2).sum() * n / max(1, n - 1))
     return float(mean), float(spread / tokens.sum())
 
 
-def samples(found: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Sample]:
+def samples(evaluation: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Sample]:
     """The first rows as they were answered."""
-    if found.predictions is None:
+    if evaluation.predictions is None:
         return []
     before = base.predictions if base and base.predictions else [None] * len(rows)
     return [
         Sample(prompt=row.prompt, reference=row.reference, prediction=prediction, base_prediction=old)
-        for row, prediction, old in list(zip(rows, found.predictions, before, strict=True))[: cell.eval.samples]
+        for row, prediction, old in list(zip(rows, evaluation.predictions, before, strict=True))[: cell.eval.samples]
     ]
 
 
@@ -454,8 +454,8 @@ def room_of(model: torch.nn.Module, cell: Cell) -> int | None:
     """Tokens of a text that the model has positions for; None where its configuration names no end."""
     config: Any = model.config
     of_text = config.get_text_config()
-    found = getattr(of_text, "max_position_embeddings", None) or getattr(of_text, "n_positions", None)
-    return found - virtual_tokens(cell) if isinstance(found, int) and found > virtual_tokens(cell) + 1 else None
+    result = getattr(of_text, "max_position_embeddings", None) or getattr(of_text, "n_positions", None)
+    return result - virtual_tokens(cell) if isinstance(result, int) and result > virtual_tokens(cell) + 1 else None
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -52,20 +52,20 @@ def with_content(cell: Cell, folders: Sequence[Path]) -> Cell:
         raise UserError(
             f"eval.tasks={_list(tasks)}: lm-evaluation-harness is not installed; pip install 'left-bench[lm-eval]'"
         )
-    found, contents = [], []
+    result, contents = [], []
     for task in tasks:
         if not is_task_file(task):
             _check_name(task)
-            found.append(task)
+            result.append(task)
             continue
         given = Path(task).expanduser()
         path = next((path for path in (given, *(folder / given for folder in folders)) if path.is_file()), None)
         if path is None:
-            beside = [one.name for one in given.parent.glob("*.y*ml")] if given.parent.is_dir() else []
+            beside = [item.name for item in given.parent.glob("*.y*ml")] if given.parent.is_dir() else []
             raise UserError(f"eval.tasks: there is no file {task}{nearest(given.name, beside) or '; check the path'}")
         contents.append(_content(path))
-        found.append(str(path))
-    changed = {"tasks": found, "tasks_content": fingerprint(contents) if contents else None}
+        result.append(str(path))
+    changed = {"tasks": result, "tasks_content": fingerprint(contents) if contents else None}
     return cell.model_copy(update={"eval": cell.eval.model_copy(update=changed)})
 
 
@@ -118,7 +118,7 @@ def _content(path: Path) -> str:
     """A fingerprint of a task's file and of the files that it names: templates, rows, functions."""
     read: dict[Path, str] = {}
     _read(path, read)
-    return fingerprint(sorted((one.name, sha256) for one, sha256 in read.items()))
+    return fingerprint(sorted((item.name, sha256) for item, sha256 in read.items()))
 
 
 def _read(path: Path, read: dict[Path, str]) -> None:
@@ -147,16 +147,16 @@ def _group_in(path: Path) -> str | None:
     import yaml
 
     node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    found = {key.value: value.value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
-    return str(found["group"]) if "group" in found else None
+    result = {key.value: value.value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+    return str(result["group"]) if "group" in result else None
 
 
 def _files_named(node: Any, folder: Path) -> Iterator[Path]:
     """Files that a YAML node's texts name, beside its own file or from the working directory."""
     if isinstance(node.value, list):
         for inner in node.value:
-            for one in inner if isinstance(inner, tuple) else (inner,):
-                yield from _files_named(one, folder)
+            for item in inner if isinstance(inner, tuple) else (inner,):
+                yield from _files_named(item, folder)
     elif isinstance(node.value, str) and 0 < len(node.value) < 300 and "\n" not in node.value:
         function = node.tag == "!function"  # `!function utils.score` is in utils.py
         name = f"{node.value.rpartition('.')[0]}.py" if function else node.value
@@ -204,8 +204,8 @@ def load_tasks(cell: Cell) -> dict[str, Any] | None:
         own_shots = task.get_config("num_fewshot")
         if own_shots is None or (shots is not None and own_shots != 0):  # as the harness does: 0 is the task's own wish
             task.set_config(key="num_fewshot", value=shots or 0)
-    found: dict[str, Any] = loaded
-    return found
+    result: dict[str, Any] = loaded
+    return result
 
 
 def ask(
@@ -287,14 +287,14 @@ def _watched(
             return super().generate_until(requests, disable_tqdm=True)
 
         def _model_call(self, inps: Any, *given: Any, **named: Any) -> Any:
-            found = super()._model_call(inps, *given, **named)
+            result = super()._model_call(inps, *given, **named)
             self._go_on(len(inps))
-            return found
+            return result
 
         def _model_generate(self, context: Any, *given: Any, **named: Any) -> Any:
-            found = super()._model_generate(context, *given, **named)
+            result = super()._model_generate(context, *given, **named)
             self._go_on(len(context))
-            return found
+            return result
 
     with weights_left_tied(model):
         return Watched(

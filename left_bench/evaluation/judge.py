@@ -194,8 +194,8 @@ class _Judge:
             raise JudgeFailed(
                 self._without_key(f"{self._url} replied with no chat completion: {reply[:200]!r}")
             ) from error
-        found = _VERDICT.findall(str(text))
-        return str(found[-1]).upper() if found else None
+        result = _VERDICT.findall(str(text))
+        return str(result[-1]).upper() if result else None
 
     def _sent(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "User-Agent": "left_bench"}

@@ -79,7 +79,7 @@ def find(named: str, folders: Sequence[Path] = ()) -> Source:
         given = Path(where).expanduser()
         path = next((path for path in (given, *(folder / given for folder in folders)) if path.is_file()), None)
         if path is None:
-            beside = [one.name for one in given.parent.glob("*.py")] if given.parent.is_dir() else []
+            beside = [item.name for item in given.parent.glob("*.py")] if given.parent.is_dir() else []
             hint = nearest(given.name, beside) or "; give the path of a Python file, from here or from --config-dir"
             raise UserError(f"eval.scorer={named}: there is no file {given}{hint}")
         return Source(path, function, None)
@@ -218,14 +218,14 @@ def _load(cell: Cell) -> Scorer:
             assert spec is not None and spec.loader is not None
             module = sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        found = getattr(module, source.function)
+        result = getattr(module, source.function)
     except ScorerFailed:
         raise
     except (Exception, SystemExit) as error:
         raise ScorerFailed(f"it cannot be imported: {_said(error)}") from error
-    if not callable(found):
+    if not callable(result):
         raise ScorerFailed(f"{source.function} is no function")
-    scorer: Scorer = found
+    scorer: Scorer = result
     return scorer
 
 
@@ -250,7 +250,7 @@ def _call(
     tell: Callable[[int], None],
 ) -> dict[str, list[float]]:
     """Metric -> the score of each row."""
-    found: dict[str, list[float]] = {}
+    outcome: dict[str, list[float]] = {}
     for number, (row, record, answer) in enumerate(zip(rows, records, answers, strict=True)):
         tell(number)
         try:
@@ -264,12 +264,12 @@ def _call(
             if not isinstance(value, Real) or not math.isfinite(value):
                 raise ScorerFailed(f"it returned {name}={value!r} on row {number + 1}; a score is a finite number")
         of_row = {f"{SCORER_PREFIX}{name}": float(value) for name, value in scores.items()}
-        if not of_row or (number and of_row.keys() != found.keys()):
-            first = f" and {_listed(found)} before" if number else ""
+        if not of_row or (number and of_row.keys() != outcome.keys()):
+            first = f" and {_listed(outcome)} before" if number else ""
             raise ScorerFailed(f"it scored {_listed(of_row)} on row {number + 1}{first}; all rows need the same scores")
         for name, value in of_row.items():
-            found.setdefault(name, []).append(value)
-    return found
+            outcome.setdefault(name, []).append(value)
+    return outcome
 
 
 def _listed(scores: Mapping[str, Any]) -> str:

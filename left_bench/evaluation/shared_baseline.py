@@ -55,12 +55,12 @@ def evaluate_base(
     with meter.phase("evaluate_base") as counts:
         common: dict[str, Any] = {"device": meter.device.kind, "tell": progress_of(meter.events)}
         bare = cell.without_adapter()
-        found = evaluate_model(model, tokenizer, rows, bare, **common)
+        result = evaluate_model(model, tokenizer, rows, bare, **common)
         if tasks is not None:
-            found.tasks = harness.ask(tasks, model, tokenizer, bare, room=room_of(model, bare), **common)
-        counts.tokens = found.tokens
-    write_atomically(path, found.model_dump_json())
-    return found, "measured here"
+            result.tasks = harness.ask(tasks, model, tokenizer, bare, room=room_of(model, bare), **common)
+        counts.tokens = result.tokens
+    write_atomically(path, result.model_dump_json())
+    return result, "measured here"
 
 
 def shared_peak(
@@ -91,17 +91,19 @@ def shared_peak(
 
     with meter.phase("peak"):
         tell = progress_of(meter.events)
-        found = measured_quietly(
+        result = measured_quietly(
             measure,
             cores=threads if meter.device.kind == "cpu" else 0,
             attempts=_ATTEMPTS if known is None or doubted else 1,
         )
     if known is not None:
-        found = found._replace(value=max(found.value, known.value))  # load makes a peak lower, nothing makes it higher
+        result = result._replace(
+            value=max(result.value, known.value)
+        )  # load makes a peak lower, nothing makes it higher
     facts = {"machine": machine, "dtype": rounding, "threads": threads, "concurrent_cells": at_once}
-    facts |= {"flops_per_second": found.value, "other_cpu_share": found.disturbed_by}
+    facts |= {"flops_per_second": result.value, "other_cpu_share": result.disturbed_by}
     write_atomically(path, json.dumps(facts) + "\n")
-    return found
+    return result
 
 
 def _known_peak(path: Path) -> Quiet | None:

@@ -77,8 +77,8 @@ def quantize(
         stored = decoded_scale(constants)
         zero_point = torch.zeros_like(stored)
     inverse = torch.where(stored > 0, 1 / stored, 0.0)
-    one = levels(scheme, weight.device)
-    edges = (one[1:] + one[:-1]) / 2
+    item = levels(scheme, weight.device)
+    edges = (item[1:] + item[:-1]) / 2
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=weight.device)
     rows = max(1, _PIECE // block_size)
     for start in range(0, len(blocks), rows):
@@ -136,13 +136,13 @@ def _by_torch(
     out = torch.empty(SEGMENTS, blocks, block_size, dtype=dtype, device=packed.device)
     for start in range(0, blocks, step):
         piece = slice(start, min(start + step, blocks))
-        found = unpacked(planes[:, piece.start * block_size : piece.stop * block_size], together=TOGETHER[scheme])
+        result = unpacked(planes[:, piece.start * block_size : piece.stop * block_size], together=TOGETHER[scheme])
         if scheme == "int5":
             zero_point = constants["zero_point"].view(torch.int8).view(SEGMENTS, -1, 1)[:, piece]
-            steps = found.view(torch.int8).view(SEGMENTS, -1, block_size).sub_(zero_point)
+            steps = result.view(torch.int8).view(SEGMENTS, -1, block_size).sub_(zero_point)
             values = [steps.float()]  # -31 to 31; no table, for integers are their own levels
         else:
-            values = [some.view(len(some), -1, block_size) for some in look_up(found)]
+            values = [some.view(len(some), -1, block_size) for some in look_up(result)]
         first = 0
         for some in values:
             part = (slice(first, first + len(some)), piece)

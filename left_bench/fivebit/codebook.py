@@ -38,8 +38,8 @@ def _quantiles(outermost: float, count: int) -> list[float]:
 @cache
 def levels(scheme: str, device: torch.device) -> torch.Tensor:
     """The 32 levels of a scheme, float32 [32]: `nf5` in [-1, 1], `int5` the integers 0 to 31."""
-    found = normal_float(5) if scheme == "nf5" else torch.arange(32, dtype=torch.float32)
-    return found.to(device)
+    result = normal_float(5) if scheme == "nf5" else torch.arange(32, dtype=torch.float32)
+    return result.to(device)
 
 
 @cache
@@ -48,9 +48,9 @@ def level_pairs(device: torch.device) -> torch.Tensor:
 
     One table for all layers, 8 KiB; a look-up that yields two weights costs as much as one that yields one.
     """
-    one = levels("nf5", device)
+    item = levels("nf5", device)
     index = torch.arange(1024, device=device)
-    return torch.stack([one[index % 32], one[index // 32]], dim=1).view(torch.int64).view(-1)
+    return torch.stack([item[index % 32], item[index // 32]], dim=1).view(torch.int64).view(-1)
 
 
 def look_up(pairs: torch.Tensor) -> Iterable[torch.Tensor]:
@@ -61,8 +61,8 @@ def look_up(pairs: torch.Tensor) -> Iterable[torch.Tensor]:
     divided among as many as torch uses.
     """
     if pairs.device.type != "cpu":
-        found = level_pairs(pairs.device).index_select(0, pairs.view(-1).int())
-        return [found.view(torch.float32).view(len(pairs), -1)]
+        result = level_pairs(pairs.device).index_select(0, pairs.view(-1).int())
+        return [result.view(torch.float32).view(len(pairs), -1)]
     threads = min(len(pairs), torch.get_num_threads())
     return [_take(pairs)] if threads == 1 else pool(threads, os.getpid()).map(_take, pairs.chunk(threads))
 
@@ -71,8 +71,8 @@ def _take(pairs: torch.Tensor) -> torch.Tensor:
     buffer = pyarrow.py_buffer(pairs.numpy())
     indices = pyarrow.Array.from_buffers(pyarrow.uint16(), pairs.numel(), [None, buffer])
     # unchecked: ten bits cannot point outside the table
-    found = pyarrow.compute.array_take(_arrow_table(), indices, boundscheck=False)
-    return torch.frombuffer(found.buffers()[1], dtype=torch.float32, count=2 * len(found)).view(len(pairs), -1)
+    result = pyarrow.compute.array_take(_arrow_table(), indices, boundscheck=False)
+    return torch.frombuffer(result.buffers()[1], dtype=torch.float32, count=2 * len(result)).view(len(pairs), -1)
 
 
 @cache

@@ -31,7 +31,7 @@ def decode(
             of a model at once, or from keeping what the forward pass decoded for the backward pass.
     """
     second = constants.get("nested_scale", constants.get("zero_point"))
-    found: torch.Tensor = getattr(torch.ops.left_bench, _NAME)(
+    result: torch.Tensor = getattr(torch.ops.left_bench, _NAME)(
         packed,
         constants["scale"],
         second,
@@ -41,7 +41,7 @@ def decode(
         block_size=block_size,
         dtype=dtype,
     )
-    return found
+    return result
 
 
 def _on_gpu(

@@ -47,9 +47,9 @@ class _Code:
 
     def spread(self, kind: str, value: str) -> str:
         """16 of a scalar."""
-        one = self(f"insertelement <{LANES} x {kind}> poison, {kind} {value}, i64 0")
+        item = self(f"insertelement <{LANES} x {kind}> poison, {kind} {value}, i64 0")
         nowhere = f"<{LANES} x {kind}> poison, <{LANES} x i32> zeroinitializer"
-        return self(f"shufflevector <{LANES} x {kind}> {one}, {nowhere}")
+        return self(f"shufflevector <{LANES} x {kind}> {item}, {nowhere}")
 
     @contextmanager
     def loop(self, start: str, stop: str, step: int) -> Iterator[str]:
@@ -106,14 +106,14 @@ def source(
                     codes = _codes(code, segment, plane, position, together)
                     if scheme == "int5":
                         steps = code.ints("sub", code.ints("and", codes, 31), zero)
-                        found = [code(f"sitofp {_INTS} {steps} to {_FLOATS}")]
+                        results = [code(f"sitofp {_INTS} {steps} to {_FLOATS}")]
                     else:
                         second_code = code.ints("lshr", codes, 5)
-                        found = [_level(code, each, levels, look_up) for each in (codes, second_code)]
-                    found = [code(f"fmul {_FLOATS} {each}, {factor}") for each in found]
+                        results = [_level(code, each, levels, look_up) for each in (codes, second_code)]
+                    results = [code(f"fmul {_FLOATS} {each}, {factor}") for each in results]
                     weight = code(f"add i64 {result}, {step}")
                     at = code.at(out, code(f"mul i64 {weight}, {ITEM_BYTES[dtype]}"))
-                    code.lines.append(f"  store {_rounded(code, found, dtype)}, ptr {at}, align {ITEM_BYTES[dtype]}")
+                    code.lines.append(f"  store {_rounded(code, results, dtype)}, ptr {at}, align {ITEM_BYTES[dtype]}")
     table = f"@levels = private constant [32 x float] [{_literals(levels)}]\n" if scheme == "nf5" else ""
     return "\n".join(
         [
@@ -206,18 +206,18 @@ def _level(code: _Code, codes: str, levels: Sequence[float], look_up: str) -> st
         pair = ", ".join(f"<8 x float> {half}" for half in halves)
         return code(f"shufflevector {pair}, <{LANES} x i32> <{order}>")
     index = code.ints("and", codes, 31)
-    found = "poison"
+    result = "poison"
     for lane in range(LANES):
         at = code(f"getelementptr float, ptr @levels, i32 {code(f'extractelement {_INTS} {index}, i64 {lane}')}")
-        found = code(f"insertelement {_FLOATS} {found}, float {code(f'load float, ptr {at}')}, i64 {lane}")
-    return found
+        result = code(f"insertelement {_FLOATS} {result}, float {code(f'load float, ptr {at}')}, i64 {lane}")
+    return result
 
 
 def _eight_levels(code: _Code, codes: str, start: int, levels: Sequence[float]) -> str:
     """Four permutations by the lowest 3 bits, chosen among by the next two."""
     order = ", ".join(f"i32 {start + lane}" for lane in range(8))
     index = code(f"shufflevector {_INTS} {codes}, {_INTS} poison, <8 x i32> <{order}>")
-    found = [
+    results = [
         code(
             f"call <8 x float> @llvm.x86.avx2.permps(<8 x float> <{_literals(levels[at : at + 8])}>, <8 x i32> {index})"
         )
@@ -226,28 +226,28 @@ def _eight_levels(code: _Code, codes: str, start: int, levels: Sequence[float]) 
     for bit in (3, 4):
         up = code(f"shl <8 x i32> {index}, splat (i32 {31 - bit})")
         upper = code(f"icmp slt <8 x i32> {up}, zeroinitializer")
-        found = [
+        results = [
             code(f"select <8 x i1> {upper}, <8 x float> {above}, <8 x float> {below}")
-            for below, above in zip(found[::2], found[1::2], strict=True)
+            for below, above in zip(results[::2], results[1::2], strict=True)
         ]
-    return found[0]
+    return results[0]
 
 
-def _rounded(code: _Code, found: Sequence[str], dtype: str) -> str:
+def _rounded(code: _Code, results: Sequence[str], dtype: str) -> str:
     """16 products, or 2 × 16 to be interleaved, rounded to nearest, ties to even: `type value`."""
     if dtype == "bfloat16":
-        bits = [_rounded_bits(code, each) for each in found]
+        bits = [_rounded_bits(code, each) for each in results]
         low = code.ints("lshr", bits[0], 16)
         if len(bits) == 1:
             return f"<{LANES} x i16> {code(f'trunc {_INTS} {low} to <{LANES} x i16>')}"
         return f"{_INTS} {code.ints('or', low, code.ints('and', bits[1], -65536))}"
     kind = {"float16": "half", "float32": "float"}[dtype]
     if dtype == "float16":
-        found = [code(f"fptrunc {_FLOATS} {each} to <{LANES} x half>") for each in found]
-    if len(found) == 1:
-        return f"<{LANES} x {kind}> {found[0]}"
+        results = [code(f"fptrunc {_FLOATS} {each} to <{LANES} x half>") for each in results]
+    if len(results) == 1:
+        return f"<{LANES} x {kind}> {results[0]}"
     order = ", ".join(f"i32 {lane}, i32 {lane + LANES}" for lane in range(LANES))
-    pair = ", ".join(f"<{LANES} x {kind}> {each}" for each in found)
+    pair = ", ".join(f"<{LANES} x {kind}> {each}" for each in results)
     return f"<{2 * LANES} x {kind}> {code(f'shufflevector {pair}, <{2 * LANES} x i32> <{order}>')}"
 
 

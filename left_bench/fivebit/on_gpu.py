@@ -65,8 +65,8 @@ def decode(
 def _scale(scale, second, mean, block, mask, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
     stored = tl.load(scale + block, mask=mask, other=0)
     if NESTED:
-        found = stored.to(tl.float32) * tl.load(second + block // NESTED_BLOCK, mask=mask, other=0.0) + tl.load(mean)
-        return tl.where(found < 0.0, 0.0, found)  # and not `maximum`, which drops what is no number
+        result = stored.to(tl.float32) * tl.load(second + block // NESTED_BLOCK, mask=mask, other=0.0) + tl.load(mean)
+        return tl.where(result < 0.0, 0.0, result)  # and not `maximum`, which drops what is no number
     return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)  # bfloat16, exactly
 
 

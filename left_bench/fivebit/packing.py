@@ -41,8 +41,8 @@ def unpacked(packed: torch.Tensor, *, together: int) -> torch.Tensor:
     Done on 64 bits at a time: shifts carry bits from one word into the next, and the masks drop them.
     """
     words = packed.view(_WORDS[together])
-    found = torch.empty(SEGMENTS, words.shape[1], dtype=words.dtype, device=words.device)
-    planes, whole = words.view(torch.int64), found.view(torch.int64)
+    result = torch.empty(SEGMENTS, words.shape[1], dtype=words.dtype, device=words.device)
+    planes, whole = words.view(torch.int64), result.view(torch.int64)
     each = (2**64 - 1) // (2 ** (8 * together) - 1)  # a one in every word
 
     def mask(start: int, bits: int) -> int:
@@ -54,10 +54,12 @@ def unpacked(packed: torch.Tensor, *, together: int) -> torch.Tensor:
     high[::2] |= (ends >> 2 * together).bitwise_and_(mask(3, 2))
     high[1] |= (ends[0] >> 4 * together).bitwise_and_(mask(3, 1))
     high[1] |= (ends[1] >> 3 * together).bitwise_and_(mask(4, 1))
-    return found
+    return result
 
 
 def unpack(packed: torch.Tensor, *, together: int) -> torch.Tensor:
     """The flat uint8 codes of a packed array."""
-    found = unpacked(packed, together=together)
-    return found.view(-1) if together == 1 else torch.stack([found & 31, found >> 5], dim=-1).to(torch.uint8).view(-1)
+    result = unpacked(packed, together=together)
+    return (
+        result.view(-1) if together == 1 else torch.stack([result & 31, result >> 5], dim=-1).to(torch.uint8).view(-1)
+    )

@@ -139,13 +139,13 @@ class _Quantize(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for name, value in input_dict.items():
             layer, _ = get_module_from_name(kwargs["model"], name)
             dense = value[0] if isinstance(value, list) else value
             path = name.removesuffix("weight")
-            found |= {path + key: tensor for key, tensor in layer.encode(dense).items()}
-        return found
+            result |= {path + key: tensor for key, tensor in layer.encode(dense).items()}
+        return result
 
 
 def _empty_like(module: nn.Linear, config: FiveBitConfig) -> Linear5bit:

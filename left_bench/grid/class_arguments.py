@@ -77,9 +77,9 @@ def _named_in(transformers: Path | None, name: str) -> dict[str, str] | None:
     path = transformers and transformers / "utils" / "quantization_config.py"
     if path is None or not path.is_file():
         return None
-    for one in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(one, ast.ClassDef) and one.name == name:
-            for made in one.body:
+    for item in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(item, ast.ClassDef) and item.name == name:
+            for made in item.body:
                 if isinstance(made, ast.FunctionDef) and made.name == "__init__":
                     arguments = made.args
                     named = [kind for kind in [*arguments.args, *arguments.kwonlyargs] if kind.arg != "self"]
@@ -88,33 +88,33 @@ def _named_in(transformers: Path | None, name: str) -> dict[str, str] | None:
 
 
 def _arguments(folder: Path, name: str) -> dict[str, str] | None:
-    found = _class_of(folder, name)
-    if found is None:
+    result = _class_of(folder, name)
+    if result is None:
         return None
-    for statement in found.body:
+    for statement in result.body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
             arguments = statement.args
             if arguments.kwarg is not None or arguments.vararg is not None:
                 return None
-            own = [one for one in [*arguments.args, *arguments.kwonlyargs] if one.arg != "self"]
-            return {one.arg: ast.unparse(one.annotation) if one.annotation else "" for one in own}
+            own = [item for item in [*arguments.args, *arguments.kwonlyargs] if item.arg != "self"]
+            return {item.arg: ast.unparse(item.annotation) if item.annotation else "" for item in own}
     fields: dict[str, str] = {}
-    for base in found.bases:
+    for base in result.bases:
         if isinstance(base, ast.Name) and base.id in _WITHOUT_FIELDS:
             continue
         above = _arguments(folder, base.id) if isinstance(base, ast.Name) else None
         if above is None:
             return None
         fields |= above
-    is_dataclass = any("dataclass" in ast.dump(decorator) for decorator in found.decorator_list)
-    for one in found.body if is_dataclass else ():
+    is_dataclass = any("dataclass" in ast.dump(decorator) for decorator in result.decorator_list)
+    for item in result.body if is_dataclass else ():
         if (
-            isinstance(one, ast.AnnAssign)
-            and isinstance(one.target, ast.Name)
-            and "ClassVar" not in ast.dump(one.annotation)
-            and not (isinstance(one.value, ast.Call) and _made_without(one.value))
+            isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and "ClassVar" not in ast.dump(item.annotation)
+            and not (isinstance(item.value, ast.Call) and _made_without(item.value))
         ):
-            fields[one.target.id] = ast.unparse(one.annotation)
+            fields[item.target.id] = ast.unparse(item.annotation)
     return fields
 
 
@@ -132,17 +132,17 @@ def _class_of(folder: Path, name: str) -> ast.ClassDef | None:
     if len(paths) != 1:
         return None
     tree = ast.parse(paths[0].read_text(encoding="utf-8"))
-    return next(one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == name)
+    return next(item for item in tree.body if isinstance(item, ast.ClassDef) and item.name == name)
 
 
 @functools.cache
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Class name -> the files of a package that define it."""
-    found: dict[str, list[Path]] = {}
+    result: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*.py")):
         for name in _CLASS.findall(path.read_text(encoding="utf-8", errors="replace")):
-            found.setdefault(name, []).append(path)
-    return found
+            result.setdefault(name, []).append(path)
+    return result
 
 
 def _folder_of(package: str) -> Path | None:

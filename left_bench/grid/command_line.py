@@ -84,7 +84,7 @@ def check_options(argv: list[str]) -> None:
     """Refuse what begins with a dash and is no option of Hydra's, and a folder of options that cannot be read.
 
     Raises:
-        UserError: naming option and mend.
+        UserError: naming the option and the fix.
     """
     for argument in argv:
         name = argument.partition("=")[0]
@@ -117,16 +117,16 @@ def check_config_dir(folder: Path) -> None:
             yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise UserError(f"--config-dir: {path}{line} is no YAML ({error.problem}); mend the file") from error
+            raise UserError(f"--config-dir: {path}{line} is no YAML ({error.problem}); fix the file") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"--config-dir: {path} cannot be read ({error}); mend the file") from error
+            raise UserError(f"--config-dir: {path} cannot be read ({error}); fix the file") from error
 
 
 def check_choices(argv: list[str]) -> None:
     """Refuse an option that no group has, with the options there are and the nearest; likewise keys and spelling.
 
     Raises:
-        UserError: naming group, option and mend.
+        UserError: naming group, option and the fix.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -186,7 +186,7 @@ def check_plugins(argv: list[str]) -> None:
         defaults = (
             (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", []) if path.is_file() else []
         )
-        for entry in filter(lambda one: isinstance(one, dict), defaults):
+        for entry in filter(lambda item: isinstance(item, dict), defaults):
             wanted += [f"{key.removeprefix('override /')}={value}" for key, value in entry.items()]
     for choice in wanted:
         module, extra = _PLUGINS.get(choice, ("", ""))
@@ -236,10 +236,10 @@ def also_searched(folders: Sequence[Path]) -> str:
 
 
 def config_dirs(argv: list[str]) -> list[Path]:
-    found = []
+    results = []
     for index, argument in enumerate(argv):
         if argument in ("--config-dir", "-cd"):
-            found.append(Path(next(iter(argv[index + 1 :]), "")))
+            results.append(Path(next(iter(argv[index + 1 :]), "")))
         elif argument.startswith("--config-dir="):
-            found.append(Path(argument.partition("=")[2]))
-    return found
+            results.append(Path(argument.partition("=")[2]))
+    return results

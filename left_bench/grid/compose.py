@@ -68,7 +68,7 @@ def compose(config: DictConfig, hydra: DictConfig, *, typed: Sequence[str] | Non
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     absent = [group for group in GROUPS if group not in hydra.runtime.choices]
-    if absent and any(one.startswith(f"{absent[0]}=[") for one in hydra.overrides.task):
+    if absent and any(item.startswith(f"{absent[0]}=[") for item in hydra.overrides.task):
         raise UserError(
             f"{absent[0]}=[...]: a cell has one; for a cell of each write them with commas, {absent[0]}=A,B"
         )
@@ -96,7 +96,7 @@ def compose(config: DictConfig, hydra: DictConfig, *, typed: Sequence[str] | Non
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg'].lower()}") from error
-    architecture = [one.lstrip("+").partition("=")[0] for one in hydra.overrides.task if ".config." in one]
+    architecture = [item.lstrip("+").partition("=")[0] for item in hydra.overrides.task if ".config." in item]
     architecture = [key for key in architecture if key.startswith("model.config.")]
     if architecture and cell.model.weights != "random":
         raise UserError(
@@ -200,18 +200,18 @@ def _whole_architecture(hydra: DictConfig) -> dict[str, Any] | None:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    found: dict[str, Any] | None = None
-    for one in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
-        value = one.value() if one.key_or_group.startswith("model.config") else None
-        if one.key_or_group == "model.config" and isinstance(value, dict) and "model_type" in value:
-            found = {str(key): part for key, part in value.items()}
-        elif found is not None and one.key_or_group.startswith("model.config."):
-            inner = found
-            *way, last = one.key_or_group.split(".")[2:]
+    results: dict[str, Any] | None = None
+    for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
+        value = override.value() if override.key_or_group.startswith("model.config") else None
+        if override.key_or_group == "model.config" and isinstance(value, dict) and "model_type" in value:
+            results = {str(key): part for key, part in value.items()}
+        elif results is not None and override.key_or_group.startswith("model.config."):
+            inner = results
+            *way, last = override.key_or_group.split(".")[2:]
             for step in way:
                 inner = inner.setdefault(step, {})
             inner[last] = value
-    return found
+    return results
 
 
 def _plain(config: DictConfig, key: str) -> Any:
@@ -226,9 +226,9 @@ def _overridden(hydra: DictConfig, key: str) -> bool:
 def _on_command_line(hydra: DictConfig, key: str, typed: Sequence[str] | None) -> bool:
     """Whether a person gave the key, and not a file of options or a sweep's parameters."""
     parameters = OmegaConf.select(hydra, "sweeper.params") or {}
-    if typed is not None and not any(one.lstrip("+").startswith(f"{key}=") for one in typed):
+    if typed is not None and not any(override.lstrip("+").startswith(f"{key}=") for override in typed):
         return False
-    return _overridden(hydra, key) and not any(str(one).lstrip("+") == key for one in parameters)
+    return _overridden(hydra, key) and not any(str(parameter).lstrip("+") == key for parameter in parameters)
 
 
 def _named_model(section: dict[str, Any], *, given: bool) -> tuple[dict[str, Any], str]:
@@ -245,7 +245,7 @@ def _named_model(section: dict[str, Any], *, given: bool) -> tuple[dict[str, Any
 
 def _check_alone(hydra: DictConfig, name_or_path: str) -> None:
     """Refuse what says otherwise than that the weights are those of the model that is named beside it."""
-    for override in (one.lstrip("+~") for one in hydra.overrides.task):
+    for override in (item.lstrip("+~") for item in hydra.overrides.task):
         if override.startswith(("model.weights=", "model.config")) and override != "model.weights=pretrained":
             raise UserError(
                 f"{override}: model.name_or_path={name_or_path} names weights, which have their own architecture; "
@@ -271,18 +271,18 @@ def _name_in_file(option: str, folders: tuple[Path, ...]) -> str | None:
 
 def ignored_choices(config: DictConfig) -> Iterator[str]:
     """What an option that was chosen on the command line says and the sweep, whose word is the last, says otherwise."""
-    given = [one.lstrip("+") for one in config.hydra.overrides.task]
-    set_alone = {one.partition("=")[0] for one in given}
-    for group, _, option in (one.partition("=") for one in given):
+    given = [item.lstrip("+") for item in config.hydra.overrides.task]
+    set_alone = {argument.partition("=")[0] for argument in given}
+    for group, _, option in (argument.partition("=") for argument in given):
         path = config_root() / "conf" / group / f"{option}.yaml"
         if group not in GROUPS or not path.is_file():  # several options, or one of the user's own
             continue
         says: Any = OmegaConf.to_container(OmegaConf.load(path))
         for key, value in says.items():
-            found = OmegaConf.select(config, f"{group}.{key}", throw_on_resolution_failure=False)
-            if isinstance(value, (int, float)) and found != value and f"{group}.{key}" not in set_alone:
+            result = OmegaConf.select(config, f"{group}.{key}", throw_on_resolution_failure=False)
+            if isinstance(value, (int, float)) and result != value and f"{group}.{key}" not in set_alone:
                 yield (
-                    f"note: {group}.{key}={found} is the sweep's, not the {value} of {group}={option}; "
+                    f"note: {group}.{key}={result} is the sweep's, not the {value} of {group}={option}; "
                     f"give {group}.{key}={value} to have that"
                 )
 
@@ -291,7 +291,7 @@ def check_cell(cell: Cell) -> None:
     """Refuse, before anything runs, what can be seen to be wrong without loading a model.
 
     Raises:
-        UserError: naming the key, the value and the mend.
+        UserError: naming the key, the value and the fix.
     """
     from left_bench.data import load_rows
     from left_bench.data.rows import check_generated
@@ -322,7 +322,7 @@ def check_folder(key: str, folder: Path) -> None:
     """Refuse a folder that cannot be made or written.
 
     Raises:
-        UserError: naming the key, the part of the path in the way, and the mend.
+        UserError: naming the key, the part of the path in the way, and the fix.
     """
     where = f"{key}={str(folder)!r}" if len(str(folder)) < 200 else f"{key}={str(folder)[:200]!r}…"
     try:

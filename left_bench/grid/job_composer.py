@@ -49,17 +49,17 @@ class JobComposer:
         """
         interrupt.check()  # all jobs are composed in a row
         parsed = [_parse(text) for text in overrides]
-        options = [one for one in parsed if self._is_option(one)]
-        values = [one for one in parsed if not self._is_option(one)]
-        if all(_sets_a_value(one) for one in values):
-            config = self._with_options(tuple(str(one.input_line) for one in options))
+        options = [item for item in parsed if self._is_option(item)]
+        values = [item for item in parsed if not self._is_option(item)]
+        if all(_sets_a_value(value) for value in values):
+            config = self._with_options(tuple(str(option.input_line) for option in options))
             try:
-                for one in values:
-                    OmegaConf.update(config, one.key_or_group, one.value(), force_add=one.is_force_add())
+                for value in values:
+                    OmegaConf.update(config, value.key_or_group, value.value(), force_add=value.is_force_add())
             except OmegaConfBaseException:
                 pass  # Hydra says it in its own words
             else:
-                config.hydra.overrides.task = [one.input_line for one in parsed]
+                config.hydra.overrides.task = [item.input_line for item in parsed]
                 OmegaConf.copy_cache(from_config=self._config, to_config=config)
                 return config
         return self._loader.load_sweep_config(self._config, list(overrides))

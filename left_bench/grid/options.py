@@ -38,7 +38,7 @@ def shipped_folders() -> tuple[Path, ...]:
 
 def option_folders(hydra: DictConfig) -> tuple[Path, ...]:
     """Where options are read from: what ships, and the user's `--config-dir`."""
-    return tuple(Path(one.path) for one in hydra.runtime.config_sources if one.schema == "file")
+    return tuple(Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file")
 
 
 @cache

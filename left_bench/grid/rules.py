@@ -66,7 +66,7 @@ EXTRAS = (
 
 def _wants(cell: Cell, target: str) -> bool:
     named = (cell.quantization.target, cell.peft.target, cell.optimizer.target)
-    return any((one or "").startswith(target) for one in named)
+    return any((item or "").startswith(target) for item in named)
 
 
 def _quantized(cell: Cell) -> bool:

@@ -50,11 +50,11 @@ def command_of(overrides: Iterable[str], *, multirun: bool = False, config_dir: 
 
 def config_dir_of(hydra: DictConfig) -> str | None:
     """The user's `--config-dir`, from where the command was given if it lies below."""
-    found = [str(one.path) for one in hydra.runtime.config_sources if one.provider == "command-line"]
-    if not found:
+    results = [str(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    if not results:
         return None
-    below = Path(found[0]).is_relative_to(hydra.runtime.cwd)
-    return str(Path(found[0]).relative_to(hydra.runtime.cwd)) if below else found[0]
+    below = Path(results[0]).is_relative_to(hydra.runtime.cwd)
+    return str(Path(results[0]).relative_to(hydra.runtime.cwd)) if below else results[0]
 
 
 def jobs_of(config: DictConfig, loader: ConfigLoader | None = None) -> Iterator[tuple[list[str], DictConfig]]:
@@ -83,14 +83,16 @@ def overrides_of_jobs(config: DictConfig, loader: ConfigLoader) -> Iterator[list
         yield standing_for(given)
         return
     values: dict[str, list[str]] = {}
-    for one in given:
-        key = one.get_key_element()
-        if not one.is_sweep_override():
-            values[key] = [f"{key}={one.get_value_element_as_str()}"]
-        elif one.is_discrete_sweep():
-            values[key] = [f"{key}={value}" for value in one.sweep_string_iterator()]
+    for argument in given:
+        key = argument.get_key_element()
+        if not argument.is_sweep_override():
+            values[key] = [f"{key}={argument.get_value_element_as_str()}"]
+        elif argument.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in argument.sweep_string_iterator()]
         else:
-            raise UserError(f"{one.input_line}: a range is for a search; write values, or add hydra/sweeper=optuna")
+            raise UserError(
+                f"{argument.input_line}: a range is for a search; write values, or add hydra/sweeper=optuna"
+            )
     yield from map(list, itertools.product(*values.values()))
 
 
@@ -112,7 +114,7 @@ def check_launcher(config: DictConfig) -> None:
     """Refuse, before anything runs, what a launcher or a search cannot do with the cells as they are set.
 
     Raises:
-        UserError: naming the key and the mend.
+        UserError: naming the key and the fix.
     """
     launcher, hydra = launcher_of(config.hydra), config.hydra
     device = str(OmegaConf.select(config, "hardware.device"))
@@ -153,16 +155,18 @@ def check_objective(cell: Cell, objective: str) -> None:
 
 def best_trial(records: Sequence[Record], *, objective: str) -> str:
     """A search's best trial in one line: what it had chosen, its value, and how many trials had none."""
-    scored = [one for one in records if one.status == "ok" and objective in one.metrics]
+    scored = [record for record in records if record.status == "ok" and objective in record.metrics]
     without = f"{len(records) - len(scored)} of {len(records)} without a value"
     if not scored:
         return f"best: none; {without}"
     metric = find_metric(objective)
     pick = max if metric is not None and metric.better == "higher" else min
-    best = pick(scored, key=lambda one: one.metrics[objective])
-    told = [list(map(str, one.provenance.get("overrides", []))) for one in records]
+    best = pick(scored, key=lambda item: item.metrics[objective])
+    told = [list(map(str, record.provenance.get("overrides", []))) for record in records]
     shared = set(told[0]).intersection(*told[1:])
-    chosen = [one.lstrip("+") for one in best.provenance.get("overrides", []) if len(records) == 1 or one not in shared]
+    chosen = [
+        item.lstrip("+") for item in best.provenance.get("overrides", []) if len(records) == 1 or item not in shared
+    ]
     return f"best: {' '.join(chosen)} ({objective} {best.metrics[objective]:.6g}); {without}"
 
 

@@ -64,11 +64,11 @@ def until_done(attempts: list[Callable[[], _Done | None]]) -> list[_Done]:
         still = []
         for attempt in waiting:
             interrupt.check()
-            found = attempt()
-            if found is None:
+            result = attempt()
+            if result is None:
                 still.append(attempt)
             else:
-                done.append(found)
+                done.append(result)
         if len(still) == len(waiting):
             time.sleep(_PAUSE_SECONDS)
         waiting = still

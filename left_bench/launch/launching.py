@@ -109,8 +109,8 @@ class Launch:
             self._prepare([job], hydra)
 
             def run(jobs: Sequence[Composed]) -> None:
-                for one in jobs:
-                    take(self._job(one, 1, hydra), pace=self._pace)
+                for item in jobs:
+                    take(self._job(item, 1, hydra), pace=self._pace)
 
             self._conduct([job], run)
 
@@ -143,7 +143,7 @@ class Launch:
         cell, settings = compose(config, hydra, typed=self._typed)
         cell = cell.model_copy(update={name: self._shared(name, getattr(cell, name)) for name in SECTIONS})
         trial = Trial.of(cell, hydra) if has_user_values(hydra) else None
-        overrides = [str(one) for one in hydra.overrides.task]
+        overrides = [str(item) for item in hydra.overrides.task]
         return Composed(overrides, cell, settings, trial, hydra.runtime.choices.precision == AUTO)
 
     def _shared(self, name: str, section: Any) -> Any:
@@ -247,7 +247,7 @@ class Launch:
     def _run_grid(self, left: Sequence[Composed], hydra: Any, launch: Callable[..., list[JobReturn]]) -> None:
         """In batches: one at a time in this process, else as many as the launcher may have."""
         places = {cell_id: place for place, cell_id in enumerate(self._cells, start=1)}
-        jobs = [(one, places[one.cell.id]) for one in left]
+        jobs = [(item, places[item.cell.id]) for item in left]
         size = 1 if self._launcher == "basic" else hydra.sweeper.get("max_batch_size") or max(1, len(jobs))
         for first in range(0, len(jobs), size):
             launch(jobs[first : first + size], first=first)
@@ -288,7 +288,7 @@ class Launch:
         if self._hydras_launcher is None:
             task = functools.partial(run_job, pace=self._pace) if self._launcher == "basic" else run_job
             self._hydras_launcher = Plugins.instance().instantiate_launcher(for_launchers(context), task, config)
-        made = [self._job(one, number, config.hydra) for one, number in jobs]
+        made = [self._job(item, number, config.hydra) for item, number in jobs]
         returns = list(self._hydras_launcher.launch([job.carried() for job in made], initial_job_idx=first))
         for job, returned in zip(made, returns, strict=True):
             ended: Ended = returned.return_value  # raises what the job raised

@@ -80,10 +80,12 @@ def outcomes(questions: Sequence[Question], *, tell: Callable[[int, Sequence[int
         KeyboardInterrupt: the command was told to stop.
         RuntimeError: planning ended without an answer.
     """
-    found = {number: Outcome(plan) for number, one in enumerate(questions) if (plan := _kept(one)) is not None}
-    left = [number for number in range(len(questions)) if number not in found]
+    results = {
+        number: Outcome(plan) for number, question in enumerate(questions) if (plan := _kept(question)) is not None
+    }
+    left = [number for number in range(len(questions)) if number not in results]
     if not left or _torch_is_here():
-        yield from _in_this_process(questions, found, tell=tell)
+        yield from _in_this_process(questions, results, tell=tell)
         return
     groups: dict[str, list[int]] = {}
     for number in left:
@@ -93,7 +95,7 @@ def outcomes(questions: Sequence[Question], *, tell: Callable[[int, Sequence[int
         folder = Path(name)
         for place, numbers in enumerate(groups.values()):
             (folder / f"{place}.json").write_text(json.dumps([_plain(n, questions[n]) for n in numbers]), "utf-8")
-        yield from _heard(len(questions), folder, found, groups=list(groups.values()), tell=tell)
+        yield from _heard(len(questions), folder, results, groups=list(groups.values()), tell=tell)
 
 
 def _heard(
@@ -172,15 +174,15 @@ def answer(question: Question, *, known: list[Known]) -> Outcome:
 
 def _worked_out(question: Question, plan: Planner) -> Outcome:
     cell, rows = question.cell, question.rows
-    found, fits, changes = plan(cell, rows), [], []  # type: Plan, list[Fit], list[Remedy]
+    result, fits, changes = plan(cell, rows), [], []  # type: Plan, list[Fit], list[Remedy]
     if question.fit is not None:
         search = largest_batch if question.fit == "batch" else largest_length
         fits = [search(cell, limit, rows=rows, plan=plan) for limit in question.limits]
     if question.remedies and question.limits:
-        needed = room_needed(found, cell)
+        needed = room_needed(result, cell)
         if needed is not None and needed > question.limits[0]:
             changes = remedies(cell, question.limits[0], rows=rows, plan=plan)
-    return Outcome(found, fits=tuple(fits), remedies=tuple(changes))
+    return Outcome(result, fits=tuple(fits), remedies=tuple(changes))
 
 
 def main(argv: Sequence[str], *, forked: bool = False) -> int:
@@ -190,7 +192,7 @@ def main(argv: Sequence[str], *, forked: bool = False) -> int:
     gc.freeze()  # what was imported stays, and is not to be gone through by every collection
     folder = Path(argv[0]).parent
     known: list[Known] = []
-    for path in sorted(folder.glob("*.json"), key=lambda one: int(one.stem)):
+    for path in sorted(folder.glob("*.json"), key=lambda item: int(item.stem)):
         try:
             path.with_suffix(".taken").touch(exist_ok=False)
         except FileExistsError:
@@ -223,8 +225,8 @@ def _question(plain: dict[str, Any]) -> Question:
 
 def _outcome(plain: dict[str, Any]) -> Outcome:
     plan = None if plain["plan"] is None else Plan.from_plain(plain["plan"])
-    fits = tuple(Fit(**one) for one in plain["fits"])
-    changes = tuple(Remedy(**one | {"overrides": tuple(one["overrides"])}) for one in plain["remedies"])
+    fits = tuple(Fit(**item) for item in plain["fits"])
+    changes = tuple(Remedy(**item | {"overrides": tuple(item["overrides"])}) for item in plain["remedies"])
     return Outcome(plan, plain["refusal"], plain["mistaken"], fits, changes)
 
 

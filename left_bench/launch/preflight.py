@@ -33,8 +33,8 @@ _REFUSALS = (ValueError, TypeError, AttributeError, AssertionError, ArithmeticEr
 
 def has_user_values(hydra: DictConfig) -> bool:
     """Whether a job gives values of its own to other packages' classes, on the command line or by a file."""
-    given = [str(one).lstrip("+~") for one in hydra.overrides.task]
-    if any(one.startswith(tuple(f"{group}." for group in _JUDGED)) for one in given):
+    given = [str(item).lstrip("+~") for item in hydra.overrides.task]
+    if any(argument.startswith(tuple(f"{group}." for group in _JUDGED)) for argument in given):
         return True
     root = config_root()
     chosen = {group: hydra.runtime.choices.get(group) for group in (*_JUDGED, "recipe", "sweep")}
@@ -52,14 +52,16 @@ class Trial(NamedTuple):
 
     @classmethod
     def of(cls, cell: Cell, hydra: DictConfig) -> Trial:
-        given = [str(one).lstrip("+~") for one in hydra.overrides.task]
+        given = [str(item).lstrip("+~") for item in hydra.overrides.task]
         chosen = [hydra.runtime.choices.get(group) for group in ("peft", "recipe")]
         folders = [config_root() / "conf" / group for group in ("peft", "recipe")]
         of_own_file = any(
             name is not None and not (folder / f"{name}.yaml").is_file()
             for name, folder in zip(chosen, folders, strict=True)
         )
-        return cls(cell, of_own_file or any(one.startswith(("peft.config", "peft._target_")) for one in given))
+        return cls(
+            cell, of_own_file or any(argument.startswith(("peft.config", "peft._target_")) for argument in given)
+        )
 
 
 def rehearse(trials: Iterable[Trial], *, cells_follow: bool) -> None:
@@ -183,7 +185,9 @@ def _refused(
             return
         targets: Any = cell.peft.config.get("target_modules") if cell is not None else None
         if "arget modules" in text and isinstance(targets, list):
-            hint = next((found for one in targets if (found := nearest(str(one).rpartition(".")[2], names))), "")
+            hint = next(
+                (result for target in targets if (result := nearest(str(target).rpartition(".")[2], names))), ""
+            )
             raise UserError(
                 f"peft.config.target_modules={targets}: no layer of the model is called so{hint}"
             ) from error

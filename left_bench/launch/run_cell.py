@@ -146,7 +146,7 @@ def run_cell(
             raise
         raise UserError(
             f"runs_dir={settings.runs_dir}: {error.filename or run_dir} cannot be written ({error.strerror or error}); "
-            "mend that and give the same command again, finished cells are kept"
+            "fix that and give the same command again, finished cells are kept"
         ) from error
     seconds_left = None
     if pace is not None:

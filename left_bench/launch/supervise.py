@@ -224,7 +224,9 @@ def _finished_phases(seen: list[dict[str, Any]]) -> list[Phase]:
 
 def _curve_so_far(seen: list[dict[str, Any]]) -> list[CurvePoint]:
     points = [event for event in seen if event["event"] == "curve"]
-    return [CurvePoint.model_validate({k: v for k, v in one.items() if k in CurvePoint.model_fields}) for one in points]
+    return [
+        CurvePoint.model_validate({k: v for k, v in point.items() if k in CurvePoint.model_fields}) for point in points
+    ]
 
 
 def _measured_so_far(seen: list[dict[str, Any]], cell: Cell) -> dict[str, float]:
@@ -233,11 +235,11 @@ def _measured_so_far(seen: list[dict[str, Any]], cell: Cell) -> dict[str, float]
 
     events = [event for event in seen if event["event"] == "step"]
     steps = [step for event in events if (step := step_of_event(event)) is not None]
-    found: dict[str, float | None] = dict(summarize_steps(steps, measure_after=cell.training.measure_after))
+    result: dict[str, float | None] = dict(summarize_steps(steps, measure_after=cell.training.measure_after))
     peaks = [event["peak_memory_bytes"] for event in events if event.get("peak_memory_bytes") is not None]
     if peaks:
-        found["peak_memory_bytes"] = max(peaks)
-    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+        result["peak_memory_bytes"] = max(peaks)
+    return {name: value for name, value in result.items() if value is not None and math.isfinite(value)}
 
 
 def _kernel_kills() -> int:

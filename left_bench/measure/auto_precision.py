@@ -47,8 +47,8 @@ def precision_of_cpu(sets: Sequence[str] | None) -> Choice:
     """A processor with these instruction sets."""
     if sets is None:
         return Choice("fp32", "this system does not tell the processor's instruction sets")
-    found = native_sets("bfloat16", sets)
-    return Choice("bf16", ", ".join(found)) if found else Choice("fp32", "no bfloat16 instructions")
+    result = native_sets("bfloat16", sets)
+    return Choice("bf16", ", ".join(result)) if result else Choice("fp32", "no bfloat16 instructions")
 
 
 def precision_of_gpu(capability: tuple[int, int] | None, *, rocm: bool = False) -> Choice:
@@ -152,12 +152,12 @@ def product_speeds(device: str, dtype: str) -> dict[str, float] | None:
     command = [sys.executable, "-m", "left_bench.measure.auto_precision", device, "float32", dtype]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_MEASURING_SECONDS, check=True)
-        found = {str(name): float(speed) for name, speed in json.loads(done.stdout).items()}
+        results = {str(name): float(speed) for name, speed in json.loads(done.stdout).items()}
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     with contextlib.suppress(OSError):  # a cache alone
-        write_atomically(path, json.dumps(facts | {"flops_per_second": found}) + "\n")
-    return found
+        write_atomically(path, json.dumps(facts | {"flops_per_second": results}) + "\n")
+    return results
 
 
 def main(argv: Sequence[str]) -> int:

@@ -62,17 +62,17 @@ def _busy_seconds() -> float | None:
 
     times = psutil.cpu_times()
     names = ("user", "nice", "system", "irq", "softirq", "steal")
-    found = [getattr(times, name) for name in names if hasattr(times, name)]
-    return float(sum(found)) if found else None
+    results = [getattr(times, name) for name in names if hasattr(times, name)]
+    return float(sum(results)) if results else None
 
 
 def _own_seconds(beside: Sequence[int]) -> float:
     import psutil
 
     spent = os.times()
-    found = spent.user + spent.system + spent.children_user + spent.children_system
+    result = spent.user + spent.system + spent.children_user + spent.children_system
     for pid in beside:
         with contextlib.suppress(psutil.Error):  # it has ended
             times = psutil.Process(pid).cpu_times()
-            found += times.user + times.system
-    return found
+            result += times.user + times.system
+    return result

@@ -98,13 +98,13 @@ class NvmlGpu:
 
     def _known(self, **questions: Any) -> dict[str, Any]:
         """What NVML answers; no GPU knows everything."""
-        found = {}
+        results = {}
         for name, ask in questions.items():
             try:
-                found[name] = ask()
+                results[name] = ask()
             except self._nvml.NVMLError:
                 continue
-        return found
+        return results
 
 
 class RaplCounter:
@@ -335,19 +335,19 @@ class Energy:
         """`cell_joules`, `cpu_cell_joules` so far, as far as they were read."""
         for stretch in self._cell.values():
             stretch.stop()
-        found = {f"{prefix}cell_joules": stretch.joules for prefix, stretch in self._cell.items()}
+        results = {f"{prefix}cell_joules": stretch.joules for prefix, stretch in self._cell.items()}
         for stretch in self._cell.values():
             stretch.start()
-        return {name: joules for name, joules in found.items() if joules is not None}
+        return {name: joules for name, joules in results.items() if joules is not None}
 
     def of_steps(self, *, tokens: int) -> dict[str, float]:
         """The metrics of the measured steps, which went over so many tokens."""
-        found: dict[str, float] = {}
+        result: dict[str, float] = {}
         for prefix, stretch in self._steps.items():
             if stretch.joules is not None and tokens:
-                found |= {
+                result |= {
                     f"{prefix}train_joules": stretch.joules,
                     f"{prefix}joules_per_1000_tokens": 1000 * stretch.joules / tokens,
                     f"{prefix}train_watts": stretch.joules / stretch.seconds,
                 }
-        return found
+        return result

@@ -85,21 +85,23 @@ def cuda_capability() -> tuple[int, int] | None:
 
     A number in CUDA_VISIBLE_DEVICES is taken for the driver's own; CUDA counts so under CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
-    found = _capabilities()
+    result = _capabilities()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        chosen = [found[int(name)] for name in visible.split(",") if name.strip().isdigit() and int(name) < len(found)]
-        found = tuple(chosen) or found  # names of another kind (GPU-..., MIG-...): any of them
-    return min(found, default=None)
+        chosen = [
+            result[int(name)] for name in visible.split(",") if name.strip().isdigit() and int(name) < len(result)
+        ]
+        result = tuple(chosen) or result  # names of another kind (GPU-..., MIG-...): any of them
+    return min(result, default=None)
 
 
 @lru_cache(maxsize=1)
 def _capabilities() -> tuple[tuple[int, int], ...]:
     """Of every GPU in the driver's order: from its library, else from nvidia-smi."""
     with contextlib.suppress(OSError, AttributeError):  # no driver, or one without these functions
-        found = _from_nvml(ctypes.CDLL(_NVML))
-        if found:
-            return found
+        result = _from_nvml(ctypes.CDLL(_NVML))
+        if result:
+            return result
     return capabilities_in(_output_of(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]) or "")
 
 
@@ -110,7 +112,7 @@ def _from_nvml(library: ctypes.CDLL) -> tuple[tuple[int, int], ...]:
         count = ctypes.c_uint()
         if library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return ()
-        found = []
+        results = []
         for index in range(count.value):
             device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
             if library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0:
@@ -118,8 +120,8 @@ def _from_nvml(library: ctypes.CDLL) -> tuple[tuple[int, int], ...]:
             numbers = ctypes.byref(major), ctypes.byref(minor)
             if library.nvmlDeviceGetCudaComputeCapability(device, *numbers) != 0:
                 return ()
-            found.append((major.value, minor.value))
-        return tuple(found)
+            results.append((major.value, minor.value))
+        return tuple(results)
     finally:
         library.nvmlShutdown()
 

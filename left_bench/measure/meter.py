@@ -108,17 +108,17 @@ class Meter:
             asides, self._asides = self._asides, {}
             phase = Phase(
                 name=name,
-                seconds=time.perf_counter() - start - sum(one.seconds for one in asides.values()),
+                seconds=time.perf_counter() - start - sum(aside.seconds for aside in asides.values()),
                 steps=counts.steps,
                 tokens=counts.tokens,
-                peak_memory_bytes=_highest(self.device.peak_bytes(), *(one.before for one in asides.values())),
+                peak_memory_bytes=_highest(self.device.peak_bytes(), *(aside.before for aside in asides.values())),
                 peak_reserved_bytes=_highest(
-                    self.device.peak_reserved_bytes(), *(one.reserved_before for one in asides.values())
+                    self.device.peak_reserved_bytes(), *(aside.reserved_before for aside in asides.values())
                 ),
             )
             beside = [
-                Phase(name=name, seconds=one.seconds, peak_memory_bytes=one.peak_memory_bytes)
-                for name, one in asides.items()
+                Phase(name=name, seconds=aside.seconds, peak_memory_bytes=aside.peak_memory_bytes)
+                for name, aside in asides.items()
             ]
             for ended in (phase, *beside):
                 self.phases.append(ended)
@@ -183,7 +183,7 @@ class Meter:
     def step(self, step: Step, **extra: float) -> None:
         """Take in one optimizer step and tell the outside."""
         self.steps.append(step)
-        peak = _highest(self.device.peak_bytes(), *(one.before for one in self._asides.values()))
+        peak = _highest(self.device.peak_bytes(), *(aside.before for aside in self._asides.values()))
         self.events.write(
             self._told_as,
             step=len(self.steps),
@@ -208,12 +208,12 @@ class Meter:
         """Let the peaks be those of the rank that has the highest; returns the train phase's of every rank."""
         names = ("load_peak_memory_bytes", "peak_memory_bytes")
         of_ranks = team.gather(*(self.metrics.get(name, math.nan) for name in names))
-        found: list[int] = []
+        results: list[int] = []
         for name, numbers in zip(names, zip(*of_ranks, strict=True), strict=True):
-            found = [int(number) for number in numbers if not math.isnan(number)]  # some devices keep no peak
-            if found:
-                self.metrics[name] = max(found)
-        return found
+            results = [int(number) for number in numbers if not math.isnan(number)]  # some devices keep no peak
+            if results:
+                self.metrics[name] = max(results)
+        return results
 
     def take_in_energy(self, team: Team) -> None:
         """Let the joules of the steps be those of all ranks' accelerators; the CPU packages' are counted by the first.
@@ -237,10 +237,10 @@ class Meter:
         """The joules of the whole cell up to here; none where an earlier attempt's part of them is not known."""
         if self.starts[1:]:
             return
-        found = self.energy.of_cell()
-        if (own := found.pop("cell_joules", None)) is not None and self.joules_of_others is not None:
-            found["cell_joules"] = own + self.joules_of_others
-        self.metrics |= found
+        result = self.energy.of_cell()
+        if (own := result.pop("cell_joules", None)) is not None and self.joules_of_others is not None:
+            result["cell_joules"] = own + self.joules_of_others
+        self.metrics |= result
 
     def finish(
         self, *, measure_after: int, flops: Callable[[list[Step]], float] | None = None, peak_flops: float | None = None
@@ -251,27 +251,27 @@ class Meter:
             flops: of steps, for `model_flops_utilization` against `peak_flops` (FLOP/s).
         """
         by_name = {phase.name: phase for phase in self.phases}
-        found: dict[str, float | None] = {}
+        result: dict[str, float | None] = {}
         if train := by_name.get("train"):
             before = sum(step.seconds for step in self.steps[: self.starts[-1]])
-            found["train_seconds"] = before + train.seconds
+            result["train_seconds"] = before + train.seconds
             if train.peak_memory_bytes is not None:
-                found["peak_memory_bytes"] = max(train.peak_memory_bytes, self.peak_before)
+                result["peak_memory_bytes"] = max(train.peak_memory_bytes, self.peak_before)
         if load := by_name.get("load"):
-            found["load_seconds"] = load.seconds
-            found["load_peak_memory_bytes"] = load.peak_memory_bytes
-        found.update(summarize_steps(self.steps, measure_after=measure_after, starts=self.starts))
+            result["load_seconds"] = load.seconds
+            result["load_peak_memory_bytes"] = load.peak_memory_bytes
+        result.update(summarize_steps(self.steps, measure_after=measure_after, starts=self.starts))
         if self.steps and flops is not None and peak_flops is not None:
             measured = measured_steps(self.steps, measure_after=measure_after, starts=self.starts)
             seconds = sum(step.seconds for step in measured)
             utilization = flops(measured) / seconds / peak_flops
             self.above_peak = utilization if utilization > 1 else None
-            found["model_flops_utilization"] = None if utilization > 1 else utilization
+            result["model_flops_utilization"] = None if utilization > 1 else utilization
         first, end = self._counted
-        found |= self.energy.of_steps(tokens=sum(step.tokens for step in self.steps[first:end]))
+        result |= self.energy.of_steps(tokens=sum(step.tokens for step in self.steps[first:end]))
         if self.starts[1:]:  # earlier attempts took measured steps too, whose joules nobody knows
-            found |= {"train_joules": None, "cpu_train_joules": None}
-        self.metrics.update({name: value for name, value in found.items() if value is not None})
+            result |= {"train_joules": None, "cpu_train_joules": None}
+        self.metrics.update({name: value for name, value in result.items() if value is not None})
         return self.metrics
 
 

@@ -26,7 +26,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
     what is a view of the base model's or of a trained tensor is not the method's own.
     """
     known = {storage_key(part.untyped_storage()) for tensor in _others(model, base) for part in plain_parts(tensor)}
-    found = {
+    results = {
         id(tensor): tensor
         for module in model.modules()
         if module not in base
@@ -35,7 +35,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
         and tensor.layout == torch.strided
         and storage_key(tensor.untyped_storage()) not in known
     }
-    return list(found.values())
+    return list(results.values())
 
 
 def frozen_part(model: torch.nn.Module, *, base: Modules) -> dict[str, int]:
@@ -47,7 +47,7 @@ def frozen_part(model: torch.nn.Module, *, base: Modules) -> dict[str, int]:
 def _others(model: torch.nn.Module, base: Modules) -> Iterator[torch.Tensor]:
     for module in model.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        yield from (one for one in own if module in base or one.requires_grad)
+        yield from (item for item in own if module in base or item.requires_grad)
 
 
 def _tensors_in(values: Iterable[Any], seen: set[int]) -> Iterator[torch.Tensor]:

@@ -258,8 +258,8 @@ def load_trained(
         if unexpected and (folder / "config.json").is_file():
             # transformers saves some families under the names of their first checkpoints, and reads them back so (ViT)
             load: Any = type(model).from_pretrained
-            saved, found = load(folder, dtype=model.dtype, output_loading_info=True)
-            if not any(found.values()):  # nothing missing, left over or of another shape
+            saved, result = load(folder, dtype=model.dtype, output_loading_info=True)
+            if not any(result.values()):  # nothing missing, left over or of another shape
                 weights = saved.state_dict()
                 unexpected = set(weights) - set(model.state_dict())
         if unexpected:

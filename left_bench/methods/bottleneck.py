@@ -71,14 +71,14 @@ class BottleneckConfig(Method):
         places = (attention, feed_forward) if self.placement == "houlsby" else (feed_forward,)
         # `.0.output.dense` and not BERT's `.0.attention.output.dense`: the layer's number stands before the place
         pattern = re.compile(rf"\.\d+\.({'|'.join(map(re.escape, places))})$")
-        found = [name for name, _ in model.named_modules() if pattern.search(name)]
+        results = [name for name, _ in model.named_modules() if pattern.search(name)]
         expected = len(places) * model.config.num_hidden_layers
-        if len(found) != expected:
+        if len(results) != expected:
             raise UserError(
-                f"peft: this model of type '{family}' has {len(found)} modules named {' or '.join(places)} in its "
+                f"peft: this model of type '{family}' has {len(results)} modules named {' or '.join(places)} in its "
                 f"layers, not the expected {expected}; bottleneck adapters do not fit it"
             )
-        for name in found:
+        for name in results:
             parent = model.get_submodule(name.rpartition(".")[0])
             adapted = Bottleneck(
                 model.get_submodule(name),

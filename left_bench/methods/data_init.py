@@ -97,7 +97,9 @@ def look_at_rows(model: PreTrainedModel, config: Any, rows: Sequence[Example], *
 
     if kind in ("lora_ga", "corda") and config.target_modules == "all-linear":  # a word that attaching alone knows
         head = model.get_output_embeddings()
-        linear = {name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one is not head}
+        linear = {
+            name for name, item in model.named_modules() if isinstance(item, torch.nn.Linear) and item is not head
+        }
         config.target_modules = linear
     if kind == "lora_ga":
         preprocess_loraga(model, config, gradients)
@@ -105,8 +107,8 @@ def look_at_rows(model: PreTrainedModel, config: Any, rows: Sequence[Example], *
         training = model.training
         preprocess_corda(model, config, inputs)
         model.train(training)
-        found = {name: module.eigens for name, module in model.named_modules() if hasattr(module, "eigens")}
-        _keep(model, {f"{name}.{part}": getattr(eigens, part) for name, eigens in found.items() for part in _EIGENS})
+        results = {name: module.eigens for name, module in model.named_modules() if hasattr(module, "eigens")}
+        _keep(model, {f"{name}.{part}": getattr(eigens, part) for name, eigens in results.items() for part in _EIGENS})
 
 
 def start_from_rows(

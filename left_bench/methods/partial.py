@@ -63,7 +63,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     if config.is_encoder_decoder:
         root = model.get_decoder()
         expected = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", expected)
-    lists = [found for found in root.modules() if isinstance(found, nn.ModuleList) and len(found) == expected]
+    lists = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) == expected]
     if not lists:
         raise UserError(f"peft: no list of {expected} layers found in this model of type '{model.config.model_type}'")
     return list(lists[0])  # modules come from the outside in: a list inside a layer would come later

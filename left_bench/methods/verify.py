@@ -57,8 +57,8 @@ class _Watch(TorchDispatchMode):
         self.stored = stored
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and isinstance(found, torch.Tensor) and found.is_floating_point():
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and isinstance(result, torch.Tensor) and result.is_floating_point():
             for argument in args:
                 if isinstance(argument, torch.Tensor) and not argument.is_floating_point():
                     name = self.stored.get(argument.untyped_storage().data_ptr())
@@ -67,7 +67,7 @@ class _Watch(TorchDispatchMode):
                             f"{reader} reads the stored integers of '{name}' as if they were its weight; "
                             "this method does not know this quantization"
                         )
-        return found
+        return result
 
 
 def _reader() -> str:

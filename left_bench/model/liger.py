@@ -52,10 +52,10 @@ def replace_layers(model: Any) -> str:
     """
     liger_kernel.replace_layers(model, cross_entropy=False, fused_linear_cross_entropy=False)
     # an unknown architecture is passed by with a line in a log that is off
-    found = Counter(
+    result = Counter(
         liger_kernel.name_of(module) for module in model.modules() if _is_ligers(vars(module).get("forward"))
     )
-    replaced = [f"{count} {name}" for name, count in sorted(found.items())]
+    replaced = [f"{count} {name}" for name, count in sorted(result.items())]
     if _is_ligers(getattr(inspect.getmodule(type(model)), "apply_rotary_pos_emb", None)):
         replaced.append("rotary positions")
     if not replaced:

@@ -104,12 +104,12 @@ def load_model(
         _let_go_of_checkpoint(model, all_of_it=quantized is not None)
     if quantized is not None:
         model.config.name_or_path = model.name_or_path = folder  # an adapter's file names its base model
-    found = _found(model, cell) | ({"unexpected_weights": unexpected} if unexpected else {})
+    result = _found(model, cell) | ({"unexpected_weights": unexpected} if unexpected else {})
     if cell.training.kernels is not None:
         from left_bench.model.liger import replace_layers
 
-        found["kernels"] = replace_layers(model)
-    return model, found | {"weights_from": "checkpoint" if quantized is None else "quantized_cache"}
+        result["kernels"] = replace_layers(model)
+    return model, result | {"weights_from": "checkpoint" if quantized is None else "quantized_cache"}
 
 
 def _all_loaded(model: PreTrainedModel, loading: dict[str, Any], cell: Cell, *, new_output: bool) -> int:
@@ -192,13 +192,13 @@ def layers_of(model: Any) -> list[torch.nn.Module]:
 
 def quantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Module name -> the weight parameter of every layer that is stored quantized."""
-    found = {}
+    results = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         # tensor subclasses (torchao, quanto) report the dtype they stand for; what they hold tells
         if isinstance(weight, torch.Tensor) and any(not part.is_floating_point() for part in plain_parts(weight)):
-            found[name] = weight
-    return found
+            results[name] = weight
+    return results
 
 
 def base_metrics(model: torch.nn.Module) -> dict[str, float]:
@@ -285,7 +285,7 @@ def _found(model: PreTrainedModel, cell: Cell) -> dict[str, Any]:
     main = dtypes.most_common(1)[0][0] if dtypes else asked
     if not quantized and main != asked:
         raise NotInForce(f"precision.weights_dtype={asked}: the weights were loaded as {main}")
-    found = {
+    results = {
         "weights_dtype": "+".join(name for name, _ in sorted(dtypes.items())) or None,
         "attention": attention_kernel(model),
         "five_bit_decoder": "+".join(sorted(_decoders(model))) or None,
@@ -293,13 +293,13 @@ def _found(model: PreTrainedModel, cell: Cell) -> dict[str, Any]:
         "model_type": model.config.model_type,
         "revision": resolved_revision(cell.model),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in results.items() if value is not None}
 
 
 def _decoders(model: torch.nn.Module) -> set[str]:
     """Who decodes the weights of its 5-bit layers."""
-    found = (getattr(module, "decoded_by", None) for module in model.modules())
-    return {name for name in found if isinstance(name, str)}
+    result = (getattr(module, "decoded_by", None) for module in model.modules())
+    return {name for name in result if isinstance(name, str)}
 
 
 def open_pretrained(cell: Cell) -> tuple[str, Any]:
@@ -315,8 +315,8 @@ def config_of(cell: Cell, folder: str) -> dict[str, Any]:
     """The model's configuration, as `config.json` has it."""
     revision = cell.model.revision if source(cell.model) == "hub" else None
     code = cell.model.trust_remote_code
-    found = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=code)
-    text: dict[str, Any] = found.get_text_config().to_dict()
+    result = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=code)
+    text: dict[str, Any] = result.get_text_config().to_dict()
     return text
 
 

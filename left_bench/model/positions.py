@@ -23,8 +23,8 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     """The positions that a model's configuration (config.json) has room for; None where they are not learned."""
     if config.get("model_type") not in _LEARNED:
         return None
-    found = config.get("max_position_embeddings", config.get("n_positions"))
-    return found if isinstance(found, int) else None
+    result = config.get("max_position_embeddings", config.get("n_positions"))
+    return result if isinstance(result, int) else None
 
 
 def config_at_hand(cell: Cell) -> Mapping[str, Any]:
@@ -33,8 +33,8 @@ def config_at_hand(cell: Cell) -> Mapping[str, Any]:
         return cell.model.config
     path = Path(cell.model.name_or_path).expanduser() / "config.json"
     with contextlib.suppress(OSError, ValueError):  # no such folder, or a broken file: loading will say
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if isinstance(result, dict) else {}
     return {}
 
 
@@ -72,8 +72,8 @@ def _configured(config: Mapping[str, Any]) -> int | None:
     if not isinstance(positions, int):
         return None
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = scaling.get("factor", 1) if isinstance(scaling, dict) else 1
-    return positions * max(1, int(found)) if isinstance(found, (int, float)) else positions
+    result = scaling.get("factor", 1) if isinstance(scaling, dict) else 1
+    return positions * max(1, int(result)) if isinstance(result, (int, float)) else positions
 
 
 def check_generation(cell: Cell, config: Mapping[str, Any], *, longest_prompt: int) -> None:
@@ -94,5 +94,5 @@ def check_generation(cell: Cell, config: Mapping[str, Any], *, longest_prompt: i
 
 def virtual_tokens(cell: Cell) -> int:
     """Positions that the method itself takes up before a row."""
-    found = cell.peft.config.get("num_virtual_tokens", 0)
-    return found if isinstance(found, int) else 0
+    result = cell.peft.config.get("num_virtual_tokens", 0)
+    return result if isinstance(result, int) else 0

@@ -60,16 +60,16 @@ def load_base(
     if path is not None:
         facts = _facts(path)
         with meter.phase("load_cached"):
-            model, found = load_model(cell, folder=folder, device=device, quantized=path)
+            model, result = load_model(cell, folder=folder, device=device, quantized=path)
         if facts["circumstances"] == circumstances:
             meter.metrics |= facts["metrics"]
         if "load_cached_seconds" not in facts:  # once: is it faster at all?
             facts["load_cached_seconds"] = meter.phases[-1].seconds
             with contextlib.suppress(OSError):
                 write_atomically(path / _FACTS, json.dumps(facts) + "\n")
-        return model, found
+        return model, result
     with meter.phase("load"):
-        model, found = load_model(cell, folder=folder, device=device, classes=classes)
+        model, result = load_model(cell, folder=folder, device=device, classes=classes)
     load = meter.phases[-1]
     path = _place(cell, folder=folder, device=kind)
     if path is not None and not path.exists() and load.seconds >= _WORTH_KEEPING:
@@ -77,7 +77,7 @@ def load_base(
         known = {name: value for name, value in metrics.items() if value is not None}
         with meter.phase("keep_quantized"):
             _keep(model, path, facts={"metrics": known, "circumstances": dict(circumstances)})
-    return model, found
+    return model, result
 
 
 def kept(cell: Cell, *, folder: str, device: str) -> Path | None:

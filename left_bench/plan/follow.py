@@ -95,8 +95,8 @@ def _tensors_in(out: Any) -> Iterator[torch.Tensor]:
     if isinstance(out, torch.Tensor):
         yield out
     elif isinstance(out, (list, tuple)):
-        for one in out:
-            yield from _tensors_in(one)
+        for item in out:
+            yield from _tensors_in(item)
 
 
 def _without_masks(func: Any, args: Any) -> Any:

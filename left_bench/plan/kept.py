@@ -43,9 +43,9 @@ def kept_plan(cell: Cell, rows: Rows) -> Plan | None:
     if wanted is None:
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
-        found = json.loads(_path(wanted).read_text(encoding="utf-8"))
-        if found["of"] == wanted:
-            return Plan.from_plain(found["plan"])
+        result = json.loads(_path(wanted).read_text(encoding="utf-8"))
+        if result["of"] == wanted:
+            return Plan.from_plain(result["plan"])
     return None
 
 

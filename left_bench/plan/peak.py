@@ -52,7 +52,7 @@ def measured_range(plan: Plan, cell: Cell) -> tuple[int, int] | None:
     shares += [_INT8] if eight_bits else []
     shares += [_DORA_DECODED] if cell.quantization.target is not None and cell.peft.config.get("use_dora") else []
     activations = plan.parts["activations_and_workspace"]
-    least, most = min(one.least for one in shares), max(one.most for one in shares)
+    least, most = min(share.least for share in shares), max(share.most for share in shares)
     low, high = _LEAST_BYTES + int(least * activations), _MOST_BYTES + int(most * activations)
     return plan.peak_bytes + low, plan.peak_bytes + high
 

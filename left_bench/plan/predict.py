@@ -221,11 +221,11 @@ def largest_pass(cell: Cell) -> Pass:
 
     Rows are read and tokenized only when the tokenizer and the data are on this machine already.
     """
-    found = None
-    for one in _passes_at_hand(cell):
-        if found is None or one.rows * one.length > found.rows * found.length:
-            found = one
-    return found or _assumed_pass(cell, cell.training.max_length)
+    result = None
+    for item in _passes_at_hand(cell):
+        if result is None or item.rows * item.length > result.rows * result.length:
+            result = item
+    return result or _assumed_pass(cell, cell.training.max_length)
 
 
 def mean_pass(cell: Cell) -> Pass:
@@ -233,9 +233,9 @@ def mean_pass(cell: Cell) -> Pass:
     passes = list(_passes_at_hand(cell))
     if not passes:
         return _assumed_pass(cell, cell.training.max_length)
-    rows = max(one.rows for one in passes)
-    length = round(sum(one.rows * one.length for one in passes) / len(passes) / rows)
-    answers = round(sum(one.answer_tokens for one in passes) / len(passes))
+    rows = max(batch.rows for batch in passes)
+    length = round(sum(batch.rows * batch.length for batch in passes) / len(passes) / rows)
+    answers = round(sum(batch.answer_tokens for batch in passes) / len(passes))
     return Pass(rows, max(1, length), max(1, answers), True, passes[0].packed)
 
 
@@ -252,8 +252,8 @@ def _passes_at_hand(cell: Cell) -> Iterator[Pass]:
         seed=cell.seed,
     ):
         examples = [rows[index] for index in indices]
-        for one in split_passes(examples, batch_size=settings.batch_size, batching=settings.batching):
-            mine = one[:each]
+        for batch in split_passes(examples, batch_size=settings.batch_size, batching=settings.batching):
+            mine = batch[:each]
             lengths = [example.length for example in mine]
             shape = (1, sum(lengths)) if packed else (len(mine), max(lengths))
             yield Pass(*shape, sum(example.labels for example in mine), True, packed)
@@ -298,7 +298,7 @@ def quantizable(model: Any) -> dict[str, torch.nn.Linear]:
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind some tensors that hold nothing, shared ones once."""
-    storages = [one.untyped_storage() for one in tensors]
+    storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage_key(storage): storage.nbytes() for storage in storages}.values())
 
 
@@ -417,9 +417,9 @@ def _states_by_trial(model: torch.nn.Module, cell: Cell) -> tuple[int, int]:
     ]
     for tensors in states:
         owners.update({tensor.untyped_storage().data_ptr() for tensor in tensors})
-    shared = [one for tensors in states for one in tensors if owners[one.untyped_storage().data_ptr()] > 1]
+    shared = [item for tensors in states for item in tensors if owners[item.untyped_storage().data_ptr()] > 1]
     for kind, tensors in zip(kinds, states, strict=True):
-        own[kind] = stored_bytes(one for one in tensors if owners[one.untyped_storage().data_ptr()] == 1)
+        own[kind] = stored_bytes(item for item in tensors if owners[item.untyped_storage().data_ptr()] == 1)
     each = {kind: count * own[kind] for kind, count in alike.items()}
     paged = sum(held for kind, held in each.items() if math.prod(kind[0]) >= _LEAST_PAGED)
     return stored_bytes(shared) + sum(each.values()), paged

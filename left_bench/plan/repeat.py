@@ -95,7 +95,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _looks(layer: torch.nn.Module) -> list[Any]:
     """All of a layer that could make its memory another's: classes, plain settings, shapes."""
-    found: list[Any] = []
+    result: list[Any] = []
     for name, module in layer.named_modules():
         plain = {
             key: value
@@ -103,12 +103,12 @@ def _looks(layer: torch.nn.Module) -> list[Any]:
             if isinstance(value, (bool, int, float, str, type(None))) and key != "layer_idx"
         }
         tensors = [
-            (key, tuple(one.shape), one.dtype, one.requires_grad)
+            (key, tuple(item.shape), item.dtype, item.requires_grad)
             for owned in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-            for key, one in owned
+            for key, item in owned
         ]
-        found.append((name, type(module), plain, tensors))
-    return found
+        result.append((name, type(module), plain, tensors))
+    return result
 
 
 def are_alike(layers: Sequence[torch.nn.Module], *, period: int) -> bool:
@@ -137,7 +137,11 @@ def shortened(model: Any, layers: int) -> Any:
 
 def _list_of_layers(model: Any) -> torch.nn.ModuleList:
     first = decoder_layers(model)[0]
-    return next(one for one in model.modules() if isinstance(one, torch.nn.ModuleList) and len(one) and one[0] is first)
+    return next(
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) and module[0] is first
+    )
 
 
 def tell_layers(layers: Sequence[torch.nn.Module], storages: Storages) -> None:
@@ -178,11 +182,11 @@ def extrapolated(short: Walk, longer: Walk, repeats: Repeats) -> Walk:
     def line(here: int, there: int) -> int:
         return here + times * (there - here)
 
-    found = Walk({key: line(short.amounts[key], longer.amounts[key]) for key in short.amounts}, unknown=short.unknown)
+    result = Walk({key: line(short.amounts[key], longer.amounts[key]) for key in short.amounts}, unknown=short.unknown)
     for place, there in longer.peaks.items():
         name, layer = place
         if layer < 0:
-            found.peaks[place] = line(short.peaks[place], there)
+            result.peaks[place] = line(short.peaks[place], there)
             continue
         # the same layer counted from the first one, and from the last one
         first, last = layer % period, kept - period + (layer - kept) % period
@@ -190,5 +194,5 @@ def extrapolated(short: Walk, longer: Walk, repeats: Repeats) -> Walk:
         grows_below = longer.peaks[name, last + period] - short.peaks[name, last]
         between = max(grows_above, grows_below)
         grows = grows_above if layer < period else grows_below if layer >= kept else between
-        found.peaks[place] = there + (times - 1) * grows
-    return found
+        result.peaks[place] = there + (times - 1) * grows
+    return result

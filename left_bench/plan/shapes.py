@@ -71,7 +71,7 @@ def give_numbers(model: torch.nn.Module) -> None:
     def real(tensor: torch.Tensor) -> torch.Tensor:
         kind = tuple(tensor.shape), tensor.dtype
         if kind not in numbers:
-            if sum(one.numel() for one in numbers.values()) + tensor.numel() > _MOST_NUMBERS:
+            if sum(number.numel() for number in numbers.values()) + tensor.numel() > _MOST_NUMBERS:
                 raise ValueError(f"weights as large as this model's, {_MOST_NUMBERS:,} numbers and more, are not made")
             empty = torch.empty(tensor.shape, dtype=tensor.dtype)
             numbers[kind] = empty.normal_(std=0.02, generator=generator) if empty.is_floating_point() else empty.zero_()

@@ -65,8 +65,8 @@ def fetched(model: Model, *, dtype: str = "bfloat16") -> str | None:
     check_model(model)
     kind = source(model)
     if kind in ("hub", "folder"):
-        found = local_files(model, model.name_or_path)
-        return None if found is None else str(found.expanduser().absolute())
+        result = local_files(model, model.name_or_path)
+        return None if result is None else str(result.expanduser().absolute())
     folder = cache_dir() / "models" / _made_name(model, dtype=dtype)
     return str(folder) if folder.is_dir() else None
 
@@ -112,7 +112,7 @@ def check_model(model: Model) -> None:
     """Everything that can be seen to be wrong without torch or transformers, and without a download.
 
     Raises:
-        UserError: one sentence naming the key, the value and the mend.
+        UserError: one sentence naming the key, the value and the fix.
     """
     if len(model.name_or_path) > _LONGEST_NAME or not model.name_or_path.isprintable():
         raise UserError(
@@ -170,10 +170,10 @@ def resolved_revision(model: Model) -> str | None:
     from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 
     try:
-        found = HfApi().resolve_revision(model.name_or_path, revision=model.revision, local_files_only=True)
+        result = HfApi().resolve_revision(model.name_or_path, revision=model.revision, local_files_only=True)
     except (RevisionResolutionError, HfHubHTTPError, OSError, ValueError):
         return None
-    return found.resolved
+    return result.resolved
 
 
 def load_tokenizer(folder: str, model: Model) -> Any:
@@ -254,18 +254,18 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 
 def unloadable(model: Model, error: Exception) -> UserError:
-    """The user's side of an error from `from_pretrained`: its first line, and the mend."""
+    """The user's side of an error from `from_pretrained`: its first line, and the fix."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     text = str(error).lower()
     if "trust_remote_code" in text:
-        mend = "if you trust its code, set model.trust_remote_code=true and pin model.revision="
+        fix = "if you trust its code, set model.trust_remote_code=true and pin model.revision="
     elif "gated" in text:
-        mend = f"accept its licence on the hub and run `hf auth login`, {INSTEAD}"
+        fix = f"accept its licence on the hub and run `hf auth login`, {INSTEAD}"
     elif source(model) == "hub":
-        mend = f"check the id, model.revision= and the connection, {INSTEAD}"
+        fix = f"check the id, model.revision= and the connection, {INSTEAD}"
     else:
-        mend = "mend the folder or choose another with model.name_or_path="
-    return UserError(f"model.name_or_path={model.name_or_path} cannot be loaded ({first}); {mend}")
+        fix = "fix the folder or choose another with model.name_or_path="
+    return UserError(f"model.name_or_path={model.name_or_path} cannot be loaded ({first}); {fix}")
 
 
 def _local(model: Model) -> Path:

@@ -22,7 +22,7 @@ def check_folder(folder: Path, *, task: Task = TASKS[DEFAULT_TASK]) -> None:
     A model that does not read text needs an image processor's settings instead.
 
     Raises:
-        UserError: naming what is missing, and the mend.
+        UserError: naming what is missing, and the fix.
     """
     key = f"model.name_or_path={folder}"
     if not folder.is_dir():
@@ -89,7 +89,7 @@ def _check_tokenizer(folder: Path, key: str, *, writes: bool) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(result, dict):
+            return result
     return {}

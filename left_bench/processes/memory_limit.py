@@ -122,15 +122,15 @@ def _memory_groups(root: Path) -> list[tuple[Path, int]]:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    found = []
+    results = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         inside = path.lstrip("/")
         if "memory" in controllers.split(","):
-            found.append((root / "memory" / inside, 1))
+            results.append((root / "memory" / inside, 1))
         elif not controllers:
-            found.append((root / inside, 2))
-    return [(group, version) for group, version in found if group.is_dir()]
+            results.append((root / inside, 2))
+    return [(group, version) for group, version in results if group.is_dir()]
 
 
 def _group_name(run_dir: Path) -> str:

@@ -214,9 +214,9 @@ class Team:
         from torch import distributed
 
         mine = torch.tensor(numbers, dtype=torch.float64)
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        distributed.all_gather(found, mine)
-        return [tuple(one.tolist()) for one in found]
+        results = [torch.empty_like(mine) for _ in range(self.size)]
+        distributed.all_gather(results, mine)
+        return [tuple(item.tolist()) for item in results]
 
     def check_alike(self, what: str, numbers: Sequence[float]) -> None:
         """Refuse numbers that must be the same on every rank and are not.

@@ -40,13 +40,13 @@ class Seat:
 
     def environment(self, kind: str) -> dict[str, str]:
         """The variables by which a worker learns of its seat."""
-        found = {}
+        results = {}
         if self.devices:
-            found[_variable(kind, os.environ)] = ",".join(self.devices)
+            results[_variable(kind, os.environ)] = ",".join(self.devices)
         if self.at_once > 1:
-            found |= {CORES: ",".join(map(str, self.cores)), AT_ONCE: str(self.at_once)}
-            found |= {SHARED: "1"} if self.shared else {}
-        return found
+            results |= {CORES: ",".join(map(str, self.cores)), AT_ONCE: str(self.at_once)}
+            results |= {SHARED: "1"} if self.shared else {}
+        return results
 
 
 @contextlib.contextmanager

@@ -119,8 +119,8 @@ def backends() -> tuple[QuantizationBackend, ...]:
 
 def backend_of(quantization: Quantization) -> QuantizationBackend | None:
     """The backend of a cell's quantization; None where nothing is quantized."""
-    found = next((backend for backend in backends() if backend.is_of(quantization)), None)
-    return _OTHER if found is None and quantization.target is not None else found
+    result = next((backend for backend in backends() if backend.is_of(quantization)), None)
+    return _OTHER if result is None and quantization.target is not None else result
 
 
 def stored_bytes_of(cell: Cell) -> StoredBytes | None:

@@ -82,8 +82,8 @@ def lines_beside(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file beside a record; those that are broken are left out, and a missing file has none."""
     line = member(path)
     if line is not None:
-        found = line.get(_PARTS.get(path.name, ""))
-        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        result = line.get(_PARTS.get(path.name, ""))
+        return [item for item in result if isinstance(item, dict)] if isinstance(result, list) else []
     return [*_read_lines(path)]
 
 
@@ -109,7 +109,7 @@ def write_archive(path: Path, records: Sequence[tuple[dict[str, Any], Path]], sw
     """
     lines: list[dict[str, Any]] = [] if sweep is None else [{SWEEP: sweep}]
     for record, at in records:
-        beside = {part: found for name, part in _PARTS.items() if (found := lines_beside(at.with_name(name)))}
+        beside = {part: result for name, part in _PARTS.items() if (result := lines_beside(at.with_name(name)))}
         lines.append({"cell_id": record.get("cell_id"), "record": record, **beside})
     text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
     return write_atomically(path, text)

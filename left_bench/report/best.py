@@ -46,12 +46,12 @@ def main(argv: list[str]) -> int:
             print()
         if len(plans) > 1:
             print(f"# {plan.name}")
-        found = recommend(plan.rows, needs, quality=quality, margins=margins)
-        if found is None:
+        result = recommend(plan.rows, needs, quality=quality, margins=margins)
+        if result is None:
             print("No recommendation: no cell is ok with a score, or their scores may not be ranked.")
             continue
-        taken = taken or found.chosen is not None
-        print("\n".join(_told(found, needs, plan.rows)))
+        taken = taken or result.chosen is not None
+        print("\n".join(_told(result, needs, plan.rows)))
     return 0 if taken else 1
 
 
@@ -82,29 +82,32 @@ def _quality(name: str) -> str:
     return metric
 
 
-def _told(found: Recommendation, needs: Sequence[Need], rows: Sequence[Row]) -> Iterator[str]:
+def _told(recommendation: Recommendation, needs: Sequence[Need], rows: Sequence[Row]) -> Iterator[str]:
     names = {id(row): label for row, label in zip(rows, labels(rows, find_axes(rows)), strict=True)}
-    why = sentence(found, needs, names, rows)
-    if found.chosen is None:
+    why = sentence(recommendation, needs, names, rows)
+    if recommendation.chosen is None:
         yield why
         return
-    quality = found.metrics[0]
+    quality = recommendation.metrics[0]
     # the seeds differ by chance: the one that did best on the held-out rows would only look better than it is
-    run = next(run for run in found.chosen.runs if run.ok)
-    value, error, before = (of(quality) for of in (found.chosen.value, found.chosen.stderr, found.chosen.base_value))
+    run = next(run for run in recommendation.chosen.runs if run.ok)
+    value, error, before = (
+        of(quality)
+        for of in (recommendation.chosen.value, recommendation.chosen.stderr, recommendation.chosen.base_value)
+    )
     score = f"{heading(quality)} {format_value(quality, value)}"
     if value is not None and error is not None:
         score += f" ± {format_error(quality, value, error)}"
-    seeds = sum(run.ok for run in found.chosen.runs)
+    seeds = sum(run.ok for run in recommendation.chosen.runs)
     beside = [f"{format_value(quality, before)} before training"] if before is not None else []
     beside += [f"the mean of {seeds} seeds; the cell is seed {run.seed}"] if seeds > 1 else []
     yield f"cell:   {run.cell_id}"
     told = f" ({', '.join(beside)})" if beside else ""
     yield f"score:  {score}{told}"
-    if (memory := found.chosen.value(MEMORY)) is not None:
+    if (memory := recommendation.chosen.value(MEMORY)) is not None:
         yield f"memory: {format_value(MEMORY, memory)} at the peak of training"
     yield f"why:    {why}"
-    for told in how_sure(found, names) if len(found.fitting) > 1 else ():
+    for told in how_sure(recommendation, names) if len(recommendation.fitting) > 1 else ():
         yield f"sure:   {told}"
     if run.path is not None and run.path.is_file():  # a file of records has no model beside it
         folder = shlex.quote(str(run.path.parent))

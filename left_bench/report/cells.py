@@ -139,9 +139,9 @@ class Row:
     def by_seed(self, metric: str) -> dict[Any, float]:
         """Seed -> value of the ok runs, finite ones only."""
         if metric not in self._by_seed:
-            found = {run.seed: run.value(metric) for run in self.runs if run.ok}
+            results = {run.seed: run.value(metric) for run in self.runs if run.ok}
             self._by_seed[metric] = {
-                seed: value for seed, value in found.items() if value is not None and math.isfinite(value)
+                seed: value for seed, value in results.items() if value is not None and math.isfinite(value)
             }
         return self._by_seed[metric]
 
@@ -151,17 +151,17 @@ class Row:
 
     def memory_parts(self) -> dict[str, float]:
         """Part of the memory peak -> bytes, means over the seeds."""
-        found = [run.record.memory_breakdown for run in self.runs if run.record and run.ok]
-        parts = dict.fromkeys(part for breakdown in found for part in breakdown)
-        return {part: sum(breakdown.get(part, 0) for breakdown in found) / len(found) for part in parts}
+        results = [run.record.memory_breakdown for run in self.runs if run.record and run.ok]
+        parts = dict.fromkeys(part for breakdown in results for part in breakdown)
+        return {part: sum(breakdown.get(part, 0) for breakdown in results) / len(results) for part in parts}
 
     def phase_seconds(self) -> dict[str, float]:
         """Phase -> seconds, means over the seeds."""
-        found: dict[str, list[float]] = {}
+        result: dict[str, list[float]] = {}
         for run in self.runs:
             for phase in run.record.phases if run.record and (run.ok or not self.ok) else ():
-                found.setdefault(phase.name, []).append(phase.seconds)
-        return {name: sum(seconds) / len(seconds) for name, seconds in found.items()}
+                result.setdefault(phase.name, []).append(phase.seconds)
+        return {name: sum(seconds) / len(seconds) for name, seconds in result.items()}
 
     def section(self, name: str) -> dict[str, Any]:
         """One section of the configuration; empty where there is none."""
@@ -170,8 +170,8 @@ class Row:
 
     def noted(self, part: str) -> dict[str, Any]:
         """`machine`, `versions` or `effective` of the environment; empty where it was not noted."""
-        found = self.record.environment.get(part) if self.record else None
-        return found if isinstance(found, dict) else {}
+        result = self.record.environment.get(part) if self.record else None
+        return result if isinstance(result, dict) else {}
 
     @cached_property
     def machine(self) -> str | None:
@@ -200,9 +200,9 @@ def sweep_rows(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Problem]) -
         by_cell.setdefault(run.record.cell_id, []).append(run)
     rows: list[Row] = []
     for cell_id in sweep.cells:
-        found = by_cell.get(cell_id)
-        if found:
-            rows += map(row_of, found)
+        result = by_cell.get(cell_id)
+        if result:
+            rows += map(row_of, result)
         elif cell_id in unreadable:
             problem = unreadable[cell_id]
             rows.append(Row(cell_id=cell_id, status=UNREADABLE, reason=problem.message, path=problem.path))
@@ -237,14 +237,14 @@ def machines_of(rows: Sequence[Row]) -> list[str]:
 
 def peaks_of(rows: Sequence[Row]) -> dict[str, list[tuple[float, Row]]]:
     """Compute dtype -> what matrix products in it came to at most (FLOP/s), run by run; none where it was not noted."""
-    found: dict[str, list[tuple[float, Row]]] = {}
+    result: dict[str, list[tuple[float, Row]]] = {}
     for run in (run for row in rows for run in row.runs):
         peak = run.noted("effective").get("peak_flops_per_second")
         if isinstance(peak, (int, float)) and math.isfinite(peak) and peak > 0:
             precision = run.section("precision")
             dtype = "TF32" if precision.get("tf32") else one_line(precision.get("compute_dtype"))
-            found.setdefault(dtype, []).append((float(peak), run))
-    return found
+            result.setdefault(dtype, []).append((float(peak), run))
+    return result
 
 
 def machine_line(row: Row, rows: Sequence[Row], *, several: bool) -> str:
@@ -255,7 +255,7 @@ def machine_line(row: Row, rows: Sequence[Row], *, several: bool) -> str:
         f"{machine['cores']} cores" if machine.get("cores") else "",
         f"{format_value('peak_memory_bytes', memory)} memory" if isinstance(memory, (int, float)) else "",
         f"device {machine.get('device_name') or machine['device']}" if machine.get("device") else "",
-        *_told_peaks([run for one in rows for run in one.runs if run.machine == row.machine]),
+        *_told_peaks([run for item in rows for run in item.runs if run.machine == row.machine]),
         f"here called {row.machine}" if several else "",
     ]
     return f"{machine.get('cpu') or row.machine} ({', '.join(part for part in known if part)})"
@@ -348,20 +348,20 @@ def _selected(rows: Sequence[Row], selector: str) -> Row:
             raise UserError(f"--baseline {selector}: no cell has an id that begins so{nearest(selector, known)}")
         if len(fitting) > 1:
             raise UserError(f"--baseline {selector}: {len(fitting)} ids begin so, {fitting[0]} and {fitting[1]} too")
-        found = [row for row in rows if any(run.cell_id == fitting[0] for run in row.runs)]
+        results = [row for row in rows if any(run.cell_id == fitting[0] for run in row.runs)]
     else:
-        found = [row for row in rows if row.record]
+        results = [row for row in rows if row.record]
         for key, value in ((key.strip(), value.strip()) for key, value in wanted.items()):
-            known = sorted({name for row in found for name in settings(row)})
+            known = sorted({name for row in results for name in settings(row)})
             if key not in known:
                 raise UserError(f"--baseline {selector}: the cells have no setting '{key}'{nearest(key, known)}")
-            texts = {format_setting(settings(row).get(key)) for row in found}
-            found = [row for row in found if value in _spellings(settings(row).get(key))]
-            if not found:
+            texts = {format_setting(settings(row).get(key)) for row in results}
+            results = [row for row in results if value in _spellings(settings(row).get(key))]
+            if not results:
                 raise UserError(f"--baseline {selector}: no cell has {key}={value}{_among(value, texts)}")
-    done = [row for row in found if row.ok]
+    done = [row for row in results if row.ok]
     if not done:
-        raise UserError(f"--baseline {selector}: {found[0].cell_id} is {found[0].status}; choose a cell that is ok")
+        raise UserError(f"--baseline {selector}: {results[0].cell_id} is {results[0].status}; choose a cell that is ok")
     return done[0]
 
 
@@ -389,16 +389,16 @@ def _choices(rows: Sequence[Row]) -> list[dict[str, str]]:
         for group, option in row.record.choices.items() if row.record else ():
             options[group, slugify(str(row.section(group).get("name", option)))] = option
     pooled = any(row.members for row in rows)  # then a seed tells no two rows apart, or the cell's hash has to
-    found = []
+    results = []
     for row in rows:
         if row.record is not None:
             seed = None if pooled else row.seed
-            found.append(dict(row.record.choices) | ({} if seed is None else {"seed": str(seed)}))
+            results.append(dict(row.record.choices) | ({} if seed is None else {"seed": str(seed)}))
             continue
         *slugs, seed, _hash = parts if len(parts := row.cell_id.split("-")) == len(_ID_GROUPS) + 2 else ["", ""]
         named = {g: options.get((g, slug), slug) for g, slug in zip(_ID_GROUPS, slugs, strict=False)}
-        found.append(named | ({"seed": seed[1:]} if named and not pooled else {}))
-    return found
+        results.append(named | ({"seed": seed[1:]} if named and not pooled else {}))
+    return results
 
 
 def _varying_leaves(

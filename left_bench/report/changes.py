@@ -79,7 +79,7 @@ def compare(
         sides.append(runs if where is None else choose(runs, where))
     rows = [pool(_newest([row_of(run) for run in runs])) for runs in sides]
     flat = [[_identity(row) for row in side] for side in rows]
-    keys = [{key for one in side for key in one} for side in flat]
+    keys = [{key for item in side for key in item} for side in flat]
     unknown = [key for key in ignore if not any(_under(known, key) for known in keys[0] | keys[1])]
     if unknown:
         raise UserError(
@@ -88,7 +88,7 @@ def compare(
     # a field that one side alone has came or went with a version; an argument of an upstream class was set, or was not
     came = {key for key in keys[0] ^ keys[1] if not _free(key)}
     shared = {key for key in (keys[0] | keys[1]) - came if not any(_under(key, ignored) for ignored in ignore)}
-    by_identity = [_by_identity(side, one, shared) for side, one in zip(rows, flat, strict=True)]
+    by_identity = [_by_identity(side, item, shared) for side, item in zip(rows, flat, strict=True)]
     pairs = [
         pair for key, group in by_identity[0].items() for pair in zip(group, by_identity[1].get(key, ()), strict=False)
     ]
@@ -143,8 +143,8 @@ def _changes(name: str, before: Row, after: Row) -> Iterator[Change]:
 
 def _noise(before: Row, after: Row, metric: str) -> tuple[Interval | None, str]:
     """The interval of B less A, and what it is over: for training speed the steps, and seeds where they reach wider."""
-    found = difference(after, before, metric)
-    interval, how = (found.interval, found.how) if found else (None, "none")
+    result = difference(after, before, metric)
+    interval, how = (result.interval, result.how) if result else (None, "none")
     if metric != _FROM_STEPS or (steps := speed_ratio(after, before)) is None:
         return interval, how
     base = before.value(metric) or 0.0
@@ -178,10 +178,10 @@ def _identity(row: Row) -> dict[str, Any]:
 
 
 def _by_identity(rows: Sequence[Row], flat: Sequence[Mapping[str, Any]], keys: set[str]) -> dict[Hashable, list[Row]]:
-    found: dict[Hashable, list[Row]] = {}
+    result: dict[Hashable, list[Row]] = {}
     for row, settings in zip(rows, flat, strict=True):
-        found.setdefault(frozenset((key, value) for key, value in settings.items() if key in keys), []).append(row)
-    return found
+        result.setdefault(frozenset((key, value) for key, value in settings.items() if key in keys), []).append(row)
+    return result
 
 
 def _free(key: str) -> bool:
@@ -195,19 +195,19 @@ def _under(key: str, ignored: str) -> bool:
 
 def _always(key: str, flat: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
     """Whether every cell of one side has the key: a setting that came or went with a version."""
-    return any(side and all(key in one for one in side) for side in flat)
+    return any(side and all(key in item for item in side) for side in flat)
 
 
 def _one_sided(key: str, flat: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[str, str]:
-    told = [", ".join(dict.fromkeys(str(one[key]) for one in side if key in one)) or "not there" for side in flat]
+    told = [", ".join(dict.fromkeys(str(item[key]) for item in side if key in item)) or "not there" for side in flat]
     return one_line(told[0], limit=80), one_line(told[1], limit=80)
 
 
 def _names(rows: Sequence[Row]) -> dict[int, str]:
     """Names by what was set: A's cell and B's bear the same one."""
     axes = [axis for axis in find_axes(rows) if axis.key not in ("machine", "cell")]
-    found = labels(rows, axes) if axes else [row.cell_id for row in rows]
-    return {id(row): name.rpartition(" #")[0] or name for row, name in zip(rows, found, strict=True)}
+    result = labels(rows, axes) if axes else [row.cell_id for row in rows]
+    return {id(row): name.rpartition(" #")[0] or name for row, name in zip(rows, result, strict=True)}
 
 
 def _surroundings(a: Sequence[Row], b: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
@@ -220,7 +220,7 @@ def _surroundings(a: Sequence[Row], b: Sequence[Row]) -> Iterator[tuple[str, str
 
 
 def _noted(rows: Sequence[Row]) -> dict[str, dict[str, None]]:
-    found: dict[str, dict[str, None]] = {}
+    result: dict[str, dict[str, None]] = {}
     runs = [run for row in rows for run in row.runs if run.record]
     for row in runs:
         machine = row.noted("machine")
@@ -229,5 +229,5 @@ def _noted(rows: Sequence[Row]) -> dict[str, dict[str, None]]:
         noted |= {key: row.record.provenance.get(key) for key in ("commit", "git_commit")} if row.record else {}
         for what, value in noted.items():
             if value is not None:
-                found.setdefault(one_line(what), {})[one_line(value, limit=80)] = None
-    return found
+                result.setdefault(one_line(what), {})[one_line(value, limit=80)] = None
+    return result

@@ -66,16 +66,16 @@ class Evidence:
 
     def difference(self, a: str, b: str, metric: str) -> Difference:
         self.value(a, metric), self.value(b, metric)
-        found = difference(self.row(a), self.row(b), metric)
-        if found is None:
+        result = difference(self.row(a), self.row(b), metric)
+        if result is None:
             raise Missing(f"{metric} of {a} and {b} cannot be compared")
-        return found
+        return result
 
     def measured_ratio(self, over: str, under: str, metric: str) -> tuple[float, Interval | None]:
         """A ratio of what varies from run to run, with its interval where seeds or steps tell it."""
         value = self.ratio(over, under, metric)
-        found = ratio(self.row(over), self.row(under), metric)
-        return value, found[1] if found else None
+        result = ratio(self.row(over), self.row(under), metric)
+        return value, result[1] if result else None
 
     def memory(self, over: str, under: str) -> tuple[float, Interval | None]:
         return self.measured_ratio(over, under, "peak_memory_bytes")
@@ -103,11 +103,11 @@ DEFAULT = {"quantization": "none", "peft": "lora", "precision": "bf16", "trainin
 def _stored(of: str, *, whole: float) -> Callable[[Evidence], Verdict]:
     """The rule of "`of` loading saves up to N× memory": `whole` is the ratio from which it holds."""
 
-    def judge(found: Evidence) -> Verdict:
-        against32 = found.ratio("float32", of, "weights_bytes")
-        against16 = found.ratio("bfloat16", of, "weights_bytes")
-        bits = found.value(of, "quantized_bits_per_param")
-        peaks = [_told_ratio(*found.memory(of, name)) for name in ("float32", "bfloat16")]
+    def judge(evidence: Evidence) -> Verdict:
+        against32 = evidence.ratio("float32", of, "weights_bytes")
+        against16 = evidence.ratio("bfloat16", of, "weights_bytes")
+        bits = evidence.value(of, "quantized_bits_per_param")
+        peaks = [_told_ratio(*evidence.memory(of, name)) for name in ("float32", "bfloat16")]
         told = (
             f"stored weights are {format_ratio(against32)} smaller than in float32 and {format_ratio(against16)} "
             f"smaller than in bfloat16; the quantized layers alone take {significant(bits)} bits a parameter, "
@@ -128,11 +128,11 @@ def _quality_rule(of: str, reference: str) -> str:
 
 
 def _keeps_quality(of: str, reference: str) -> Callable[[Evidence], Verdict]:
-    def judge(found: Evidence) -> Verdict:
-        apart = found.difference(of, reference, "exact_match")
+    def judge(evidence: Evidence) -> Verdict:
+        apart = evidence.difference(of, reference, "exact_match")
         told = f"exact match differs by {_told(apart)}"
-        if all(found.row(name).value("eval_loss") is not None for name in (of, reference)):
-            told += f"; held-out loss by {_told(found.difference(of, reference, 'eval_loss'))}"
+        if all(evidence.row(name).value("eval_loss") is not None for name in (of, reference)):
+            told += f"; held-out loss by {_told(evidence.difference(of, reference, 'eval_loss'))}"
         if apart.interval is None:
             raise Missing(f"{told}, with nothing to tell how far the noise reaches")
         if apart.interval.low >= -QUALITY_MARGIN:
@@ -144,9 +144,9 @@ def _keeps_quality(of: str, reference: str) -> Callable[[Evidence], Verdict]:
     return judge
 
 
-def _double_quantization(found: Evidence) -> Verdict:
-    saved = found.value("NF4", "quantized_bits_per_param") - found.value(_DQ, "quantized_bits_per_param")
-    fewer = found.value("NF4", "weights_bytes") - found.value(_DQ, "weights_bytes")
+def _double_quantization(evidence: Evidence) -> Verdict:
+    saved = evidence.value("NF4", "quantized_bits_per_param") - evidence.value(_DQ, "quantized_bits_per_param")
+    fewer = evidence.value("NF4", "weights_bytes") - evidence.value(_DQ, "weights_bytes")
     told = (
         f"{significant(saved)} bits per quantized parameter fewer, {format_value('weights_bytes', fewer)} of stored "
         f"weights (QLoRA's paper: 0.373 bits)"
@@ -154,16 +154,16 @@ def _double_quantization(found: Evidence) -> Verdict:
     return Verdict(NOT_HERE if fewer <= 0 else HOLDS if saved >= 0.3 else IN_PART, told)
 
 
-def _prefix_parameters(found: Evidence) -> Verdict:
-    ratio = found.ratio("full", "prefix tuning", "trainable_params")
-    files = found.ratio("full", "prefix tuning", "adapter_file_bytes")
+def _prefix_parameters(evidence: Evidence) -> Verdict:
+    ratio = evidence.ratio("full", "prefix tuning", "trainable_params")
+    files = evidence.ratio("full", "prefix tuning", "adapter_file_bytes")
     told = f"{significant(ratio)} times fewer parameters, a file {significant(files)} times smaller"
     return Verdict(HOLDS if ratio >= 1000 else IN_PART if ratio >= 100 else NOT_HERE, told)
 
 
-def _merged_latency(found: Evidence) -> Verdict:
+def _merged_latency(evidence: Evidence) -> Verdict:
     merged, bare = (
-        seed_values(found.row(name), metric)
+        seed_values(evidence.row(name), metric)
         for name, metric in (
             ("LoRA", "merged_generate_tokens_per_second"),
             ("no adapter", "generate_tokens_per_second"),
@@ -174,7 +174,7 @@ def _merged_latency(found: Evidence) -> Verdict:
         raise Missing("the speed of generating, merged and without an adapter, was not measured under one seed")
     speed = sum(merged[seed] for seed in shared) / sum(bare[seed] for seed in shared)
     interval = ratio_of_seeds({seed: merged[seed] for seed in shared}, {seed: bare[seed] for seed in shared})
-    gained = found.value("LoRA", "merged_generate_tokens_per_second") / found.value(
+    gained = evidence.value("LoRA", "merged_generate_tokens_per_second") / evidence.value(
         "LoRA", "generate_tokens_per_second"
     )
     told = (
@@ -186,10 +186,10 @@ def _merged_latency(found: Evidence) -> Verdict:
     return Verdict(IN_PART if speed >= 1 / CLEAR or gained >= CLEAR else NOT_HERE, told)
 
 
-def _fewest_parameters(found: Evidence) -> Verdict:
+def _fewest_parameters(evidence: Evidence) -> Verdict:
     counts = {
         option(row, "peft") or "": row.value("trainable_params") or 0.0
-        for row in found.beside
+        for row in evidence.beside
         if row.value("trainable_params")
         and all(option(row, group) == DEFAULT[group] for group in ("quantization", "precision", "training"))
     }
@@ -201,26 +201,26 @@ def _fewest_parameters(found: Evidence) -> Verdict:
     return Verdict(HOLDS if len(named) == 2 else IN_PART if named else NOT_HERE, told)
 
 
-def _mixed_precision(found: Evidence) -> Verdict:
-    memory, speed = found.memory("bf16 mixed", "float32"), found.speed("bf16 mixed", "float32")
+def _mixed_precision(evidence: Evidence) -> Verdict:
+    memory, speed = evidence.memory("bf16 mixed", "float32"), evidence.speed("bf16 mixed", "float32")
     told = f"{_told_ratio(*memory)} the peak memory and {_told_ratio(*speed)} the tokens per second of float32"
     gains = (memory[0] <= 1 / CLEAR and _clear(memory[1])) + (speed[0] >= CLEAR and _clear(speed[1]))
     return Verdict((NOT_HERE, IN_PART, HOLDS)[gains], told)
 
 
-def _accumulation(found: Evidence) -> Verdict:
-    memory, speed = found.memory("accumulated", "at once"), found.speed("accumulated", "at once")
+def _accumulation(evidence: Evidence) -> Verdict:
+    memory, speed = evidence.memory("accumulated", "at once"), evidence.speed("accumulated", "at once")
     told = f"{_told_ratio(*memory)} the peak memory and {_told_ratio(*speed)} the tokens per second"
     if memory[0] > 1 / CLEAR or not _clear(memory[1]):
         return Verdict(NOT_HERE, told)
     return Verdict(HOLDS if speed[0] <= 1 / CLEAR and _clear(speed[1]) else IN_PART, told)
 
 
-def _not_always_faster(found: Evidence) -> Verdict:
+def _not_always_faster(evidence: Evidence) -> Verdict:
     speeds = {}
     for name in ("8-bit", "NF4", _DQ):
-        if name in found.cells and found.cells[name].ok:
-            speeds[name] = found.speed(name, "bfloat16")
+        if name in evidence.cells and evidence.cells[name].ok:
+            speeds[name] = evidence.speed(name, "bfloat16")
     if not speeds:
         raise Missing("there is no quantized cell")
     told = "; ".join(f"{name} trains at {_told_ratio(*speed)} the speed of bfloat16" for name, speed in speeds.items())

@@ -231,7 +231,7 @@ def plans_of(paths: Sequence[PathLike], *, name: str | None, where: str | None, 
         for sweep in sweeps
     ]
     # an unreadable file of no sweep's is told where the other such cells are, else in the last report
-    homeless = [one for one in problems if where is not None or one.path.parent.name not in swept]
+    homeless = [problem for problem in problems if where is not None or problem.path.parent.name not in swept]
     if loose := [row_of(run) for run in kept if run.record.cell_id not in swept]:
         plans.append(Plan(name=LOOSE_NAME, rows=loose, sweep=None))
     plans = [plan for plan in plans if plan.rows]
@@ -312,15 +312,15 @@ def _markdown(plan: Plan, baseline: Row | None, wanted: Wanted, out: Path) -> st
 
 def _advices(plan: Plan, wanted: Wanted) -> Iterator[str]:
     """The cell to take, then how sure that is."""
-    found = recommend(plan.rows, wanted.needs, margins=wanted.margins)
-    if found is None:
+    result = recommend(plan.rows, wanted.needs, margins=wanted.margins)
+    if result is None:
         yield "no recommendation; no cell is ok with a score, or their scores may not be ranked"
         return
     names = labels(plan.rows, find_axes(plan.rows))
     by_id = {id(row): label for row, label in zip(plan.rows, names, strict=True)}
-    yield sentence(found, wanted.needs, by_id, plan.rows)
-    if len(found.fitting) > 1:
-        yield from how_sure(found, by_id)
+    yield sentence(result, wanted.needs, by_id, plan.rows)
+    if len(result.fitting) > 1:
+        yield from how_sure(result, by_id)
 
 
 def _formats(text: str) -> list[str]:
@@ -332,17 +332,17 @@ def _formats(text: str) -> list[str]:
 
 
 def _wanted(plans: list[Plan], name: str) -> list[Plan]:
-    found = [plan for plan in plans if plan.name == name]
-    found = [plan for plan in found if plan.sweep] or found  # a sweep may be named as the cells of none are
-    if not found and all(plan.sweep is None for plan in plans):
+    results = [plan for plan in plans if plan.name == name]
+    results = [plan for plan in results if plan.sweep] or results  # a sweep may be named as the cells of none are
+    if not results and all(plan.sweep is None for plan in plans):
         for plan in plans:
             plan.name = name
         return plans
-    if not found:
+    if not results:
         known = [plan.name for plan in plans]
         hint = nearest(name, known) or f"; there is {', '.join(known)}"
         raise UserError(f"--name {name}: there is no such sweep in RUNS{hint}")
-    return found
+    return results
 
 
 def _baselines(reports: Sequence[list[Row]], selector: str | None) -> list[Row | None]:

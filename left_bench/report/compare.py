@@ -26,23 +26,23 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         gates = [parse_gate(text) for text in options.fail_on if text.strip() != MISSING]
-        found = compare(options.a, options.b, ignore=options.ignore, where=options.where)
-        if not found.matched and options.fail_on:
+        result = compare(options.a, options.b, ignore=options.ignore, where=options.where)
+        if not result.matched and options.fail_on:
             raise UserError(
                 f"no cell of A={options.a} is also in B={options.b}: nothing was compared, so nothing passes"
             )
     except UserError as error:
         print(f"left-bench compare: {error}", file=sys.stderr)
         return 2
-    hits = failures(found, gates, missing=any(text.strip() == MISSING for text in options.fail_on))
+    hits = failures(result, gates, missing=any(text.strip() == MISSING for text in options.fail_on))
     if options.json:
-        print(json.dumps(as_data(found, hits), indent=1))
+        print(json.dumps(as_data(result, hits), indent=1))
     else:
-        print_comparison(found, hits, every=options.all, gated=bool(options.fail_on))
+        print_comparison(result, hits, every=options.all, gated=bool(options.fail_on))
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(write_summary(found, hits, every=options.all, gated=bool(options.fail_on)) + "\n")
+            file.write(write_summary(result, hits, every=options.all, gated=bool(options.fail_on)) + "\n")
     return 1 if hits else 0
 
 
@@ -82,11 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def failures(found: Comparison, gates: Sequence[Gate], *, missing: bool = False) -> list[str]:
+def failures(comparison: Comparison, gates: Sequence[Gate], *, missing: bool = False) -> list[str]:
     """What the gates object to, in sentences; with a gate, a cell that was ok and is so no more is a failure too."""
     hits = []
     for gate in gates:
-        measured = [change for change in found.changes if change.metric == gate.metric]
+        measured = [change for change in comparison.changes if change.metric == gate.metric]
         if not measured:
             hits.append(f"{gate.text}: {gate.metric} was measured in no cell of both, so nothing was compared")
         hits += [
@@ -96,18 +96,18 @@ def failures(found: Comparison, gates: Sequence[Gate], *, missing: bool = False)
         ]
         hits += [
             f"{gate.text}: {name} has no {gate.metric} in B"
-            for name, before, after in found.matched
+            for name, before, after in comparison.matched
             if before.ok and after.ok and before.value(gate.metric) is not None and after.value(gate.metric) is None
         ]
     if gates or missing:
-        hits += [f"B has a file that cannot be read: {problem}" for problem in found.problems_b]
-        hits += [f"{name} was ok and is {after} now" for name, before, after in found.ended if before == "ok"]
+        hits += [f"B has a file that cannot be read: {problem}" for problem in comparison.problems_b]
+        hits += [f"{name} was ok and is {after} now" for name, before, after in comparison.ended if before == "ok"]
     if missing:
-        hits += [f"{MISSING}: B has no {name}" for name in found.only_a]
+        hits += [f"{MISSING}: B has no {name}" for name in comparison.only_a]
     return hits
 
 
-def as_data(found: Comparison, hits: Sequence[str]) -> dict[str, Any]:
+def as_data(comparison: Comparison, hits: Sequence[str]) -> dict[str, Any]:
     """The whole comparison for a program; a number that is none of JSON's is null."""
     changes = [
         {
@@ -118,16 +118,16 @@ def as_data(found: Comparison, hits: Sequence[str]) -> dict[str, Any]:
             "judged": change.judgement,
             "over": change.how,
         }
-        for change in found.changes
+        for change in comparison.changes
     ]
     return {
-        "matched": [name for name, _, _ in found.matched],
-        "only_in_a": list(found.only_a),
-        "only_in_b": list(found.only_b),
-        "differing": [{"what": what, "a": a, "b": b} for what, a, b in found.differing],
-        "ended_otherwise": [{"cell": cell, "a": a, "b": b} for cell, a, b in found.ended],
+        "matched": [name for name, _, _ in comparison.matched],
+        "only_in_a": list(comparison.only_a),
+        "only_in_b": list(comparison.only_b),
+        "differing": [{"what": what, "a": a, "b": b} for what, a, b in comparison.differing],
+        "ended_otherwise": [{"cell": cell, "a": a, "b": b} for cell, a, b in comparison.ended],
         "changes": changes,
-        "unreadable": [str(problem) for problem in found.problems],
+        "unreadable": [str(problem) for problem in comparison.problems],
         "failed": list(hits),
     }
 
@@ -136,7 +136,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def print_comparison(found: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> None:
+def print_comparison(comparison: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> None:
     """The comparison as plain text on standard output."""
     from rich.console import Console
     from rich.table import Table
@@ -145,9 +145,9 @@ def print_comparison(found: Comparison, hits: Sequence[str], *, every: bool, gat
     console = Console(file=sys.stdout)
     if not console.is_terminal:
         console.width = 160
-    for line in _head(found):
+    for line in _head(comparison):
         console.print(Text(line), soft_wrap=True)
-    shown = _shown(found, every=every)
+    shown = _shown(comparison, every=every)
     if shown:
         grid = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("cell", "metric", "A", "B", "change", "95 % interval", "judged", "over"):
@@ -159,54 +159,58 @@ def print_comparison(found: Comparison, hits: Sequence[str], *, every: bool, gat
         console.print(grid)
         if len(shown) > _ROWS_PRINTED:
             console.print(Text(f"{len(shown) - _ROWS_PRINTED} more lines are left out; narrow with --where"))
-    for line in _tail(found, hits, every=every, gated=gated):
+    for line in _tail(comparison, hits, every=every, gated=gated):
         console.print(Text(line), soft_wrap=True)
 
 
-def write_summary(found: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> str:
+def write_summary(comparison: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> str:
     """The comparison as Markdown, for a job's summary."""
-    parts = ["## left-bench compare", *(escape(line) for line in _head(found))]
-    shown = _shown(found, every=every)
+    parts = ["## left-bench compare", *(escape(line) for line in _head(comparison))]
+    shown = _shown(comparison, every=every)
     if shown:
         lines = [[escape(cell) for cell in _cells(change)] for change in shown[:_ROWS_PRINTED]]
         header = ["cell", "metric", "A", "B", "change", "95 % interval", "judged", "over"]
         parts.append(table(header, lines, labels=2))
-    parts += [escape(line) for line in _tail(found, hits, every=every, gated=gated)]
+    parts += [escape(line) for line in _tail(comparison, hits, every=every, gated=gated)]
     return "\n\n".join(parts)
 
 
-def _head(found: Comparison) -> Iterator[str]:
-    counts = f"{len(found.matched)} cells in both, {len(found.only_a)} only in A, {len(found.only_b)} only in B"
-    yield f"{counts}."
-    for what, before, after in found.differing:
+def _head(comparison: Comparison) -> Iterator[str]:
+    only_a, only_b = len(comparison.only_a), len(comparison.only_b)
+    yield f"{len(comparison.matched)} cells in both, {only_a} only in A, {only_b} only in B."
+    for what, before, after in comparison.differing:
         yield f"{what}: {before} in A, {after} in B"
 
 
-def _tail(found: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> Iterator[str]:
-    tied = sum(change.judgement in UNCHANGED for change in found.changes)
-    open_ = [change for change in found.changes if change.judgement == "not judged" and change.before != change.after]
-    if found.changes and not every:
-        yield f"{tied} of {len(found.changes)} comparisons show no change that is resolved; --all prints them."
+def _tail(comparison: Comparison, hits: Sequence[str], *, every: bool, gated: bool) -> Iterator[str]:
+    tied = sum(change.judgement in UNCHANGED for change in comparison.changes)
+    open_ = [
+        change for change in comparison.changes if change.judgement == "not judged" and change.before != change.after
+    ]
+    if comparison.changes and not every:
+        yield f"{tied} of {len(comparison.changes)} comparisons show no change that is resolved; --all prints them."
     if open_:
         yield f"{len(open_)} have one measurement on either side and are not judged; repeat under other seeds."
-    for name, before, after in found.ended:
+    for name, before, after in comparison.ended:
         yield f"{name}: {before} in A, {after} in B"
-    for side, names in (("A", found.only_a), ("B", found.only_b)):
+    for side, names in (("A", comparison.only_a), ("B", comparison.only_b)):
         if names:
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
             yield f"only in {side}: {', '.join(names[:20])}{more}"
-    if found.problems:
-        yield f"{len(found.problems)} files could not be read, first {found.problems[0]}"
+    if comparison.problems:
+        yield f"{len(comparison.problems)} files could not be read, first {comparison.problems[0]}"
     for hit in hits:
         yield f"FAILED {hit}"
     if gated and not hits:
         yield "passed: no change is beyond the bounds"
 
 
-def _shown(found: Comparison, *, every: bool) -> list[Change]:
+def _shown(comparison: Comparison, *, every: bool) -> list[Change]:
     if every:
-        return list(found.changes)
-    return [change for change in found.changes if change.judgement not in UNCHANGED and change.before != change.after]
+        return list(comparison.changes)
+    return [
+        change for change in comparison.changes if change.judgement not in UNCHANGED and change.before != change.after
+    ]
 
 
 def _cells(change: Change) -> list[str]:

@@ -29,19 +29,19 @@ class Prices:
 
     def of(self, record: Record) -> dict[str, float]:
         """The metrics of a record's cost; a sum that lacks a part is none."""
-        metrics, found = record.metrics, dict[str, float]()
+        metrics, result = record.metrics, dict[str, float]()
         wanted = [price for price in (self.per_kwh, self.per_hour) if price is not None]
         if self.per_kwh is not None and "cell_joules" in metrics:
             joules = metrics["cell_joules"] + metrics.get("cpu_cell_joules", 0.0)
-            found["cell_energy_cost"] = self.per_kwh * joules / _JOULES_PER_KWH
+            result["cell_energy_cost"] = self.per_kwh * joules / _JOULES_PER_KWH
         if self.per_hour is not None and "wall_seconds" in metrics:
-            found["cell_hours_cost"] = self.per_hour * _accelerators(record) * metrics["wall_seconds"] / 3600
-        if wanted and len(found) == len(wanted):
-            found["cell_cost"] = sum(found.values())
-        if "cell_cost" in found and (points := _points_gained(record)) is not None:
-            found["cost_per_point"] = found["cell_cost"] / points
-        told = found if len(wanted) == 2 else ("cell_cost", "cost_per_point")
-        return {name: cost for name, cost in found.items() if name in told}
+            result["cell_hours_cost"] = self.per_hour * _accelerators(record) * metrics["wall_seconds"] / 3600
+        if wanted and len(result) == len(wanted):
+            result["cell_cost"] = sum(result.values())
+        if "cell_cost" in result and (points := _points_gained(record)) is not None:
+            result["cost_per_point"] = result["cell_cost"] / points
+        told = result if len(wanted) == 2 else ("cell_cost", "cost_per_point")
+        return {name: cost for name, cost in result.items() if name in told}
 
     def told(self) -> str:
         """The prices in words, as a report says them."""
@@ -72,12 +72,12 @@ def price(text: str | None, *, key: str) -> float | None:
     if text is None:
         return None
     try:
-        found = float(text)
+        result = float(text)
     except ValueError:
-        found = math.nan
-    if not (math.isfinite(found) and found >= 0):
+        result = math.nan
+    if not (math.isfinite(result) and result >= 0):
         raise UserError(f"{key} {text}: not a price; write an amount like 0.35, without its currency")
-    return found
+    return result
 
 
 def add_price_options(parser: argparse.ArgumentParser) -> None:

@@ -80,8 +80,8 @@ def _mean_and_band(curves: Sequence[Curve], axis: Axis) -> tuple[list[float], li
             min(getattr(curve[-1], axis) for curve in curves),
         )
         x = [first + (last - first) * i / (_GRID - 1) for i in range(_GRID)]
-        found = [[value_at(curve, axis, place) for curve in curves] for place in x]
-        kept = [(place, known) for place, values in zip(x, found, strict=True) if (known := _all_known(values))]
+        results = [[value_at(curve, axis, place) for curve in curves] for place in x]
+        kept = [(place, known) for place, values in zip(x, results, strict=True) if (known := _all_known(values))]
         x, losses = [place for place, _ in kept], [values for _, values in kept]
     return x, [*map(_mean, losses)], [*map(min, losses)], [*map(max, losses)]
 

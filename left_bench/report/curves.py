@@ -65,7 +65,7 @@ def parse_target(text: str) -> Target:
     name, equals, value = text.partition("=")
     metric = find_metric(name)
     if metric is None or metric.kind != "quality" or name.startswith("base_"):
-        known = [one for one, meaning in METRICS.items() if meaning.kind == "quality"]
+        known = [item for item, meaning in METRICS.items() if meaning.kind == "quality"]
         raise UserError(f"--target {text}: no such score{nearest(name, known)}; give one as validation_loss=1.2")
     try:
         bound = float(value)
@@ -82,9 +82,11 @@ def check_target(rows: Sequence[Row], target: Target) -> None:
     Raises:
         UserError: no record has the metric along training.
     """
-    found = {name for row in rows for curve in curves_of(row) for point in curve for name in _metrics(point)}
-    if target.metric not in found:
-        has = f"they have {', '.join(sorted(found))}" if found else "they have no curve, which takes validation rows"
+    results = {name for row in rows for curve in curves_of(row) for point in curve for name in _metrics(point)}
+    if target.metric not in results:
+        has = (
+            f"they have {', '.join(sorted(results))}" if results else "they have no curve, which takes validation rows"
+        )
         more = (
             "; run the cells with eval.curve_scores=true" if target.metric in METRICS and target.metric != LOSS else ""
         )
@@ -105,10 +107,10 @@ def measured_alike(rows: Sequence[Row], metric: str) -> bool:
 
 def value_at(curve: Curve, axis: Axis, budget: float, metric: str = LOSS) -> float | None:
     """The metric when so much of `axis` was spent, on a straight line between points; None outside of them."""
-    found: list[tuple[float | None, float | None]] = [
+    result: list[tuple[float | None, float | None]] = [
         (getattr(point, axis), _metrics(point).get(metric)) for point in curve
     ]
-    known = [(x, y) for x, y in found if x is not None and y is not None]
+    known = [(x, y) for x, y in result if x is not None and y is not None]
     for x, y in known:
         if math.isclose(x, budget, rel_tol=1e-9):
             return y
@@ -213,8 +215,8 @@ def to_target(rows: Sequence[Row], labels: Sequence[str], target: Target) -> Tol
         pick = min if metric_of(target.metric).better == "lower" else max
         reached = f"{len(met)} of {len(curves)} seeds" if len(curves) > 1 else "yes" if met else "no"
         axes: tuple[Axis, ...] = ("step", "seconds", "tokens", "joules")
-        found = [_until(met, target, axis) for axis in axes]
-        lines.append([label, reached, *found, format_value(target.metric, pick(best)) if best else ABSENT])
+        results = [_until(met, target, axis) for axis in axes]
+        lines.append([label, reached, *results, format_value(target.metric, pick(best)) if best else ABSENT])
     header = ["cell", "met", "steps", "time", "tokens", "energy", "best on the way"]
     remarks = [f"Of the validation rows. {_CLOCK}"]
     if any(len(curves_of(row)) > 1 for row in rows):
@@ -273,8 +275,8 @@ def _end(row: Row) -> float:
 
 
 def _until(met: Sequence[Curve], target: Target, axis: Axis) -> str:
-    found = [spent for curve in met if (spent := spent_until(curve, target, axis)) is not None]
-    return _spent(axis, math.fsum(found) / len(found)) if found and len(found) == len(met) else ABSENT
+    results = [spent for curve in met if (spent := spent_until(curve, target, axis)) is not None]
+    return _spent(axis, math.fsum(results) / len(results)) if results and len(results) == len(met) else ABSENT
 
 
 def _spent(axis: Axis, value: float) -> str:

@@ -115,12 +115,12 @@ def _settings(report: Report) -> Iterator[str]:
 
 
 def _versions(report: Report) -> str:
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for row in (run for run, _ in report.runs):
         for package, version in row.noted("versions").items():
-            found.setdefault(str(package), []).append(str(version))
-    order = sorted(found, key=lambda name: (_VERSIONS.index(name) if name in _VERSIONS else len(_VERSIONS), name))
-    return ", ".join(escape(f"{name} {' and '.join(dict.fromkeys(found[name]))}") for name in order)
+            result.setdefault(str(package), []).append(str(version))
+    order = sorted(result, key=lambda name: (_VERSIONS.index(name) if name in _VERSIONS else len(_VERSIONS), name))
+    return ", ".join(escape(f"{name} {' and '.join(dict.fromkeys(result[name]))}") for name in order)
 
 
 def _commands(report: Report) -> list[str]:
@@ -158,7 +158,7 @@ def _constants(report: Report) -> Iterator[str]:
     if len(of_rows) == 1:
         yield f"Rows: {escape(of_rows[0])}."
     elif of_rows:
-        yield "\n".join(["Rows:", "", *(f"- {escape(one)}" for one in of_rows)])
+        yield "\n".join(["Rows:", "", *(f"- {escape(item)}" for item in of_rows)])
 
 
 def _rows_told(row: Row) -> str | None:

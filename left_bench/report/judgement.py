@@ -85,14 +85,14 @@ class Family:
 
 def judge(pairs: Iterable[tuple[Row, Row]], metric: str, margin: Margin | None = None) -> Family:
     """The family of these pairs."""
-    found = [apart for a, b in pairs if (apart := difference(a, b, metric)) is not None and apart.spread is not None]
-    tails = sorted(apart.p_value or 0.0 for apart in found) if metric not in COUNTED else []
+    results = [apart for a, b in pairs if (apart := difference(a, b, metric)) is not None and apart.spread is not None]
+    tails = sorted(apart.p_value or 0.0 for apart in results) if metric not in COUNTED else []
     most = max((i for i, p in enumerate(tails, start=1) if p <= FALSE_DISCOVERIES * i / len(tails)), default=1)
     return Family(
         metric=metric,
         size=len(tails),
         threshold=FALSE_DISCOVERIES * most / max(1, len(tails)),
-        how=list(dict.fromkeys(apart.how for apart in found)),
+        how=list(dict.fromkeys(apart.how for apart in results)),
         margin=margin,
     )
 

@@ -73,14 +73,14 @@ def leaderboard(report: Report) -> Iterator[str]:
 
 def recommendation(report: Report) -> Iterator[str]:
     """Which cell to take, how sure that is, and the Pareto set it is taken from."""
-    found = recommend(report.rows, report.needs, margins=report.margins)
-    if found is None or (len(report.rows) < 2 and not report.needs):
+    result = recommend(report.rows, report.needs, margins=report.margins)
+    if result is None or (len(report.rows) < 2 and not report.needs):
         return
     yield "## Recommendation"
-    yield f"**{escape(sentence(found, report.needs, report.names, report.rows))}**"
-    if len(found.fitting) > 1 and (sure := [*how_sure(found, report.names)]):
+    yield f"**{escape(sentence(result, report.needs, report.names, report.rows))}**"
+    if len(result.fitting) > 1 and (sure := [*how_sure(result, report.names)]):
         yield "\n".join(f"- {escape(line)}" for line in sure)
-    yield from _pareto_table(report, found)
+    yield from _pareto_table(report, result)
 
 
 def _pareto_table(report: Report, found: Recommendation) -> Iterator[str]:
@@ -194,8 +194,8 @@ class _Grid(NamedTuple):
         marks = best_and_second(rows, metric)
         lines = []
         for down in self.down[:ROWS_SHOWN]:
-            found = [self.cells.get((down, across)) for across in self.across]
-            texts = [ABSENT if row is None else _in_place(row, metric, marks) for row in found]
+            results = [self.cells.get((down, across)) for across in self.across]
+            texts = [ABSENT if row is None else _in_place(row, metric, marks) for row in results]
             lines.append([escape(down), *texts])
         return table(["", *map(escape, self.across)], lines)
 
@@ -206,20 +206,20 @@ def _ranked(report: Report, rows: Sequence[Row], metrics: Sequence[str]) -> Iter
     metrics = [metric for metric in metrics if metric not in alike] or list(metrics[:1])
     marks = {metric: best_and_second(rows, metric) for metric in metrics}
     ordered = sorted(rows, key=lambda row: _standing(row, metrics[0]))[:ROWS_SHOWN]
-    found = standing(ordered, metrics[0], family=report.family(metrics[0]))
+    result = standing(ordered, metrics[0], family=report.family(metrics[0]))
     lines = []
     for row in ordered:
         told = [told_against(row, report.baseline, metric, report.family(metric), both=True) for metric in metrics]
         cells = [_in_place(row, metrics[0], marks[metrics[0]], told[0])]
         cells += [_beside(row, metric, marks[metric], text) for metric, text in zip(metrics[1:], told[1:], strict=True)]
-        place = [] if found is None else [str(found.places.get(id(row), ABSENT))]
+        place = [] if result is None else [str(result.places.get(id(row), ABSENT))]
         lines.append([*place, *label_cells(report, row), *cells])
-    numbered = [] if found is None else ["#"]
+    numbered = [] if result is None else ["#"]
     header = [*numbered, *label_headings(report), *map(heading, metrics)]
     yield table(header, lines, labels=len(numbered) + len(report.axes))
     yield from cut_line(len(rows))
-    if found and len(found.places) > 1:
-        yield _about_places(report, found, metrics[0])
+    if result and len(result.places) > 1:
+        yield _about_places(report, result, metrics[0])
     yield from _other_differences(report, rows, ())
 
 
@@ -262,9 +262,9 @@ def _axis_table(
 
 def _other_differences(report: Report, rows: Sequence[Row], compared: Sequence[str]) -> Iterator[str]:
     """The names of what else differs between the rows of one table; how is told under the tables of all metrics."""
-    found = [what for what, _ in confounders(rows, report.names) if what.partition(".")[0] not in compared]
-    if found:
-        names = ", ".join(code(what) for what in dict.fromkeys(found))
+    results = [what for what, _ in confounders(rows, report.names) if what.partition(".")[0] not in compared]
+    if results:
+        names = ", ".join(code(what) for what in dict.fromkeys(results))
         yield f"Confounders: the rows also differ in {names}, see under *Quality*, *Memory and size* and *Speed*."
 
 
@@ -332,10 +332,10 @@ def _split(report: Report, group: str) -> tuple[list[Axis], list[Axis]]:
 
 
 def _contexts(report: Report, others: Sequence[Axis]) -> dict[tuple[str, ...], list[Row]]:
-    found: dict[tuple[str, ...], list[Row]] = {}
+    result: dict[tuple[str, ...], list[Row]] = {}
     for row in report.rows:
-        found.setdefault(_texts(report, others, row), []).append(row)
-    return found
+        result.setdefault(_texts(report, others, row), []).append(row)
+    return result
 
 
 def _texts(report: Report, axes: Sequence[Axis], row: Row) -> tuple[str, ...]:

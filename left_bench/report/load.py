@@ -95,9 +95,9 @@ def read_runs(paths: PathLike | Iterable[PathLike]) -> tuple[list[Run], list[Pro
     """
     known: KnownParts = {}
     listed = _paths(paths)
-    found = [_read(path, known) for path in _record_files(listed)]
-    runs = _once([run for run in found if isinstance(run, Run)])
-    problems = [problem for problem in found if isinstance(problem, Problem)]
+    results = [_read(path, known) for path in _record_files(listed)]
+    runs = _once([run for run in results if isinstance(run, Run)])
+    problems = [problem for problem in results if isinstance(problem, Problem)]
     problems += [Problem(path, told) for path in _archives(listed) for told in open_archive(path).broken]
     return sorted(runs, key=lambda run: (run.record.started_at, run.record.cell_id)), problems
 
@@ -120,13 +120,13 @@ def find_runs(cell: str, runs_dir: str) -> tuple[list[Run], list[Problem]]:
             f"{cell}: there is no such file, and no folder {runs_dir} to look the cell up in; name it with --runs"
         )
     runs, _ = read_runs(runs_dir)
-    found = [run for run in runs if run.record.cell_id == cell or run.record.cell_id.startswith(cell)]
-    exact = [run for run in found if run.record.cell_id == cell]
-    if not found:
+    results = [run for run in runs if run.record.cell_id == cell or run.record.cell_id.startswith(cell)]
+    exact = [run for run in results if run.record.cell_id == cell]
+    if not results:
         raise UserError(
             f"{cell}: no cell of {runs_dir} has an id that begins so{nearest(cell, [r.record.cell_id for r in runs])}"
         )
-    return exact or found, []  # what cannot be read has no id to be asked for by
+    return exact or results, []  # what cannot be read has no id to be asked for by
 
 
 def read_sweeps(paths: PathLike | Iterable[PathLike]) -> tuple[list[Sweep], list[Problem]]:
@@ -148,7 +148,7 @@ def write_records(path: Path, runs: Sequence[Run], sweep: Sweep | None) -> Path:
     """The records with what lies beside them as one file, from which the same report is made (`archive`)."""
     raw = [_raw(run) for run in runs]
     noted = None if sweep is None else {name: value for name, value in vars(sweep).items() if value is not None}
-    return write_archive(path, [(one, run.path) for one, run in zip(raw, runs, strict=True)], noted)
+    return write_archive(path, [(item, run.path) for item, run in zip(raw, runs, strict=True)], noted)
 
 
 def load_records(path: PathLike | Iterable[PathLike], *, where: str | None = None) -> pandas.DataFrame:
@@ -207,28 +207,28 @@ def read_steps(record_path: Path) -> Steps:
 
     Where the steps start anew (another attempt appended to the file), the last attempt counts.
     """
-    found = Steps(steps=[], losses=[], seconds=[], tokens=[])
+    result = Steps(steps=[], losses=[], seconds=[], tokens=[])
     for event in lines_beside(record_path.with_name(EVENTS_NAME)):
         if event.get("event") != "step":
             continue
         step, loss = event.get("step"), event.get("loss")
         if type(step) is not int or not _finite(loss):
             continue
-        if found.steps and step <= found.steps[-1]:
-            found = Steps(steps=[], losses=[], seconds=[], tokens=[])
-        found.steps.append(step)
-        found.losses.append(float(loss))
+        if result.steps and step <= result.steps[-1]:
+            result = Steps(steps=[], losses=[], seconds=[], tokens=[])
+        result.steps.append(step)
+        result.losses.append(float(loss))
         seconds, tokens = event.get("seconds"), event.get("tokens")
         if _finite(seconds) and _finite(tokens) and seconds > 0:
-            found.seconds.append(float(seconds))
-            found.tokens.append(float(tokens))
-    return found
+            result.seconds.append(float(seconds))
+            result.tokens.append(float(tokens))
+    return result
 
 
 def read_losses(record_path: Path) -> tuple[list[int], list[float]]:
     """Steps and training losses from `events.jsonl` beside a record."""
-    found = read_steps(record_path)
-    return found.steps, found.losses
+    steps = read_steps(record_path)
+    return steps.steps, steps.losses
 
 
 def read_row_results(record_path: Path) -> tuple[RowResult, ...] | None:
@@ -314,11 +314,11 @@ def score_of(record: Record, metric: str) -> Score | None:
 
 def _paths(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    found = [Path(path) for path in listed]
-    for path in found:
+    results = [Path(path) for path in listed]
+    for path in results:
         if not path.exists():
             raise UserError(f"RUNS={path}: there is no such folder or record; name the runs folder of a sweep")
-    return found
+    return results
 
 
 def _record_files(paths: list[Path]) -> Iterator[Path]:
@@ -341,14 +341,14 @@ def _record_files(paths: list[Path]) -> Iterator[Path]:
 
 def _archives(paths: list[Path]) -> list[Path]:
     """The files of records among paths, and in the folders among them; not what lies beside a record."""
-    found = []
+    results = []
     for path in paths:
         if is_archive(path):
-            found.append(path)
+            results.append(path)
         elif path.is_dir() and not (path / RECORD_NAME).is_file():
             files = sorted(file for file in path.glob(f"*{ENDING}") if file.name not in (EVENTS_NAME, ROWS_NAME))
-            found += [file for file in files if open_archive(file).cells or open_archive(file).sweep]
-    return found
+            results += [file for file in files if open_archive(file).cells or open_archive(file).sweep]
+    return results
 
 
 def _noted_sweeps(paths: list[Path]) -> Iterator[tuple[Path, Any]]:
@@ -385,8 +385,8 @@ def _read(path: Path, known: KnownParts) -> Run | Problem:
 def _raw(run: Run) -> dict[str, Any]:
     """The record as its file has it: also what a reading leaves out."""
     line = member(run.path)
-    found = json.loads(run.path.read_text(encoding="utf-8")) if line is None else line["record"]
-    return dict(found)
+    result = json.loads(run.path.read_text(encoding="utf-8")) if line is None else line["record"]
+    return dict(result)
 
 
 def _sweep(raw: Any, stem: str) -> Sweep:

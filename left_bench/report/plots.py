@@ -499,7 +499,7 @@ def _tip(row: Row, label: str, quality: str | None) -> str:
 def _with_tips(svg: str, tips: Sequence[str]) -> str:
     """The picture with a title in each group that belongs to a row."""
     return re.sub(
-        r'<g id="row-(\d+)[^"]*">', lambda found: f"{found[0]}<title>{html.escape(tips[int(found[1])])}</title>", svg
+        r'<g id="row-(\d+)[^"]*">', lambda result: f"{result[0]}<title>{html.escape(tips[int(result[1])])}</title>", svg
     )
 
 

@@ -121,8 +121,8 @@ def qualities(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def present(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
     """Those of `metrics` that some row has; perplexity is left out beside the loss it is the exponential of."""
-    found = [name for name in metrics if any(row.value(name) is not None for row in rows)]
-    return [name for name in found if not (name == "eval_perplexity" and "eval_loss" in found)]
+    results = [name for name in metrics if any(row.value(name) is not None for row in rows)]
+    return [name for name in results if not (name == "eval_perplexity" and "eval_loss" in results)]
 
 
 def headline_quality(rows: Sequence[Row]) -> str | None:
@@ -258,22 +258,22 @@ def standing(
     if not ordered or metric_of(metric).better == "none" or not rankable(rows, metric):
         return None
     family = family or family_of(rows, metric, margins)
-    found: dict[int, int] = {}
+    result: dict[int, int] = {}
     first, place = ordered[0], 1
     for above, row in enumerate(ordered):
         against = family.of(first, row)
         if above and against is not None and against.word == "resolved":
             first, place = row, above + 1
-        found[id(row)] = place
+        result[id(row)] = place
     apart = [(row, against) for row in ordered[1:] if (against := family.of(row, ordered[0])) is not None]
     unresolved = [(row, against) for row, against in apart if against.word in ("not resolved", "not judged")]
-    return Standing(best=ordered[0], places=found, unresolved=unresolved, family=family)
+    return Standing(best=ordered[0], places=result, unresolved=unresolved, family=family)
 
 
 def places(rows: Sequence[Row], metric: str) -> Mapping[int, int] | None:
     """`id(row)` -> place, see `standing`."""
-    found = standing(rows, metric)
-    return None if found is None else found.places
+    result = standing(rows, metric)
+    return None if result is None else result.places
 
 
 def pareto_front(rows: Sequence[Row], quality: str, *costs: str) -> list[Row]:
@@ -310,9 +310,9 @@ _NO_CONFOUNDERS = {"weights_dtype", "merge", "rank_peak_memory_bytes", "weights_
 _BEFORE = {"processes": 1}
 
 
-def touching(found: Sequence[tuple[str, str]], kind: str) -> list[tuple[str, str]]:
+def touching(pairs: Sequence[tuple[str, str]], kind: str) -> list[tuple[str, str]]:
     """Those confounders that may explain a difference in a kind of metric: `quality`, `memory`, `speed`, …"""
-    return [(what, how) for what, how in found if kind in _TOUCHES.get(what, (kind,))]
+    return [(what, how) for what, how in pairs if kind in _TOUCHES.get(what, (kind,))]
 
 
 def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str, str]]:
@@ -325,7 +325,7 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
     whole = {id(run): row for row in rows for run in row.runs}
     runs = [run for row in rows for run in row.runs if run.record]
     done = [run for run in runs if run.ok]
-    found: list[tuple[str, str]] = []
+    result: list[tuple[str, str]] = []
 
     def differing(what: str, having: list[Row], values: list[Any]) -> list[tuple[str, str]]:
         """The values, each with its cells: by their row's name where all its runs have it."""
@@ -337,40 +337,40 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
 
     for key in _LAYOUT:
         section, _, leaf = key.partition(".")
-        found += differing(key, runs, [run.section(section).get(leaf) for run in runs])
-    asked = {what.rpartition(".")[2] for what, _ in found}
+        result += differing(key, runs, [run.section(section).get(leaf) for run in runs])
+    asked = {what.rpartition(".")[2] for what, _ in result}
     for key in dict.fromkeys(key for run in done for key in run.noted("effective")):
         if key not in asked and key not in _NO_CONFOUNDERS:
             having = [run for run in done if key != "five_bit_decoder" or _five_bits(run)]
-            found += differing(key, having, [_effective(run, key) for run in having])
-    found += differing("torch version", done, [run.noted("versions").get("torch") for run in done])
+            result += differing(key, having, [_effective(run, key) for run in having])
+    result += differing("torch version", done, [run.noted("versions").get("torch") for run in done])
     having = [run for run in done if "gpu" in run.noted("machine")]
-    found += differing("power limit (W)", having, [_power_limit(run) for run in having])
+    result += differing("power limit (W)", having, [_power_limit(run) for run in having])
     if len(machines_of(runs)) > 1:
         [(_, how)] = differing("", runs, [run.machine for run in runs])
-        found.append(("machine", f"{how}. Speed is not ranked across machines"))
+        result.append(("machine", f"{how}. Speed is not ranked across machines"))
     disturbed = [(run, share) for run in done if (share := run.value("other_cpu_share") or 0) > DISTURBED]
     if disturbed:
         shares = "; ".join(f"{100 * share:.0f} %: {names[id(run)]}" for run, share in disturbed[:_LISTED])
         shares += f"; and {len(disturbed) - _LISTED:,} more" if len(disturbed) > _LISTED else ""
         how = f"took CPU time while a cell trained, and its speed is not its own ({shares})"
-        found.append(("other processes", how))
-    found += [("peak", how) for how in _unlike_peaks(done, names)]
+        result.append(("other processes", how))
+    result += [("peak", how) for how in _unlike_peaks(done, names)]
     withheld = [(run, one_line(why)) for run in runs if (why := run.noted("effective").get("utilization_withheld"))]
     for why, group in _grouped([run for run, _ in withheld], [why for _, why in withheld]):
-        found.append(("model_flops_utilization", f"not told, for {why} ({_listed(group, names)})"))
+        result.append(("model_flops_utilization", f"not told, for {why} ({_listed(group, names)})"))
     rows = [row for row in rows if row.record]
     scores = [name for name in present(rows, qualities(rows)) if not rankable(rows, name)]
     if any(name not in _PER_TOKEN for name in scores):
-        found.append(("held-out rows", "the cells were scored on different rows: their scores are not ranked"))
+        result.append(("held-out rows", "the cells were scored on different rows: their scores are not ranked"))
     elif scores:
-        found.append((scores[0], "the cells differ in model or held-out rows: losses per token are not ranked"))
-    found += _unfulfilled(done, whole, names)
+        result.append((scores[0], "the cells differ in model or held-out rows: losses per token are not ranked"))
+    result += _unfulfilled(done, whole, names)
     notes = [(run, note) for run in runs for note in _notes(run)]
     for note, group in _grouped([run for run, _ in notes], [note for _, note in notes]):
         listed = _listed(_rejoined(group, runs, whole), names)
-        found.append(("note", f"{note} ({'all cells' if len(group) == len(runs) else listed})"))
-    return found
+        result.append(("note", f"{note} ({'all cells' if len(group) == len(runs) else listed})"))
+    return result
 
 
 def _unlike_peaks(runs: Sequence[Row], names: Mapping[int, str]) -> Iterator[str]:
@@ -394,12 +394,12 @@ def _rejoined(group: Sequence[Row], having: Sequence[Row], whole: Mapping[int, R
     size = Counter(id(whole[id(run)]) for run in having)
     here = Counter(id(whole[id(run)]) for run in group)
     joined = {id(row): row for run in group if here[id(row := whole[id(run)])] == size[id(row)]}
-    return list({id(one): one for run in group if (one := joined.get(id(whole[id(run)]), run))}.values())
+    return list({id(item): item for run in group if (item := joined.get(id(whole[id(run)]), run))}.values())
 
 
 def _unfulfilled(rows: list[Row], whole: Mapping[int, Row], names: Mapping[int, str]) -> list[tuple[str, str]]:
     """Effective values that are not what was asked for."""
-    found: list[tuple[Row, str]] = []
+    result: list[tuple[Row, str]] = []
     for row in rows:
         for key, effective in row.noted("effective").items():
             if key == "weights_dtype" and row.section("quantization").get("_target_"):
@@ -411,8 +411,8 @@ def _unfulfilled(rows: list[Row], whole: Mapping[int, Row], names: Mapping[int, 
                 None,
             )
             if asked is not None and not _same(asked, effective):
-                found.append((row, f"{key}: asked for {format_setting(asked)}, found {format_setting(effective)}"))
-    groups = _grouped([row for row, _ in found], [text for _, text in found])
+                result.append((row, f"{key}: asked for {format_setting(asked)}, found {format_setting(effective)}"))
+    groups = _grouped([row for row, _ in result], [text for _, text in result])
     return [("not as asked", f"{text} ({_listed(_rejoined(group, rows, whole), names)})") for text, group in groups]
 
 

@@ -136,11 +136,11 @@ def recommend(
     if not fitting:
         return Recommendation(fitting=[], front={}, chosen=None, metrics=metrics, standing=None)
     margin = named_margins(margins or {}, quality).get(quality)
-    found = standing(fitting, quality, None if margin is None else {quality: margin})
-    assert found is not None  # ranked above
-    value = None if margin is None else margin.around(found.best.value(quality) or 0.0)
-    others = [] if value is None else [row for row in fitting if row is not found.best]
-    as_good = [row for row in others if _within(found, row, quality, value or 0.0)]
+    result = standing(fitting, quality, None if margin is None else {quality: margin})
+    assert result is not None  # ranked above
+    value = None if margin is None else margin.around(result.best.value(quality) or 0.0)
+    others = [] if value is None else [row for row in fitting if row is not result.best]
+    as_good = [row for row in others if _within(result, row, quality, value or 0.0)]
 
     def cost(row: Row) -> tuple[float, float]:
         memory = row.value(MEMORY) if MEMORY in metrics else None
@@ -150,9 +150,9 @@ def recommend(
     return Recommendation(
         fitting=fitting,
         front=pareto_set(fitting, metrics),
-        chosen=min([found.best, *as_good], key=cost),
+        chosen=min([result.best, *as_good], key=cost),
         metrics=metrics,
-        standing=found,
+        standing=result,
         as_good=as_good,
         margin=value,
     )
@@ -181,83 +181,88 @@ def pareto_set(rows: Sequence[Row], metrics: Sequence[str]) -> dict[int, float |
     return {id(row): shares[id(row)] for row in order}
 
 
-def sentence(found: Recommendation, needs: Sequence[Need], names: Mapping[int, str], rows: Sequence[Row]) -> str:
+def sentence(
+    recommendation: Recommendation, needs: Sequence[Need], names: Mapping[int, str], rows: Sequence[Row]
+) -> str:
     """Which cell and why, as plain text."""
-    quality = found.metrics[0]
+    quality = recommendation.metrics[0]
     asked = " and ".join(map(str, needs))
     done = [row for row in rows if row.ok]
-    if found.chosen is None or found.standing is None or found.best is None:
+    if recommendation.chosen is None or recommendation.standing is None or recommendation.best is None:
         return f"No cell fits {asked}: {_nearest_miss(done, needs, names)}."
-    chosen, best = found.chosen, found.best
+    chosen, best = recommendation.chosen, recommendation.best
     facts = ", ".join(
         f"{format_value(metric, chosen.value(metric))} {_NOUNS.get(metric) or heading(metric)}"
-        for metric in found.metrics
+        for metric in recommendation.metrics
     )
     taken = f"Take {_name(chosen, names)} ({facts}): "
-    if len(found.fitting) == 1:
+    if len(recommendation.fitting) == 1:
         return taken + (f"the only one of {len(done)} cells that fits {asked}." if needs else "it is the only one.")
-    among = f"of the {len(found.fitting)} of {len(done)} cells that fit {asked}" if needs else f"of {len(done)} cells"
+    among = (
+        f"of the {len(recommendation.fitting)} of {len(done)} cells that fit {asked}"
+        if needs
+        else f"of {len(done)} cells"
+    )
     if chosen is not best:
         told = f"{_name(best, names)}, {format_value(quality, best.value(quality))}"
-        cheapest = "needs the least memory" if MEMORY in found.metrics else "trains the fastest"
+        as_good = _those(len(recommendation.as_good) + 1)
+        cheapest = "needs the least memory" if MEMORY in recommendation.metrics else "trains the fastest"
         return (
-            f"{taken}{among}, {_those(len(found.as_good) + 1)} within {_margin(found)} of the best ({told}), and of "
+            f"{taken}{among}, {as_good} within {_margin(recommendation)} of the best ({told}), and of "
             f"these it {cheapest}."
         )
     why = f"it has the best {heading(quality)}"
-    if found.margin is not None:
-        why += f", and none that costs less is shown to be within {_margin(found)} of it"
-    elif found.standing.unresolved:
-        others = len(found.standing.unresolved)
+    if recommendation.margin is not None:
+        why += f", and none that costs less is shown to be within {_margin(recommendation)} of it"
+    elif recommendation.standing.unresolved:
+        others = len(recommendation.standing.unresolved)
         why += f", from which {others} other{'s are' if others > 1 else ' is'} not resolved"
     else:
         why += ", and every other is resolved from it"
     return f"{taken}{among}, {why}."
 
 
-def how_sure(found: Recommendation, names: Mapping[int, str]) -> Iterator[str]:
+def how_sure(recommendation: Recommendation, names: Mapping[int, str]) -> Iterator[str]:
     """How sure that is, as plain sentences: how often each is the best, what is not resolved, what would settle it."""
-    if found.standing is None or found.best is None:
+    if recommendation.standing is None or recommendation.best is None:
         return
-    quality = found.metrics[0]
-    likeliest = sorted(found.fitting, key=lambda row: _places(found, row))[:_DRAWN]
+    quality = recommendation.metrics[0]
+    likeliest = sorted(recommendation.fitting, key=lambda row: _places(recommendation, row))[:_DRAWN]
     shares = best_shares(likeliest, quality)
     if shares is not None:
         told = sorted(shares.items(), key=lambda item: -item[1])
         kept = [f"{names.get(id_, '?')} {share:.2f}" for id_, share in told if share >= _LEAST_SHARE]
         yield f"P(best) in {heading(quality)}, held-out rows and seeds drawn anew: {', '.join(kept)}."
-    rivals = found.standing.unresolved
+    family, rivals = recommendation.standing.family, recommendation.standing.unresolved
     if not rivals:
         return
     rivals = sorted(rivals, key=lambda rival: -(shares or {}).get(id(rival[0]), 0.0))
     more = len(rivals) - _RIVALS_NAMED
-    named = ", ".join(_rival(found, *rival, names) for rival in rivals[:_RIVALS_NAMED])
-    yield f"Not resolved from {_name(found.best, names)}: {named}{f', and {more} more' if more > 0 else ''}."
+    named = ", ".join(_rival(recommendation, *rival, names) for rival in rivals[:_RIVALS_NAMED])
+    yield f"Not resolved from {_name(recommendation.best, names)}: {named}{f', and {more} more' if more > 0 else ''}."
     yield (
-        f"The brackets hold the 95 % interval of each difference alone. All {found.standing.family.size:,} pairs are "
+        f"The brackets hold the 95 % interval of each difference alone. All {family.size:,} pairs are "
         f"judged together: of the differences called resolved at most {TOLD_RATE} are expected to be none "
-        f"(false-discovery rate, Benjamini and Hochberg; here p ≤ {found.standing.family.threshold:.2g})."
+        f"(false-discovery rate, Benjamini and Hochberg; here p ≤ {family.threshold:.2g})."
     )
-    best, (rival, _) = found.best, rivals[0]
-    settled = what_would_settle(
-        best, rival, quality, margin=found.margin, confidence=1 - found.standing.family.threshold
-    )
+    best, (rival, _) = recommendation.best, rivals[0]
+    settled = what_would_settle(best, rival, quality, margin=recommendation.margin, confidence=1 - family.threshold)
     if settled is not None:
         yield f"To tell {_name(rival, names)} from {_name(best, names)}: {settled}."
 
 
-def _places(found: Recommendation, row: Row) -> tuple[float, float]:
-    sign = 1.0 if metric_of(found.metrics[0]).better == "higher" else -1.0
-    return -sign * (row.value(found.metrics[0]) or 0.0), row.value(MEMORY) or math.inf
+def _places(recommendation: Recommendation, row: Row) -> tuple[float, float]:
+    sign = 1.0 if metric_of(recommendation.metrics[0]).better == "higher" else -1.0
+    return -sign * (row.value(recommendation.metrics[0]) or 0.0), row.value(MEMORY) or math.inf
 
 
-def _rival(found: Recommendation, row: Row, against: Judged, names: Mapping[int, str]) -> str:
-    quality = found.metrics[0]
+def _rival(recommendation: Recommendation, row: Row, against: Judged, names: Mapping[int, str]) -> str:
+    quality = recommendation.metrics[0]
     text = f"{_name(row, names)} {format_difference(against.value)}"
     if against.interval is not None:
         text += f" [{format_interval(against.interval)}]"
-    memory, best = row.value(MEMORY), found.best and found.best.value(MEMORY)
-    if MEMORY in found.metrics and memory and best and memory < best:
+    memory, best = row.value(MEMORY), recommendation.best and recommendation.best.value(MEMORY)
+    if MEMORY in recommendation.metrics and memory and best and memory < best:
         text += f" with less memory ({format_value(MEMORY, memory)})"
     return text if metric_of(quality).better != "none" else _name(row, names)
 
@@ -266,9 +271,9 @@ def _those(count: int) -> str:
     return f"{count} {'are' if count > 1 else 'is'} shown to be"
 
 
-def _margin(found: Recommendation) -> str:
-    assert found.margin is not None
-    return f"{format_value(found.metrics[0], found.margin)} {heading(found.metrics[0])}"
+def _margin(recommendation: Recommendation) -> str:
+    assert recommendation.margin is not None
+    return f"{format_value(recommendation.metrics[0], recommendation.margin)} {heading(recommendation.metrics[0])}"
 
 
 def _within(found: Standing, row: Row, metric: str, margin: float) -> bool:

@@ -29,8 +29,8 @@ def what_would_settle(a: Row, b: Row, metric: str, *, margin: float | None, conf
         confidence: of the interval that has to leave zero, or the margin, out.
     """
     paired = paired_rows(a, b, metric)
-    found = components(*paired) if paired is not None else None
-    if paired is None or found is None:
+    result = components(*paired) if paired is not None else None
+    if paired is None or result is None:
         return None
     seeds, rows = paired[0].shape
     apart = abs(float(paired[0].sum() / (seeds * paired[1].sum())))
@@ -39,7 +39,7 @@ def what_would_settle(a: Row, b: Row, metric: str, *, margin: float | None, conf
         return None
 
     def enough(n: int, of_rows: int) -> bool:
-        spread = found.spread(n, of_rows)
+        spread = result.spread(n, of_rows)
         return spread.reach_at(confidence) + _QUANTILE * math.sqrt(spread.variance) <= gap
 
     told = _told(enough, seeds, rows, _rows_of_a_seed(a, rows))

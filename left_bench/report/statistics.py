@@ -102,18 +102,18 @@ def difference(a: Row, b: Row, metric: str) -> Difference | None:
     kept = a.differences
     if (id(b), metric) not in kept:
         kept[id(b), metric] = (b, _difference(a, b, metric))  # with the row, whose id would be given anew without it
-    found: Difference | None = kept[id(b), metric][1]
-    return found
+    result: Difference | None = kept[id(b), metric][1]
+    return result
 
 
 def _difference(a: Row, b: Row, metric: str) -> Difference | None:
     x, y = a.value(metric), b.value(metric)
     if x is None or y is None or not (is_number(x) and is_number(y)):
         return None
-    found = _over_rows(a, b, metric)
-    if found is not None:
+    result = _over_rows(a, b, metric)
+    if result is not None:
         several = len(seed_values(a, metric)) > 1 and len(seed_values(b, metric)) > 1
-        return Difference(*found, "paired rows and seeds" if several else "paired rows")
+        return Difference(*result, "paired rows and seeds" if several else "paired rows")
     over_seeds = _over_seeds(seed_values(a, metric), seed_values(b, metric))
     if over_seeds is not None:
         return Difference(x - y, over_seeds, "seeds")
@@ -137,20 +137,20 @@ def ratio(a: Row, b: Row, metric: str) -> tuple[float, Interval | None] | None:
     if x is None or y is None or not (is_number(x) and is_number(y) and x > 0 and y > 0):
         return None
     over_seeds = ratio_of_seeds(seed_values(a, metric), seed_values(b, metric))
-    found = [] if over_seeds is None else [over_seeds]
+    result = [] if over_seeds is None else [over_seeds]
     if metric == "train_tokens_per_second" and (steps := speed_ratio(a, b)) is not None:
-        found.append(steps[1])
-    return x / y, Interval(min(i.low for i in found), max(i.high for i in found)) if found else None
+        result.append(steps[1])
+    return x / y, Interval(min(i.low for i in result), max(i.high for i in result)) if result else None
 
 
 def ratio_of_seeds(x: Mapping[Any, float], y: Mapping[Any, float]) -> Interval | None:
     """Student's interval of a ratio, from values above zero by seed; None where either side has fewer than two."""
     logs = [{seed: math.log(value) for seed, value in side.items() if value > 0} for side in (x, y)]
-    found = _over_seeds(*logs)
-    if found is None:
+    result = _over_seeds(*logs)
+    if result is None:
         return None
     mean = math.fsum(logs[0].values()) / len(logs[0]) - math.fsum(logs[1].values()) / len(logs[1])
-    return Interval(math.exp(mean - found.reach), math.exp(mean + found.reach))
+    return Interval(math.exp(mean - result.reach), math.exp(mean + result.reach))
 
 
 def _over_seeds(x: Mapping[Any, float], y: Mapping[Any, float]) -> Spread | None:
@@ -321,8 +321,8 @@ def speed_ratio(a: Row, b: Row) -> tuple[float, Interval] | None:
 
 def seed_losses(row: Row) -> tuple[list[int], list[list[float]]]:
     """The steps that all seeds have, and each seed's training loss at them."""
-    found = [read_losses(run.path) for run in row.runs if run.path and (run.ok or not row.ok)]
-    curves = [dict(zip(*curve, strict=True)) for curve in found if len(curve[0]) > 1]
+    results = [read_losses(run.path) for run in row.runs if run.path and (run.ok or not row.ok)]
+    curves = [dict(zip(*curve, strict=True)) for curve in results if len(curve[0]) > 1]
     if not curves:
         return [], []
     steps = [step for step in curves[0] if all(step in curve for curve in curves)]
@@ -331,8 +331,8 @@ def seed_losses(row: Row) -> tuple[list[int], list[list[float]]]:
 
 def measured_steps(run: Row) -> list[tuple[float, float]]:
     """(tokens, seconds) of a run's steps, its warm-up left out as in `train_tokens_per_second`."""
-    found = read_steps(run.path) if run.path else None
-    steps = list(zip(found.tokens, found.seconds, strict=True)) if found else []
+    result = read_steps(run.path) if run.path else None
+    steps = list(zip(result.tokens, result.seconds, strict=True)) if result else []
     warm_up = run.section("training").get("measure_after", 3)
     return steps[min(warm_up if isinstance(warm_up, int) else 3, len(steps) // 2) :]
 

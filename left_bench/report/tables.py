@@ -219,10 +219,10 @@ def _energy(report: Report) -> Iterator[str]:
 
 def confounders_of(report: Report, kind: str) -> Iterator[str]:
     """What else differs between the cells and may explain a difference in this kind of metric."""
-    found = touching(report.confounders, kind)
-    if found:
-        listed = ", ".join(dict.fromkeys(what for what, _ in found))
-        told = "\n".join(f"- **{escape(what)}**: {escape(how)}" for what, how in found)
+    result = touching(report.confounders, kind)
+    if result:
+        listed = ", ".join(dict.fromkeys(what for what, _ in result))
+        told = "\n".join(f"- **{escape(what)}**: {escape(how)}" for what, how in result)
         yield details(f"Confounders: the cells also differ in {listed}; a difference in {kind} may come from it", told)
 
 
@@ -341,18 +341,18 @@ def _quality(report: Report) -> Iterator[str]:
 def _unresolved(report: Report, metrics: Sequence[str]) -> Iterator[str]:
     names, lines, how = report.names, [], dict[str, None]()
     for metric in metrics:
-        found = standing(report.rows, metric, family=report.family(metric))
-        if found is None or len(found.places) < 2 or not found.family.size:
+        result = standing(report.rows, metric, family=report.family(metric))
+        if result is None or len(result.places) < 2 or not result.family.size:
             continue
-        shown = [_told_from_best(metric, row, against, names) for row, against in found.unresolved[:CELLS_NAMED]]
-        more = len(found.unresolved) - len(shown)
+        shown = [_told_from_best(metric, row, against, names) for row, against in result.unresolved[:CELLS_NAMED]]
+        more = len(result.unresolved) - len(shown)
         others = ", ".join(shown) + (f" and {more:,} more" if more else "")
         lines.append(
-            f"- {heading(metric)}: best is **{escape(names[id(found.best)])}**; "
+            f"- {heading(metric)}: best is **{escape(names[id(result.best)])}**; "
             + (f"not resolved from it: {others}" if shown else "every other cell is resolved from it")
             + "."
         )
-        how |= dict.fromkeys(found.family.how)
+        how |= dict.fromkeys(result.family.how)
     if lines:
         told = "; ".join(_HOW[one] for one in how if one in _HOW)
         lines.append(f"\nThe intervals are {told}.")
@@ -440,25 +440,25 @@ def told_against(row: Row, reference: Row | None, metric: str, family: Family, *
     """
     if reference is None or row is reference or not row.ok or not comparable(row, reference, metric):
         return ""
-    found = family.of(row, reference)
-    if found is None:
+    result = family.of(row, reference)
+    if result is None:
         return ""
     value, other = row.value(metric), reference.value(metric)
-    if found.word == "not resolved" and found.interval is not None and found.interval.low < found.interval.high:
-        return f"not resolved, {_told_interval(metric, found, other)}"
-    if found.word == "equal" and found.interval is not None:
+    if result.word == "not resolved" and result.interval is not None and result.interval.low < result.interval.high:
+        return f"not resolved, {_told_interval(metric, result, other)}"
+    if result.word == "equal" and result.interval is not None:
         return "equal"
     if format_value(metric, value) == format_value(metric, other):
         return "same"
     return (format_against_both if both else format_against)(metric, value, other)
 
 
-def _told_interval(metric: str, found: Judged, other: float | None) -> str:
+def _told_interval(metric: str, judged: Judged, other: float | None) -> str:
     """The interval of a difference of scores, else of a ratio."""
-    assert found.interval is not None
+    assert judged.interval is not None
     if metric_of(metric).kind == "quality" or not other or other <= 0:
-        return " to ".join(map(format_difference, found.interval))
-    return " to ".join(format_ratio(max(0.0, 1 + end / other)) for end in found.interval)
+        return " to ".join(map(format_difference, judged.interval))
+    return " to ".join(format_ratio(max(0.0, 1 + end / other)) for end in judged.interval)
 
 
 def _told_from_best(metric: str, row: Row, against: Judged, names: Mapping[int, str]) -> str:

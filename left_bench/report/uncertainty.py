@@ -171,8 +171,8 @@ def seeds_spread(values: Sequence[float]) -> Spread | None:
 
 def sum_of(spreads: Sequence[Spread]) -> Spread:
     """Of the sum or the difference of independent estimates (Welch 1947)."""
-    total = sum(one.variance for one in spreads)
-    parts = sum(one.variance**2 / one.freedom for one in spreads)
+    total = sum(spread.variance for spread in spreads)
+    parts = sum(spread.variance**2 / spread.freedom for spread in spreads)
     return Spread(total, total**2 / parts if parts > 0 else 1.0)
 
 

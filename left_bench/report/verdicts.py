@@ -67,13 +67,13 @@ def _contexts(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _cells(claim: Claim, rows: Sequence[Row]) -> dict[str, Row]:
-    found = {}
+    results = {}
     for name, options in claim.cells.items():
         wanted = {**DEFAULT, **options}
         fitting = [row for row in rows if all(option(row, group) == wanted[group] for group in _GROUPS)]
         if fitting:
-            found[name] = next((row for row in fitting if row.ok), fitting[0])
-    return found
+            results[name] = next((row for row in fitting if row.ok), fitting[0])
+    return results
 
 
 def claims_section(rows: Sequence[Row]) -> Iterator[str]:

@@ -523,7 +523,7 @@ class Cell(BaseModel):
         if self.eval.scorer is not None and self.eval.scorer_content is not None:
             plain["eval"]["scorer"] = self.eval.scorer.rpartition(":")[2]  # the function; its file is the content
         if self.eval.tasks_content is not None:
-            plain["eval"]["tasks"] = [PurePath(one).name if is_task_file(one) else one for one in self.eval.tasks]
+            plain["eval"]["tasks"] = [PurePath(task).name if is_task_file(task) else task for task in self.eval.tasks]
         return plain
 
     @property

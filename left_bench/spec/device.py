@@ -48,8 +48,8 @@ def _is_cuda_here() -> bool:
 
 
 def _count_cuda() -> int:
-    if found := len(list(Path("/proc/driver/nvidia/gpus").glob("*"))):
-        return found
+    if result := len(list(Path("/proc/driver/nvidia/gpus").glob("*"))):
+        return result
     # ROCm: the nodes of the kernel driver that have compute units are GPUs, the others CPUs
     nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")
     return sum("simd_count 0" not in text and "simd_count" in text for text in map(_text, nodes)) or 1

@@ -93,9 +93,9 @@ class EventReader:
 
 def rows_in_words(event: Mapping[str, Any], *, max_length: int | None) -> str:
     """What became of the rows: `train 6, validation 3, test 4, dropped 10 (no prompt or answer), 2.7 epochs`."""
-    found = f"{event['shape']}: " if event.get("shape") else ""
+    result = f"{event['shape']}: " if event.get("shape") else ""
     validation = f"validation {event['validation_rows']:,}, " if "validation_rows" in event else ""
-    parts = [f"{found}train {event['train_rows']:,}, {validation}test {event['test_rows']:,}"]
+    parts = [f"{result}train {event['train_rows']:,}, {validation}test {event['test_rows']:,}"]
     if event["dropped_rows"]:
         parts.append(f"dropped {event['dropped_rows']:,} (no prompt or answer)")
     if event["repeated_rows"]:

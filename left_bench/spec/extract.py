@@ -59,11 +59,11 @@ def same(one: str, other: str) -> bool:
 
 
 def _number_of(text: str) -> Decimal | None:
-    found = _ALL_NUMBER.fullmatch(text.strip())
-    if found is None:
+    match = _ALL_NUMBER.fullmatch(text.strip())
+    if match is None:
         return None
-    value = Decimal(found[2].replace(",", ""))
-    return -value if found[1] == "-" else value
+    value = Decimal(match[2].replace(",", ""))
+    return -value if match[1] == "-" else value
 
 
 def _whole(text: str) -> str:
@@ -78,8 +78,8 @@ def _number(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    found = _NUMBER.findall(text)
-    return found[-1] if found else None
+    result = _NUMBER.findall(text)
+    return result[-1] if result else None
 
 
 def _marked(text: str) -> str | None:
@@ -104,9 +104,9 @@ def _boxed(text: str) -> str | None:
 
 def _choice(text: str) -> str | None:
     for pattern in _CHOICES:
-        found = pattern.findall(text)
-        if found:
-            return str(found[-1]).upper()
+        result = pattern.findall(text)
+        if result:
+            return str(result[-1]).upper()
     return None
 
 

@@ -114,15 +114,15 @@ def locate(target: str, *, key: str) -> Any:
         raise UserError(f"{key}._target_={target!r}: private names may not be named")
     try:
         module = importlib.import_module(module_name)
-        found = getattr(module, name)
+        result = getattr(module, name)
     except (ImportError, AttributeError, ValueError) as error:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{key}._target_={target!r}: install the package {package}") from error
         hint = nearest(name, dir(importlib.import_module(package)))
         raise UserError(f"{key}._target_={target!r}: no such class{hint}") from error
-    if not inspect.isclass(found):
+    if not inspect.isclass(result):
         raise UserError(f"{key}._target_={target!r}: not a class")
-    own = f"{found.__module__}.{found.__name__}"  # it may be an import of theirs
+    own = f"{result.__module__}.{result.__name__}"  # it may be an import of theirs
     if not _allowed(own) or (_holds_settings_alone(own) and not own.endswith("Config")):
         raise _refused(target, key=key)
-    return found
+    return result

@@ -352,4 +352,4 @@ def _share(raw: dict[str, Any], known: KnownParts) -> None:
         if isinstance(value, dict):
             raw[part] = {sys.intern(key): same(inner) for key, inner in value.items()}
         elif isinstance(value, list):  # phases, scores, samples
-            raw[part] = [{k: same(v) for k, v in one.items()} if isinstance(one, dict) else one for one in value]
+            raw[part] = [{k: same(v) for k, v in item.items()} if isinstance(item, dict) else item for item in value]

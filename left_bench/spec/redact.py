@@ -44,20 +44,22 @@ def refuse_secrets(*, overrides: Iterable[str], config: str) -> None:
     Raises:
         UserError: naming the place and never the value.
     """
-    mend = "leave it out: libraries read it from the environment (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_TOKEN)"
+    fix = "leave it out: libraries read it from the environment (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_TOKEN)"
     secrets = secret_values()
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         name = next((name for value, name in secrets.items() if value in override), None)
         if name is not None:
-            raise UserError(f"{key}: it holds the value of {name}, and overrides are recorded; {mend}")
+            raise UserError(f"{key}: it holds the value of {name}, and overrides are recorded; {fix}")
         if _SECRET_KEY.search(override):
-            raise UserError(f"{key}: a secret, and overrides are recorded; {mend}")
+            raise UserError(f"{key}: a secret, and overrides are recorded; {fix}")
         if _URL_PASSWORD.search(override):
-            raise UserError(f"{key}: a URL with a password in it, and overrides are recorded; {mend}")
-    name = next((name for value, name in secrets.items() if any(one in config for one in _spellings(value))), None)
+            raise UserError(f"{key}: a URL with a password in it, and overrides are recorded; {fix}")
+    name = next(
+        (name for value, name in secrets.items() if any(spelling in config for spelling in _spellings(value))), None
+    )
     if name is not None:
-        raise UserError(f"the configuration holds the value of {name}, and configurations are recorded; {mend}")
+        raise UserError(f"the configuration holds the value of {name}, and configurations are recorded; {fix}")
 
 
 def _spellings(value: str) -> list[str]:

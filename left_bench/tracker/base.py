@@ -173,9 +173,9 @@ class Feed:
     def event(self, event: Mapping[str, Any]) -> None:
         """A step is logged, with all tokens so far, and a point of the curve; other events are none of a tracker's."""
         if event.get("event") == "curve":
-            found = {name: event[name] for name in CURVE_METRICS if event.get(name) is not None}
+            results = {name: event[name] for name in CURVE_METRICS if event.get(name) is not None}
             at = event.get("time") or time.time()
-            self._tracker.log_validation(event["step"], time=at, **found, **(event.get("scores") or {}))
+            self._tracker.log_validation(event["step"], time=at, **results, **(event.get("scores") or {}))
         if event.get("event") != "step":
             return
         metrics = {name: event[name] for name in STEP_METRICS if name in event}
@@ -208,21 +208,21 @@ def flat_environment(record: Record) -> dict[str, Any]:
 
 def summary_of(record: Record) -> dict[str, str | float]:
     """Every number of a record under one name each, with its status and reason; what is drawn of memory in GiB."""
-    found: dict[str, str | float] = {"status": record.status, "reason": record.reason or ""}
-    found |= record.metrics
+    result: dict[str, str | float] = {"status": record.status, "reason": record.reason or ""}
+    result |= record.metrics
     for phase in record.phases:
-        found[f"seconds/{phase.name}"] = phase.seconds
+        result[f"seconds/{phase.name}"] = phase.seconds
         if phase.peak_memory_bytes is not None:
-            found[f"peak_memory_gib/{phase.name}"] = phase.peak_memory_bytes / GIB
+            result[f"peak_memory_gib/{phase.name}"] = phase.peak_memory_bytes / GIB
     if "peak_memory_bytes" in record.metrics:
-        found["peak_memory_gib"] = record.metrics["peak_memory_bytes"] / GIB
-    found |= {f"memory_gib/{part}": size / GIB for part, size in record.memory_breakdown.items()}
+        result["peak_memory_gib"] = record.metrics["peak_memory_bytes"] / GIB
+    result |= {f"memory_gib/{part}": size / GIB for part, size in record.memory_breakdown.items()}
     for score in record.scores:
         known = {"value": score.value, "stderr": score.stderr, "base": score.base_value, "n": score.n}
-        found |= {
+        result |= {
             f"score/{score.task}/{score.metric}/{key}": value for key, value in known.items() if value is not None
         }
-    return found
+    return result
 
 
 def numbers_of(record: Record) -> dict[str, float]:
@@ -255,7 +255,7 @@ def ended_well(record: Record) -> bool:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    result: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return found
+        result += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return result

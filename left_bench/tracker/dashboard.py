@@ -205,7 +205,7 @@ def specification(*, sweep: str, project: str, metric: str, colors: Mapping[str,
     """What would be saved, as plain data."""
     named: dict[str, Any] = {"sweep": sweep, "project": project, "metric": metric, "colors": colors}
     built = {"workspace": build_workspace(**named), "report": build_report(**named)}
-    return {name: as_saved(one) for name, one in built.items()}
+    return {name: as_saved(item) for name, item in built.items()}
 
 
 def _cells_of(sweep: str, runs_dir: Path) -> tuple[dict[str, str], list[str]]:
@@ -220,15 +220,15 @@ def _cells_of(sweep: str, runs_dir: Path) -> tuple[dict[str, str], list[str]]:
     if not runs_dir.is_dir():
         return {}, []
     sweeps, _ = read_sweeps(runs_dir)
-    found = next((one for one in sweeps if one.name == sweep), None)
-    if found is None:
+    result = next((item for item in sweeps if item.name == sweep), None)
+    if result is None:
         if not sweeps:
             return {}, []
-        names = [one.name for one in sweeps]
+        names = [item.name for item in sweeps]
         hint = nearest(sweep, names) or f"; there is {', '.join(names)}"
         raise UserError(f"--sweep {sweep}: there is no such sweep in {runs_dir}{hint}")
     runs, _ = read_runs(runs_dir)
-    mine = [run for run in runs if run.record.cell_id in found.cells]
+    mine = [run for run in runs if run.record.cell_id in result.cells]
     ids = {Attempt.of(run.record, run_dir=run.path.parent).id: run.record.choices.get("peft", "") for run in mine}
     return ids, sorted({name for run in mine for name in run.record.metrics})
 

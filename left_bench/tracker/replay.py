@@ -89,8 +89,8 @@ def replay(paths: Sequence[PathLike], *, section: dict[str, Any], store: Path, s
     if not runs:
         raise UserError(f"RUNS={', '.join(map(str, paths))}: there is no record (<cell id>/record.json)")
     if sweep is not None:
-        names = [one.name for one in sweeps]
-        sweeps = [one for one in sweeps if one.name == sweep]
+        names = [item.name for item in sweeps]
+        sweeps = [item for item in sweeps if item.name == sweep]
         if not sweeps:
             hint = nearest(sweep, names) or (f"; there is {', '.join(names)}" if names else "")
             raise UserError(f"--sweep {sweep}: there is no such sweep in {', '.join(map(str, paths))}{hint}")
@@ -103,8 +103,8 @@ def replay(paths: Sequence[PathLike], *, section: dict[str, Any], store: Path, s
         for number, run in enumerate(runs, start=1):
             tell(tracker, run, sweeps)
             print(f"[{number}/{len(runs)}] {name} {run.record.cell_id}")
-        for one in sweeps:
-            _tell_sweep(tracker, one, runs, paths)
+        for item in sweeps:
+            _tell_sweep(tracker, item, runs, paths)
         failures += tracker.failures
     return 1 if failures or problems else 0
 
@@ -124,7 +124,7 @@ def attempt_of(record: Record, run_dir: Path, sweeps: Sequence[Sweep]) -> Attemp
     attempt = Attempt.of(record, run_dir=run_dir)
     if attempt.sweep is not None:
         return attempt
-    return replace(attempt, sweep=next((one.name for one in sweeps if record.cell_id in one.cells), None))
+    return replace(attempt, sweep=next((sweep.name for sweep in sweeps if record.cell_id in sweep.cells), None))
 
 
 def _tell_sweep(tracker: Tracker, sweep: Sweep, runs: Sequence[Run], paths: Sequence[PathLike]) -> None:

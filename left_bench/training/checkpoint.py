@@ -158,14 +158,14 @@ def _random_state() -> dict[str, Any]:
 
     state: Any = np.random.get_state()
     algorithm, keys, *rest = state
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [algorithm, torch.from_numpy(keys.astype("int64")), *rest],
     }
-    found["torch"] = torch.get_rng_state()
+    result["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state_all()
-    return found
+        result["cuda"] = torch.cuda.get_rng_state_all()
+    return result
 
 
 def _restore_random(state: dict[str, Any]) -> None:
@@ -252,10 +252,10 @@ def _plain(value: Any, tensors: dict[str, torch.Tensor], seen: dict[int, dict[st
             tensors[name] = held.clone() if part else held
         return seen[id(value)]
     if isinstance(value, dict):
-        return {"dict": [[_plain(one, tensors, seen) for one in pair] for pair in value.items()]}
+        return {"dict": [[_plain(item, tensors, seen) for item in pair] for pair in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_plain(one, tensors, seen) for one in value]}
+        return {kind: [_plain(item, tensors, seen) for item in value]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a {type(value).__name__}")
@@ -270,7 +270,7 @@ def _restored(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[name] = tensors[name].to(value["device"])  # kept, so that what was one tensor is one again
         return tensors[name]
     if "dict" in value:
-        return {_restored(key, tensors): _restored(one, tensors) for key, one in value["dict"]}
+        return {_restored(key, tensors): _restored(item, tensors) for key, item in value["dict"]}
     if "tuple" in value:
-        return tuple(_restored(one, tensors) for one in value["tuple"])
-    return [_restored(one, tensors) for one in value["list"]]
+        return tuple(_restored(item, tensors) for item in value["tuple"])
+    return [_restored(item, tensors) for item in value["list"]]

@@ -110,8 +110,8 @@ class Curve:
         ):
             point = CurvePoint(
                 step=step,
-                seconds=sum(one.seconds for one in meter.steps),
-                tokens=sum(one.tokens for one in meter.steps),
+                seconds=sum(item.seconds for item in meter.steps),
+                tokens=sum(item.tokens for item in meter.steps),
                 joules=self._joules(),
                 validation_loss=self._loss(model, network, objective),
                 scores=dict(self._scores()) if self._scores is not None else None,
@@ -122,7 +122,7 @@ class Curve:
             best = self.best
             if self._patience is not None and point is best and self._team.first:
                 self._keep(model, step)
-        late = sum(one.step > best.step for one in self.points) if best is not None else 0
+        late = sum(item.step > best.step for item in self.points) if best is not None else 0
         return self._patience is not None and late >= self._patience
 
     def finish(self, model: torch.nn.Module) -> None:
@@ -149,7 +149,7 @@ class Curve:
 
     def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Go on from `state`; the points are told to the outside again."""
-        self.points[:] = [CurvePoint.model_validate(one) for one in state]
+        self.points[:] = [CurvePoint.model_validate(item) for item in state]
         if self.points:
             self._crossed = self._count(self.points[-1].step, self.points[-1].seconds)
         for point in self.points:
@@ -176,7 +176,7 @@ class Curve:
         own = self._meter.energy.of_training()
         if self._team.size == 1 or self._meter.device.kind == "cpu":
             return own
-        everyones = [one for (one,) in self._team.gather(float("nan") if own is None else own)]
+        everyones = [item for (item,) in self._team.gather(float("nan") if own is None else own)]
         total = sum(everyones)
         return total if total == total else None
 

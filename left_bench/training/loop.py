@@ -198,10 +198,10 @@ def train(
         if last or stop:
             break
     if team.size > 1 and cell.hardware.sharding is None:
-        team.check_alike("what was trained", [one for (one,) in team.gather(fingerprint_of(parameters))])
+        team.check_alike("what was trained", [item for (item,) in team.gather(fingerprint_of(parameters))])
     states = state_tensors(optimizer)
-    meter.memory_breakdown["optimizer"] = stored_bytes(one for one in states if not is_paged(one))
-    if paged := stored_bytes(one for one in states if is_paged(one)):
+    meter.memory_breakdown["optimizer"] = stored_bytes(state for state in states if not is_paged(state))
+    if paged := stored_bytes(state for state in states if is_paged(state)):
         meter.metrics["paged_optimizer_bytes"] = paged
     return Trained(optimizer_state_dtypes(optimizer), ended)
 
@@ -218,9 +218,9 @@ def some_get_no_gradient(
     model.train()
     with autocast(cell, device=device):
         objective.summed(objective.batch(rows[:1]).to(device), gain=1.0).backward()
-    found = any(parameter.grad is None for parameter in trainable_parameters(model))
+    result = any(parameter.grad is None for parameter in trainable_parameters(model))
     model.zero_grad(set_to_none=True)
-    return found
+    return result
 
 
 def held_weights(model: torch.nn.Module, *, attached: bool) -> dict[str, int]:

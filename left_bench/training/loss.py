@@ -87,19 +87,19 @@ class AnswerLoss:
         Args:
             kind: of the device whose chunks it is to have, wherever the shapes are.
         """
-        found = cls(model, everywhere=True)
-        head = found.model.get_output_embeddings()
+        result = cls(model, everywhere=True)
+        head = result.model.get_output_embeddings()
         if head is not None:
-            found.head, found.suffix = head, _NOTHING
-            found._chunk = _rows_of_logits(head.weight.shape[0], kind=kind)
-            found.output_head = "labelled positions, in chunks"
-        return found
+            result.head, result.suffix = head, _NOTHING
+            result._chunk = _rows_of_logits(head.weight.shape[0], kind=kind)
+            result.output_head = "labelled positions, in chunks"
+        return result
 
     def through(self, wrapped: Callable[..., Any]) -> AnswerLoss:
         """The same loss with its forward pass taken through a wrapper around the model: DDP's, whose hooks then run."""
-        found = copy.copy(self)
-        found.forward = wrapped
-        return found
+        result = copy.copy(self)
+        result.forward = wrapped
+        return result
 
     def of_tokens(self, batch: Batch) -> torch.Tensor:
         """The loss of every labelled token, float32 [answer tokens], in the batch's order of labels; for evaluating."""
@@ -150,12 +150,12 @@ class AnswerLoss:
         with torch.no_grad():
             sums = _row_sums(self._token_losses_in_chunks(states, batch.targets), batch)
         with torch.enable_grad():
-            found = combine(sums.requires_grad_())
-            (slopes,) = torch.autograd.grad(found, sums)
+            result = combine(sums.requires_grad_())
+            (slopes,) = torch.autograd.grad(result, sums)
         # not `repeat_interleave`, which would wait for the device to learn how long its result is
         weights = torch.cat([slope.expand(n) for slope, n in zip(slopes, batch.answer_lengths, strict=True)])
         weighted = self._weighted(states, batch.targets, weights)
-        return found.detach() + (weighted - weighted.detach())
+        return result.detach() + (weighted - weighted.detach())
 
     def _weighted(self, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         parameters = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
@@ -202,7 +202,9 @@ class AnswerLoss:
         self._chunk = _rows_of_logits(logits.shape[-1], kind=logits.device.type)
         raw = seen[0][1]
         if in_chunks:
-            self.suffix = next((one for one in _suffixes(self.model.config) if torch.equal(one.of(raw), logits)), None)
+            self.suffix = next(
+                (suffix for suffix in _suffixes(self.model.config) if torch.equal(suffix.of(raw), logits)), None
+            )
         self.output_head = "labelled positions, in chunks" if self.suffix else "labelled positions"
 
     def _why_not_liger(self) -> str | None:
@@ -222,14 +224,14 @@ def _rows_of_logits(vocabulary: int, *, kind: str) -> int:
 def _suffixes(config: Any) -> list[Suffix]:
     """What models do to their logits after the head: nothing, soft-capping (Gemma 2), a factor (Granite, Cohere)."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = [_NOTHING]
+    results = [_NOTHING]
     if cap := getattr(config, "final_logit_softcapping", None):
-        found.append(Suffix(lambda logits: torch.tanh(logits / cap) * cap, softcap=cap, is_ligers=True))
+        results.append(Suffix(lambda logits: torch.tanh(logits / cap) * cap, softcap=cap, is_ligers=True))
     if divisor := getattr(config, "logits_scaling", None):
-        found.append(Suffix(lambda logits: logits / divisor))
+        results.append(Suffix(lambda logits: logits / divisor))
     if factor := getattr(config, "logit_scale", None):
-        found.append(Suffix(lambda logits: logits * factor))
-    return found
+        results.append(Suffix(lambda logits: logits * factor))
+    return results
 
 
 def _row_sums(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -261,14 +263,19 @@ class _Chunked(torch.autograd.Function):
         start = 0
         chunks = zip(*(whole.split(loss._chunk) for whole in (hidden, targets, weights)), strict=True)
         for part, wanted, weight in chunks:
-            nats, found = _loss_and_slopes(loss, part, wanted, weight, wants_states=wants_states, parameters=parameters)
+            nats, result = _loss_and_slopes(
+                loss, part, wanted, weight, wants_states=wants_states, parameters=parameters
+            )
             total += nats
             if gradient is not None:
-                gradient[start : start + len(part)] = found[0]
-            for one, more in zip(sums, found[len(found) - len(sums) :], strict=True):
-                one += more
+                gradient[start : start + len(part)] = result[0]
+            for item, more in zip(sums, result[len(result) - len(sums) :], strict=True):
+                item += more
             start += len(part)
-        ctx.gradients = (gradient, *(one.to(parameter.dtype) for one, parameter in zip(sums, parameters, strict=True)))
+        ctx.gradients = (
+            gradient,
+            *(item.to(parameter.dtype) for item, parameter in zip(sums, parameters, strict=True)),
+        )
         return total
 
     @staticmethod

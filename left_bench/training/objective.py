@@ -172,5 +172,5 @@ def _margins(rows: Sequence[Example], objective: Preferences, cell: Cell, *, dev
         for part in split_passes(rows, batch_size=cell.training.batch_size, batching="padded"):
             batch = collate(objective.sequences(part), pad_id=objective.pad_id, packed=objective.packed).to(device)
             nll = objective.loss.of_tokens(batch).split(batch.answer_lengths)
-            right, worse = torch.stack([one.sum() for one in nll]).chunk(2)
+            right, worse = torch.stack([item.sum() for item in nll]).chunk(2)
             yield from (worse - right).tolist()

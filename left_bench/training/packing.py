@@ -160,12 +160,12 @@ class _Segments(torch.autograd.Function):
             # softmax: the slope of the scores is p (dp - sum p dp), and sum p dp is slope . out
             scores = torch.bmm(slope, v.transpose(1, 2)).sub_((slope * o).sum(-1, keepdim=True))
             scores.mul_(probabilities).mul_(scaling)
-            found = (
+            result = (
                 torch.bmm(scores, k),
                 torch.bmm(scores.transpose(1, 2), q),
                 torch.bmm(probabilities.transpose(1, 2), slope),
             )
-            for whole, part in zip(slopes, found, strict=True):
+            for whole, part in zip(slopes, result, strict=True):
                 whole[0, :, start:end] = part.view(whole.shape[1], end - start, -1)
         return *slopes, None, None, None
 

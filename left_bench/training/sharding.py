@@ -94,12 +94,12 @@ def clip_gradient(accelerator: Accelerator, parameters: Sequence[torch.nn.Parame
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The trained parameters, gathered from their shards; every rank must ask, and rank 0 is the one to use them."""
-    found = {}
+    results = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part: Any = parameter.detach()
-            found[name] = part.full_tensor() if hasattr(part, "full_tensor") else part
-    return found
+            results[name] = part.full_tensor() if hasattr(part, "full_tensor") else part
+    return results
 
 
 def put_whole_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

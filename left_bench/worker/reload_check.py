@@ -56,11 +56,11 @@ def start_reload_checker() -> Callable[[Path], bool]:
         os.write(ask, f"{run_dir}\n".encode())
         os.close(ask)
         with os.fdopen(answer, encoding="utf-8") as lines:
-            found = lines.read().strip()
+            result = lines.read().strip()
         os.waitpid(child, 0)
-        if found.startswith("error: ") or not found:
-            raise _unusable(found.removeprefix("error: ") or "the process ended without an answer")
-        return found == EQUAL
+        if result.startswith("error: ") or not result:
+            raise _unusable(result.removeprefix("error: ") or "the process ended without an answer")
+        return result == EQUAL
 
     return gives_the_same_loss
 
@@ -101,11 +101,11 @@ def compare_losses(run_dir: Path) -> str:
     with torch.no_grad(), models.autocast(cell, device=device):
         asked: dict[str, Any] = {"pad_id": evaluate.pad_of(tokenizer), "device": device}
         shared = read_shared_prompt(model, test, cell, **asked)
-        found = evaluate.row_losses(model, test, cell, shared=shared, **asked).nll
+        result = evaluate.row_losses(model, test, cell, shared=shared, **asked).nll
     lines = (run_dir / ROWS_NAME).read_text(encoding="utf-8").splitlines()
     recorded = [json.loads(line)["nll"] for line in lines]
-    difference = max(abs(one - other) for one, other in zip(found, recorded, strict=True))
-    return EQUAL if found == recorded else f"largest difference {difference:g} nats"
+    difference = max(abs(one - other) for one, other in zip(result, recorded, strict=True))
+    return EQUAL if result == recorded else f"largest difference {difference:g} nats"
 
 
 def _unusable(why: str) -> RuntimeError:

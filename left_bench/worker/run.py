@@ -36,24 +36,24 @@ def work(
     cell: Cell,
     *,
     run_dir: Path,
-    found: dict[str, Any],
+    draft: dict[str, Any],
     events: EventWriter,
     exceeded: Callable[[int], None] = lambda used: None,
     reloads: Callable[[Path], bool] | None = None,
     team: Team = ranks.ALONE,
 ) -> None:
-    """Fine-tune and measure one cell; everything learned goes into `found` as soon as it is known.
+    """Fine-tune and measure one cell; everything learned goes into `draft` as soon as it is known.
 
     `exceeded` is told, from another thread, of memory in use beyond `hardware.memory_limit`. `reloads` says whether
     the run's saved adapter gives back its losses, for `eval.check_reload`. Every rank of `team` runs this; the first
     alone evaluates and saves.
 
     Raises:
-        Exception: whatever went wrong; `found` then holds what was measured before.
+        Exception: whatever went wrong; `draft` then holds what was measured before.
     """
     from left_bench.worker import stages
 
-    run = stages.begin(cell, run_dir=run_dir, found=found, events=events, exceeded=exceeded, team=team)
+    run = stages.begin(cell, run_dir=run_dir, draft=draft, events=events, exceeded=exceeded, team=team)
     base_model = stages.load_base(run)
     before = stages.score_base(run, base_model)
     model = stages.attach_method(run, base_model)
@@ -89,7 +89,7 @@ def main(argv: list[str], *, forked: bool = False) -> int:
         reloads = reload_check.start_reload_checker() if forked else reload_check.gives_the_same_loss
     events = EventWriter(run_dir / EVENTS_NAME) if team.first else NullEventWriter(run_dir / EVENTS_NAME)
     started = utc_now()
-    found: dict[str, Any] = {"provenance": {}}
+    result: dict[str, Any] = {"provenance": {}}
     ended = threading.Lock()
 
     def end(status: Status, reason: str | None) -> None:
@@ -97,8 +97,8 @@ def main(argv: list[str], *, forked: bool = False) -> int:
         ended.acquire()
         memory_limit.lift()  # a run that is out of memory needs some to say so
         # JSON has no NaN, and a loss that is none is in the reason, not a number to compare
-        found["metrics"] = {name: value for name, value in dict(found.get("metrics", {})).items() if isfinite(value)}
-        outcome = outcome_of(cell, status, reason, started_at=started, measured=found)
+        result["metrics"] = {name: value for name, value in dict(result.get("metrics", {})).items() if isfinite(value)}
+        outcome = outcome_of(cell, status, reason, started_at=started, measured=result)
         try:
             write_atomically(ranks.folder_of(run_dir, rank) / OUTCOME_NAME, outcome.model_dump_json(exclude_none=True))
         except OSError as error:
@@ -117,7 +117,7 @@ def main(argv: list[str], *, forked: bool = False) -> int:
     status: Status = "ok"
     reason = None
     try:
-        work(cell, run_dir=run_dir, found=found, events=events, exceeded=exceeded, reloads=reloads, team=team)
+        work(cell, run_dir=run_dir, draft=result, events=events, exceeded=exceeded, reloads=reloads, team=team)
     except Exception as error:
         memory_limit.lift()
         status, reason = team.why_lost(error) or status_of(

@@ -1,7 +1,7 @@
 """The stages of a run, in the order in which `run.work` goes through them.
 
 Each takes the run (`RunContext`) and the model as the stage before left it. What a stage learns goes into
-`RunContext.found`, which is the record to be, as soon as it is known: a run that ends in the next stage keeps it.
+`RunContext.draft`, the draft of the record, as soon as it is known: a run that ends in the next stage keeps it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RunContext:
 
     cell: Cell
     run_dir: Path
-    found: dict[str, Any]
+    draft: dict[str, Any]
     """The record to be: `environment`, `phases`, `metrics`, `memory_breakdown`, `provenance`, `scores`, `samples`."""
     events: EventWriter
     team: Team
@@ -75,7 +75,7 @@ class RunContext:
     @property
     def effective(self) -> dict[str, Any]:
         """What was in force, whatever was asked for: `environment.effective`."""
-        effective: dict[str, Any] = self.found["environment"]["effective"]
+        effective: dict[str, Any] = self.draft["environment"]["effective"]
         return effective
 
     @property
@@ -92,7 +92,7 @@ def begin(
     cell: Cell,
     *,
     run_dir: Path,
-    found: dict[str, Any],
+    draft: dict[str, Any],
     events: EventWriter,
     exceeded: Callable[[int], None],
     team: Team,
@@ -101,8 +101,8 @@ def begin(
     team.meet(cell.hardware.device)
     device = open_device(cell.hardware.device)
     effective: dict[str, Any] = {}
-    found["environment"] = {"machine": describe_machine(device), "versions": versions_of(RECORDED_PACKAGES)}
-    found["environment"]["effective"] = effective
+    draft["environment"] = {"machine": describe_machine(device), "versions": versions_of(RECORDED_PACKAGES)}
+    draft["environment"]["effective"] = effective
     set_threads(cell, team)  # after the machine is described: a seat's cores are not all it has
     load.apply_precision(cell, device=device.kind)
     liger.check(cell, device=device.kind)
@@ -111,7 +111,7 @@ def begin(
     effective["concurrent_cells"] = concurrent_cells(os.environ)
     gpu, counters = energy.open_counters(device.kind, os.environ, first=team.first)
     if facts := gpu.facts():
-        found["environment"]["machine"]["gpu"] = facts
+        draft["environment"]["machine"]["gpu"] = facts
     joules = energy.Energy(counters)
     if joules.sources:
         effective["energy"] = joules.sources
@@ -129,12 +129,12 @@ def begin(
 
     load.make_ready(cell, device=device.kind)
     meter = Meter(device, events, energy=joules)
-    found |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
+    draft |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics |= counted_rows(splits, scored=len(test), cell=cell)
     told = {name: meter.metrics[name] for name in (*ROW_COUNTS, *VALIDATION_COUNTS)}
     events.write("data", shape=splits.shape, **told)
-    found["provenance"]["rows"] = splits.fingerprint
-    found["provenance"]["splits"] = used_for(splits, scored=len(test))
+    draft["provenance"]["rows"] = splits.fingerprint
+    draft["provenance"]["splits"] = used_for(splits, scored=len(test))
     if cell.hardware.memory_limit is not None:
 
         def end_phase_too(used: int) -> None:
@@ -147,7 +147,7 @@ def begin(
     return RunContext(
         cell=cell,
         run_dir=run_dir,
-        found=found,
+        draft=draft,
         events=events,
         team=team,
         device=device,
@@ -164,7 +164,7 @@ def begin(
 def load_base(run: RunContext) -> Any:
     """The base model, quantized as the cell has it; what its quantization cost, and whether it is causal."""
     cell, meter, effective = run.cell, run.meter, run.effective
-    circumstances = {"machine": run.found["environment"]["machine"]["id"]}
+    circumstances = {"machine": run.draft["environment"]["machine"]["id"]}
     circumstances |= {key: effective[key] for key in ("threads", "concurrent_cells")}
     base_model, loaded = quantized_cache.load_base(
         cell,
@@ -198,7 +198,7 @@ def score_base(run: RunContext, base_model: Any) -> Any:
     before, source = shared_baseline.evaluate_base(
         base_model, run.tokenizer, run.test, cell, meter=run.meter, runs_dir=run.run_dir.parent, tasks=run.tasks
     )
-    run.found["provenance"]["base_scores_from"] = source
+    run.draft["provenance"]["base_scores_from"] = source
     return before
 
 
@@ -293,10 +293,10 @@ def train(run: RunContext, model: Any) -> None:
             others = neighbours.share()
             if others is not None:
                 meter.metrics["other_cpu_share"] = others
-            if facts := run.found["environment"]["machine"].get("gpu"):
+            if facts := run.draft["environment"]["machine"].get("gpu"):
                 facts |= run.gpu.clocks()  # before they fall
             if meter.starts[1:]:
-                run.found["provenance"]["resumed_after_steps"] = meter.starts[1:]
+                run.draft["provenance"]["resumed_after_steps"] = meter.starts[1:]
             sum_up(peak)
     effective["optimizer_state_dtype"] = trained.optimizer_state_dtypes
     note_end(run, trained.ended, curve)
@@ -323,17 +323,17 @@ def curve_of(run: RunContext, model: Any) -> Curve:
         tell=progress_of(run.events),
         scores=scores if cell.eval.curve_scores and (cell.generates or run.splits.classes) else None,
     )
-    run.found["curve"] = curve.points
+    run.draft["curve"] = curve.points
     return curve
 
 
 def note_end(run: RunContext, ended: str, curve: Curve) -> None:
     """Why training ended, and whose step the weights are; their validation loss; what was chosen on which rows."""
-    meter, kept, splits = run.meter, curve.kept, run.found["provenance"]["splits"]
+    meter, kept, splits = run.meter, curve.kept, run.draft["provenance"]["splits"]
     steps, rows_per_step = len(meter.steps), run.cell.training.batch_size * run.cell.training.gradient_accumulation
     meter.metrics["train_epochs"] = steps * rows_per_step / len(run.splits.train)
     of_step = kept.step if kept is not None else steps
-    run.found["provenance"]["training_ended"] = {"by": ended, "steps": steps, "weights_of_step": of_step}
+    run.draft["provenance"]["training_ended"] = {"by": ended, "steps": steps, "weights_of_step": of_step}
     if kept is not None:
         meter.metrics["validation_loss"] = kept.validation_loss
     if curve.points:
@@ -383,8 +383,8 @@ def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
             meter.metrics["generate_tokens_per_second"] = _generation_speed(run, model, cell)
     by_row = evaluate.row_scores(after, test, cell)
     if cell.model.weights != "random":  # those have no quality worth a number
-        scores = run.found["scores"] = evaluate.scores(after, before, test, cell)
-        run.found["samples"] = evaluate.samples(after, before, test, cell)
+        scores = run.draft["scores"] = evaluate.scores(after, before, test, cell)
+        run.draft["samples"] = evaluate.samples(after, before, test, cell)
         base_answers = before.predictions if before is not None else None
         if cell.eval.scorer is not None and after.predictions is not None:
             with meter.phase("score"), costing_its_scores("scorer", effective, events):
@@ -481,12 +481,12 @@ def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
 
 def used_for(splits: Any, *, scored: int) -> dict[str, dict[str, Any]]:
     """Which rows were used for what: split -> how many rows, and the use made of them."""
-    found: dict[str, dict[str, Any]] = {"train": {"rows": len(splits.train), "used_for": ["training"]}}
+    result: dict[str, dict[str, Any]] = {"train": {"rows": len(splits.train), "used_for": ["training"]}}
     if splits.validation:
-        found["validation"] = {"rows": len(splits.validation), "used_for": ["validation_loss"]}
+        result["validation"] = {"rows": len(splits.validation), "used_for": ["validation_loss"]}
     if scored:
-        found["test"] = {"rows": scored, "used_for": ["scores, before and after training"]}
-    return found
+        result["test"] = {"rows": scored, "used_for": ["scores, before and after training"]}
+    return result
 
 
 def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> None:

@@ -92,7 +92,7 @@ def make_record(
         section[last] = value
     named = {group: section["name"] for group, section in config.items() if isinstance(section, dict)}
     slug = "-".join(config[g]["name"] for g in ("model", "quantization", "peft", "precision", "data"))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     scored = config["model"]["weights"] != "random"
     base_params = 134_515_008 if scored else 139_584
     if status == "ok":
@@ -118,7 +118,7 @@ def make_record(
         parts |= {} if trainable == base_params else {"adapter": 4 * trainable}
         parts["activations_and_workspace"] = max(0, int(peak_mib * MIB) - sum(parts.values()))
         shares = {"load": 0.03, "attach": 0.01, "evaluate_base": 0.12, "train": 0.65, "evaluate": 0.12, "save": 0.03}
-        found = {
+        results = {
             "metrics": numbers | (metrics or {}),
             "phases": [Phase(name=name, seconds=share * wall) for name, share in shares.items()],
             "memory_breakdown": parts,
@@ -134,11 +134,11 @@ def make_record(
             else [],
         }
     elif metrics:
-        found = {"metrics": metrics}
+        results = {"metrics": metrics}
     if status != "unsupported" and machine is not None:
         asked = {"batching": config["training"]["batching"], "attention": "sdpa", "threads": machine["cores"]}
         asked |= {"weights_dtype": "bfloat16", "learning_rate": config["training"]["learning_rate"]}
-        found["environment"] = {"machine": machine, "versions": VERSIONS, "effective": asked | (effective or {})}
+        results["environment"] = {"machine": machine, "versions": VERSIONS, "effective": asked | (effective or {})}
     return Record(
         cell_id=f"{slug}-s{config['seed']}-{fingerprint(config)}",
         status=status,
@@ -148,7 +148,7 @@ def make_record(
         choices=named | (choices or {}),
         config=config,
         provenance={"sweep": None, "command": f"left-bench peft={named['peft']}", "overrides": []} | (provenance or {}),
-        **found,
+        **results,
     )
 
 
@@ -297,7 +297,7 @@ QUANTIZED = {"none": (256.6, 16.0), "int8": (131.0, 8.1), "nf4": (84.0, 4.5), "n
 
 def seeded(seeds: tuple[int, ...] = (0, 1, 2)) -> list[Record]:
     """Quantization against method under several seeds, some of it unsupported or out of memory."""
-    found = []
+    results = []
     for q, (quantization, (weights, bits)) in enumerate(QUANTIZED.items()):
         for m, method in enumerate(("full", "lora", "ia3", "prompt_tuning")):
             for seed in seeds:
@@ -305,11 +305,13 @@ def seeded(seeds: tuple[int, ...] = (0, 1, 2)) -> list[Record]:
                 minute = (q * 4 + m) % 60
                 if method == "full" and quantization != "none":
                     reason = "full fine-tuning does not train quantized weights"
-                    found.append(make_record(changes=changes, status="unsupported", reason=reason, minute=minute))
+                    results.append(make_record(changes=changes, status="unsupported", reason=reason, minute=minute))
                 elif (quantization, method, seed) == ("nf4", "ia3", 2):
-                    found.append(make_record(changes=changes, status="oom", reason="not enough memory", minute=minute))
+                    results.append(
+                        make_record(changes=changes, status="oom", reason="not enough memory", minute=minute)
+                    )
                 else:
-                    found.append(
+                    results.append(
                         make_record(
                             changes=changes,
                             minute=minute,
@@ -322,7 +324,7 @@ def seeded(seeds: tuple[int, ...] = (0, 1, 2)) -> list[Record]:
                             metrics={"quantized_bits_per_param": bits} if q else None,
                         )
                     )
-    return found  # fmt: skip
+    return results  # fmt: skip
 
 
 def main() -> None:

@@ -149,8 +149,8 @@ def of_method(cell: Cell) -> Factors:
 
 def of_quantization(name: str) -> Factors | None:
     """What a quantization adds on a CPU that multiplies bfloat16; None where nothing was measured."""
-    found = _OF_QUANTIZATIONS.get(name)
-    return None if found is None else Factors(*found)
+    result = _OF_QUANTIZATIONS.get(name)
+    return None if result is None else Factors(*result)
 
 
 def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_MORE) -> dict[str, float]:
@@ -158,28 +158,28 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
 
     `evaluate_base` is what the first of several cells that share a base model's scores spends on them.
     """
-    training, found = cell.training, {"load": rates.load, "around": _AROUND_SECONDS}
+    training, result = cell.training, {"load": rates.load, "around": _AROUND_SECONDS}
     if cell.model.weights != "random" and not cell.task.new_output:
-        found["evaluate_base"] = _evaluation(cell, rates, rows)
+        result["evaluate_base"] = _evaluation(cell, rates, rows)
     if training.sft_steps:
-        found["sft"] = factors.train * _steps(cell.sft_before(), rates, rows)
+        result["sft"] = factors.train * _steps(cell.sft_before(), rates, rows)
     if training.objective == "dpo":
         seen = rows.train[: training.steps * training.batch_size * training.gradient_accumulation]
         both = [*seen, *(row.with_worse_answer() for row in seen)]
-        found["reference"] = factors.evaluate * _passes(cell, rates.forward, both, training.batch_size)
-    found["train"] = factors.train * _steps(cell, rates, rows)
+        result["reference"] = factors.evaluate * _passes(cell, rates.forward, both, training.batch_size)
+    result["train"] = factors.train * _steps(cell, rates, rows)
     if rows.validation_rows and (points := _points(cell, rows.validation_rows)):
         read = (rows.test * (-(-rows.validation_rows // len(rows.test))))[: rows.validation_rows]
         once = _passes(cell, rates.forward, read, training.batch_size)
-        found["validate"] = points * factors.evaluate * once
-    found["evaluate"] = factors.evaluate * (_evaluation(cell, rates, rows) + _speed(cell, rates, rows))
+        result["validate"] = points * factors.evaluate * once
+    result["evaluate"] = factors.evaluate * (_evaluation(cell, rates, rows) + _speed(cell, rates, rows))
     if cell.eval.check_reload:
         losses = _passes(cell, rates.forward, _scored(cell, rows), cell.eval.batch_size)
-        found["reload"] = rates.load + factors.evaluate * losses
+        result["reload"] = rates.load + factors.evaluate * losses
     if _is_merged(cell):
         compared = rates.forward.of(_padded(rows.test[:_MERGE_ROWS], cell))
-        found["merge"] = (1 + factors.evaluate) * compared + _speed(cell, rates, rows)
-    return found
+        result["merge"] = (1 + factors.evaluate) * compared + _speed(cell, rates, rows)
+    return result
 
 
 def _points(cell: Cell, validation_rows: int) -> int:

@@ -292,7 +292,10 @@ def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: fl
             decode, test, guess=lambda _, took: Line(max(0.0, took - more), more), cost=of_answers, until=until
         )
     model.train()
-    entrances = {model.get_input_embeddings(), *(one for one in model.modules() if isinstance(one, torch.nn.Embedding))}
+    entrances = {
+        model.get_input_embeddings(),
+        *(module for module in model.modules() if isinstance(module, torch.nn.Embedding)),
+    }
     for entrance in entrances:  # so that a gradient flows through the activations, and to no weight
         entrance.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     of_step = ladder(

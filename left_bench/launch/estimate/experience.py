@@ -34,8 +34,8 @@ class Experience:
 
     def factors(self, cell: Cell) -> tuple[Factors, bool]:
         """How many times longer than the base model's passes a cell's take, and whether that is all of it."""
-        if (found := self.of_kinds.get(_kind(cell))) is not None:
-            return found, True
+        if (result := self.of_kinds.get(_kind(cell))) is not None:
+            return result, True
         whole, weights = True, self.of_weights.get(_weights(cell))
         if weights is None and cell.quantization.target is not None:
             native = cell.precision.compute_dtype == "bfloat16" and not emulated(cell.device_type, "bfloat16")
@@ -65,11 +65,11 @@ def gathered(runs_dir: Path, *, at_once: int) -> Experience:
             cell = Cell.model_validate({"choices": record.choices, **record.config})
             if "base_scores_from" in record.provenance:
                 bases.add(base_of(cell))
-            found = _compared(record, cell, at_once=at_once)
-            if found is not None:
+            result = _compared(record, cell, at_once=at_once)
+            if result is not None:
                 method = of_method(cell)
-                kinds[_kind(cell)].append(found)
-                weights[_weights(cell)].append(Factors(found.train / method.train, found.evaluate / method.evaluate))
+                kinds[_kind(cell)].append(result)
+                weights[_weights(cell)].append(Factors(result.train / method.train, result.evaluate / method.evaluate))
     return Experience(frozenset(bases), _medians(kinds), _medians(weights))
 
 
@@ -95,13 +95,13 @@ def _made_here(record: Record) -> bool:
 
 
 def _latest(runs_dir: Path) -> list[Record]:
-    found = []
+    results = []
     with contextlib.suppress(OSError):
         paths = sorted(runs_dir.glob(f"*/{RECORD_NAME}"), key=lambda path: path.stat().st_mtime)[-_LATEST:]
         for path in paths:
             with contextlib.suppress(ValueError):  # damaged: whoever needs it will say so
-                found.append(read_record(path))
-    return [record for record in found if record.status == "ok"]
+                results.append(read_record(path))
+    return [record for record in results if record.status == "ok"]
 
 
 def _kind(cell: Cell) -> str:
@@ -113,8 +113,10 @@ def _weights(cell: Cell) -> str:
     return fingerprint([*(cell.identity[group] for group in ("model", "quantization", "precision")), layout])
 
 
-def _medians(found: Mapping[str, list[Factors]]) -> dict[str, Factors]:
+def _medians(factors: Mapping[str, list[Factors]]) -> dict[str, Factors]:
     return {
-        kind: Factors(statistics.median(one.train for one in those), statistics.median(one.evaluate for one in those))
-        for kind, those in found.items()
+        kind: Factors(
+            statistics.median(item.train for item in those), statistics.median(item.evaluate for item in those)
+        )
+        for kind, those in factors.items()
     }

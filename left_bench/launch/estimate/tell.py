@@ -73,31 +73,31 @@ def say_estimate(
         return
     console = console or Console()
     if elsewhere:
-        found = Estimate(sum(one.cells for one in planned), None, [_ELSEWHERE])
+        result = Estimate(sum(item.cells for item in planned), None, [_ELSEWHERE])
     else:
-        found = _estimated(planned, runs_dir, at_once=at_once, cells_follow=cells_follow)
-    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
-    limits = [one.cell.hardware.patience for one in planned if one.cell.hardware.patience is not None]
-    if console.is_terminal and found.seconds is not None and limits and found.seconds > min(limits):
+        result = _estimated(planned, runs_dir, at_once=at_once, cells_follow=cells_follow)
+    console.print(str(result), markup=False, highlight=False, soft_wrap=True)
+    limits = [item.cell.hardware.patience for item in planned if item.cell.hardware.patience is not None]
+    if console.is_terminal and result.seconds is not None and limits and result.seconds > min(limits):
         console.print(how_to_narrow(planned, limit=min(limits)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _estimated(planned: Sequence[Planned], runs_dir: Path, *, at_once: int, cells_follow: bool) -> Estimate:
-    reasons = {calibrate.rates_path(one.cell, at_once=at_once): one.cell for one in planned}
+    reasons = {calibrate.rates_path(item.cell, at_once=at_once): item.cell for item in planned}
     why = {path: calibrate.why_not(cell) for path, cell in reasons.items()}
-    timed = [one for one in planned if why[calibrate.rates_path(one.cell, at_once=at_once)] is None]
-    warm = calibrate.calibrate([one.cell for one in timed], at_once=at_once, cells_follow=cells_follow)
+    timed = [item for item in planned if why[calibrate.rates_path(item.cell, at_once=at_once)] is None]
+    warm = calibrate.calibrate([item.cell for item in timed], at_once=at_once, cells_follow=cells_follow)
     measured: list[Measured | str] = [
-        why[calibrate.rates_path(one.cell, at_once=at_once)] or _usable(calibrate.kept(one.cell, at_once=at_once))
-        for one in planned
+        why[calibrate.rates_path(item.cell, at_once=at_once)] or _usable(calibrate.kept(item.cell, at_once=at_once))
+        for item in planned
     ]
-    once = 0.0 if warm else max((one.rates.start for one in measured if isinstance(one, Measured)), default=0.0)
+    once = 0.0 if warm else max((item.rates.start for item in measured if isinstance(item, Measured)), default=0.0)
     if not any((runs_dir / "base").glob("peak-*.json")):
         once += PEAK_SECONDS
-    found = added_up(list(zip(planned, measured, strict=True)), gathered(runs_dir, at_once=at_once))
-    if found.seconds is None:
-        return found
-    return found._replace(seconds=once + found.seconds / min(at_once, found.cells))
+    result = added_up(list(zip(planned, measured, strict=True)), gathered(runs_dir, at_once=at_once))
+    if result.seconds is None:
+        return result
+    return result._replace(seconds=once + result.seconds / min(at_once, result.cells))
 
 
 def _usable(measured: Measured | None) -> Measured | str:
@@ -139,7 +139,7 @@ def added_up(planned: Sequence[tuple[Planned, Measured | str]], experience: Expe
 
 def how_to_narrow(planned: Sequence[Planned], *, limit: float) -> str:
     """What of these cells can be made less, with the keys to type."""
-    cells = [one.cell for one in planned]
+    cells = [item.cell for item in planned]
     ways = [
         f"fewer {named} ({key}=, {len(values)} now)"
         for named, key, values in (
@@ -149,7 +149,7 @@ def how_to_narrow(planned: Sequence[Planned], *, limit: float) -> str:
         )
         if len(values) > 1
     ]
-    if any(one.cells > 1 for one in planned):
+    if any(item.cells > 1 for item in planned):
         ways.append("fewer seeds (seed=)")
     ways.append(f"training.steps= ({max(cell.training.steps for cell in cells)} now)")
     if any(cell.generates for cell in cells):

@@ -175,8 +175,8 @@ def _metric(rows: Sequence[Row], name: str, baseline: Row | None, put: Callable[
             None if error is None or value is None else put(format_error(name, value, error))
             for value, error in zip(values, errors, strict=True)
         ]
-    if meaning.better != "none" and not name.startswith("base_") and (found := standing(rows, name)):
-        unresolved = {id(row) for row, against in found.unresolved if against.interval is not None} - best
+    if meaning.better != "none" and not name.startswith("base_") and (result := standing(rows, name)):
+        unresolved = {id(row) for row, against in result.unresolved if against.interval is not None} - best
         column["unresolved"] = [i for i, row in enumerate(rows) if id(row) in unresolved]
     if baseline is not None and len(rows) > 1 and not name.startswith("base_"):
         judged = len(rows) <= DETAILED_CELLS and (name in COLUMNS or meaning.kind == "quality")
@@ -230,8 +230,8 @@ def _command(row: Row, put: Callable[[object], int]) -> int | None:
 
 
 def _parts(rows: Sequence[Row]) -> list[str]:
-    found = {part for row in rows for breakdown in _breakdowns(row) for part, size in breakdown.items() if size > 0}
-    return [*(part for part in _PARTS if part in found), *sorted(found - set(_PARTS))]
+    results = {part for row in rows for breakdown in _breakdowns(row) for part, size in breakdown.items() if size > 0}
+    return [*(part for part in _PARTS if part in results), *sorted(results - set(_PARTS))]
 
 
 def _breakdowns(row: Row) -> list[dict[str, int]]:
@@ -242,10 +242,10 @@ def _breakdowns(row: Row) -> list[dict[str, int]]:
 
 def _memory(row: Row, parts: Sequence[str], put: Callable[[object], int]) -> list[list[int]] | None:
     """(bytes, as text) of every part and of all; means over the seeds, null where the parts are not known."""
-    found = _breakdowns(row)
-    if not found:
+    result = _breakdowns(row)
+    if not result:
         return None
-    sizes = [round(sum(max(0, breakdown.get(part, 0)) for breakdown in found) / len(found)) for part in parts]
+    sizes = [round(sum(max(0, breakdown.get(part, 0)) for breakdown in result) / len(result)) for part in parts]
     if sum(sizes) <= 0:
         return None
     return [[size, put(format_value("peak_memory_bytes", size))] for size in (*sizes, sum(sizes))]
@@ -253,8 +253,8 @@ def _memory(row: Row, parts: Sequence[str], put: Callable[[object], int]) -> lis
 
 def _standing(rows: Sequence[Row], main: Sequence[str], put: Callable[[object], int]) -> dict[str, Any]:
     """Each row's place in the first metric, and whether it is of the Pareto set over all of `main`."""
-    found = standing(rows, main[0]) if main else None
-    places = [None if found is None else found.places.get(id(row)) for row in rows]
+    result = standing(rows, main[0]) if main else None
+    places = [None if result is None else result.places.get(id(row)) for row in rows]
     advice = recommend(rows) if len(rows) > 1 else None
     front = advice.front if advice else {}
     shares = [front.get(id(row)) for row in rows]
@@ -296,9 +296,9 @@ def _by_axis(report: Report, main: Sequence[str], put: Callable[[object], int]) 
 
 def _curves(rows: Sequence[Row]) -> list[list[Any]]:
     """(row, steps, mean loss, lowest and highest of the seeds) of the first cells that have a curve."""
-    found: list[list[Any]] = []
+    result: list[list[Any]] = []
     for i, row in enumerate(rows):
-        if len(found) == CURVES:
+        if len(result) == CURVES:
             break
         steps, losses = seed_losses(row)
         if len(steps) < 2:
@@ -306,8 +306,8 @@ def _curves(rows: Sequence[Row]) -> list[list[Any]]:
         by_step = [*zip(*losses, strict=True)]
         thinned, means = thin_out(steps, [sum(values) / len(values) for values in by_step])
         bands = [thin_out(steps, [pick(values) for values in by_step])[1] for pick in (min, max)]
-        found.append([i, thinned, means, *(bands if len(losses) > 1 else [])])
-    return found
+        result.append([i, thinned, means, *(bands if len(losses) > 1 else [])])
+    return result
 
 
 def thin_out(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -321,14 +321,14 @@ def thin_out(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[int], 
 def _settings(rows: Sequence[Row]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The settings that all records share, and what each row has beside them; None is no setting."""
     flat = [settings(row) for row in rows]
-    known = [one for one in flat if one]
+    known = [item for item in flat if item]
     first = known[0] if known else {}
     missing = object()
-    same = {key: value for key, value in first.items() if all(one.get(key, missing) == value for one in known)}
+    same = {key: value for key, value in first.items() if all(item.get(key, missing) == value for item in known)}
     if any(len(runs_of(row)) > 1 for row in rows):  # then a row stands for several seeds, whatever its record says
         same.pop("seed", None)
-        flat = [{key: value for key, value in one.items() if key != "seed"} for one in flat]
-    own = [{key: value for key, value in one.items() if key not in same and value is not None} for one in flat]
+        flat = [{key: value for key, value in item.items() if key != "seed"} for item in flat]
+    own = [{key: value for key, value in item.items() if key not in same and value is not None} for item in flat]
     return {key: value for key, value in same.items() if value is not None}, own
 
 

@@ -58,8 +58,8 @@ def commands(rows: Sequence[Row], sweep: Sweep | None) -> str:
         lines = [one_line(line) for line in sweep.command.splitlines()]
     else:
         recorded = (row.record.provenance.get("command") for row in rows if row.record)
-        found = list(dict.fromkeys(one_line(command) for command in recorded if command))
-        lines = found[:_NAMED] + [f"# and {len(found) - _NAMED:,} more"] * (len(found) > _NAMED)
+        results = list(dict.fromkeys(one_line(command) for command in recorded if command))
+        lines = results[:_NAMED] + [f"# and {len(results) - _NAMED:,} more"] * (len(results) > _NAMED)
     block = html.escape("\n".join(lines) or "# no command was recorded")
     return (
         f"<p>Written by left_bench {text(__version__)} from the records alone. The command that repeats it:</p>\n"
@@ -112,17 +112,17 @@ def along_training(rows: Sequence[Row], labels: Sequence[str], target: Target | 
     told = [to_target(rows, labels, target)] if target is not None else []
     told += [equal] if (equal := equal_cost(rows, labels)) is not None else []
     folds = []
-    for one in told:
-        head = "".join(f"<th scope='col'>{text(name)}</th>" for name in one.header)
+    for item in told:
+        head = "".join(f"<th scope='col'>{text(name)}</th>" for name in item.header)
         body = "\n".join(
             f"<tr><th scope='row'>{text(name)}</th>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
-            for name, *cells in one.lines[:ROWS_SHOWN]
+            for name, *cells in item.lines[:ROWS_SHOWN]
         )
         folds.append(
-            f"<details><summary>{text(one.title)}</summary>\n"
+            f"<details><summary>{text(item.title)}</summary>\n"
             '<div class="scroll" tabindex="0"><table class="plain">'
             f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
-            f"<p>{text(' '.join(one.remarks))}</p></details>"
+            f"<p>{text(' '.join(item.remarks))}</p></details>"
         )
     listed = "\n".join(folds)
     return f"<section>\n<h2>Along training</h2>\n{listed}\n</section>\n" if folds else ""
@@ -154,10 +154,10 @@ def leaderboard(data: Mapping[str, Any]) -> str:
 
 def confounding(rows: Sequence[Row], labels: Sequence[str]) -> str:
     """What else differs between the cells."""
-    found = confounders(rows, {id(row): label for row, label in zip(rows, labels, strict=True)})
-    if not found:
+    result = confounders(rows, {id(row): label for row, label in zip(rows, labels, strict=True)})
+    if not result:
         return ""
-    listed = "\n".join(f"<li><b>{text(what)}</b>: {text(how)}</li>" for what, how in found)
+    listed = "\n".join(f"<li><b>{text(what)}</b>: {text(how)}</li>" for what, how in result)
     return (
         "<h2>Confounders</h2>\n<p>The cells also differ in what follows; a difference between them may come from it."
         f"</p>\n<ul>\n{listed}\n</ul>"
@@ -238,8 +238,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _versions(rows: Iterable[Row]) -> str:
-    found: dict[str, dict[str, None]] = {}
+    result: dict[str, dict[str, None]] = {}
     for row in rows:
         for package, version in row.noted("versions").items():
-            found.setdefault(str(package), {})[str(version)] = None
-    return ", ".join(f"{package} {' and '.join(versions)}" for package, versions in found.items())
+            result.setdefault(str(package), {})[str(version)] = None
+    return ", ".join(f"{package} {' and '.join(versions)}" for package, versions in result.items())

@@ -91,9 +91,9 @@ class MlflowTracker:
             self._client = MlflowClient(
                 tracking_uri=self._uri or os.environ.get("MLFLOW_TRACKING_URI") or self._local()
             )
-        found = self._client.get_experiment_by_name(self._project)
-        if found is not None:
-            return str(found.experiment_id)
+        experiment_by_name = self._client.get_experiment_by_name(self._project)
+        if experiment_by_name is not None:
+            return str(experiment_by_name.experiment_id)
         local = None if self._uri or os.environ.get("MLFLOW_TRACKING_URI") else self._folder() / "artifacts"
         where = local.as_uri() if local else None
         return str(self._client.create_experiment(self._project, artifact_location=where))
@@ -140,13 +140,13 @@ TRACKER = TrackerKind(
 
 
 def _flat_params(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    result: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            found += _flat_params(value, f"{prefix}{key}.")
+            result += _flat_params(value, f"{prefix}{key}.")
         else:
-            found.append((f"{prefix}{key}", value))
-    return found
+            result.append((f"{prefix}{key}", value))
+    return result
 
 
 def _text(value: Any) -> str:
