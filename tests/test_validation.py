@@ -13,7 +13,7 @@ import pytest
 from left_bench.core.errors import UserError
 from left_bench.data.files import with_content
 from left_bench.data.pictures import load_pictures
-from left_bench.data.rows import DEFAULT_VALIDATION_ROWS, split_rows
+from left_bench.data.rows import DEFAULT_VALIDATION_ROWS, _answers_withheld, split_rows
 from left_bench.spec.cell import Data
 
 
@@ -138,6 +138,35 @@ def test_a_hub_data_sets_validation_split_is_taken_unless_it_is_trained_on(tmp_p
     result = split_rows(Data(name="hub", source="hub", hub_id="json", config=config, test_rows=2))
     assert len(result.validation) == (9 if own else 0)
     assert len(result.train) == (7 if own else 16)
+
+
+@pytest.mark.parametrize(("split", "own"), [("train", True), ("train+test", False)])
+def test_a_hub_data_sets_test_split_is_taken_unless_it_is_trained_on(tmp_path, split, own):
+    for name in ("train", "test"):
+        written(tmp_path / f"{name}.jsonl", [f"{name} {n}" for n in range(9)])
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    config = {"data_files": files, "split": split, "cache_dir": str(tmp_path / "hf")}
+    result = split_rows(Data(name="hub", source="hub", hub_id="json", config=config, test_rows=4, validation_rows=0))
+    assert len(result.test) == 4 and len(result.train) == (9 if own else 14)
+    assert all(prompt.startswith("test") for prompt in prompts(result.test)) == own
+
+
+@pytest.mark.parametrize("withheld", [None, ""])
+def test_a_hub_data_sets_test_split_without_answers_is_left_aside(tmp_path, withheld):
+    written(tmp_path / "train.jsonl", [f"train {n}" for n in range(9)])
+    rows = [json.dumps({"prompt": f"test {n}", "answer": withheld}) for n in range(9)]
+    (tmp_path / "test.jsonl").write_text("\n".join(rows))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    config = {"data_files": files, "cache_dir": str(tmp_path / "hf")}
+    result = split_rows(Data(name="hub", source="hub", hub_id="json", config=config, test_rows=4, validation_rows=0))
+    assert len(result.train) == 5 and all(prompt.startswith("train") for prompt in prompts(result.test))
+
+
+@pytest.mark.parametrize(("labels", "withheld"), [([-1, -1], True), ([-1, 0], False), ([0, 1], False)])
+def test_classes_of_a_split_that_are_all_minus_one_are_withheld(labels, withheld):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b"], "label": labels}, features=features)
+    assert _answers_withheld(dataset, "label") == withheld
 
 
 def test_nothing_is_held_out_where_all_rows_are_trained_on(rows_file):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from left_bench.core.errors import UserError, nearest
 from left_bench.data.batches import ClassBatch
 from left_bench.data.lazy import LazyRows
-from left_bench.data.rows import brings_validation, validation_rows_wanted
+from left_bench.data.rows import brings_split, validation_rows_wanted
 from left_bench.data.tokens import Splits
 from left_bench.spec.cell import Data
 
@@ -182,7 +182,7 @@ def _source(section: Data) -> tuple[Any, list[str], Any]:
     own: Any = None
     try:
         dataset = datasets.load_dataset(**asked, **{"split": "train", **section.config})
-        if validation_rows_wanted(section) and brings_validation(dataset, section):
+        if validation_rows_wanted(section) and brings_split(dataset, section, "validation"):
             own = datasets.load_dataset(**asked, **section.config | {"split": "validation"})
     except Exception as error:  # the hub's errors and the folder's share no base class
         reason = " ".join(str(error).split())[:300] or type(error).__name__

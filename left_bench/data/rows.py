@@ -88,13 +88,14 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
                 f"{source}: holds plain text; to train on that, give data.shape=text, else name two columns"
             )
         rows = list(read(section, records, source, dropped, shape))
+        held_out = _hub_rows_apart(section, "test", source, read, dropped)
         if section.validation_path is not None:
             raise UserError(
                 f"data.validation_path={section.validation_path}: {source} is no file; its split `validation` is taken"
                 " where it has one, else set data.validation_rows=NUMBER"
             )
         if section.validation_rows != 0 and section.hold_out:
-            for_validation = _hub_validation(section, f"{source}: split validation", read, dropped)
+            for_validation = _hub_rows_apart(section, "validation", source, read, dropped)
     else:
         source, shape = f"data.task={section.task}", None
         rows, for_validation = _generated_rows(section, source, read)
@@ -190,19 +191,37 @@ def _hub_records(section: Data, *, whole: bool, split: str | None = None) -> Ite
         yield f"{'' if split is None else f'{split} '}row {number}", record
 
 
-def _hub_validation(
-    section: Data, named: str, read: Callable[..., Iterator[Row]], dropped: list[str]
+def _hub_rows_apart(
+    section: Data,
+    part: Literal["test", "validation"],
+    source: str,
+    read: Callable[..., Iterator[Row]],
+    dropped: list[str],
 ) -> list[Row] | None:
-    """The rows of the data set's split `validation`; None where there is none, or where it is trained on."""
-    if not brings_validation(_hub_dataset(section), section):
+    """The rows of the data set's own split; None where there is none, where it is trained on, or where its answers
+    are withheld."""
+    if not brings_split(_hub_dataset(section), section, part):
         return None
-    records, shape = _detect_shape(section, _hub_records(section, whole=False, split="validation"))
-    return list(read(section, records, named, dropped, shape))
+    dataset = _hub_dataset(section, split=part)
+    if _answers_withheld(dataset, section.answer_column):
+        return None
+    records, shape = _detect_shape(section, _hub_records(section, whole=False, split=part))
+    return list(read(section, records, f"{source}: split {part}", dropped, shape))
 
 
-def brings_validation(rows: Any, section: Data) -> bool:
-    """Whether a data set of `datasets` has a split `validation` beside the one that was asked for."""
-    return "validation" in (rows.info.splits or {}) and "validation" not in str(section.config.get("split", ""))
+def brings_split(rows: Any, section: Data, part: str) -> bool:
+    """Whether a data set of `datasets` has a split of this name that is not among those trained on."""
+    return part in (rows.info.splits or {}) and part not in str(section.config.get("split", ""))
+
+
+def _answers_withheld(dataset: Any, column: str) -> bool:
+    """Whether a split was published without its answers, as leaderboards do: all are null, empty or the class -1."""
+    import datasets
+
+    plain = (datasets.Value, datasets.ClassLabel)
+    if not isinstance(dataset, datasets.Dataset) or not isinstance(dataset.features.get(column), plain):
+        return False
+    return set(dataset.unique(column)) <= {None, "", -1}
 
 
 def _hub_dataset(section: Data, *, split: str | None = None) -> Any:
