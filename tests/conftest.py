@@ -46,6 +46,12 @@ LONG = {
 }
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process more than there are processors: a third of the tests' time is waiting for launches and services."""
+    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)) + 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # pytest-xdist would begin with the files of most tests
@@ -125,13 +131,20 @@ def composed() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def compose_cell(composed: Callable[..., Any]) -> Callable[..., Cell]:
-    """`compose_cell(*overrides)` is the cell of `left-bench OVERRIDES`."""
-    from left_bench.grid.compose import compose
+    """`compose_cell(*overrides)` is the cell of `left-bench OVERRIDES`, composed as a sweep's jobs are."""
+    from hydra.core.global_hydra import GlobalHydra
 
-    @functools.cache  # a composition takes a quarter of a second, and cells are frozen
+    from left_bench.grid.command_line import open_section
+    from left_bench.grid.compose import compose
+    from left_bench.grid.job_composer import JobComposer
+
+    config = composed("-m")
+    jobs = JobComposer(GlobalHydra.instance().config_loader(), config)
+
+    @functools.cache  # cells are frozen
     def compose_cell(*overrides: str) -> Cell:
-        config = composed(*overrides)
-        return compose(config, config.hydra)[0]
+        job = jobs.compose([open_section(override) for override in overrides])
+        return compose(job, job.hydra)[0]
 
     return compose_cell
 
