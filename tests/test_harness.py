@@ -98,7 +98,7 @@ def test_without_the_package_it_says_what_to_install(task_cell, monkeypatch):
     ("tasks", "words"),
     [
         ("choice.yaml", ["no file choice.yaml", "did you mean 'choices.yaml'?"]),
-        ("arc_easy,arc_easy", ["'arc_easy' stands there twice"]),
+        ("arc_easy,arc_easy", ["'arc_easy' is listed twice"]),
         ("broken.yaml", ["broken.yaml, line 2 is no YAML"]),
         ("empty.yaml", ["empty.yaml defines no task"]),
     ],

@@ -64,10 +64,10 @@ def refused(left_bench, tmp_path, monkeypatch):
         (["hardware.phase_timeout=-1"], ["hardware.phase_timeout=-1", "greater than 0"]),
         (["hardware.memory_limit=-6GiB"], ["hardware.memory_limit='-6GiB'", "6GiB"]),
         (["data.test_rows=-1"], ["data.test_rows=-1"]),
-        (["eval.metrics=[exact_macth]"], ["eval.metrics=", "did you mean 'exact_match'?", "there are exact_match"]),
+        (["eval.metrics=[exact_macth]"], ["eval.metrics=", "did you mean 'exact_match'?", "choose from exact_match"]),
         (
             ["data.metrics=[f1,zzz]"],
-            ["data.metrics=", "no such metric (there are exact_match, rouge_l"],
+            ["data.metrics=", "no such metric (choose from exact_match, rouge_l"],
         ),
         (["training.setps=4"], ["training.setps: no such key", "did you mean 'steps'"]),
         ([f"training.schedule={LONG}"], ["training.schedule='xxx", "…"]),
