@@ -185,8 +185,8 @@ def test_other_ways_of_writing_tools_are_read(changes, tmp_path):
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (CLOSED, "passes over 'weather' of its tools without a word"),
-        (None, "a chat template alone can write"),
+        (CLOSED, "silently drops 'weather' from its tools"),
+        (None, "only a chat template can write"),
         (CHAT_WITH_TOOLS.replace("<tools>", "{{ raise_exception('no tools') }}"), "cannot render its tools (no tools)"),
     ],
 )
