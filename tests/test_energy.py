@@ -291,7 +291,7 @@ def test_cpus_that_cannot_be_read(powercap, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(energy, "_number", refused)
-    assert "by root alone" in open_cpu().source
+    assert "only root can read" in open_cpu().source
 
 
 # --- stretches ---
@@ -541,7 +541,7 @@ def test_the_doctor_says_what_can_be_read_and_why_not(powercap, capsys, monkeypa
     assert doctor([]) == 0
     told = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "RAPL, 1 CPU package" in told["CPU energy"]
-    assert "not read: device cpu has no counter" in told["GPU energy"]
+    assert "not read: device cpu has no supported energy counter" in told["GPU energy"]
 
 
 # --- reports ---

@@ -74,7 +74,7 @@ def test_what_is_emulated_is_said_once_and_done(place, runs, left_bench, monkeyp
         "left_bench.measure.auto_precision.product_speeds", lambda _device, dtype: {"float32": 60e9, dtype: 3e9}
     )
     quick = [item for item in QUICK if not item.startswith("precision=")]
-    slow = "20 times as long as float32's (measured here); precision=fp32 is what precision=auto takes here"
+    slow = "20 times as long as float32's (measured here); precision=auto chooses precision=fp32 here"
     answer = left_bench(*quick, "precision=bf16")
     assert answer.code == 0, answer
     assert f"note: precision=bf16: bfloat16 is emulated on this CPU, and its matrix products take {slow}" in answer.err

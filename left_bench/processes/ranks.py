@@ -104,9 +104,8 @@ class Team:
                 return
             self._lost = self._lost or why
             self._someone_lost.set()
-            threading.Event().wait(
-                _MOMENT_SECONDS
-            )  # rank 0 may be about to fail for the same reason, and can report better where
+            # rank 0 may be about to fail for the same reason, and can report better where
+            threading.Event().wait(_MOMENT_SECONDS)
             lost(*self._lost)
 
         for rank, end in self._ends.items():
@@ -226,9 +225,7 @@ class Team:
         Raises:
             RankLost: names them.
         """
-        if any(
-            number != numbers[0] and number == number for number in numbers
-        ):  # NaN is the same on all ranks, or is reported elsewhere
+        if any(number != numbers[0] and number == number for number in numbers):  # NaN is reported elsewhere
             listed = ", ".join(f"{number:.9g}" for number in numbers)
             raise RankLost(f"{what} differs between the ranks ({listed}); they no longer train the same model")
 
