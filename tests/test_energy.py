@@ -180,8 +180,8 @@ def test_the_drivers_facts_are_an_allow_list_and_hold_no_uuid(gpu):
         (f"GPU-{UUID}", None, True),
         ("1,0", "PCI_BUS_ID", True),
         ("1", None, "CUDA_DEVICE_ORDER"),  # CUDA counts the fastest first, NVML by bus
-        ("MIG-1", "PCI_BUS_ID", "cannot be told"),
-        ("", "PCI_BUS_ID", "cannot be told"),
+        ("MIG-1", "PCI_BUS_ID", "cannot tell which"),
+        ("", "PCI_BUS_ID", "cannot tell which"),
     ],
 )
 def test_without_torchs_uuid_the_visible_devices_tell_which_gpu_it_is(visible, order, found, gpu, monkeypatch):
