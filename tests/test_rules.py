@@ -248,9 +248,9 @@ def test_what_shards_do_not_mind_learns_the_same(overrides, tiny_cell, tmp_path)
         (["peft=deft", *INT8], "reads the stored integers of"),
         (["peft=peanut", *INT8], "reads the stored integers of"),
         (["peft=unilora", *NF4], "no trainable parameter received a gradient"),
-        (["peft=kasa", *INT8], "does not know kasa_config and is plain LoRA"),
-        (["peft=bdlora", *NF4], "does not know use_bdlora and is plain LoRA"),
-        (["peft=monteclora", *NF4], "does not know monteclora_config and is plain LoRA"),
+        (["peft=kasa", *INT8], "does not support kasa_config and is plain LoRA"),
+        (["peft=bdlora", *NF4], "does not support use_bdlora and is plain LoRA"),
+        (["peft=monteclora", *NF4], "does not support monteclora_config and is plain LoRA"),
     ],
     ids=["hra", "deft", "peanut", "unilora", "kasa", "bdlora", "monteclora"],
 )
