@@ -113,14 +113,14 @@ class Linear5bit(AskedToDequantize, MovedNotCast, nn.Linear):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
-        self._tell_weight()
+        self._annotate_weight()
 
     def after_moving(self) -> None:
-        self._tell_weight()
+        self._annotate_weight()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tell_weight()  # copying a parameter drops its attributes
+        self._annotate_weight()  # copying a parameter drops its attributes
 
     def _annotate_weight(self) -> None:
         weight = getattr(self, "weight", None)

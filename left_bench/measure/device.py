@@ -152,28 +152,28 @@ class AcceleratorDevice:
         self._baseline = 0
 
     def synchronize(self) -> None:
-        self._ask("synchronize")
+        self._call("synchronize")
 
     def set_baseline(self) -> int:
         gc.collect()
-        self._ask("empty_cache")
-        self._baseline = int(self._ask("memory_allocated", "current_allocated_memory") or 0)
+        self._call("empty_cache")
+        self._baseline = int(self._call("memory_allocated", "current_allocated_memory") or 0)
         return self._baseline
 
     def reset_peak(self) -> None:
         gc.collect()
-        self._ask("empty_cache")  # memory that an earlier phase left reserved would count as this one's
+        self._call("empty_cache")  # memory that an earlier phase left reserved would count as this one's
         self.forget_peak()
 
     def forget_peak(self) -> None:
-        self._ask("reset_peak_memory_stats")  # MPS keeps no peak
+        self._call("reset_peak_memory_stats")  # MPS keeps no peak
 
     def peak_bytes(self) -> int | None:
-        peak = self._ask("max_memory_allocated")
+        peak = self._call("max_memory_allocated")
         return None if peak is None else int(peak) - self._baseline
 
     def peak_reserved_bytes(self) -> int | None:
-        peak = self._ask("max_memory_reserved")
+        peak = self._call("max_memory_reserved")
         return None if peak is None else int(peak)
 
     def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:

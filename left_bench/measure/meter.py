@@ -163,12 +163,12 @@ class Meter:
     @contextmanager
     def apart(self, name: str) -> Iterator[None]:
         """Inside the context, steps are written as events called `name`, and count for no metric."""
-        steps, self.steps, self._told_as = self.steps, [], name
+        steps, self.steps, self._event_name = self.steps, [], name
         energy, self.energy = self.energy, Energy()
         try:
             yield
         finally:
-            self.steps, self._told_as, self.energy = steps, "step", energy
+            self.steps, self._event_name, self.energy = steps, "step", energy
 
     def begin_measured(self) -> None:
         """Start counting joules: the first step that counts for speed begins."""
@@ -186,7 +186,7 @@ class Meter:
         self.steps.append(step)
         peak = _highest(self.device.peak_bytes(), *(aside.before for aside in self._asides.values()))
         self.events.write(
-            self._told_as,
+            self._event_name,
             step=len(self.steps),
             **asdict(step),
             tokens_per_second=step.tokens / step.seconds,
