@@ -248,7 +248,7 @@ def test_a_task_whose_rows_are_missing_ends_the_cell_before_the_model_is_loaded(
     cell = task_cell("choices.yaml", weights)
     (here / "questions.jsonl").unlink()
     monkeypatch.setattr("left_bench.model.quantized_cache.load_base", None)
-    with pytest.raises(UserError, match=r"eval\.tasks=\[choices\.yaml\]: not loaded"):
+    with pytest.raises(UserError, match=r"eval\.tasks=\[choices\.yaml\]: cannot be loaded"):
         work_in_process(cell)
 
 

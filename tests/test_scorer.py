@@ -202,7 +202,7 @@ def test_neighbours_of_the_file_can_be_imported(own_cell, here):
         ("def score(p, r, row): return {}", ["scored nothing on row 1"]),
         ("def score(p, r, row): return {'a b': 1}", ["named a score 'a b'"]),
         ("def score(p, r, row): return {p: 1}", ["scored b on row 2 and a before"]),
-        ("score = 5", ["score is no function"]),
+        ("score = 5", ["score is not a function"]),
     ],
 )
 def test_a_fault_of_the_scorer_is_one_sentence(source, words, own_cell, here):
