@@ -99,7 +99,7 @@ def test_without_the_package_it_says_what_to_install(task_cell, monkeypatch):
     [
         ("choice.yaml", ["no file choice.yaml", "did you mean 'choices.yaml'?"]),
         ("arc_easy,arc_easy", ["'arc_easy' is listed twice"]),
-        ("broken.yaml", ["broken.yaml, line 2 is no YAML"]),
+        ("broken.yaml", ["broken.yaml, line 2 is not valid YAML"]),
         ("empty.yaml", ["empty.yaml defines no task"]),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_task_alone_is_found_without_the_whole_index(name, folder):
 
 def test_pictures_are_not_asked(compose_cell):
     options = ["model=tiny_vit", "data=digits", "hardware=cpu", "precision=fp32", "eval.tasks=[arc_easy]"]
-    with pytest.raises(UserError, match="names classes"):
+    with pytest.raises(UserError, match="not a classifier"):
         compose_cell(*options)
 
 
