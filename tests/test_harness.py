@@ -162,7 +162,7 @@ def test_a_task_file_in_a_file_of_options_is_refused(here, left_bench, monkeypat
     (here / "conf" / "eval" / "theirs.yaml").write_text("defaults: [default]\nname: theirs\ntasks: [choices.yaml]\n")
     answer = left_bench("--config-dir", "conf", "eval=theirs", "model=tiny_llama", "hardware=cpu", "tracker=none")
     assert answer.code == 2, answer
-    assert "eval.tasks=[choices.yaml] stands in a file" in answer.err
+    assert "eval.tasks=[choices.yaml] is set in a file" in answer.err
 
 
 # --- asked ---

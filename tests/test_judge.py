@@ -241,7 +241,7 @@ def test_a_judge_in_a_file_is_refused(tmp_path, left_bench, monkeypatch):
         (tmp_path / "conf" / "eval" / f"{name}.yaml").write_text(f"defaults: [default]\nname: {name}\n{line}\n")
         answer = left_bench("--config-dir", "conf", f"eval={name}", "model=tiny_llama", "hardware=cpu", "tracker=none")
         assert answer.code == 2, answer
-        assert "stands in a file" in answer.err
+        assert "is set in a file" in answer.err
 
 
 def test_what_leaves_is_said_before_it_does(judged_cell, compose_cell, monkeypatch):

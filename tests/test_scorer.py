@@ -159,7 +159,7 @@ def test_a_scorer_in_a_file_is_refused(chosen, here, left_bench, monkeypatch):
     here("conf/sweep/sly.yaml", "# @package _global_\n" + yaml.safe_dump(sweep))
     answer = left_bench("--config-dir", "conf", *chosen, "model=tiny_llama", "hardware=cpu", "tracker=none")
     assert answer.code == 2, answer
-    assert "eval.scorer=score.py:score stands in a file" in answer.err
+    assert "eval.scorer=score.py:score is set in a file" in answer.err
 
 
 # --- calling it ---
