@@ -113,7 +113,7 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["training=dpo", "training.sft_steps=1"], "data.pairs", ["training=dpo", "training.sft_steps=1", *SUM_PAIRS]),
     # forced in this process, which is one: neighbours that are several are in test_ranks.py
     (["hardware.processes=3"], "training.batch_size", ["training.batch_size=3"]),
-    ([*TWO, "hardware=cuda", "hardware.device=mps"], "MPS is one", []),
+    ([*TWO, "hardware=cuda", "hardware.device=mps"], "MPS has only one", []),
     (["hardware.sharding=fsdp2"], "more than one", []),
 ]
 # what validation along training does not go with; words of the reason; the nearest neighbour
