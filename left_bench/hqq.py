@@ -1,8 +1,8 @@
-"""HQQ (Badri & Shaji 2023) through its own library's layer, for transformers 5 refuses its own `HqqConfig` ("not
-available yet", seen with 5.23.0; tests/test_compat.py looks whether it still does): the model is loaded dense, then its
-linear layers are quantized in place.
+"""HQQ (Badri & Shaji 2023) with its own library's layer: the model is loaded dense, then quantized in place.
 
-Importing this module makes the quantization known to transformers; the package `hqq` is needed when a model is loaded.
+transformers 5 refuses its own `HqqConfig` ("not available yet", seen with 5.23.0; tests/test_compat.py checks whether
+it still does). Importing this module registers the quantization with transformers; the package `hqq` is needed when a
+model is loaded. `left_bench.quantization.hqq` is its backend.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ QUANT_METHOD = "left_hqq"
 
 @register_quantization_config(QUANT_METHOD)
 class HqqConfig(QuantizationConfigMixin):
-    """`hqq.core.quantize.BaseQuantizeConfig`'s arguments, and the dtype of the products by name."""
+    """Arguments of `hqq.core.quantize.BaseQuantizeConfig`, and the name of the products' dtype."""
 
     def __init__(self, nbits: int = 4, group_size: int = 64, compute_dtype: str = "float32") -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -31,7 +31,7 @@ class HqqConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class HqqHfQuantizer(HfQuantizer):
-    """Quantizes what was loaded dense; loading peaks as the dense model does."""
+    """Quantizes a dense model after loading, so the memory peak of loading is the dense model's."""
 
     quantization_config: HqqConfig
 
@@ -42,12 +42,12 @@ class HqqHfQuantizer(HfQuantizer):
         dtype, device = getattr(torch, config.compute_dtype), str(model.device)
         model.eval().requires_grad_(False)
         for name, module in list(model.named_modules()):
-            # which layers, and that all others compute in the same dtype, is as `AutoHQQHFModel.quantize_model` has it
+            # the choice of layers, and the dtype of the others, follow `AutoHQQHFModel.quantize_model`
             if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head":
                 settings = BaseQuantizeConfig(nbits=config.nbits, group_size=config.group_size)
                 layer = kind(module, settings, compute_dtype=dtype, device=device)
                 model.set_submodule(name, layer)
-                _tell_constants(layer)
+                _annotate_constants(layer)
             elif not any(True for _ in module.children()):
                 module.to(dtype)
         return model
@@ -62,21 +62,21 @@ class HqqHfQuantizer(HfQuantizer):
 
 @functools.cache
 def layer_class() -> Any:
-    """HQQ's layer, which says that it is a linear layer: peft's `all-linear` looks for those."""
+    """HQQ's layer as a subclass of `nn.Linear`, which peft's `all-linear` looks for."""
     from hqq.core.quantize import HQQLinear
 
     class LinearWithoutWeight(nn.Linear):
-        def __init__(self) -> None:  # what HQQ's layer, which knows no other bases, gives to the next one
+        def __init__(self) -> None:  # HQQ's layer calls the next base without arguments
             nn.Module.__init__(self)
 
     class Linear(HQQLinear, LinearWithoutWeight):
-        weight = property(lambda self: self.W_q)  # the packed one; `methods.verify` watches who reads it
+        weight = property(lambda self: self.W_q)  # the packed weight; `methods.verify` checks who reads it
 
     return Linear
 
 
-def _tell_constants(layer: Any) -> None:
-    """Put the constants and the dense weight within reach of the packed weight, by bitsandbytes' names."""
+def _annotate_constants(layer: Any) -> None:
+    """Make the constants and the dense weight available from the packed weight, under bitsandbytes' names."""
     own: Any = weakref.ref(layer)
     layer.W_q.quant_state = SimpleNamespace(
         shape=torch.Size(layer.meta["shape"]), absmax=layer.meta["scale"], offset=layer.meta["zero"]

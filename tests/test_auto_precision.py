@@ -145,7 +145,11 @@ def test_the_note_says_how_much_slower_and_what_to_type(machine, monkeypatch):
     monkeypatch.setattr(auto_precision, "product_speeds", lambda *_: speeds)
     note = emulation_note("cpu", "bfloat16", ["bf16", "bf16_mixed"])
     assert note is not None and "\n" not in note
-    assert "precision=bf16,bf16_mixed" in note and "13 times as long" in note and "precision=fp32 is what" in note
+    assert (
+        "precision=bf16,bf16_mixed" in note
+        and "13 times as long" in note
+        and "precision=auto chooses precision=fp32 here" in note
+    )
     speeds["bfloat16"] = 60e9
     assert emulation_note("cpu", "bfloat16", ["bf16"]) is None, "it is no slower"
     monkeypatch.setattr(auto_precision, "product_speeds", lambda *_: None)

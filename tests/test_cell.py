@@ -327,7 +327,7 @@ def test_unlike_names_of_one_slug_are_told_apart_by_the_sections():
         ({"hardware__timeout": -3}, ["hardware.timeout=-3"]),
         ({"hardware__device": "gpu"}, ["hardware.device='gpu'", "cuda"]),
         ({"hardware__memory_limit": "lots"}, ["hardware.memory_limit='lots'", "6GiB"]),
-        ({"hardware__memory_limit": 24}, ["hardware.memory_limit=24", "write the unit", "24GiB"]),
+        ({"hardware__memory_limit": 24}, ["hardware.memory_limit=24", "include the unit", "24GiB"]),
         ({"hardware__memory_limit": "24KiB"}, ["hardware.memory_limit=24KiB", "too few for any model"]),
         ({"quantization__bits": 4}, ["quantization.bits", "nominal_bits"]),
         ({"seed": -1}, ["seed=-1"]),
@@ -346,7 +346,7 @@ def test_a_wrong_value_names_key_value_and_mend(changes, words):
 
 
 def test_a_missing_group_is_named():
-    with pytest.raises(UserError, match=r"the group 'data' is missing; choose one with data=NAME"):
+    with pytest.raises(UserError, match=r"the group 'data' is missing; choose an option with data=NAME"):
         Cell.from_config({key: value for key, value in PLAIN.items() if key != "data"}, choices={})
     with pytest.raises(UserError, match=r"training"):
         Cell.from_config(PLAIN | {"training": "default"}, choices={})

@@ -414,7 +414,7 @@ def test_a_bitsandbytes_without_the_switch_for_repacking_is_refused():
     import bitsandbytes
 
     model = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(4, 4))
-    with pytest.raises(NotInForce, match=r"bitsandbytes \S+: its 4-bit layers have no no_such_switch any more"):
+    with pytest.raises(NotInForce, match=r"bitsandbytes \S+: its 4-bit layers no longer have no_such_switch"):
         compat_bitsandbytes.keep_trainable(model, switch="no_such_switch")
     compat_bitsandbytes.keep_trainable(torch.nn.Linear(4, 4), switch="no_such_switch")  # has no such layers
 

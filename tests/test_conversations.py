@@ -185,8 +185,8 @@ def test_other_ways_of_writing_tools_are_read(changes, tmp_path):
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (CLOSED, "passes over 'weather' of its tools without a word"),
-        (None, "a chat template alone can write"),
+        (CLOSED, "silently drops 'weather' from its tools"),
+        (None, "only a chat template can write"),
         (CHAT_WITH_TOOLS.replace("<tools>", "{{ raise_exception('no tools') }}"), "cannot render its tools (no tools)"),
     ],
 )
@@ -284,7 +284,7 @@ def test_a_model_with_an_encoder_does_not_take_plain_text(tiny_cell):
     from left_bench.grid.rules import why_unsupported
 
     cell = tiny_cell("model=tiny_t5", "data=jsonl", "data.path=nowhere.jsonl", "data.shape=text")
-    assert "plain text is for models that go on with it" in str(why_unsupported(cell))
+    assert "plain text is for decoder-only models" in str(why_unsupported(cell))
     cell = tiny_cell("model=tiny_t5", "data=jsonl", "data.path=nowhere.jsonl", "data.train_on=all")
     assert "data.train_on=all" in str(why_unsupported(cell))
 

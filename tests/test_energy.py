@@ -180,8 +180,8 @@ def test_the_drivers_facts_are_an_allow_list_and_hold_no_uuid(gpu):
         (f"GPU-{UUID}", None, True),
         ("1,0", "PCI_BUS_ID", True),
         ("1", None, "CUDA_DEVICE_ORDER"),  # CUDA counts the fastest first, NVML by bus
-        ("MIG-1", "PCI_BUS_ID", "cannot be told"),
-        ("", "PCI_BUS_ID", "cannot be told"),
+        ("MIG-1", "PCI_BUS_ID", "cannot tell which"),
+        ("", "PCI_BUS_ID", "cannot tell which"),
     ],
 )
 def test_without_torchs_uuid_the_visible_devices_tell_which_gpu_it_is(visible, order, found, gpu, monkeypatch):
@@ -291,7 +291,7 @@ def test_cpus_that_cannot_be_read(powercap, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(energy, "_number", refused)
-    assert "by root alone" in open_cpu().source
+    assert "only root can read" in open_cpu().source
 
 
 # --- stretches ---
@@ -541,7 +541,7 @@ def test_the_doctor_says_what_can_be_read_and_why_not(powercap, capsys, monkeypa
     assert doctor([]) == 0
     told = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "RAPL, 1 CPU package" in told["CPU energy"]
-    assert "not read: device cpu has no counter" in told["GPU energy"]
+    assert "not read: device cpu has no supported energy counter" in told["GPU energy"]
 
 
 # --- reports ---

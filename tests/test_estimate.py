@@ -181,7 +181,9 @@ def test_a_quantization_that_nobody_has_timed_makes_it_a_lower_bound(
     cell = compose_cell(f"quantization={quantization}", "precision=bf16", "hardware=cpu")
     line = str(added_up([(Planned(cell, 3), MEASURED)], Experience()))
     assert line.startswith(f"3 cells, {said} ")
-    assert (f"what quantization={quantization} adds is known after its first cell" in line) is (said == "at least")
+    assert (f"the slowdown by quantization={quantization} is known after its first cell" in line) is (
+        said == "at least"
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_what_is_not_known_of_some_makes_it_a_lower_bound_and_of_all_no_number(t
     line = str(added_up([(Planned(tiny_cell(), 1), MEASURED), unknown], Experience()))
     assert line.startswith("3 cells, at least ") and line.endswith("(measured; x is not on this machine yet)")
     assert str(added_up([unknown], Experience())) == (
-        "2 cells; how long will be known after the first, because x is not on this machine yet"
+        "2 cells; the duration will be known after the first, because x is not on this machine yet"
     )
 
 
@@ -216,7 +218,7 @@ def test_nothing_to_run_is_nothing_to_say(cache, no_process, tmp_path):
 def test_a_launcher_that_goes_elsewhere_is_told_no_number(cache, no_process, tmp_path, tiny_cell):
     [line] = told([Planned(tiny_cell(), 4)], tmp_path, elsewhere=True)
     assert line == (
-        "4 cells; how long will be known after the first, because the launcher may take them to other machines"
+        "4 cells; the duration will be known after the first, because the launcher may run them on other machines"
     )
 
 
@@ -332,7 +334,7 @@ def test_a_process_of_its_own_times_a_model_once(tiny_cell, tmp_path, monkeypatc
 
 def test_what_others_disturbed_is_measured_again(cache, tiny_cell, monkeypatch):
     asked = []
-    monkeypatch.setattr(calibrate, "_ask", lambda cell, answers, **_: asked.append(sorted(answers)))
+    monkeypatch.setattr(calibrate, "_delegate", lambda cell, answers, **_: asked.append(sorted(answers)))
     cell = tiny_cell()
     calibrate.calibrate([cell, tiny_cell("seed=1"), tiny_cell("data.seed=3")], at_once=1, cells_follow=True)
     assert asked == [["rates.json", "rows.json"], ["rows.json"]], "one model, two sets of rows"
@@ -347,7 +349,7 @@ def test_what_others_disturbed_is_measured_again(cache, tiny_cell, monkeypatch):
 def test_a_calibration_that_dies_stops_nothing(cache, tmp_path, tiny_cell, monkeypatch):
     monkeypatch.setattr(calibrate, "worker_environment", lambda cell: {"PATH": "", "PYTHONHOME": os.devnull})
     [line] = told([Planned(tiny_cell(), 1)], tmp_path, cells_follow=False)
-    assert line == "1 cell; how long will be known after the first, because the model could not be timed"
+    assert line == "1 cell; the duration will be known after the first, because the model could not be timed"
 
 
 def test_an_interrupt_ends_the_calibration_and_its_process(cache, tiny_cell, monkeypatch):
@@ -382,7 +384,7 @@ def test_cells_that_run_at_once_are_timed_on_a_share_of_the_cores(cache, tiny_ce
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        (["hardware.device=cuda"], "nothing is timed on cuda beforehand"),
+        (["hardware.device=cuda"], "cuda is not timed beforehand"),
         (["hardware.processes=2"], "a cell has several processes"),
         (["model=pythia_70m"], "pythia_70m is not on this machine yet"),
     ],

@@ -157,7 +157,7 @@ def test_virtual_tokens_are_there_while_generating(peft, name, tiny_cell, load_t
             return
         assert answers != before
         check_answers(model, rows, answers, cell, pad_id=0, device="cpu")
-        with pytest.raises(NotInForce, match=f"do not generate with peft={peft}"):
+        with pytest.raises(NotInForce, match=f"cannot generate with peft={peft}"):
             check_answers(model, rows, before, cell, pad_id=0, device="cpu")
 
 

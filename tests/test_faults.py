@@ -95,7 +95,7 @@ def test_the_kernels_kill_names_the_limit(strike, monkeypatch):
     monkeypatch.setattr(supervise, "_kernel_kills", lambda: next(kills))
     record, _ = strike("kill@step1", "hardware.memory_limit=3GiB")
     assert record.status == "oom"
-    assert "for want of memory in phase train after step 1 (hardware.memory_limit=3072MiB)" in record.reason
+    assert "because memory ran out in phase train after step 1 (hardware.memory_limit=3072MiB)" in record.reason
 
 
 @pytest.mark.parametrize(("fault", "where"), [("hang@load", "in phase load"), ("hang@step1", "after step 1")])

@@ -110,7 +110,7 @@ def test_where_triton_cannot_launch_torch_decodes(monkeypatch):
     monkeypatch.setitem(sys.modules, "left_bench.fivebit.on_gpu", SimpleNamespace(decode=decode))
     monkeypatch.setattr(left_bench.fivebit, "on_gpu", sys.modules["left_bench.fivebit.on_gpu"], raising=False)
     with pytest.warns(
-        UserWarning, match=r"torch decodes 5-bit weights, slowly: Failed to find C compiler\. .*variable\.$"
+        UserWarning, match=r"torch decodes 5-bit weights, more slowly: Failed to find C compiler\. .*variable\.$"
     ):
         assert not native._launches(torch.device("cpu"), torch.bfloat16)
 

@@ -98,8 +98,8 @@ def test_without_the_package_it_says_what_to_install(task_cell, monkeypatch):
     ("tasks", "words"),
     [
         ("choice.yaml", ["no file choice.yaml", "did you mean 'choices.yaml'?"]),
-        ("arc_easy,arc_easy", ["'arc_easy' stands there twice"]),
-        ("broken.yaml", ["broken.yaml, line 2 is no YAML"]),
+        ("arc_easy,arc_easy", ["'arc_easy' is listed twice"]),
+        ("broken.yaml", ["broken.yaml, line 2 is not valid YAML"]),
         ("empty.yaml", ["empty.yaml defines no task"]),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_task_alone_is_found_without_the_whole_index(name, folder):
 
 def test_pictures_are_not_asked(compose_cell):
     options = ["model=tiny_vit", "data=digits", "hardware=cpu", "precision=fp32", "eval.tasks=[arc_easy]"]
-    with pytest.raises(UserError, match="names classes"):
+    with pytest.raises(UserError, match="not a classifier"):
         compose_cell(*options)
 
 
@@ -162,7 +162,7 @@ def test_a_task_file_in_a_file_of_options_is_refused(here, left_bench, monkeypat
     (here / "conf" / "eval" / "theirs.yaml").write_text("defaults: [default]\nname: theirs\ntasks: [choices.yaml]\n")
     answer = left_bench("--config-dir", "conf", "eval=theirs", "model=tiny_llama", "hardware=cpu", "tracker=none")
     assert answer.code == 2, answer
-    assert "eval.tasks=[choices.yaml] stands in a file" in answer.err
+    assert "eval.tasks=[choices.yaml] is set in a file" in answer.err
 
 
 # --- asked ---
@@ -248,7 +248,7 @@ def test_a_task_whose_rows_are_missing_ends_the_cell_before_the_model_is_loaded(
     cell = task_cell("choices.yaml", weights)
     (here / "questions.jsonl").unlink()
     monkeypatch.setattr("left_bench.model.quantized_cache.load_base", None)
-    with pytest.raises(UserError, match=r"eval\.tasks=\[choices\.yaml\]: not loaded"):
+    with pytest.raises(UserError, match=r"eval\.tasks=\[choices\.yaml\]: cannot be loaded"):
         work_in_process(cell)
 
 

@@ -64,10 +64,10 @@ def refused(left_bench, tmp_path, monkeypatch):
         (["hardware.phase_timeout=-1"], ["hardware.phase_timeout=-1", "greater than 0"]),
         (["hardware.memory_limit=-6GiB"], ["hardware.memory_limit='-6GiB'", "6GiB"]),
         (["data.test_rows=-1"], ["data.test_rows=-1"]),
-        (["eval.metrics=[exact_macth]"], ["eval.metrics=", "did you mean 'exact_match'?", "there are exact_match"]),
+        (["eval.metrics=[exact_macth]"], ["eval.metrics=", "did you mean 'exact_match'?", "choose from exact_match"]),
         (
             ["data.metrics=[f1,zzz]"],
-            ["data.metrics=", "no such metric (there are exact_match, rouge_l"],
+            ["data.metrics=", "no such metric (choose from exact_match, rouge_l"],
         ),
         (["training.setps=4"], ["training.setps: no such key", "did you mean 'steps'"]),
         ([f"training.schedule={LONG}"], ["training.schedule='xxx", "…"]),
@@ -94,8 +94,8 @@ def refused(left_bench, tmp_path, monkeypatch):
         (["hydra/launcher=nope"], ["hydra/launcher/nope", "basic"]),
         (["--nonsense"], ["--nonsense: no such option"]),
         (["--config-name", "other"], ["Cannot find primary config 'other'"]),
-        (["--config-dir", "no/such"], ["--config-dir: 'no/such' is no folder"]),
-        (["--config-dir"], ["--config-dir: ", "is no folder"]),
+        (["--config-dir", "no/such"], ["--config-dir: 'no/such' is not a folder"]),
+        (["--config-dir"], ["--config-dir: ", "is not a folder"]),
         (["peft.config.rr=3"], ["peft.config.rr: peft.LoraConfig has no such argument; did you mean 'r'?"]),
         (["peft.config.r=0"], ["peft.config.r=0: a rank is at least 1"]),
         (["peft.config.r=abc"], ["peft.config.r='abc': peft.LoraConfig takes int here"]),
@@ -114,11 +114,11 @@ def test_a_wrong_value(overrides, words, refused):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("peft/mine.yaml", b"name: x\n  bad: [1,\n", "peft/mine.yaml, line 2 is no YAML (mapping values"),
+        ("peft/mine.yaml", b"name: x\n  bad: [1,\n", "peft/mine.yaml, line 2 is not valid YAML (mapping values"),
         ("peft/mine.yaml", b"name: \xff\n", "peft/mine.yaml cannot be read"),
         ("peft/mine.yaml", b"- a\n- b\n", "peft=['a', 'b']"),
         ("peft/mine.yaml", b"name: ${no.such}\n", "peft.name: Interpolation key 'no.such' not found"),
-        ("sweep/mine.yaml", b"# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: [}}\n", "is no YAML"),
+        ("sweep/mine.yaml", b"# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: [}}\n", "not valid YAML"),
         (
             "sweep/mine.yaml",
             b"# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {peft: 'lora,nope'}}}\n",

@@ -57,8 +57,8 @@ def test_the_end_of_the_block_is_interrupted_whatever_came_of_it():
 
 
 def test_what_comes_to_no_safe_place_is_interrupted_all_the_same(monkeypatch):
-    monkeypatch.setattr(interrupt, "_PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(interrupt, "_AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr(interrupt, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(interrupt, "_REPEAT_SECONDS", 0.2)
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt), interrupt.noted():
         signal.raise_signal(signal.SIGTERM)

@@ -106,7 +106,7 @@ def test_an_earlier_attempts_files_are_not_this_ones(cell, tmp_path):
 def test_an_exit_without_outcome(code, cell, tmp_path):
     record = run(f"event('phase', name='train'); print('last words'); sys.exit({code})", cell, tmp_path)
     assert record.status == "crashed"
-    assert record.reason == f"the worker left with exit code {code} and no outcome in phase train"
+    assert record.reason == f"the worker exited with code {code} without an outcome in phase train"
     assert record.provenance["log_tail"] == "last words\n"
     assert record.cell_id == cell.id
     assert record.choices == cell.choices
@@ -435,7 +435,7 @@ def test_an_exit_whose_last_words_are_of_memory_is_out_of_memory(cell, tmp_path)
     ("error", "kernel_kills", "status", "words"),
     [
         (EOFError("unexpected EOF"), [5, 5], "crashed", "could not be started (unexpected EOF)"),
-        (EOFError(), [5, 6], "oom", "want of memory while it was being started"),
+        (EOFError(), [5, 6], "oom", "while it was being started, because memory ran out"),
         (
             BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
             [5, 5],

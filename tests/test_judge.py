@@ -171,7 +171,7 @@ def test_a_busy_server_is_asked_again(served, judged_cell):
 
 def test_a_server_that_is_not_there_is_named(judged_cell, monkeypatch):
     monkeypatch.setattr(judge, "_PAUSE_SECONDS", 0.001)
-    with pytest.raises(judge.JudgeFailed, match=r"127\.0\.0\.1:9/v1/chat/completions cannot be asked"):
+    with pytest.raises(judge.JudgeFailed, match=r"127\.0\.0\.1:9/v1/chat/completions cannot be reached"):
         asked(judged_cell("http://127.0.0.1:9/v1"), ["a"], ["b"])
 
 
@@ -214,13 +214,13 @@ def test_a_redirect_is_not_followed(served, judged_cell, compose_cell, monkeypat
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["eval.judge=127.0.0.1/v1"], ["is no address"]),
-        (["eval.judge=ftp://host/v1"], ["is no address"]),
+        (["eval.judge=127.0.0.1/v1"], ["is not an address"]),
+        (["eval.judge=ftp://host/v1"], ["is not an address"]),
         (["eval.judge=http://127.0.0.1:1/v1", "eval.judge_model=null"], ["eval.judge_model=NAME"]),
-        (["eval.judge=http://127.0.0.1:1/v1", "eval.generate=false"], ["writes none"]),
+        (["eval.judge=http://127.0.0.1:1/v1", "eval.generate=false"], ["generates none"]),
         (["eval.judge=http://127.0.0.1:1/v1", "model=tiny_llama"], ["model.weights=random"]),
         (["eval.judge=https://judge.example/v1", "eval.judge_key_from=NO_SUCH_KEY"], ["no such environment variable"]),
-        (["eval.judge=https://judge.example/v1", "eval.judge_key_from=sk-123"], ["and not the key"]),
+        (["eval.judge=https://judge.example/v1", "eval.judge_key_from=sk-123"], ["not the key"]),
         (["eval.judge=http://judge.example/v1", "eval.judge_key_from=JUDGE_API_KEY"], ["unencrypted", "https"]),
     ],
 )
@@ -241,7 +241,7 @@ def test_a_judge_in_a_file_is_refused(tmp_path, left_bench, monkeypatch):
         (tmp_path / "conf" / "eval" / f"{name}.yaml").write_text(f"defaults: [default]\nname: {name}\n{line}\n")
         answer = left_bench("--config-dir", "conf", f"eval={name}", "model=tiny_llama", "hardware=cpu", "tracker=none")
         assert answer.code == 2, answer
-        assert "stands in a file" in answer.err
+        assert "is set in a file" in answer.err
 
 
 def test_what_leaves_is_said_before_it_does(judged_cell, compose_cell, monkeypatch):

@@ -74,7 +74,7 @@ def test_what_is_emulated_is_said_once_and_done(place, runs, left_bench, monkeyp
         "left_bench.measure.auto_precision.product_speeds", lambda _device, dtype: {"float32": 60e9, dtype: 3e9}
     )
     quick = [item for item in QUICK if not item.startswith("precision=")]
-    slow = "20 times as long as float32's (measured here); precision=fp32 is what precision=auto takes here"
+    slow = "20 times as long as float32's (measured here); precision=auto chooses precision=fp32 here"
     answer = left_bench(*quick, "precision=bf16")
     assert answer.code == 0, answer
     assert f"note: precision=bf16: bfloat16 is emulated on this CPU, and its matrix products take {slow}" in answer.err
@@ -135,7 +135,7 @@ def test_a_job_whose_files_are_others_elsewhere_is_refused(place, runs, left_ben
 
     monkeypatch.setattr(job, "take", elsewhere)
     answer = left_bench("-m", *quick, "seed=2,3")
-    assert answer.code == 2 and "this machine resolves it otherwise" in answer.err, answer
+    assert answer.code == 2 and "this machine resolves it differently" in answer.err, answer
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1,2"]], ids=["one cell", "a sweep"])
@@ -452,10 +452,10 @@ def test_a_model_that_a_sweep_of_ones_own_names_is_that_model(place, runs, left_
     [
         (["model.name_or_path=some/body", "model.weights=random"], "leave one of the two out"),
         (["model.name_or_path=some/body", "model.config.num_hidden_layers=7"], "leave one of the two out"),
-        (["model=pythia_70m", "model.config.num_hidden_layers=9"], "give model.weights=random with it"),
-        (["optimizer.config.lr=0.5"], "that is set with training.learning_rate="),
+        (["model=pythia_70m", "model.config.num_hidden_layers=9"], "combine it with model.weights=random"),
+        (["optimizer.config.lr=0.5"], "set it with training.learning_rate="),
         (["hardware.memory_limit=6iB"], "not a memory size"),
-        (["-m", "quantization=[nf4,none]"], "write them with commas, quantization=A,B"),
+        (["-m", "quantization=[nf4,none]"], "separate them by commas, quantization=A,B"),
     ],
 )
 def test_what_would_be_passed_over_in_silence_is_refused(overrides, words, place, runs, left_bench):
@@ -495,6 +495,6 @@ def test_what_a_sweep_says_otherwise_than_a_chosen_option_is_told(place, runs, l
     quick = [item for item in QUICK if not item.startswith("training")]
     answer = left_bench("+sweep=smoke", *quick, "training=long")
     assert answer.code == 0, answer
-    assert "note: training.steps=4 is the sweep's, not the 1000 of training=long" in answer.err
+    assert "note: training.steps=4 comes from the sweep, not the 1000 of training=long" in answer.err
     assert "note" not in left_bench("+sweep=smoke", *quick, "training=long", "training.steps=3").err
     assert "note" not in left_bench("+sweep=smoke", *QUICK).err

@@ -138,7 +138,7 @@ print("no limit")
     record = run_isolated(cell, tmp_path / "run", on_event=lambda event: None, command=[sys.executable, "-c", program])
     assert record.status == "oom", record
     assert record.reason == (
-        "the kernel ended the worker for want of memory in phase train (hardware.memory_limit=95MiB)"
+        "the kernel killed the worker because memory ran out in phase train (hardware.memory_limit=95MiB)"
     )
     name = limits._group_name(tmp_path / "run")
     assert not [group for parent, _ in limits._memory_groups(limits._CGROUPS) for group in parent.glob(name)]

@@ -64,5 +64,5 @@ def test_an_encoder_opened_as_a_causal_model_is_refused(is_decoder, tiny_cell):
     if is_decoder:
         models.check_causal(bert, tiny_cell(), device="cpu")
         return
-    with pytest.raises(NotInForce, match="BertLMHeadModel is no causal language model"):
+    with pytest.raises(NotInForce, match="BertLMHeadModel is not a causal language model"):
         models.check_causal(bert, tiny_cell(), device="cpu")

@@ -159,7 +159,7 @@ def test_a_server_killed_while_it_imports_is_this_cells_row_and_the_next_cell_ge
     records = [run_isolated(cell, tmp_path / f"run-{i}", on_event=lambda event: None) for i in range(2)]
     killer.join()
     assert [record.status for record in records] == ["crashed", "ok"], records[1].reason
-    assert "the process that workers are forked from was ended" in records[0].reason
+    assert "the fork server was ended" in records[0].reason
 
 
 def test_a_server_killed_between_two_workers_is_replaced(fork):

@@ -55,7 +55,7 @@ def test_the_default_model_passes(compose_cell):
     [
         (
             ["peft.config.target_modules=[q_porj]"],
-            ["peft.config.target_modules=['q_porj']", "no layer of the model is called so", "did you mean 'q_proj'?"],
+            ["peft.config.target_modules=['q_porj']", "no layer of the model has this name", "did you mean 'q_proj'?"],
         ),
         (["peft.config.target_modules='(q_porj)$'"], ["peft.config", "peft.LoraConfig refuses it", "q_porj"]),
         (["peft.config.lora_dropout=7"], ["peft.config", "dropout probability", "7"]),

@@ -174,7 +174,7 @@ def test_an_adapters_readme_loads_it_as_it_was(name, tiny_cell, load_tiny, tmp_p
     ours = not cell.peft.target.startswith("peft.") or (tmp_path / START_NAME).is_file()
     assert ("load_trained" in blocks_of_readme(tmp_path)[0]) is ours
     if not ours:
-        attach._give_one_task(again)  # what `task_ids` does in a call of the user's own
+        attach._use_one_task(again)  # what `task_ids` does in a call of the user's own
     torch.testing.assert_close(rows_and_logits(cell, again), rows_and_logits(cell, model), rtol=1e-4, atol=1e-5)
 
 

@@ -104,8 +104,8 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["peft=eva", *T5], "training rows", ["peft=lora", *T5]),
     (["peft=cpt", *T5], "training rows", ["peft=prompt_tuning", *T5]),
     ([*VIT, "data=digits", "peft=corda"], "training rows", [*VIT, "data=digits", "peft=pissa"]),
-    (VIT, "pictures go with", [*VIT, "data=digits"]),
-    (["data=digits"], "pictures go with", []),
+    (VIT, "images need an image classifier", [*VIT, "data=digits"]),
+    (["data=digits"], "images need an image classifier", []),
     ([*VIT, "data=digits", "peft=prompt_tuning"], "virtual tokens", [*VIT, "data=digits", "peft=ln_tuning"]),
     ([*VIT, "data=digits", "peft=prefix_tuning"], "virtual tokens", []),
     ([*VIT, "data=digits", "peft=ia3"], "target_modules", [*VIT, "data=digits", "peft=bitfit"]),
@@ -113,12 +113,12 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["training=dpo", "training.sft_steps=1"], "data.pairs", ["training=dpo", "training.sft_steps=1", *SUM_PAIRS]),
     # forced in this process, which is one: neighbours that are several are in test_ranks.py
     (["hardware.processes=3"], "training.batch_size", ["training.batch_size=3"]),
-    ([*TWO, "hardware=cuda", "hardware.device=mps"], "MPS is one", []),
+    ([*TWO, "hardware=cuda", "hardware.device=mps"], "MPS has only one", []),
     (["hardware.sharding=fsdp2"], "more than one", []),
 ]
 # what validation along training does not go with; words of the reason; the nearest neighbour
 ALONG_TRAINING: list[tuple[list[str], str, list[str]]] = [
-    (["training.stop_patience=1", *FSDP2], "best weights whole", ["training.stop_patience=1"]),
+    (["training.stop_patience=1", *FSDP2], "keeps whole weights", ["training.stop_patience=1"]),
     (["training.stop_patience=1", "eval.points=0"], "set eval.points", ["training.stop_patience=1", "eval.points=2"]),
     (["training.max_seconds=5", "peft=adalora"], "plans its ranks", ["training.max_seconds=5"]),
     (["eval.curve_scores=true", "training=packed"], "padded rows", ["eval.curve_scores=true"]),
@@ -139,10 +139,10 @@ ON_CUDA: list[tuple[list[str], str, list[str]]] = [
     (["training.kernels=liger", *NEOX], "of this family", ["training.kernels=liger"]),
     (
         ["training.output_head=liger", *VIT, "data=digits"],
-        "pictures have classes",
+        "a classifier has classes",
         ["training.output_head=liger", *T5],
     ),
-    (["training.output_head=liger", "training=dpo", *SUM_PAIRS], "weigh pairs", ["training.output_head=liger"]),
+    (["training.output_head=liger", "training=dpo", *SUM_PAIRS], "weight pairs", ["training.output_head=liger"]),
     (["training.output_head=liger", "precision=fp16_mixed"], "float16", ["training.output_head=liger", *BF16]),
     (["training.output_head=liger", *FSDP2], "whole weight", ["training.output_head=liger", *TWO]),
     (["training.float8=true", "peft=lora", *BF16], "full fine-tuning", ["training.float8=true", "peft=full", *BF16]),
@@ -248,9 +248,9 @@ def test_what_shards_do_not_mind_learns_the_same(overrides, tiny_cell, tmp_path)
         (["peft=deft", *INT8], "reads the stored integers of"),
         (["peft=peanut", *INT8], "reads the stored integers of"),
         (["peft=unilora", *NF4], "no trainable parameter received a gradient"),
-        (["peft=kasa", *INT8], "does not know kasa_config and is plain LoRA"),
-        (["peft=bdlora", *NF4], "does not know use_bdlora and is plain LoRA"),
-        (["peft=monteclora", *NF4], "does not know monteclora_config and is plain LoRA"),
+        (["peft=kasa", *INT8], "does not support kasa_config and is plain LoRA"),
+        (["peft=bdlora", *NF4], "does not support use_bdlora and is plain LoRA"),
+        (["peft=monteclora", *NF4], "does not support monteclora_config and is plain LoRA"),
     ],
     ids=["hra", "deft", "peanut", "unilora", "kasa", "bdlora", "monteclora"],
 )
@@ -270,7 +270,7 @@ def test_a_quantized_checkpoint_fails_on_the_cpu(method, tiny_cell, work_in_proc
     settings = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps(settings | {"quantization_config": CHECKPOINTS[method]}), encoding="utf-8")
     cell = tiny_cell(*CHEAP, f"quantization={method}", f"model.name_or_path={tmp_path / 'model'}")
-    assert "CUDA alone" in str(why_unsupported(cell))
+    assert "only on CUDA" in str(why_unsupported(cell))
     with pytest.raises(Exception):  # noqa: B017 - a missing package, a missing device, or weights that are not in force
         work_in_process(cell)
     assert why_unsupported(tiny_cell(f"quantization={method}", "hardware=cuda")) is None

@@ -159,7 +159,7 @@ def test_a_scorer_in_a_file_is_refused(chosen, here, left_bench, monkeypatch):
     here("conf/sweep/sly.yaml", "# @package _global_\n" + yaml.safe_dump(sweep))
     answer = left_bench("--config-dir", "conf", *chosen, "model=tiny_llama", "hardware=cpu", "tracker=none")
     assert answer.code == 2, answer
-    assert "eval.scorer=score.py:score stands in a file" in answer.err
+    assert "eval.scorer=score.py:score is set in a file" in answer.err
 
 
 # --- calling it ---
@@ -202,7 +202,7 @@ def test_neighbours_of_the_file_can_be_imported(own_cell, here):
         ("def score(p, r, row): return {}", ["scored nothing on row 1"]),
         ("def score(p, r, row): return {'a b': 1}", ["named a score 'a b'"]),
         ("def score(p, r, row): return {p: 1}", ["scored b on row 2 and a before"]),
-        ("score = 5", ["score is no function"]),
+        ("score = 5", ["score is not a function"]),
     ],
 )
 def test_a_fault_of_the_scorer_is_one_sentence(source, words, own_cell, here):

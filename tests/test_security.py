@@ -106,7 +106,7 @@ def test_trust_remote_code_in_a_file_is_refused(chosen, with_option, left_bench,
     monkeypatch.setattr("left_bench.launch.job.run_cell", None)
     answer = left_bench("--config-dir", str(with_option), *chosen, "tracker=none")
     assert answer.code == 2, answer
-    assert "model.trust_remote_code=true stands in a file" in answer.err
+    assert "model.trust_remote_code=true is set in a file" in answer.err
 
 
 def test_trust_remote_code_on_the_command_line_is_recorded(with_option, left_bench, monkeypatch, tmp_path):
@@ -250,4 +250,4 @@ def test_a_file_may_not_write_into_the_command_line(with_option, left_bench, mon
     (with_option / "recipe" / "sly.yaml").write_text("# @package _global_\n" + yaml.safe_dump(sly))
     answer = left_bench("--config-dir", str(with_option), "+recipe=sly", "model=tiny_llama", "tracker=none")
     assert answer.code == 2, answer
-    assert "model.trust_remote_code=true stands in a file" in answer.err
+    assert "model.trust_remote_code=true is set in a file" in answer.err

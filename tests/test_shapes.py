@@ -121,7 +121,7 @@ def test_pairs_of_conversations_part_at_their_last_turn(tmp_path):
     assert (row.prompt, row.answer, row.rejected) == ("Two 0?", "yes", "no")
     assert row.before is not None and len(row.before) == 4
     lines[1]["rejected"][1]["content"] = "another question"
-    with pytest.raises(UserError, match=r"line 2 of .*'chosen' and 'rejected' must be the same up to their last turn"):
+    with pytest.raises(UserError, match=r"line 2 of .*'chosen' and 'rejected' must be the same except for their last"):
         rows_of(written(tmp_path / "r.jsonl", lines), **keys)
 
 
@@ -139,7 +139,7 @@ def test_columns_that_a_person_names_are_no_shape(tmp_path):
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, ["turn 1 holds an object, not text"]),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}]},
-            ["turn 1 has a part that is no text"],
+            ["turn 1 has a part that is not text"],
         ),
         ({"messages": [TURNS[1]]}, ["data.shape=messages: none of the 3 rows"]),
     ],
@@ -227,8 +227,8 @@ def test_a_saved_data_set_brings_its_own_test_split(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("rows.xlsx", b"PK", ["a .xlsx file is not read", ".parquet"]),
-        ("rows.parquet", b"PAR?", ["not read as .parquet"]),
+        ("rows.xlsx", b"PK", [".xlsx files are not supported", ".parquet"]),
+        ("rows.parquet", b"PAR?", ["is not readable as .parquet"]),
         ("rows.json", b"[1, 2]", ["row 1 is a number, not an object"]),
         ("rows.json", b"3", ["holds a number, not rows"]),
         ("rows.jsonl.gz", b"no gzip", ["cannot be read"]),
@@ -318,7 +318,7 @@ def test_a_row_that_lacks_something_is_dropped_and_says_what(record, lacks, tmp_
         ({"messages": "Hello"}, "column 'messages' holds a text, not a list of turns"),
         ({"messages": ["Hello"]}, "column 'messages': turn 1 is a text"),
         ({"text": ["a novel"]}, "column 'text' holds a list, not text"),
-        ({"prompt": "P", "answer": "\ud800"}, "column 'answer' holds half a character"),
+        ({"prompt": "P", "answer": "\ud800"}, "column 'answer' holds an incomplete character"),
     ],
 )
 def test_a_value_that_is_no_text_is_refused_with_file_and_row(record, words, tmp_path):

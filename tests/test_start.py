@@ -112,7 +112,7 @@ def test_cpts_context_is_the_first_rows_with_their_answers_frozen(attached, addi
 
 def test_aloras_invocation_is_the_prompts_common_end():
     assert invocation_of([row([1, 2, 3, 4], [5]), row([7, 9, 3, 4], [5]), row([3, 4], [5])]) == [3, 4]
-    with pytest.raises(UserError, match=r"alora_invocation_tokens.*no common end"):
+    with pytest.raises(UserError, match=r"alora_invocation_tokens.*do not end with the same tokens"):
         invocation_of([row([1, 2], [5]), row([1, 3], [5])])
 
 

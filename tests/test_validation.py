@@ -95,7 +95,7 @@ def test_a_question_that_repeats_is_on_one_side_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"validation_rows": 45}, "has only 45 different questions beside 5 test rows.*set data.validation_rows=44"),
+        ({"validation_rows": 45}, "has only 45 different questions besides 5 test rows.*set data.validation_rows=44"),
         ({"validation_rows": 20, "train_rows": 30}, "data.train_rows=30: .* 5 test rows and 20 validation rows"),
     ],
 )

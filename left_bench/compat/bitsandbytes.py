@@ -1,12 +1,12 @@
 """bitsandbytes, seen with 0.49.0 to 0.50.2.
 
-- `keep_trainable`: on CPUs with AVX512-BF16 a 4-bit layer's first forward pass in eval mode repacks its weight for
-  inference, for good (nn/modules.py, `Linear4bit.forward`; brought by bitsandbytes-foundation/bitsandbytes#1804, and
-  what else it breaks is #2078). Afterwards no gradient flows through the layer, and its weight can no longer be
-  dequantized: a model that was evaluated before training silently learns next to nothing (gradient norm 0.28 in place
-  of 1.67 for LoRA over NF4 with 0.50.2). The only switch is the attribute that says whether the CPU can.
-- `not_to_shard`: a 4-bit weight that is stored as integers loses its class and its constants when FSDP2 makes a
-  DTensor of it. accelerate leaves such weights alone for the same reason (utils/fsdp_utils.py).
+- `keep_trainable`: on CPUs with AVX512-BF16 a 4-bit layer's first forward pass in eval mode permanently repacks its
+  weight for inference (nn/modules.py, `Linear4bit.forward`; introduced by bitsandbytes-foundation/bitsandbytes#1804;
+  #2078 reports other breakage). Afterwards no gradient flows through the layer, and its weight can no longer be
+  dequantized: a model that was evaluated before training silently learns almost nothing (gradient norm 0.28 instead of
+  1.67 for LoRA over NF4 with 0.50.2). The only switch is the attribute for the CPU's support.
+- `not_to_shard`: a 4-bit weight that is stored as integers loses its class and its constants when FSDP2 turns it into a
+  DTensor. accelerate excludes such weights for the same reason (utils/fsdp_utils.py).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def keep_trainable(model: torch.nn.Module, *, switch: str = REPACKS) -> None:
         if not hasattr(module, switch):
             version = versions_of(["bitsandbytes"]).get("bitsandbytes")
             raise NotInForce(
-                f"bitsandbytes {version}: its 4-bit layers have no {switch} any more, the switch that keeps them "
-                "from being repacked by an evaluation and learning nothing after; pip install bitsandbytes==0.50.2"
+                f"bitsandbytes {version}: its 4-bit layers no longer have {switch}, the switch that prevents an "
+                "evaluation from repacking them so that they cannot be trained; pip install bitsandbytes==0.50.2"
             )
         setattr(module, switch, False)
 
@@ -58,5 +58,6 @@ def not_to_shard(model: torch.nn.Module) -> set[torch.nn.Parameter]:
 
 
 def _imported() -> Any:
-    """The package, if something has imported it; else no layer is its own, and importing it opens a CUDA context."""
+    """The package, if it has been imported; otherwise no layer can be its own, and importing it opens a CUDA
+    context."""
     return sys.modules.get("bitsandbytes")

@@ -1,9 +1,8 @@
 """liger-kernel, seen with 0.8.
 
-- `replace_layers`: what changes one model, and not a class for all models to come, has an underscore
-  (liger_kernel/transformers/monkey_patch.py); transformers calls it by that name too (integrations/liger.py).
-- `name_of`: the modules stay of their own classes, and tell what they run as by `nn.Module._get_name` alone, which
-  Liger replaces.
+- `replace_layers`: the function that changes a single model, instead of a class for all later models, is private
+  (liger_kernel/transformers/monkey_patch.py); transformers uses it too (integrations/liger.py).
+- `name_of`: the modules keep their classes; only `nn.Module._get_name`, which Liger replaces, shows what they run as.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import torch
 
 
 def replace_layers(model: Any, **switches: bool) -> None:
-    """Give a loaded model's modules Liger's forward passes; an architecture that it does not know is passed by."""
+    """Replace the forward passes of a loaded model's modules by Liger's; an unknown architecture is silently
+    skipped."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model=model, **switches)
 
 
 def name_of(module: torch.nn.Module) -> str:
-    """What a module runs as, by its own word: `LigerRMSNorm` for a replaced LlamaRMSNorm."""
+    """The name a module reports: `LigerRMSNorm` for a replaced LlamaRMSNorm."""
     return module._get_name()

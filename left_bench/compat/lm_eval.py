@@ -1,7 +1,7 @@
 """lm-eval, seen with 0.4.13.
 
-- `weights_left_tied`: `HFLM` ties the weights of every model that it is given (lm_eval/models/huggingface.py,
-  `HFLM.__init__`), which is for a model just loaded: in one with an adapter on its head it would undo the adapter.
+- `weights_left_tied`: `HFLM` ties the weights of every model it receives (lm_eval/models/huggingface.py,
+  `HFLM.__init__`), which is meant for a newly loaded model: with an adapter on the head it would undo the adapter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def weights_left_tied(model: Any) -> Iterator[None]:
-    """Inside, nobody ties the weights of `model` anew."""
+    """Inside the context, `model.tie_weights` does nothing."""
     model.tie_weights = lambda *_, **__: None
     try:
         yield

@@ -1,22 +1,21 @@
 """peft, seen with 0.21.0 to 0.21.2.
 
-- `method_loss`: KaSA's and MonteCLoRA's terms of the loss are methods with an underscore that peft's documentation
-  tells its users to call (LoraConfig's docstring on `kasa_config`; huggingface/peft#3446).
-- `freeze_ranks`: AdaLoRA's numbers of ranks are made with `requires_grad=False`; over half-precision weights they are
-  made anew, in that dtype, and then take a gradient (tuners/tuners_utils.py, `_move_adapter_to_device_of_base_layer`).
-  What is learned in them is not saved.
-- `load_unrounded`: loading an AdaLoRA adapter cuts it to its ranks by making the matrices anew in the dtype of the
-  weights, so that values trained in float32 over bfloat16 weights come back rounded (tuners/adalora/model.py,
+- `method_loss`: KaSA's and MonteCLoRA's loss terms are private methods that peft's documentation tells its users to
+  call (LoraConfig's docstring on `kasa_config`; huggingface/peft#3446).
+- `freeze_ranks`: AdaLoRA creates its numbers of ranks with `requires_grad=False`; over half-precision weights they are
+  created again, in that dtype, and then require a gradient (tuners/tuners_utils.py,
+  `_move_adapter_to_device_of_base_layer`). Their learned values are not saved.
+- `load_unrounded`: loading an AdaLoRA adapter truncates it to its ranks by creating new matrices in the dtype of the
+  weights, so that values trained in float32 over bfloat16 weights are rounded (tuners/adalora/model.py,
   `resize_modules_by_rank_pattern`).
 - `allocator_state`, `restore_allocator`: `RankAllocator` has no `state_dict` (tuners/adalora/layer.py).
-- `put_corda_start`: what CorDA starts from is handed to its layers by `preprocess_corda` through an attribute, and
-  peft's own cache file of it is a pickle (tuners/lora/corda.py).
-- `AskedToDequantize`: only bitsandbytes', HQQ's and torchao's layers are asked for their dense weight
-  (utils/integrations.py, `dequantize_module_weight`); huggingface/peft#3117 made quantization pluggable, for BOFT,
-  MiSS and VeRA alone.
-- `dropped_variants`: layers over quantized weights drop the variants of LoRA that they do not know, without a word
-  (tuners/lora/layer.py, `resolve_lora_variant`), which no public attribute tells.
-- `names_no_layer`: a wrong `target_modules` is a ValueError like any other refusal, known by its text alone
+- `put_corda_start`: `preprocess_corda` passes CorDA's initialization to the layers through an attribute, and peft's own
+  cache file for it is a pickle (tuners/lora/corda.py).
+- `AskedToDequantize`: peft only dequantizes the layers of bitsandbytes, HQQ and torchao (utils/integrations.py,
+  `dequantize_module_weight`); huggingface/peft#3117 made quantization pluggable, but only for BOFT, MiSS and VeRA.
+- `dropped_variants`: layers over quantized weights silently drop the variants of LoRA that they do not support
+  (tuners/lora/layer.py, `resolve_lora_variant`), which no public attribute shows.
+- `names_no_layer`: a wrong `target_modules` is a ValueError like any other refusal, and only its text identifies it
   (tuners/tuners_utils.py, `inject_adapter`).
 """
 
@@ -37,7 +36,7 @@ _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 def method_loss(tuner: LoraModel) -> torch.Tensor | None:
-    """What KaSA or MonteCLoRA adds to the loss of a step, with the weights of its configuration; None without one."""
+    """The term that KaSA or MonteCLoRA adds to a step's loss, weighted by its configuration; None for other methods."""
     config: Any = tuner.peft_config[tuner.active_adapters[0]]
     if config.kasa_config is not None:
         return tuner._get_kasa_loss()  # type: ignore[return-value]
@@ -45,14 +44,14 @@ def method_loss(tuner: LoraModel) -> torch.Tensor | None:
 
 
 def freeze_ranks(model: torch.nn.Module) -> None:
-    """Keep AdaLoRA's numbers of ranks, by which its layers divide, from being trained."""
+    """Exclude AdaLoRA's numbers of ranks, by which its layers divide, from training."""
     for layer in model.modules():
         for ranks in getattr(layer, "ranknum", {}).values():
             ranks.requires_grad_(False)
 
 
 def load_unrounded(model: torch.nn.Module, folder: Path) -> None:
-    """Give the matrices of an AdaLoRA adapter, loaded from `folder`, the values that were saved."""
+    """Restore the saved values of the matrices of an AdaLoRA adapter loaded from `folder`."""
     for name, saved in load_file(folder / "adapter_model.safetensors").items():
         layer, _, kind = name.rpartition(".")
         tuned: Any = model.get_submodule(layer)
@@ -63,7 +62,7 @@ def load_unrounded(model: torch.nn.Module, folder: Path) -> None:
 
 
 def allocator_state(model: Any) -> dict[str, Any] | None:
-    """The importance scores by which AdaLoRA moves its budget, and the pattern of ranks it last chose."""
+    """The importance scores by which AdaLoRA allocates its budget, and the rank pattern it chose last."""
     from peft.tuners.adalora import AdaLoraModel
 
     tuner = getattr(model, "base_model", None)
@@ -76,7 +75,7 @@ def allocator_state(model: Any) -> dict[str, Any] | None:
 
 
 def restore_allocator(model: Any, state: Mapping[str, Any] | None) -> None:
-    """Put back what `allocator_state` told."""
+    """Restore the state that `allocator_state` returned."""
     if state is not None:
         allocator = model.base_model.rankallocator
         allocator.peft_config.rank_pattern = state["rank_pattern"]
@@ -85,25 +84,25 @@ def restore_allocator(model: Any, state: Mapping[str, Any] | None) -> None:
 
 
 def put_corda_start(layer: Any, parts: Mapping[str, torch.Tensor]) -> None:
-    """Give a layer what `preprocess_corda` would: `S_WC`, `U_WC` and `V_WC`."""
+    """Give a layer the matrices that `preprocess_corda` would: `S_WC`, `U_WC` and `V_WC`."""
     from peft.tuners.lora.corda import CordaEigens
 
     layer.eigens = CordaEigens(**parts)
 
 
 class AskedToDequantize:
-    """A quantized layer whose `weight` is packed, and which peft is to ask for `dequantize()` in its place."""
+    """A quantized layer with a packed `weight`, for which peft should call `dequantize()` instead."""
 
     weight: torch.Tensor
 
     @property
     def W_q(self) -> torch.Tensor:
-        """The packed weight, by the name of HQQ's layers, whom peft asks."""
+        """The packed weight under the name of HQQ's layers, which peft recognizes."""
         return self.weight
 
 
 def dropped_variants(model: Any) -> Iterator[tuple[str, LoraLayer, str]]:
-    """Every layer that should be a variant (DoRA, KaSA, ...) and is not: its name, itself, the variant's name."""
+    """Every layer that should be a variant (DoRA, KaSA, ...) and is not: its name, the layer, the variant's name."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in model.named_modules():
@@ -117,5 +116,5 @@ def dropped_variants(model: Any) -> Iterator[tuple[str, LoraLayer, str]]:
 
 
 def names_no_layer(refusal: ValueError) -> bool:
-    """Whether peft refused because `target_modules` names no layer of the model."""
+    """Whether peft refused because `target_modules` matches no layer of the model."""
     return " ".join(str(refusal).split()).startswith("Target modules")

@@ -1,18 +1,18 @@
 """torch, seen with 2.6 to 2.13.
 
-- `FakeTensorMode` and its relatives: tensors with shapes and dtypes and no numbers have no public name
+- `FakeTensorMode` and related names: tensors with shapes and dtypes but without values have no public name
   (pytorch/pytorch#113456, open; #173671 proposed `torch.subclasses` and was closed).
 - `TorchDispatchMode`: torch's own guide to extending it imports it from a private module.
-- `storage_key`: what tells storages apart on whatever device; `data_ptr` is 0 on the meta device and for fakes.
-- `sparse_parts`, `sparse_like`: `indices()` and `values()` refuse a tensor that is not coalesced.
-- `watch_compiling`: `torch.compiler` tells nobody of a compilation; the callbacks are torch._dynamo's
+- `storage_key`: identifies a storage on any device; `data_ptr` is 0 on the meta device and for fake tensors.
+- `sparse_parts`, `sparse_like`: `indices()` and `values()` require a coalesced tensor.
+- `watch_compiling`: `torch.compiler` has no callbacks for compilations; those of torch._dynamo are used
   (pytorch/pytorch#120764).
 - `uncompile`, `run_eagerly`: `nn.Module.compile` has no undo (torch/nn/modules/module.py).
-  `torch.compiler.set_stance("force_eager")` is no such thing: it holds for the whole process, and leaves a wrapper
+  `torch.compiler.set_stance("force_eager")` does not undo it: it applies to the whole process, and leaves a wrapper
   around every call of the layer.
-- `leave_out_of_ddp`: what DDP is to pass by is told it in no public way (pytorch/pytorch#43690, open).
-- `MovedNotCast`: `.to(dtype)`, `.half()` and their like all go through `nn.Module._apply`, and nothing public lets a
-  module say that one of its buffers is stored in the dtype it has.
+- `leave_out_of_ddp`: there is no public way to exclude parameters from DDP (pytorch/pytorch#43690, open).
+- `MovedNotCast`: `.to(dtype)`, `.half()` and similar calls all use `nn.Module._apply`, and a module has no public way
+  to keep the dtype of a buffer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """A number that no other living storage has."""
+    """A number that is unique among existing storages."""
     key: int = storage._cdata
     return key
 
@@ -59,7 +59,7 @@ def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def sparse_like(mask: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-    """A sparse COO tensor with the entries of another one and values of its own, which are not filled in."""
+    """A sparse COO tensor with the indices of another one and its own uninitialized values."""
     make = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default
     result: torch.Tensor = make(
         mask.sparse_dim(),
@@ -88,7 +88,7 @@ def uncompile(module: torch.nn.Module) -> None:
 
 @contextmanager
 def run_eagerly(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Inside, modules that `compile()` has compiled run without it."""
+    """Inside the context, modules compiled by `compile()` run eagerly."""
     compiled: list[Any] = [module._compiled_call_impl for module in modules]
     for module in modules:
         uncompile(module)
@@ -100,13 +100,13 @@ def run_eagerly(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def leave_out_of_ddp(module: torch.nn.Module, names: Iterable[str]) -> None:
-    """Have DDP, wrapped around `module` later, neither send nor look at these parameters and buffers."""
+    """Make DDP, which will wrap `module` later, ignore these parameters and buffers."""
     ignore: Any = torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     ignore(module, list(names))
 
 
 class MovedNotCast(torch.nn.Module):
-    """A module whose buffers named by `constant_names` move with it to another device, and keep their dtype."""
+    """A module whose buffers named in `constant_names` move to other devices with it but keep their dtype."""
 
     constant_names: tuple[str, ...] = ()
 
@@ -121,4 +121,4 @@ class MovedNotCast(torch.nn.Module):
         return self
 
     def after_moving(self) -> None:
-        """Called when parameters and buffers may have become other tensors."""
+        """Called when parameters and buffers may have been replaced by other tensors."""

@@ -1,7 +1,7 @@
 """trackio, seen with 0.40 to 0.43.
 
-- `as_logged`: tables, texts and pictures become what its store keeps inside `trackio.log` alone, which begins a run
-  whose id and times cannot be given (trackio/media/media.py, `_save` and `_to_dict`; table.py; markdown.py).
+- `as_logged`: only `trackio.log` converts tables, texts and images for its store, and it starts a run whose id and
+  times cannot be set (trackio/media/media.py, `_save` and `_to_dict`; table.py; markdown.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def as_logged(value: Any, *, project: str, run: str, step: int = 0) -> Any:
-    """What trackio's store keeps of a run's `trackio.Table`, `Markdown` or `Image`, whose file is put there."""
+    """What trackio stores for a run's `trackio.Table`, `Markdown` or `Image`; an image's file is saved too."""
     import trackio
 
     if isinstance(value, trackio.Table):

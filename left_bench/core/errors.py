@@ -1,4 +1,4 @@
-"""The one error type that means: the user can fix this."""
+"""Error types: `UserError` is the one that the user can fix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class Unsupported(ValueError):
-    """Options that are right each by itself and cannot go together: a row of the report, and no end of a sweep."""
+    """Options that are each valid but cannot be combined: a row of the report; the sweep goes on."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -27,13 +27,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=5, cutoff=0.5)
     if not close:
         return ""
-    # letters that changed places are a likelier slip than letters that are none of the word's: lroa is lora, not road
+    # swapped letters are a likelier typo than wrong letters: lroa is lora, not road
     same_letters = [item for item in close if sorted(item) == sorted(word)]
     return f"; did you mean '{(same_letters or close)[0]}'?"
 
 
 def in_one_sentence(error: Exception) -> str:
-    """The words of an exception of Hydra's, which come in paragraphs with where it has looked after them."""
+    """The message of a Hydra exception on one line, without the list of search paths that follows it."""
     text = str(error).partition("Config search path")[0]
     result = " ".join(text.split())
     return result if len(result) <= _LONGEST else f"{result[:_LONGEST]}…"
@@ -41,10 +41,10 @@ def in_one_sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a UserError in a task of Hydra's into one line and exit code 2: Hydra would print a line of its own first.
+    """Turn a UserError raised in a Hydra task into one line and exit code 2; Hydra would print a line of its own first.
 
     Raises:
-        SystemExit: with 2.
+        SystemExit: with code 2.
     """
     try:
         yield
@@ -59,4 +59,4 @@ def user_errors() -> Iterator[None]:
 
 
 class NotInForce(RuntimeError):
-    """Something that was asked for silently did not happen; the cell's numbers would bear a wrong name."""
+    """A requested option silently had no effect, so the cell's numbers would be reported under the wrong name."""

@@ -1,7 +1,7 @@
-"""Options that are objects: one module each in a folder of this package, and what other installed packages add.
+"""Options that are objects: one module each in a folder of this package, plus those that other packages add.
 
 Another package adds an object by an entry point in its metadata, in a group named after the kind (`left_bench.tasks`,
-`left_bench.trackers`, ...). Names are read from file names and metadata; an object is imported when it is asked for.
+`left_bench.trackers`, ...). Names are read from file names and metadata; an object is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 @functools.cache
 def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
-    """Every entry point in a group of ours; reading the metadata of all packages takes some 15 ms, once."""
+    """Every entry point in a `left_bench.*` group. Reading all packages' metadata takes about 15 ms, once."""
     known = importlib.metadata.entry_points()
     groups = sorted(group for group in known.groups if group.startswith("left_bench."))
     return tuple(point for group in groups for point in known.select(group=group))
 
 
 def added(group: str) -> dict[str, importlib.metadata.EntryPoint]:
-    """Name -> what other packages add to a group; nothing of them is imported."""
+    """Name -> entry point that another package adds to a group; nothing is imported."""
     return {point.name: point for point in _entry_points() if point.group == group}
 
 
@@ -39,7 +39,7 @@ def load(point: importlib.metadata.EntryPoint) -> Any:
     """
     try:
         return point.load()
-    except Exception as error:  # whatever another package does while it is imported
+    except Exception as error:  # importing another package's code may raise anything
         package = point.dist.name if point.dist is not None else point.value
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -49,24 +49,24 @@ def load(point: importlib.metadata.EntryPoint) -> Any:
 
 
 def extension_packages() -> tuple[str, ...]:
-    """Top-level packages that add something: whoever installed them lets a configuration name their classes."""
+    """Top-level packages that add something: installing one allows configurations to name its classes."""
     return tuple(sorted({point.module.partition(".")[0] for point in _entry_points()}))
 
 
 @functools.cache
 def named(reference: str) -> Any:
-    """The object behind `module:name`: how an object that must not import torch names the functions that do."""
+    """The object behind `module:name`. Modules that must not import torch refer to functions that do in this way."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Name -> object, of one kind of option.
+    """Name -> object, for one kind of option.
 
     Args:
-        folder: the package each of whose modules holds one object; the module's name is the option's.
-        attribute: what the object is called there.
-        group: of other packages' entry points; a name that is here already stays this package's.
+        folder: the package with one object in each module; the module's name is the option's name.
+        attribute: the object's name in its module.
+        group: entry-point group for other packages; this package's own names take precedence.
     """
 
     def __init__(self, folder: str, attribute: str, *, group: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files atomically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_atomically(path: Path, text: str) -> Path:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes 0600, a shared runs folder wants the user's own mask
+        Path(temporary).chmod(0o666 & ~umask)  # mkstemp sets 0600, but a shared runs folder needs the user's own umask
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""A request to end (Ctrl-C, a batch system's SIGTERM, a closed terminal), taken where nothing can swallow it.
+"""Requests to stop (Ctrl-C, a batch system's SIGTERM, a closed terminal), handled where nothing can swallow them.
 
-Python runs a signal's handler between any two instructions: also in a weakref's callback, a finalizer or an import's
-lock, whose exceptions are printed and forgotten, and within the `except:` of other people's code. A KeyboardInterrupt
-raised there is lost. So the handler only notes the request, and a launch asks for it (`check`) where it may safely
-stop: before it composes a job, before a cell, at each look at a worker or a lock. What comes to no such place in time,
-as a download or a plugin that waits for its jobs, is interrupted in Python's own way.
+Python runs a signal handler between any two instructions, including inside a weakref callback, a finalizer or an import
+lock, whose exceptions are printed and forgotten, and inside a library's bare `except:`. A KeyboardInterrupt raised
+there is lost. So the handler only records the request, and a launch checks for it (`check`) where it can safely stop:
+before it composes a job, before a cell, and whenever it polls a worker or a lock. Code that reaches no such place in
+time, such as a download or a plugin that waits for its jobs, gets a KeyboardInterrupt as usual.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import threading
 import time
 from collections.abc import Iterator
 
-_PATIENCE_SECONDS = 1.0
-_AGAIN_SECONDS = 10.0
-"""After so long, with no end in sight, Python's own way was swallowed or what it interrupted hangs: once more."""
+_GRACE_SECONDS = 1.0
+_REPEAT_SECONDS = 10.0
+"""If the process still runs after this time, the KeyboardInterrupt was swallowed or the handling hangs: repeat it."""
 _SAME_REQUEST_SECONDS = 0.5
-"""Wrappers (`uv run`, `srun`) pass a terminal's Ctrl-C on to a process that the terminal has told already."""
+"""Wrappers (`uv run`, `srun`) forward a Ctrl-C to a process that has already received it from the terminal."""
 
-_asked: tuple[int, float] | None = None
-"""Signal and time (monotonic) of a request that stands."""
+_request: tuple[int, float] | None = None
+"""Signal number and time (monotonic) of a pending request."""
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Note requests to end while the block runs; one that stands at its end makes the end a KeyboardInterrupt.
+    """Record requests to stop while the block runs; if one is pending at the end, raise KeyboardInterrupt there.
 
-    The exception carries the signal's number. A second request ends the process at once, as the system would. Outside
-    the main thread, where Python lets no one handle signals, the block just runs.
+    The exception carries the signal's number. A second request ends the process at once, as the system's default would.
+    Outside the main thread, where Python allows no signal handlers, the block just runs.
 
     Raises:
-        KeyboardInterrupt: at a `check`, at the block's end, or wherever the program was when patience was over.
+        KeyboardInterrupt: at a `check`, at the block's end, or wherever the program is when the grace period ends.
     """
-    global _asked
+    global _request
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked = None
+    _request = None
     handled = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    # what is ignored stays ignored (`nohup`), and a handler that is not Python's (None) could not be put back
+    # ignored signals stay ignored (`nohup`); a handler not installed from Python (None) could not be restored
     before = {n: result for n in handled if (result := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
     alarm = signal.getsignal(signal.SIGALRM) if hasattr(signal, "SIGALRM") else None
     try:
@@ -51,8 +51,8 @@ def noted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if _asked is not None:
-            number, _asked = _asked[0], None
+        if _request is not None:
+            number, _request = _request[0], None
             _stop_alarm()
             if alarm is not None:
                 signal.signal(signal.SIGALRM, alarm)
@@ -60,34 +60,34 @@ def noted() -> Iterator[None]:
 
 
 def check() -> None:
-    """Stop here if that was asked for; call it where stopping does no harm, and often.
+    """Stop here if a stop was requested. Call it often, where stopping does no harm.
 
     Raises:
         KeyboardInterrupt: with the signal's number.
     """
-    if _asked is not None:
-        _stop_alarm()  # the way out is not to be interrupted again
-        raise KeyboardInterrupt(_asked[0])
+    if _request is not None:
+        _stop_alarm()  # do not interrupt the way out
+        raise KeyboardInterrupt(_request[0])
 
 
 def _note(number: int, _frame: object) -> None:
-    global _asked
+    global _request
     now = time.monotonic()
-    if _asked is None:
-        _asked = number, now
-        if not hasattr(signal, "setitimer"):  # Windows has no such clock
+    if _request is None:
+        _request = number, now
+        if not hasattr(signal, "setitimer"):  # Windows has no such timer
             raise KeyboardInterrupt(number)
-        signal.signal(signal.SIGALRM, _patience_is_over)
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE_SECONDS, _AGAIN_SECONDS)
-    elif now - _asked[1] > _SAME_REQUEST_SECONDS:
-        # records are whole at any moment and workers die with this process, so nothing has to be done before
+        signal.signal(signal.SIGALRM, _grace_period_over)
+        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS, _REPEAT_SECONDS)
+    elif now - _request[1] > _SAME_REQUEST_SECONDS:
+        # records are always complete and workers die with this process, so no cleanup is needed
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
 
-def _patience_is_over(_number: int, _frame: object) -> None:
-    if _asked is not None:
-        raise KeyboardInterrupt(_asked[0])
+def _grace_period_over(_number: int, _frame: object) -> None:
+    if _request is not None:
+        raise KeyboardInterrupt(_request[0])
 
 
 def _stop_alarm() -> None:

@@ -1,4 +1,4 @@
-"""Where things lie and what they are: conf/ and sweeps/, the user's cache, a file's hash, a package's version."""
+"""Locations and identities: conf/ and sweeps/, the user's cache, file hashes, package versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from left_bench.core.errors import UserError
 
 _MOST_HASHES = 20_000
-_LONG_TO_READ = 2**31  # bytes; a few seconds
+_SLOW_TO_HASH = 2**31  # bytes; a few seconds
 
 
 def config_root() -> Path:
@@ -24,7 +24,7 @@ def config_root() -> Path:
     for root in (package, package.parent):
         if (root / "conf" / "config.yaml").is_file() and (root / "sweeps").is_dir():
             return root
-    raise UserError(f"left_bench's conf/ and sweeps/ are missing beside {package}; reinstall left-bench")
+    raise UserError(f"left_bench's conf/ and sweeps/ are missing next to {package}; reinstall left-bench")
 
 
 def cache_dir() -> Path:
@@ -45,32 +45,32 @@ def file_sha256(path: Path) -> str:
 
 
 def contents_of(files: Iterable[Path], *, root: Path) -> str:
-    """A fingerprint of files by their names below `root` and their bytes; each is read once, as long as it stays."""
-    from left_bench.core.files import write_atomically  # not at the head: `--help` needs no pydantic
+    """A fingerprint of files from their names below `root` and their bytes. Hashes of unchanged files are cached."""
+    from left_bench.core.files import write_atomically  # imported here so that `--help` does not import it
 
     known = cache_dir() / "hashes.json"
     try:
         hashes: dict[str, str] = dict(json.loads(known.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or damaged
+    except (OSError, ValueError, TypeError):  # missing or damaged
         hashes = {}
     stats = {path: path.stat() for path in sorted(files)}
     keys = {path: f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats.items()}
     unread = sum(stats[path].st_size for path, key in keys.items() if key not in hashes)
-    if unread > _LONG_TO_READ:
-        print(f"left-bench: reading {root} once, to know it again ({unread / 2**30:.1f} GiB)", file=sys.stderr)
+    if unread > _SLOW_TO_HASH:
+        print(f"left-bench: hashing {root} once, to recognize it later ({unread / 2**30:.1f} GiB)", file=sys.stderr)
     before, digest = len(hashes), hashlib.sha256()
     for path, key in keys.items():
         result = hashes.get(key) or hashes.setdefault(key, file_sha256(path))
         digest.update(f"{path.relative_to(root)} {result}\n".encode())
     if len(hashes) > before:
-        kept = dict(list(hashes.items())[-_MOST_HASHES:])
-        with contextlib.suppress(OSError):  # a cache alone
-            write_atomically(known, json.dumps(kept))
+        latest = dict(list(hashes.items())[-_MOST_HASHES:])
+        with contextlib.suppress(OSError):  # only a cache
+            write_atomically(known, json.dumps(latest))
     return digest.hexdigest()
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """The installed version of each package; what is not installed is left out."""
+    """The installed version of each package; packages that are not installed are left out."""
     results = {}
     for name in packages:
         try:
@@ -81,7 +81,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 
 def is_installed(module: str) -> bool:
-    """Whether it could be imported, without doing so."""
+    """Whether a module could be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is missing

@@ -1,9 +1,8 @@
 """Data: rows -> prompts -> tokens -> batches.
 
-`rows` reads questions and answers and holds some out (standard library alone, for files), `rendering` writes them as a
-model's template and tokenizer have them, `tokens` makes rows of token ids of that and keeps those on disk, `pictures`
-stands for all of it where a model sees and does not read, `batches` says which rows a step sees and pads them,
-`command` is `left-bench data`.
+`rows` reads questions and answers and splits them (local files with the standard library alone), `rendering` applies
+the model's chat template, `tokens` turns the result into rows of token ids and caches them on disk, `pictures` and
+`classified_texts` do all of this for classification, and `batches` chooses each step's rows and pads them.
 """
 
 from __future__ import annotations

@@ -15,45 +15,45 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100
-"""The label that torch's cross-entropy leaves out."""
+"""The label that torch's cross-entropy ignores."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """The rows of one pass: padded at the right to the longest, or packed end to end into one row.
 
-    Token tensors have the shape (rows, longest) or (1, tokens); what is said of labels has one entry per answer token.
-    Where an encoder reads the prompt, `input_ids` are prompts, and labels are of `decoder_input_ids`.
+    Token tensors have the shape (rows, longest) or (1, tokens); label tensors have one entry per answer token. Where an
+    encoder reads the prompt, `input_ids` holds prompts, and labels refer to `decoder_input_ids`.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    """The answer's tokens in their own places (not shifted); -100 on prompt and padding."""
+    """The answer's tokens at their own positions (not shifted); -100 on prompt and padding."""
     label_rows: torch.Tensor
-    """Row of the logits that predict the answer token."""
+    """For each answer token, the row of the logits that predict it."""
     label_positions: torch.Tensor
-    """Position in that row whose logits predict it: the one before its own (a decoder's input is shifted: its own)."""
+    """The position in that row: the one before the token (its own where the decoder's input is shifted)."""
     targets: torch.Tensor
-    """The answer token."""
+    """The answer tokens."""
     answer_lengths: list[int]
-    """Answer tokens of each example, in the examples' order and the labels'."""
+    """Number of answer tokens of each example, in the order of examples and labels."""
     attention_mask: torch.Tensor | None
     """1 on tokens, 0 on padding; None when packed."""
     position_ids: torch.Tensor | None
     """When packed: positions, from 0 in each example."""
     boundaries: torch.Tensor | None
-    """When packed: int32 (examples + 1), where each begins, and the end."""
+    """When packed: int32 (examples + 1), where each example begins, and the end."""
     tokens: int
     """Non-padding tokens."""
     longest: int
     """Tokens of the longest example."""
     decoder_input_ids: torch.Tensor | None = None
-    """For a decoder of its own: the start token and the answer but for its last token, shape (rows, longest answer)."""
+    """For an encoder-decoder: the start token and the answer without its last token, shape (rows, longest answer)."""
 
     def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
-        """Of logits or hidden states [rows, positions, width] those that predict a label, [labels, width].
+        """Select the logits or hidden states [rows, positions, width] that predict a label: [labels, width].
 
-        `after`: virtual positions that a method has put before the input.
+        `after`: number of virtual positions that a method puts before the input.
         """
         return at_positions(states, self.label_rows, self.label_positions + after)
 
@@ -63,7 +63,7 @@ class Batch:
         return sum(self.answer_lengths)
 
     def inputs(self) -> dict[str, Any]:
-        """The arguments of a model's forward pass, by the names that transformers gives them."""
+        """The arguments of the model's forward pass, by their names in transformers."""
         if self.boundaries is None:
             inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
             decoder = self.decoder_input_ids
@@ -72,7 +72,7 @@ class Batch:
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "use_cache": False,
-            # what FlashAttention's kernels take too; segments read the first
+            # also read by FlashAttention's kernels; our segment attention reads the first
             "cu_seq_lens_q": self.boundaries,
             "cu_seq_lens_k": self.boundaries,
             "max_length_q": self.longest,
@@ -80,7 +80,7 @@ class Batch:
         }
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; on its way to CUDA nothing waits for it."""
+        """The same batch on another device; copies to CUDA are asynchronous."""
         moved: dict[str, Any] = {
             field.name: moved_to(value, device)
             for field in dataclasses.fields(self)
@@ -91,14 +91,14 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class ClassBatch:
-    """The rows of one pass whose label is a class each, whatever the model reads of them."""
+    """The rows of one pass with one class label each, whatever the model's inputs are."""
 
     arguments: dict[str, torch.Tensor]
-    """Of the model's forward pass, by the names that transformers gives them; the first dimension is the rows."""
+    """Arguments of the model's forward pass, by their names in transformers; the first dimension is the rows."""
     targets: torch.Tensor
     """The right class of each row."""
     tokens: int
-    """Non-padding tokens, or what stands for them."""
+    """Non-padding tokens, or their equivalent."""
 
     @property
     def answer_lengths(self) -> list[int]:
@@ -109,7 +109,7 @@ class ClassBatch:
         return len(self.targets)
 
     def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
-        """Logits [rows, classes] as they are: a row has one label."""
+        """The logits [rows, classes] unchanged: every row has one label."""
         return states
 
     def inputs(self) -> dict[str, Any]:
@@ -121,25 +121,26 @@ class ClassBatch:
 
 
 def at_positions(states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """`states[rows, positions]`, whose gradient on CUDA would sort the indices: no place is asked for twice."""
+    """`states[rows, positions]` for distinct positions; plain indexing would sort the indices in its backward on
+    CUDA."""
     return states.flatten(0, 1).index_select(0, rows * states.shape[1] + positions)
 
 
 def moved_to(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """The tensor on another device; not waited for where that is CUDA."""
+    """The tensor on another device; asynchronous for CUDA."""
     import torch
 
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    # from pageable memory the copy would wait for all that is queued on the device
+    # a copy from pageable memory would wait for all work queued on the device
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def step_rows(n_rows: int, *, rows_per_step: int, steps: int, seed: int) -> Iterator[list[int]]:
     """The rows of each optimizer step: seeded permutations of all rows, one epoch after the other.
 
-    A step may straddle two epochs, so no row is left out at an epoch's end. Python's own generator makes the order the
-    same on every device and for every method.
+    A step may straddle two epochs, so no row is dropped at an epoch's end. Python's own generator makes the order
+    identical on every device and for every method.
     """
     if n_rows < 1:
         raise ValueError("no rows to train on")
@@ -158,8 +159,8 @@ def split_passes(
 ) -> list[list[Example]]:
     """Cut a step's rows into passes of at most `batch_size`.
 
-    `grouped` puts rows of like length together, longest first: less padding, and a step that does not fit in memory
-    fails at its first pass.
+    `grouped` puts rows of similar length together, longest first: less padding, and a step that does not fit in memory
+    fails in its first pass.
     """
     ordered = sorted(rows, key=lambda row: row.length, reverse=True) if batching == "grouped" else list(rows)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
@@ -168,13 +169,13 @@ def split_passes(
 def collate(examples: Sequence[Example], *, pad_id: int, packed: bool = False) -> Batch:
     """Prompt and answer of each row in one tensor: padded at the right with `pad_id`, or packed end to end.
 
-    A token that opens a row is predicted by nothing, so an answer without a prompt loses its first token as a label.
-    Rows for an encoder and a decoder are padded each on its own.
+    Nothing predicts the first token of a row, so an answer without a prompt has no label there. For an encoder-decoder,
+    prompts and answers are padded separately.
     """
     import torch
 
     own: Callable[..., Any] | None = getattr(type(examples[0]), "collate", None)
-    if own is not None:  # rows that are no text
+    if own is not None:  # rows that are not `Example`
         return own(examples, pad_id=pad_id)
     if examples[0].decoder_start is not None:
         return _collate_for_decoder(examples, pad_id=pad_id)
@@ -239,6 +240,6 @@ def _collate_for_decoder(examples: Sequence[Example], *, pad_id: int) -> Batch:
         boundaries=None,
         tokens=sum(example.length for example in examples),
         longest=max(example.length for example in examples),
-        # padding in a causal decoder stands behind all that is labelled, where nothing attends to it
+        # padding comes after all labels, so in a causal decoder nothing attends to it
         decoder_input_ids=padded([[start, *answer[:-1]] for answer in answers], pad_id),
     )

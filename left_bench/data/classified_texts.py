@@ -14,18 +14,18 @@ from left_bench.data.tokens import Splits
 from left_bench.spec.cell import Data, fingerprint
 
 _MOST_CLASSES = 200
-"""Beyond it, answers that hardly repeat are texts and no classes."""
+"""With more different answers than this, answers that rarely repeat are taken for texts rather than classes."""
 
 
 @dataclass(frozen=True)
 class ClassifiedText:
-    """One text as the model reads it, with its class."""
+    """One tokenized text with its class."""
 
-    not_packed: ClassVar[str] = "a class is told of a whole row, and packed rows are one row to the model"
+    not_packed: ClassVar[str] = "the model gives one class per row, and packed rows would be a single row to it"
     ids: list[int]
     label: int
     prompt: str
-    """The text, uncut."""
+    """The text before truncation."""
     reference: str
     """The right class, by name."""
     labels: ClassVar[int] = 1
@@ -38,12 +38,12 @@ class ClassifiedText:
 
     @property
     def identity(self) -> list[Any]:
-        """What makes it another row."""
+        """The values that distinguish this row from others."""
         return [self.ids, self.reference]
 
     @staticmethod
     def collate(rows: Sequence[ClassifiedText], *, pad_id: int) -> ClassBatch:
-        """One pass over the rows, padded at the right to the longest."""
+        """One batch of the rows, padded at the right to the longest."""
         import torch
 
         longest = max(row.length for row in rows)
@@ -57,13 +57,12 @@ class ClassifiedText:
 
 
 def load_classified_texts(section: Data, tokenizer: Any, *, max_length: int) -> Splits:
-    """Texts with the special tokens that the tokenizer adds, cut to `max_length` tokens at the right.
+    """Texts with the tokenizer's special tokens, truncated at the right to `max_length` tokens.
 
-    The classes are the different answers of all rows, in the order of their names. `data.instruction` stands before
-    each text.
+    The classes are the distinct answers of all rows, sorted by name. `data.instruction` is put before each text.
 
     Raises:
-        UserError: as `split_rows`; or the answers are one class, or texts that hardly repeat.
+        UserError: as `split_rows`; or all answers are the same, or are texts that rarely repeat.
     """
     rows = split_rows(section)
     classes = sorted({row.answer for row in [*rows.train, *rows.test]})
@@ -90,14 +89,14 @@ def load_classified_texts(section: Data, tokenizer: Any, *, max_length: int) -> 
 def _read(
     rows: Sequence[Row], section: Data, tokenizer: Any, label_of: dict[str, int], *, max_length: int
 ) -> tuple[list[ClassifiedText], int, int]:
-    """The rows as the model reads them; tokens of the longest before it was cut; how many were cut."""
+    """The tokenized rows; the length of the longest before truncation; how many were truncated."""
     before = f"{section.instruction}\n" if section.instruction else ""
     texts = [before + row.prompt for row in rows]
     whole = [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
-    kept = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
+    truncated = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
     made = [
         ClassifiedText(ids, label_of[row.answer], prompt=row.prompt, reference=row.answer)
-        for ids, row in zip(kept, rows, strict=True)
+        for ids, row in zip(truncated, rows, strict=True)
     ]
     return made, max(whole, default=0), sum(length > max_length for length in whole)
 
@@ -105,10 +104,10 @@ def _read(
 def _check_classes(classes: Sequence[str], *, rows: int) -> None:
     if len(classes) < 2:
         raise UserError(
-            f"data.answer_column: all rows have the one answer {classes[0]!r}; name the column with the classes"
+            f"data.answer_column: all rows have the same answer {classes[0]!r}; name the column with the classes"
         )
     if len(classes) > _MOST_CLASSES and 2 * len(classes) > rows:
         raise UserError(
-            f"data.answer_column: {len(classes)} different answers in {rows} rows are texts and no classes; name the "
-            "column with the classes, or set model.task=causal_lm to have them written"
+            f"data.answer_column: {len(classes)} different answers in {rows} rows are texts, not classes; name the "
+            "column with the classes, or set model.task=causal_lm to generate the answers"
         )

@@ -1,4 +1,4 @@
-"""Local files of rows: which there are, what is in them, and how their content is known."""
+"""Local files of rows: finding them, reading their records, and hashing their content."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from left_bench.core.paths import contents_of, file_sha256, is_installed
 from left_bench.spec.cell import Data, fingerprint
 
 Records = Iterable[tuple[str, Mapping[str, Any]]]
-"""Named records of a source: `line 3`, and the columns found there."""
+"""Records of a source: the place (`line 3`) and the columns of each."""
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _KINDS = (*_LINES, ".json", *_BUILDERS)
 _PACKED = (".gz", ".zst")
-_DATASET = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+_DATASET = ("dataset_info.json", "dataset_dict.json")  # written by `save_to_disk`
 
 
 def check_source(section: Data) -> None:
     """Refuse a source whose package is not installed, before anything runs.
 
     Raises:
-        UserError: naming what to install.
+        UserError: names what to install.
     """
     if section.source == "scikit_learn" and not is_installed("sklearn"):
         raise UserError(
@@ -38,7 +38,7 @@ def check_source(section: Data) -> None:
 
 
 def with_content(section: Data) -> Data:
-    """The section with its file's SHA-256, where there is such a file; `load_rows` says what is wrong elsewhere."""
+    """The section with its file's SHA-256, if there is such a file; `load_rows` reports any error."""
     try:
         if section.image_column is not None and section.path is not None:
             return section.model_copy(update={"content": _of_folder(Path(section.path).expanduser().absolute())})
@@ -49,7 +49,7 @@ def with_content(section: Data) -> Data:
 
 
 def content_of(section: Data) -> str | None:
-    """A hash of the local files that the rows come from, wherever they lie; None where there are none.
+    """A hash of the local files that the rows come from, independent of their location; None if there are none.
 
     Raises:
         UserError, OSError: as `data_file`, or a file that cannot be read.
@@ -66,7 +66,7 @@ def content_of(section: Data) -> str | None:
 
 
 def _local_files(section: Data) -> list[Path]:
-    """What `datasets.load_dataset` would read from this machine: a folder in the hub's place, `data_files`, globs."""
+    """The local files that `datasets.load_dataset` would read: a folder given as hub id, `data_files`, globs."""
     if section.source != "hub" or not section.hub_id:
         return []
     folder = Path(section.hub_id).expanduser()
@@ -106,17 +106,17 @@ def _of_folder(folder: Path) -> str:
     return contents_of((path for path in folder.rglob("*") if path.is_file()), root=folder)
 
 
-@functools.cache  # a sweep composes one file thousands of times
+@functools.cache  # a sweep composes cells with the same file thousands of times
 def _sha256(path: str, size: int, modified: int) -> str:
     return file_sha256(Path(path))
 
 
 def data_files(section: Data, *, part: Literal["train", "test", "validation"] = "train") -> list[Path]:
-    """What `data.path` (`data.test_path`, `data.validation_path`) names: a file, the files of a glob, or a folder of
-    `save_to_disk`.
+    """The files that `data.path` (`data.test_path`, `data.validation_path`) names: one file, a glob's matches, or a
+    folder of `save_to_disk`.
 
     Raises:
-        UserError: no path, nothing there, a folder that holds no data set, or a kind of file that is not read.
+        UserError: no path, nothing there, a folder that holds no data set, or an unsupported file type.
     """
     key, given = {
         "train": ("data.path", section.path),
@@ -124,7 +124,7 @@ def data_files(section: Data, *, part: Literal["train", "test", "validation"] = 
         "validation": ("data.validation_path", section.validation_path),
     }[part]
     if not given:
-        raise UserError(f"{key} is missing; set {key}=FILE to rows of yours: {', '.join(_KINDS)}")
+        raise UserError(f"{key} is missing; set {key}=FILE to a file of rows: {', '.join(_KINDS)}")
     path = Path(given).expanduser()
     try:
         path.stat()
@@ -141,7 +141,7 @@ def data_files(section: Data, *, part: Literal["train", "test", "validation"] = 
             return [path]
         inside = sorted(entry.name for entry in path.iterdir() if _kind_of(entry) in _KINDS)
         hint = f", such as {path / inside[0]}, or several, {path}/*{_kind_of(Path(inside[0]))}" if inside else ""
-        raise UserError(f"{key}={path}: is a folder; name a file, or what `save_to_disk` has left{hint}")
+        raise UserError(f"{key}={path}: is a folder; name a file, or a folder written by `save_to_disk`{hint}")
     if not path.is_file():
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{key}={path}: no such file{nearest(path.name, beside) or '; check the path'}")
@@ -149,7 +149,7 @@ def data_files(section: Data, *, part: Literal["train", "test", "validation"] = 
 
 
 def _kind_of(path: Path) -> str:
-    """The suffix, packing aside."""
+    """The suffix, ignoring compression suffixes."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in _PACKED:
         suffixes.pop()
@@ -159,15 +159,15 @@ def _kind_of(path: Path) -> str:
 def _of_known_kind(path: Path, key: str) -> Path:
     kind = _kind_of(path)
     if kind in (".xlsx", ".xls", ".bin", ".pkl", ".pickle", ".pt", ".zip", ".docx", ".pdf"):
-        raise UserError(f"{key}={path}: a {kind} file is not read; save the rows as one of {', '.join(_KINDS)}")
+        raise UserError(f"{key}={path}: {kind} files are not supported; save the rows as one of {', '.join(_KINDS)}")
     return path
 
 
 def file_records(paths: Iterable[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The records of some files, in their order, each named by where it stands.
+    """The records of some files in order, each with its place.
 
     Raises:
-        UserError: a file that cannot be read as what its name says.
+        UserError: a file cannot be read as the type that its name says.
     """
     paths = list(paths)
     for path in paths:
@@ -198,7 +198,7 @@ def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, TypeError, ValueError, ImportError) as error:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise UserError(f"data.path={path}: not read as {kind or 'a data set'} ({reason}); fix the file") from error
+        raise UserError(f"data.path={path}: is not readable as {kind or 'a data set'} ({reason}); fix it") from error
     if isinstance(dataset, dict):  # a DatasetDict
         if "train" not in dataset:
             raise UserError(f"data.path={path}: has no split 'train'; it has {', '.join(map(str, dataset))}")
@@ -208,7 +208,7 @@ def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def _as_text(path: Path, *, sep: str) -> dict[str, Any]:
-    """Arguments with which every value of a CSV file is the text that stands there: `007`, `True` and `NA` too."""
+    """Arguments that keep every value of a CSV file as text, including `007`, `True` and `NA`."""
     import datasets
     import pandas
 
@@ -218,7 +218,7 @@ def _as_text(path: Path, *, sep: str) -> dict[str, Any]:
 
 
 def has_split(path: Path, split: str) -> bool:
-    """Whether a folder is a DatasetDict that brings rows of its own for `split`."""
+    """Whether a folder is a DatasetDict with the split `split`."""
     listed = path / _DATASET[1]
     return listed.is_file() and split in json.loads(listed.read_text(encoding="utf-8")).get("splits", [])
 
@@ -237,7 +237,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """An array of objects, such an array under one key, or JSON lines by another name."""
+    """Records of an array of objects, of such an array under one key, or of JSON lines in a `.json` file."""
     try:
         with _opened(path) as file:
             text = file.read().decode("utf-8-sig")
@@ -264,7 +264,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _line_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     number = 0
     try:
-        # Bytes split at "\n" alone: text mode would also end a line at characters that JSON allows inside a string.
+        # Bytes are split only at "\n"; text mode would also split at characters that JSON allows inside a string.
         with _opened(path) as file:
             for number, raw in enumerate(file, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -289,6 +289,6 @@ def _json_object(line: str, *, path: Path, number: int) -> Mapping[str, Any]:
 
 
 def kind_of_value(value: Any) -> str:
-    """What a value of JSON is, in words."""
+    """The type of a JSON value, in words."""
     kinds = {list: "a list", dict: "an object", str: "a text", int: "a number", float: "a number", bool: "a boolean"}
     return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Pictures and their classes: read, split, and made into pixels as the model's own processor makes them."""
+"""Images and their classes: reading, splitting, and preprocessing with the model's own image processor."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as the model sees it."""
+    """One preprocessed image with its class."""
 
-    not_packed: ClassVar[str] = "pictures are all of one length"
+    not_packed: ClassVar[str] = "images all have the same length"
     pixels: np.ndarray
     """float32 (channels, height, width)."""
     label: int
     prompt: str
-    """Which picture it is."""
+    """A name for the image: `picture` and its index in the source."""
     reference: str
     """The right class, by name."""
     patches: int
-    """What stands for tokens: the squares that the model cuts the picture into."""
+    """Number of patches the model divides the image into; they count as tokens."""
 
     @property
     def length(self) -> int:
@@ -48,12 +48,12 @@ class Picture:
 
     @property
     def identity(self) -> list[Any]:
-        """What makes it another picture: its pixels and its class."""
+        """The values that distinguish this image from others: its pixels and its class."""
         return [hashlib.sha256(self.pixels.tobytes()).hexdigest(), self.reference]
 
     @staticmethod
     def collate(pictures: Sequence[Picture], *, pad_id: int) -> ClassBatch:
-        """One pass over pictures of one size; nothing is padded."""
+        """One batch of images of the same size; nothing is padded."""
         import numpy as np
         import torch
 
@@ -65,7 +65,7 @@ class Picture:
 
 
 class Pictures(LazyRows[Picture]):
-    """Pictures whose pixels are worked out when they are asked for: a large data set is never in memory whole."""
+    """Images that are preprocessed on access, so that a large data set is never fully in memory."""
 
     def __init__(self, source: Any, indices: Sequence[int], *, read: Callable[[Any, int], Picture]) -> None:
         self._source, self._indices, self._read = source, indices, read
@@ -78,12 +78,12 @@ class Pictures(LazyRows[Picture]):
 
 
 def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
-    """Training, validation and test pictures, shuffled by `data.seed`; the test pictures depend on the number of
-    neither of the others.
+    """Training, validation and test images, shuffled by `data.seed`. The test images do not depend on the numbers of
+    the others.
 
     Args:
         processor: the model's image processor of `transformers`.
-        patches: of one picture.
+        patches: number of patches per image.
 
     Raises:
         UserError: a source, column or count that cannot be used; the message names the key and the fix.
@@ -94,14 +94,14 @@ def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
     where = _name_of(section)
     if len(order) < section.test_rows + 1:
         raise UserError(
-            f"data.test_rows={section.test_rows}: {where} has {len(order)} pictures, and one must be left to train on; "
+            f"data.test_rows={section.test_rows}: {where} has {len(order)} images, and one must be left to train on; "
             f"set data.test_rows={max(1, len(order) - 1)} or lower"
         )
     test, train = order[: section.test_rows], order[section.test_rows :]
     if section.train_rows is not None and section.train_rows > len(train):
         raise UserError(
-            f"data.train_rows={section.train_rows}: {where} leaves only {len(train)} training pictures beside "
-            f"{section.test_rows} test pictures; set data.train_rows={len(train)} or lower, or null for all"
+            f"data.train_rows={section.train_rows}: {where} leaves only {len(train)} training images besides "
+            f"{section.test_rows} test images; set data.train_rows={len(train)} or lower, or null for all"
         )
     train, validation = _for_validation(section, train, where, apart=own is not None)
     if own is not None:
@@ -129,7 +129,7 @@ def load_pictures(section: Data, processor: Any, *, patches: int) -> Splits:
 
 
 def probe(model: Any, *, tokens: int) -> dict[str, Any]:
-    """Arguments of a pass over one black picture of the model's size."""
+    """Arguments of a forward pass over one black image of the model's input size."""
     import torch
 
     size, first = model.config.image_size, next(model.parameters())
@@ -138,8 +138,8 @@ def probe(model: Any, *, tokens: int) -> dict[str, Any]:
 
 
 def _for_validation(section: Data, train: list[int], where: str, *, apart: bool) -> tuple[list[int], list[int]]:
-    """The pictures to train on, and those for validation as `data.validation_rows` has them, from no source of their
-    own."""
+    """Split the training images into those to train on and those for validation, as `data.validation_rows` says;
+    `apart`: validation images come from a split of their own."""
     used = len(train) if section.train_rows is None else section.train_rows
     if apart:
         return train[:used], []
@@ -150,18 +150,18 @@ def _for_validation(section: Data, train: list[int], where: str, *, apart: bool)
     if section.train_rows is not None or wanted >= len(train):
         most = len(train) - (section.train_rows or 1)
         raise UserError(
-            f"data.validation_rows={wanted}: {where} leaves only {most} pictures beside those for training and test;"
+            f"data.validation_rows={wanted}: {where} leaves only {most} images besides those for training and test;"
             f" set data.validation_rows={most} or lower"
         )
     return train[:-wanted], train[-wanted:]
 
 
 def _source(section: Data) -> tuple[Any, list[str], Any]:
-    """Rows with a picture and a class's number; the classes' names; the rows of a split `validation`, None without."""
+    """Rows with an image and a class number; the class names; the rows of the split `validation`, or None."""
     if section.validation_path is not None:
         raise UserError(
-            f"data.validation_path={section.validation_path}: pictures are not read from a file; a split"
-            " `validation` is taken where there is one, else set data.validation_rows=NUMBER"
+            f"data.validation_path={section.validation_path}: images are not read from a file; a split"
+            " `validation` is used if there is one; otherwise set data.validation_rows=NUMBER"
         )
     if section.source == "scikit_learn":
         return *_digits(section), None
@@ -169,11 +169,11 @@ def _source(section: Data) -> tuple[Any, list[str], Any]:
 
     where = _name_of(section)
     if section.path is None and section.source == "folder":
-        raise UserError("data.path is missing; set data.path=DIR to a folder with a folder of pictures for every class")
+        raise UserError("data.path is missing; set data.path=DIR to a folder with a subfolder of images for each class")
     if section.path is not None:
         folder = Path(section.path).expanduser()
         if not folder.is_dir():
-            raise UserError(f"data.path={section.path}: no such folder; give one with a folder of pictures for a class")
+            raise UserError(f"data.path={section.path}: no such folder; give one with a subfolder of images per class")
         asked: dict[str, Any] = {"path": "imagefolder", "data_dir": str(folder)}
         columns = {"image": section.image_column, "label": section.answer_column}
     else:
@@ -184,13 +184,13 @@ def _source(section: Data) -> tuple[Any, list[str], Any]:
         dataset = datasets.load_dataset(**asked, **{"split": "train", **section.config})
         if validation_rows_wanted(section) and brings_split(dataset, section, "validation"):
             own = datasets.load_dataset(**asked, **section.config | {"split": "validation"})
-    except Exception as error:  # the hub's errors and the folder's share no base class
+    except Exception as error:  # errors of the hub and of local folders share no base class
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"{where}: not loaded ({reason}); check it, or point data.path= at a folder of pictures"
+            f"{where}: cannot be loaded ({reason}); check it, or point data.path= at a folder of images"
         ) from error
     others = {old: new for old, new in columns.items() if old != new and old in dataset.column_names}
-    dataset, own = (None if one is None else one.rename_columns(others) for one in (dataset, own))
+    dataset, own = (None if rows is None else rows.rename_columns(others) for rows in (dataset, own))
     for key, column in (("data.image_column", section.image_column), ("data.answer_column", section.answer_column)):
         if column not in dataset.column_names:
             hint = nearest(str(column), dataset.column_names)
@@ -200,7 +200,7 @@ def _source(section: Data) -> tuple[Any, list[str], Any]:
     feature = dataset.features[section.answer_column]
     if not isinstance(feature, datasets.ClassLabel):
         raise UserError(
-            f"data.answer_column={section.answer_column!r}: {where} holds no classes there; name the column that does"
+            f"data.answer_column={section.answer_column!r}: {where} has no classes in it; name the column that does"
         )
     return dataset, list(feature.names), own
 
@@ -215,7 +215,7 @@ def _digit_images() -> Any:
 def _digits(section: Data) -> tuple[Any, list[str]]:
     if section.task != "digits":
         raise UserError(
-            f"data.task={section.task!r}: scikit-learn ships pictures of digits alone; set data.task=digits"
+            f"data.task={section.task!r}: of scikit-learn's images, only digits are supported; set data.task=digits"
         )
     from PIL import Image
 
@@ -235,7 +235,8 @@ def _name_of(section: Data) -> str:
 
 
 def _fingerprint(source: Any, indices: Sequence[int], label_column: str, section: Data) -> str:
-    """Which pictures in which order, by their classes and their source's own fingerprint; no picture is decoded."""
+    """Hash of which images are used in which order, from their classes and the source's own fingerprint; no image is
+    decoded."""
     labels = source[label_column] if hasattr(source, "features") else [row[label_column] for row in source]
     parts = [getattr(source, "_fingerprint", section.task), [(index, int(labels[index])) for index in indices]]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]

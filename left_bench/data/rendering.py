@@ -1,4 +1,4 @@
-"""Rendering: questions, answers and whole turns as a model's own chat template and tokenizer write them."""
+"""Rendering: questions, answers and turns as text and tokens, by the model's own chat template and tokenizer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from left_bench.data.shapes import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What a chat template may ask for. Reasoning models would spend the answer's tokens on thoughts, and the date (this
-# one is the Llama templates' own fallback) would make other tokens of the same row tomorrow.
+# Variables that a chat template may read. Reasoning models would spend the answer's tokens on thinking, and today's
+# date would change a row's tokens tomorrow (this date is the Llama templates' own fallback).
 _TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 _QUESTION, _ANSWER = "A question.", "An answer."
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: the tokens that the chat template writes after an assistant's turn, up to its first marker.
+    """The tokens that end an answer: what the chat template writes after an assistant turn, up to the first marker.
 
-    Without a template, or where that writes no marker, the tokenizer's end token.
+    Without a template, or if it writes no marker: the tokenizer's end token.
     """
     _, text = _probed(tokenizer)
     after = tokenizer(text.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"] if _ANSWER in text else []
@@ -34,9 +34,9 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def turn_lead(tokenizer: PreTrainedTokenizerBase) -> str:
-    """White space that the chat template writes between asking for an answer and the answer, as Mistral's do.
+    """White space that the chat template writes between the generation prompt and the answer, as Mistral's do.
 
-    Nothing where the tokenizer puts it there by itself (SentencePiece's first space).
+    Empty if the tokenizer adds it by itself (SentencePiece's leading space).
     """
     asked, text = _probed(tokenizer)
     lead = text[len(asked) : text.find(_ANSWER, len(asked))] if text.startswith(asked) and _ANSWER in text else ""
@@ -50,7 +50,7 @@ def turn_lead(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The start token, where the tokenizer itself would put one before a plain text; else nothing."""
+    """The start token if the tokenizer would put one before plain text; else empty."""
     bos_id = tokenizer.bos_token_id
     return [bos_id] if bos_id is not None and tokenizer("a")["input_ids"][0] == bos_id else []
 
@@ -58,14 +58,14 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def fit(
     prompt_ids: list[int], answer_ids: list[int], *, max_length: int, text: tuple[int, int]
 ) -> tuple[list[int], list[int]]:
-    """Cut a row to `max_length` tokens: each half may have what the other leaves, and is sure of half.
+    """Truncate a row to `max_length` tokens: prompt and answer get half each, and what the other does not need.
 
-    The prompt loses the left of the user's text, farthest from the answer; start token, system message and the marks of
-    a template stay whole while there is text to cut, for models lean on them. The answer loses its right end, and with
-    it the end token, so that nothing teaches to stop in mid-sentence.
+    The prompt loses the left end of the user's text, which is farthest from the answer. Start token, system message and
+    template markers are kept while there is text to cut, because models rely on them. The answer loses its right end,
+    and with it the end token, so that the model does not learn to stop in mid-sentence.
 
     Args:
-        text: where among the prompt's tokens the user's text begins and ends.
+        text: begin and end of the user's text among the prompt's tokens.
     """
     if len(prompt_ids) + len(answer_ids) <= max_length:
         return prompt_ids, answer_ids
@@ -75,15 +75,15 @@ def fit(
         begin, end = text
         cut = min(surplus, end - begin)
         prompt_ids = prompt_ids[:begin] + prompt_ids[begin + cut :]
-        prompt_ids = prompt_ids[surplus - cut :]  # no text is left, and the rest is still too long
+        prompt_ids = prompt_ids[surplus - cut :]  # no text is left and the rest is still too long
     return prompt_ids, answer_ids
 
 
 def prompts_to_ids(
     rows: Sequence[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, encoder: bool
 ) -> list[tuple[list[int], tuple[int, int]]]:
-    """Each prompt's tokens, and where among them the user's text begins and ends."""
-    start: list[int] = []  # a template writes its own start token, and so do an encoder's special tokens
+    """Each prompt's tokens, and the begin and end of the user's text among them."""
+    start: list[int] = []  # a template, or an encoder's special tokens, bring their own start token
     if not encoder and getattr(tokenizer, "chat_template", None):
         texts = _chat_texts(rows, instruction=instruction, tokenizer=tokenizer)
     else:
@@ -91,11 +91,11 @@ def prompts_to_ids(
         for row in rows:
             if row.place is not None:
                 raise UserError(
-                    f"{row.place}: has calls of tools, which a chat template alone can write, and"
-                    f" model.name_or_path={tokenizer.name_or_path!r} has none here; choose a chat model, or leave such"
-                    " rows out"
+                    f"{row.place}: has tool calls, which only a chat template can write, and"
+                    f" model.name_or_path={tokenizer.name_or_path!r} has none; choose a chat model, or remove such"
+                    " rows"
                 )
-        texts = [f"{head}{_said(row)}{tail}" for row in rows]
+        texts = [f"{head}{_plain_turns(row)}{tail}" for row in rows]
         start = [] if encoder else start_ids(tokenizer)
     offsets = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(texts, add_special_tokens=encoder, return_offsets_mapping=offsets)
@@ -104,7 +104,7 @@ def prompts_to_ids(
         ids = list(encoded["input_ids"][index])
         begin, end = 0, len(ids)
         first = text.rfind(prompt)
-        if offsets and first >= 0:  # a template may have changed the text; then all of the prompt may be cut
+        if offsets and first >= 0:  # a template may have changed the text; then any part of the prompt may be cut
             inside = [
                 position
                 for position, (left, right) in enumerate(encoded["offset_mapping"][index])
@@ -116,15 +116,15 @@ def prompts_to_ids(
     return results
 
 
-def _said(row: Row) -> str:
-    """All turns up to the answer, a line each, for a model without a chat template."""
+def _plain_turns(row: Row) -> str:
+    """All turns up to the answer, one per line, for a model without a chat template."""
     return "\n".join(turn["content"] for turn in row.before) if row.before else row.prompt
 
 
 def _chat_texts(
     rows: Sequence[Row], *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, answered: bool = False
 ) -> list[str]:
-    """Each row as the template asks for its answer; `answered`: with the turn that is the answer."""
+    """Each row's rendered prompt, with the generation prompt; `answered`: with the answer's turn instead."""
     from jinja2 import TemplateError
 
     def render(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -150,16 +150,16 @@ def _chat_texts(
             raise _no_tools(row, tokenizer, f"cannot render its tools ({error})") from error
         called = [call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())]
         declared = [str(tool.get("function", tool).get("name", "")) for tool in row.tools]
-        told = [turn["content"] for turn in turns if turn["role"] == "tool"]
-        if lost := next((part for part in (*called, *declared, *told) if not _stands_in(text, part.strip())), None):
-            raise _no_tools(row, tokenizer, f"passes over {lost[:80]!r} of its tools without a word")
+        results = [turn["content"] for turn in turns if turn["role"] == "tool"]
+        if lost := next((part for part in (*called, *declared, *results) if not _is_in(text, part.strip())), None):
+            raise _no_tools(row, tokenizer, f"silently drops {lost[:80]!r} from its tools")
         return text
 
     def takes_system() -> bool:
-        """Some templates refuse a system message, others drop it without a word."""
-        asked = "A system message."
+        """Whether the template keeps a system message: some refuse it, others silently drop it."""
+        message = "A system message."
         try:
-            return asked in render([{"role": "system", "content": asked}, {"role": "user", "content": "?"}])
+            return message in render([{"role": "system", "content": message}, {"role": "user", "content": "?"}])
         except TemplateError:
             return False
 
@@ -185,28 +185,28 @@ def _chat_texts(
         ) from error
 
 
-def _stands_in(text: str, part: str) -> bool:
-    """As it is, or as JSON writes it: templates do either with what a tool has answered."""
+def _is_in(text: str, part: str) -> bool:
+    """Whether `part` occurs in the text, verbatim or escaped as in JSON: templates write tool results either way."""
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
 
 
 def answers_to_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase, *, end: list[int]) -> list[list[int]]:
-    """Each answer's tokens and, behind them, those that end a turn."""
+    """Each answer's tokens, followed by those that end a turn."""
     return [[*ids, *end] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
 
 
 def turn_to_ids(row: Row, *, instruction: str | None, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> list[int]:
-    """An answer that calls tools, as the template writes it: to its last marker, which ends the turn.
+    """The tokens of an answer that calls tools, as the template writes it, up to the last marker, which ends the turn.
 
     Raises:
-        UserError: the template does not write the calls, or not where it asks for an answer.
+        UserError: the template does not write the calls, or not right after the generation prompt.
     """
     [asked], [text] = (
         _chat_texts([row], instruction=instruction, tokenizer=tokenizer, answered=answered)
         for answered in (False, True)
     )
     if not text.startswith(asked):
-        raise _no_tools(row, tokenizer, "writes a call of a tool elsewhere than where it asks for an answer")
+        raise _no_tools(row, tokenizer, "does not write tool calls after the generation prompt")
     ids = list(tokenizer(text[len(asked) :], add_special_tokens=False)["input_ids"])
     markers = _markers(tokenizer)
     last = max((position for position, id in enumerate(ids) if id in markers), default=-1)
@@ -214,7 +214,7 @@ def turn_to_ids(row: Row, *, instruction: str | None, tokenizer: PreTrainedToken
 
 
 def without_oldest_turn(row: Row) -> Row:
-    """The conversation from its next question on, the system message kept; with `before` None where there is none."""
+    """The conversation from its second question on, with the system message; `before` is None if there is none."""
     turns = list(row.before or ())
     head = turns[:1] if turns and turns[0]["role"] == "system" else []
     asked = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
@@ -224,12 +224,12 @@ def without_oldest_turn(row: Row) -> Row:
 def _no_tools(row: Row, tokenizer: PreTrainedTokenizerBase, what: str) -> UserError:
     return UserError(
         f"{row.place}: the chat template of model.name_or_path={tokenizer.name_or_path!r} {what}; choose a model whose"
-        " template has tools, or leave such rows out"
+        " template supports tools, or remove such rows"
     )
 
 
 def _probed(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """A question as the chat template asks it, and with its answer; empty where there is no template that can."""
+    """A probe question as the chat template renders it, without and with an answer; empty if no template can."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -240,11 +240,11 @@ def _probed(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         asked = tokenizer.apply_chat_template(
             turns[:1], tokenize=False, add_generation_prompt=True, **_TEMPLATE_ARGUMENTS
         )
-    except TemplateError:  # it renders questions alone
+    except TemplateError:  # it can only render questions
         return "", ""
     return str(asked), text
 
 
 def _markers(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every special token, those that only the vocabulary marks as special too."""
+    """All special tokens, including those marked as special only in the vocabulary."""
     return {*tokenizer.all_special_ids} | {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}

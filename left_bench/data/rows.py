@@ -1,4 +1,4 @@
-"""Rows: where questions and answers come from, and which of them are held out."""
+"""Rows: reading questions and answers from their source, and splitting them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from left_bench.data.files import Records, data_files, file_records, has_split, 
 from left_bench.data.shapes import Row, Shape, in_words, shape_of, text_of, whole_lines
 from left_bench.spec.cell import Data
 
-_ROUNDS = 50  # draws of a generator, in multiples of the rows asked for, before it counts as exhausted
+_ROUNDS = 50  # draws from a generator, in multiples of the requested rows, before it counts as exhausted
 DEFAULT_VALIDATION_ROWS = 32
-"""Of `data.validation_rows: null`, where they cost training no row."""
-_BARREN_ROUNDS = 3  # rounds in a row without one new question: the same
+"""The number for `data.validation_rows: null`, where it costs training no row."""
+_BARREN_ROUNDS = 3  # it also counts as exhausted after this many consecutive rounds without a new question
 
 
 class RowSplits(NamedTuple):
-    """What a source's rows became."""
+    """A source's rows after splitting."""
 
     train: list[Row]
     test: list[Row]
     dropped: list[str]
-    """Where rows stand that lack a prompt or an answer, or whose worse answer is none, each with what it lacks."""
+    """The places of rows that lack a prompt, an answer or a usable worse answer, each with what it lacks."""
     repeated: int
-    """Rows left out because their question is a test row's; test rows of a set of their own that repeat another too."""
+    """Rows left out because a test row has the same question, including repeated questions in a separate test set."""
     shape: str | None = None
     """What the records were found to be, in words; None: columns by their names."""
     test_there: int | None = None
@@ -47,17 +47,16 @@ def load_rows(section: Data) -> tuple[list[Row], list[Row]]:
 
 
 def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
-    """Training, validation and test rows, drawn from one distribution, with no question in two of them, and what was
-    left out.
+    """Training, validation and test rows from one distribution, with no question in two of them, and what was left out.
 
-    With `data.pairs` every row has a worse answer: that of `data.rejected_column`, else another row's of its split.
+    With `data.pairs` every row has a worse answer: from `data.rejected_column`, else that of another row of its split.
 
     A file (`data.path`, whatever the source) is read with the standard library alone. Rows with a blank prompt or
-    answer are left out; a question that repeats stays on its side of the split. The test rows do not depend on
-    `data.train_rows` where rows are read rather than generated, and in no case on `data.validation_rows`.
+    answer are left out; repeated questions stay in one split. The test rows never depend on `data.validation_rows`, and
+    depend on `data.train_rows` only where rows are generated.
 
     Args:
-        keep_records: each row with the record it comes from, all its columns included.
+        keep_records: keep each row's source record, with all its columns.
 
     Raises:
         UserError: a source, column, value or count that cannot be used; the message names the key and the fix.
@@ -67,7 +66,7 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
             if (given := getattr(section, key)) != Data.model_fields[key].default:
                 raise UserError(f"data.{key}={given}: plain text has neither questions nor turns; leave it out")
     if section.pairs and section.train_on == "all":
-        raise UserError("data.train_on=all: of a pair (data.pairs) the answers alone are compared; leave it out")
+        raise UserError("data.train_on=all: data.pairs compares only the answers of a pair; leave it out")
     dropped: list[str] = []
     held_out: list[Row] | None = None
     for_validation: list[Row] | None = None
@@ -77,22 +76,22 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
         source = f"data.path={section.path if len(paths) > 1 else paths[0]}"
         records, shape = _detect_shape(section, file_records(paths))
         rows = list(read(section, records, source, dropped, shape))
-        held_out = _rows_apart(section, "test", paths, shape, source=source, read=read, dropped=dropped)
+        held_out = _own_split(section, "test", paths, shape, source=source, read=read, dropped=dropped)
         if section.validation_rows != 0 and section.hold_out:
-            for_validation = _rows_apart(section, "validation", paths, shape, source=source, read=read, dropped=dropped)
+            for_validation = _own_split(section, "validation", paths, shape, source=source, read=read, dropped=dropped)
     elif section.source == "hub":
         source = f"data.hub_id={section.hub_id}"
         records, shape = _detect_shape(section, _hub_records(section, whole=keep_records))
         if _plain(shape) and section.shape is None:
             raise UserError(
-                f"{source}: holds plain text; to train on that, give data.shape=text, else name two columns"
+                f"{source}: holds plain text; to train on it set data.shape=text, otherwise name two columns"
             )
         rows = list(read(section, records, source, dropped, shape))
         held_out = _hub_rows_apart(section, "test", source, read, dropped)
         if section.validation_path is not None:
             raise UserError(
-                f"data.validation_path={section.validation_path}: {source} is no file; its split `validation` is taken"
-                " where it has one, else set data.validation_rows=NUMBER"
+                f"data.validation_path={section.validation_path}: {source} is not a file; leave it out"
+                " (its split `validation` is used if there is one) or set data.validation_rows=NUMBER"
             )
         if section.validation_rows != 0 and section.hold_out:
             for_validation = _hub_rows_apart(section, "validation", source, read, dropped)
@@ -103,7 +102,7 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
     validation: list[Row] = []
     left_out = 0
     if section.hold_out:
-        train, validation, left_out = _for_validation(section, train, held_out or test, source, apart=for_validation)
+        train, validation, left_out = _for_validation(section, train, held_out or test, source, separate=for_validation)
         train = train[: section.train_rows]
     if section.pairs and section.rejected_column is None and not any(row.rejected for row in rows):
         train, test = _mismatched(train, source), _mismatched(test, source)
@@ -120,7 +119,7 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
     )
 
 
-def _rows_apart(
+def _own_split(
     section: Data,
     part: Literal["test", "validation"],
     paths: Sequence[Path],
@@ -130,7 +129,7 @@ def _rows_apart(
     read: Callable[..., Iterator[Row]],
     dropped: list[str],
 ) -> list[Row] | None:
-    """The rows of a file of their own, or of the data set's own split; None where there is neither."""
+    """The rows of a separate file or of the data set's own split; None if there is neither."""
     given = section.test_path if part == "test" else section.validation_path
     if given is not None:
         records: Records = file_records(data_files(section, part=part))
@@ -139,17 +138,17 @@ def _rows_apart(
         records, named = split_records(paths[0], part), f"{source}: split {part}"
     else:
         return None
-    records, shape_apart = _detect_shape(section, records)
-    if _plain(shape_apart) != _plain(shape):
-        one, other = (named, source) if _plain(shape_apart) else (source, named)
+    records, separate_shape = _detect_shape(section, records)
+    if _plain(separate_shape) != _plain(shape):
+        one, other = (named, source) if _plain(separate_shape) else (source, named)
         raise UserError(f"{one}: holds plain text, and {other} does not; give {part} rows of the same shape")
-    return list(read(section, records, named, dropped, shape_apart))
+    return list(read(section, records, named, dropped, separate_shape))
 
 
 def with_shape(section: Data) -> Data:
-    """The section with `shape: text` where its file is found to hold that: nothing is generated from such a cell.
+    """The section with `shape: text` if its file holds plain text: such a cell generates no answers.
 
-    Other shapes change nothing of a cell, and are found where its rows are read; which says what is wrong, too.
+    Other shapes do not change the cell; they are detected when the rows are read, which also reports any error.
     """
     if section.shape is not None or section.path is None or section.image_column is not None:
         return section
@@ -171,7 +170,7 @@ def _plain(shape: Shape | None) -> bool:
 
 
 def _detect_shape(section: Data, records: Records) -> tuple[Records, Shape | None]:
-    """The records, and what the first of them is found to be (or `data.shape` says)."""
+    """The records, and the shape of the first one (or the one that `data.shape` names)."""
     iterator = iter(records)
     first = next(iterator, None)
     if first is None:
@@ -186,7 +185,7 @@ def _hub_records(section: Data, *, whole: bool, split: str | None = None) -> Ite
     result = _hub_dataset(section, split=split)
     needed = [column for _, column in _columns(section)]
     if not whole and result.column_names is not None and set(needed) <= set(result.column_names):
-        result = result.select_columns(sorted(set(needed)))  # images and the like beside the text are not decoded
+        result = result.select_columns(sorted(set(needed)))  # do not decode other columns, such as images
     for number, record in enumerate(result, start=1):
         yield f"{'' if split is None else f'{split} '}row {number}", record
 
@@ -238,10 +237,12 @@ def _hub_dataset(section: Data, *, split: str | None = None) -> Any:
     except ConnectionError as error:
         raise UserError(f"{where}: the hub cannot be reached from here; {local}") from error
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(f"{where}: no such dataset, or it wants a login (`hf auth login`); or {local}") from error
+        raise UserError(f"{where}: no such dataset, or it requires a login (`hf auth login`); or {local}") from error
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{where}: not loaded with data.config={section.config} ({reason}); or {local}") from error
+        raise UserError(
+            f"{where}: cannot be loaded with data.config={section.config} ({reason}); fix it, or {local}"
+        ) from error
     if isinstance(dataset, dict):
         raise UserError(f"{where}: data.config.split must name one split; it has {', '.join(map(str, dataset))}")
     return dataset
@@ -250,16 +251,15 @@ def _hub_dataset(section: Data, *, split: str | None = None) -> Any:
 def _generated_rows(
     section: Data, source: str, read: Callable[..., Iterator[Row]]
 ) -> tuple[list[Row], list[Row] | None]:
-    """Unique questions of a reasoning_gym task (https://github.com/open-thought/reasoning-gym): enough for training and
-    test, and those generated after them, which are for validation; None where validation was asked for and they do not
-    suffice."""
+    """Unique questions of a reasoning_gym task (https://github.com/open-thought/reasoning-gym): first those for
+    training and test, then those for validation."""
     if not section.task:
         raise UserError("data.task is missing; name a reasoning_gym dataset, such as data.task=chain_sum")
     if section.train_rows is None:
-        raise UserError(f"data.train_rows=null: {source} is generated without end; give a number")
+        raise UserError(f"data.train_rows=null: {source} generates rows endlessly; give a number")
     wanted = section.train_rows + section.test_rows
-    beside = validation_rows_wanted(section)
-    # The library seeds item i with seed + i: neighbouring seeds would share all but one of their items.
+    for_validation = validation_rows_wanted(section)
+    # The library seeds item i with seed + i, so adjacent seeds would share all but one of their items.
     seeds = random.Random(section.seed)
     unique: dict[str, Row] = {}
     barren = 0
@@ -268,7 +268,7 @@ def _generated_rows(
         drawn = _drawn_records(section, size=max(wanted, 100), seed=seeds.getrandbits(31))
         for row in read(section, drawn, source):
             unique.setdefault(_question(row), row)
-            if len(unique) == wanted + beside:
+            if len(unique) == wanted + for_validation:
                 return _split_at(wanted, unique)
         barren = barren + 1 if len(unique) == before else 0
         if barren == _BARREN_ROUNDS:
@@ -278,7 +278,7 @@ def _generated_rows(
     if len(unique) >= wanted:
         most = len(unique) - wanted
         raise UserError(
-            f"data.validation_rows={section.validation_rows}: {source} has only {most} questions beside"
+            f"data.validation_rows={section.validation_rows}: {source} has only {most} questions besides"
             f" {section.train_rows} training and {section.test_rows} test rows; set data.validation_rows={most} or"
             " lower, or widen data.config"
         )
@@ -296,7 +296,7 @@ def _split_at(place: int, unique: Mapping[str, Row]) -> tuple[list[Row], list[Ro
 
 
 def check_generated(section: Data) -> None:
-    """Draw one item of a reasoning_gym task, to see that its settings, columns and template go together.
+    """Draw one item of a reasoning_gym task, to check that its settings, columns and template fit together.
 
     Raises:
         UserError: as `load_rows`.
@@ -322,7 +322,7 @@ def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
             raise UserError(f"data.config.{key}: {task} has no such setting{hint}")
     try:
         items = reasoning_gym.create_dataset(task, size=size, seed=seed, **section.config)
-        # `question` is the library's own word; `prompt` lets the default columns work as well.
+        # `question` is the library's own key; `prompt` makes the default columns work as well.
         return [
             (f"item {i}", {"prompt": item["question"], "question": item["question"], "answer": item["answer"]})
             for i, item in enumerate(items[j] for j in range(size))
@@ -343,7 +343,7 @@ def _rows(
     *,
     keep_records: bool = False,
 ) -> Iterator[Row]:
-    """Rows with a prompt and an answer; at least one, or an error. What the others lack is noted in `dropped`."""
+    """Rows with a prompt and an answer. Incomplete rows are listed in `dropped`; no complete row is an error."""
     parts, columns = _template_parts(section.template), _columns(section)
 
     def by_columns(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
@@ -359,20 +359,20 @@ def _rows(
         yield Row(prompt=prompt, answer=whole_lines(texts[section.answer_column]), rejected=rejected)
 
     read = by_columns if shape is None else shape.rows
-    seen = kept = 0
+    seen = complete = 0
     for where, record in records:
         seen += 1
         rows = list(read(record, f"{where} of {source}", section))
         whole = [row for row in rows if row.lacks is None]
-        kept += len(whole)
+        complete += len(whole)
         yield from (dataclasses.replace(row, record=record) for row in whole) if keep_records else whole
         if not whole and dropped is not None:
             dropped.append(f"{where}: {rows[0].lacks if rows else 'no assistant turn that answers a user'}")
     if not seen:
         raise UserError(f"{source}: is empty; it needs rows with a question and an answer")
-    if not kept and _plain(shape):
+    if not complete and _plain(shape):
         raise UserError(f"data.shape=text: none of the {seen} rows of {source} has any text; check the file")
-    if not kept:
+    if not complete:
         column = f"data.answer_column={section.answer_column!r}" if shape is None else f"data.shape={shape.name}"
         raise UserError(
             f"{column}: none of the {seen} rows of {source} has both a prompt"
@@ -381,12 +381,12 @@ def _rows(
 
 
 def _template_parts(template: str) -> list[tuple[str, str | None]]:
-    """Literal text and the column that follows it. `str.format` itself would follow attributes of the value."""
+    """Literal texts, each with the column that follows it. (`str.format` would allow access to attributes.)"""
     where = f"data.template={template!r}"
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"{where}: {error}; a brace that is text is written twice") from error
+        raise UserError(f"{where}: {error}; write literal braces twice") from error
     if any(spec or conversion for _, _, spec, conversion in parsed):
         raise UserError(f"{where}: a placeholder is a column's name in braces, without ':' or '!'")
     if all(field is None for _, field, _, _ in parsed):
@@ -395,7 +395,7 @@ def _template_parts(template: str) -> list[tuple[str, str | None]]:
 
 
 def filled(section: Data, text: str) -> str:
-    """`data.template` with a text in the place of the prompt, and nothing in that of other columns."""
+    """`data.template` with the prompt replaced by a text and all other columns empty."""
     parts = _template_parts(section.template)
     asked = {_column_of(section, field) for _, field in parts if field is not None}
     place = section.prompt_column if section.prompt_column in asked else min(asked)
@@ -406,12 +406,12 @@ def filled(section: Data, text: str) -> str:
 
 
 def _column_of(section: Data, field: str) -> str:
-    """`{prompt}` stands for `data.prompt_column`, every other placeholder for the column of its name."""
+    """`{prompt}` stands for `data.prompt_column`, any other placeholder for the column of that name."""
     return section.prompt_column if field == "prompt" else field
 
 
 def _columns(section: Data) -> list[tuple[str, str]]:
-    """The key that asks for a column, and the column, for all that a row needs."""
+    """All columns that a row needs, each with the configuration key that names it."""
     asked = [("data.answer_column", section.answer_column)]
     if section.pairs and section.rejected_column is not None:
         asked.append(("data.rejected_column", section.rejected_column))
@@ -425,7 +425,7 @@ def _columns(section: Data) -> list[tuple[str, str]]:
 def _missing_column(section: Data, key: str, column: str, record: Mapping[str, Any], where: str) -> str:
     there = f"it has {', '.join(map(str, record)) or 'none'}{nearest(column, map(str, record))}"
     if key == "data.template":
-        return f"data.template={section.template!r}: '{{{column}}}' is no column of {where}; {there}"
+        return f"data.template={section.template!r}: '{{{column}}}' is not a column of {where}; {there}"
     return f"{key}={column!r}: no such column in {where}; {there}"
 
 
@@ -433,15 +433,15 @@ def _missing_column(section: Data, key: str, column: str, record: Mapping[str, A
 
 
 def _mismatched(rows: list[Row], source: str) -> list[Row]:
-    """Every row with the answer of the next row that has another."""
+    """Every row with a worse answer: that of the next row whose answer differs."""
     results = []
     for i, row in enumerate(rows):
         others = (rows[(i + ahead) % len(rows)].answer for ahead in range(1, len(rows)))
         other = next((answer for answer in others if answer != row.answer), None)
         if other is None:
             raise UserError(
-                f"data.rejected_column=null: {source} has one and the same answer to all questions of a split, so none"
-                " can stand for a worse one; name the column with worse answers"
+                f"data.rejected_column=null: {source} has the same answer to all questions of a split, so none"
+                " can serve as a worse one; name the column with worse answers"
             )
         results.append(dataclasses.replace(row, rejected=other))
     return results
@@ -453,20 +453,20 @@ def _mismatched(rows: list[Row], source: str) -> list[Row]:
 def _hold_out(
     section: Data, rows: list[Row], source: str, *, held_out: list[Row] | None = None
 ) -> tuple[list[Row], list[Row], int]:
-    """Shuffle by `data.seed`; the first different questions are the test rows, the other questions the training.
+    """Shuffle by `data.seed`; the first distinct questions become test rows, the other questions training rows.
 
-    Test rows that the source brings itself (`held_out`) are drawn from those alone, and none of them is trained on,
-    drawn or not. Of a conversation that is held out one turn is asked: those of one conversation are no independent
-    draws. The number is of the rows that repeat a test row's question. Without `data.hold_out` all are training rows,
-    those of `held_out` too. How many of the training rows are taken is not decided here.
+    If the source has its own test rows (`held_out`), test rows are drawn only from those, and none of them is trained
+    on, drawn or not. A held-out conversation contributes one turn, because the turns of one conversation are not
+    independent draws. The returned number counts the rows that repeat a test row's question. Without `data.hold_out`
+    all rows are training rows, including `held_out`. The number of training rows is not limited here.
     """
     shuffled = random.Random(section.seed).sample(rows, len(rows))
     if held_out is None:
         questions = len({_question(row) for row in rows})
         if questions < section.test_rows + 1:
             if questions == 1:
-                one, two = ("text", "texts") if rows[0].plain else ("question with an answer", "two")
-                raise UserError(f"{source}: has one {one}; {two} are needed, to train on one and test one")
+                one, two = ("text", "two texts") if rows[0].plain else ("question with an answer", "two")
+                raise UserError(f"{source}: has only one {one}; {two} are needed, one to train on and one to test on")
             raise UserError(
                 f"data.test_rows={section.test_rows}: {source} has only {questions} different questions with an"
                 f" answer, and one must be left to train on; set data.test_rows={questions - 1} or lower"
@@ -482,9 +482,9 @@ def _hold_out(
     asked = test.keys() if held_out is None else {_question(row) for row in held_out}
     train = [row for row in shuffled if _question(row) not in asked]
     if not train:
-        raise UserError(f"{source}: each of its questions is a test row's too, and none is left to train on")
+        raise UserError(f"{source}: all of its questions are also test rows, so none is left to train on")
     _check_train_rows(section, train, source, beside=f"{len(test)} test rows")
-    if not section.hold_out:  # the limit is of both together, and a question of the test rows may repeat
+    if not section.hold_out:  # the limit applies to both together, and questions of test rows may repeat
         together = [*shuffled, *(drawn if held_out is not None else [])]
         return together[: section.train_rows and section.train_rows + len(test)], [], 0
     repeated = len(rows) - len(train) - len(test) if held_out is None else len(rows) - len(train)
@@ -495,42 +495,42 @@ def _hold_out(
 def _check_train_rows(section: Data, train: Sequence[Row], source: str, *, beside: str) -> None:
     if section.train_rows is not None and len(train) < section.train_rows:
         raise UserError(
-            f"data.train_rows={section.train_rows}: {source} leaves only {len(train)} training rows beside"
+            f"data.train_rows={section.train_rows}: {source} leaves only {len(train)} training rows besides"
             f" {beside}; set data.train_rows={len(train)} or lower, or null for all"
         )
 
 
 def validation_rows_wanted(section: Data) -> int:
-    """How many validation rows there are to be, if there can be so many."""
+    """The desired number of validation rows; fewer may be available."""
     if not section.hold_out:
         return 0
     return DEFAULT_VALIDATION_ROWS if section.validation_rows is None else section.validation_rows
 
 
 def _for_validation(
-    section: Data, train: list[Row], test: Sequence[Row], source: str, *, apart: Sequence[Row] | None
+    section: Data, train: list[Row], test: Sequence[Row], source: str, *, separate: Sequence[Row] | None
 ) -> tuple[list[Row], list[Row], int]:
-    """The rows that are left to train on, the validation rows, and how many of `apart` could not be such.
+    """The rows left to train on, the validation rows, and how many of `separate` could not be used.
 
-    Rows from a place of their own (`apart`) are drawn by `data.seed`; those whose question is trained on or tested on
-    are left out, so that they take no row from training. Without such a place they are rows beyond `data.train_rows`,
-    and then, if asked for by number, the last of the training rows.
+    Rows with a source of their own (`separate`) are drawn by `data.seed`; those whose question is trained on or tested
+    on are left out, so that training keeps all its rows. Otherwise validation rows are those beyond `data.train_rows`,
+    and then, if a number was set, the last of the training rows.
 
     Args:
-        train: all rows that may be trained on, in their order.
+        train: all rows that may be trained on, in order.
         test: the test rows, or all that they were drawn from.
     """
     wanted, asked = validation_rows_wanted(section), section.validation_rows is not None
     used = train if section.train_rows is None else train[: section.train_rows]
     taken = {_question(row) for row in [*used, *test]}
     results: dict[str, Row] = {}
-    if apart is not None:
+    if separate is not None:
         fresh: dict[str, Row] = {}
-        for row in random.Random(section.seed).sample(apart, len(apart)):
+        for row in random.Random(section.seed).sample(separate, len(separate)):
             if (question := _question(row)) not in taken:
                 fresh.setdefault(question, _one_turn(row, seed=section.seed))
         results = dict(itertools.islice(fresh.items(), wanted))
-        left_out = len(apart) - len(fresh)
+        left_out = len(separate) - len(fresh)
         if asked and len(results) < wanted:
             raise UserError(
                 f"data.validation_rows={wanted}: {source} has only {len(results)} validation rows whose question is"
@@ -546,7 +546,7 @@ def _for_validation(
     if asked and (len(results) < wanted or not left):
         most = max(0, len({_question(row) for row in train}) - 1)
         raise UserError(
-            f"data.validation_rows={wanted}: {source} has only {most + 1} different questions beside {len(test)} test"
+            f"data.validation_rows={wanted}: {source} has only {most + 1} different questions besides {len(test)} test"
             f" rows, and one must be left to train on; set data.validation_rows={most} or lower"
         )
     _check_train_rows(section, left, source, beside=f"{len(test)} test rows and {len(results)} validation rows")
@@ -562,5 +562,5 @@ def _one_turn(row: Row, *, seed: int) -> Row:
 
 
 def _question(row: Row) -> str:
-    """What makes two questions the same: their words, whatever the spacing and case."""
+    """A key that is equal for questions with the same words, ignoring spacing and case."""
     return " ".join((row.group or row.prompt).split()).casefold()

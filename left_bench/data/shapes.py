@@ -1,4 +1,4 @@
-"""The shapes in which people keep questions and answers, found by looking at a record, and read as rows."""
+"""The common shapes of question-and-answer records: detecting a record's shape and reading it as rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHAREGPT_ROLES = {
     "function_call": "assistant",
 }
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# names under which a question and its answer stand in public data
+# column names of questions and answers in public data
 _PAIRS = (
     *(("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response")),
     *(("query", "response"), ("query", "answer"), ("instruction", "response"), ("input", "output")),
@@ -34,27 +34,26 @@ class Row:
     """One question and its answer."""
 
     prompt: str
-    """The user's turn, after `data.template`; of a conversation the last one before the answer."""
+    """The user's turn, after `data.template`; in a conversation, the last one before the answer."""
     answer: str
     rejected: str | None = None
     """A worse answer to the same question, for preference tuning."""
     before: tuple[Message, ...] | None = None
-    """The conversation up to the answer, as chat templates take it; None: the prompt is all there is."""
+    """The conversation up to the answer, as chat templates take it; None: only the prompt."""
     group: str | None = None
-    """What is held out together: a conversation, by its first two questions; a text, by itself; None: the row, by its
-    prompt."""
+    """Key of rows that stay in one split: a conversation's first two questions, or a plain text; None: the prompt."""
     earlier: tuple[Row, ...] = ()
-    """The conversation's answers before this one, which are trained on together with it."""
+    """The conversation's earlier answers, which are trained on together with this one."""
     turn: Message | None = None
-    """The answer as a turn where it is more than text (tool calls), so that only a chat template can write it."""
+    """The answer as a turn if it has tool calls, which only a chat template can write."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """The functions that the assistant may call, as chat templates take them."""
     place: str | None = None
-    """Where the row stands, for errors; only where tools are declared, called or have answered."""
+    """The row's place, for errors; only set where tools are declared or used."""
     plain: bool = False
-    """Plain text: there is no question, and every token is trained on."""
+    """Whether it is plain text, without a question: every token is trained on."""
     record: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
-    """The source's record as it stands, where it was asked for."""
+    """The source's unchanged record, if requested."""
 
     @property
     def lacks(self) -> str | None:
@@ -69,17 +68,17 @@ class Row:
 
 
 class Shape(NamedTuple):
-    """One way of keeping them."""
+    """One common shape of records."""
 
     name: str
     words: str
-    """What a person is told that it is."""
+    """Its description for the user."""
     rows: Callable[[Mapping[str, Any], str, Data], Iterator[Row]]
-    """The rows of a record, of which it is given the place too, for errors."""
+    """(record, its place for errors, section) -> the rows of a record."""
 
 
 def shape_of(section: Data, record: Mapping[str, Any]) -> Shape | None:
-    """What a record is; None: columns, by the names that the section has for them.
+    """The shape of a record; None: plain columns with the names given in the section.
 
     Raises:
         UserError: `data.shape` names no shape.
@@ -88,7 +87,7 @@ def shape_of(section: Data, record: Mapping[str, Any]) -> Shape | None:
         return None
     if section.shape is not None:
         if section.shape not in SHAPES:
-            hint = nearest(section.shape, (*SHAPES, "columns")) or f"; there are columns, {', '.join(SHAPES)}"
+            hint = nearest(section.shape, (*SHAPES, "columns")) or f"; choose from columns, {', '.join(SHAPES)}"
             raise UserError(f"data.shape={section.shape!r}: there is no such shape{hint}")
         return SHAPES[section.shape]
     if isinstance(record.get("chosen"), list):
@@ -112,10 +111,10 @@ def shape_of(section: Data, record: Mapping[str, Any]) -> Shape | None:
 
 
 def text_of(value: Any, where: str) -> str:
-    """Text as it is, numbers and booleans as JSON writes them, null as nothing.
+    """Text unchanged, numbers and booleans as in JSON, null as an empty string.
 
     Raises:
-        UserError: a list, an object, or half a character.
+        UserError: a list, an object, or a lone surrogate.
     """
     if value is None:
         return ""
@@ -126,12 +125,12 @@ def text_of(value: Any, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half a character (a lone surrogate); fix the text") from error
+        raise UserError(f"{where} holds an incomplete character (a lone surrogate); fix the text") from error
     return value
 
 
 def whole_lines(answer: str) -> str:
-    """Without blank lines before and white space after; a first line's indent is the answer's own, as in code."""
+    """Remove leading blank lines and trailing white space; the first line keeps its indentation, as in code."""
     lines = answer.rstrip().splitlines(keepends=True)
     first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
     return "".join(lines[first:])
@@ -150,7 +149,7 @@ def _completion(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]
 
 
 def _text(record: Mapping[str, Any], where: str, section: Data) -> Iterator[Row]:
-    """A document, in the column `text` or the one that `data.answer_column` names."""
+    """A document, from the column `text` or the one that `data.answer_column` names."""
     column = "text" if section.answer_column == "answer" else section.answer_column
     if column not in record:
         there = f"it has {', '.join(map(str, record)) or 'none'}{nearest(column, map(str, record))}"
@@ -160,13 +159,13 @@ def _text(record: Mapping[str, Any], where: str, section: Data) -> Iterator[Row]
 
 
 def _conversation(record: Mapping[str, Any], where: str, section: Data) -> Iterator[Row]:
-    """The last assistant's turn, and with it the earlier ones where `data.train_on=assistant`.
+    """The last assistant turn, together with the earlier ones if `data.train_on=assistant`.
 
-    Pairs are of one answer each, so that there every turn is a row of its own.
+    With `data.pairs`, which compares single answers, every turn is a row of its own.
     """
     key = next((key for key in ("messages", "conversations", "conversation") if key in record), "messages")
     turns = _messages(record.get(key), f"{where}: column '{key}'")
-    system = record.get("system")  # ShareGPT keeps it beside the turns
+    system = record.get("system")  # in ShareGPT it is outside the turns
     if isinstance(system, str) and system.strip() and (not turns or turns[0]["role"] != "system"):
         turns = [{"role": "system", "content": system}, *turns]
     tools = _tools(record, where)
@@ -181,7 +180,7 @@ def _conversation(record: Mapping[str, Any], where: str, section: Data) -> Itera
 def _row(
     turns: Sequence[Message], index: int, *, tools: Sequence[Mapping[str, Any]] = (), where: str = ""
 ) -> Row | None:
-    """The turn as the answer to what comes before it; None where nobody has asked, or it says nothing."""
+    """The turn as the answer to the turns before it; None if there is no question or no answer."""
     before, turn = turns[:index], turns[index]
     asked = [item for item in before if item["role"] == "user"]
     calls = [item["function"] for item in turn.get("tool_calls", ())]
@@ -224,7 +223,7 @@ def _tools(record: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _preference(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
-    """Two answers to one question: as text beside a prompt, or as conversations that part at their last turn."""
+    """Two answers to one question: texts with a prompt, or conversations that differ only in their last turn."""
     better, worse = record.get("chosen"), record.get("rejected")
     if not isinstance(better, list):
         texts = [text_of(record.get(key), f"{where}: column '{key}'") for key in ("prompt", "chosen", "rejected")]
@@ -242,10 +241,10 @@ def _preference(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]
     if first[: len(before)] != before:
         first, second = [*before, *first], [*before, *second]
     if not first or not second or first[:-1] != second[:-1]:
-        raise UserError(f"{where}: 'chosen' and 'rejected' must be the same up to their last turn, an answer each")
+        raise UserError(f"{where}: 'chosen' and 'rejected' must be the same except for their last turn, the answer")
     row = _row(first, len(first) - 1, tools=_tools(record, where), where=where)
     if row is not None and (row.turn is not None or "tool_calls" in second[-1]):
-        raise UserError(f"{where}: an answer that calls a tool is not compared with another; leave such rows out")
+        raise UserError(f"{where}: answers that call tools cannot be compared; remove such rows")
     if row is not None:
         yield replace(row, rejected=whole_lines(second[-1]["content"]))
 
@@ -254,9 +253,9 @@ def _messages(turns: Any, where: str) -> list[dict[str, Any]]:
     """Turns as chat templates take them.
 
     Raises:
-        UserError: no list of turns, a turn without a role that is known, or content that is no text.
+        UserError: not a list of turns, an unknown role, or content that is not text.
     """
-    form = 'turns are written {"role": "user", "content": "..."} or {"from": "human", "value": "..."}'
+    form = 'write turns as {"role": "user", "content": "..."} or {"from": "human", "value": "..."}'
     if turns is None:
         return []
     if not isinstance(turns, list):
@@ -271,12 +270,12 @@ def _messages(turns: Any, where: str) -> list[dict[str, Any]]:
             hint = nearest(str(role), (*_ROLES, *_SHAREGPT_ROLES)) or f"; roles are {', '.join(_ROLES)}"
             raise UserError(f"{where}: turn {number} has the role {role!r}, which is not known{hint}")
         content = _content(turn.get("content", turn.get("value")), f"{where}: turn {number}")
-        kept = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) is not None}
+        extra = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) is not None}
         if calls := _tool_calls(turn, f"{where}: turn {number}"):
-            kept["tool_calls"] = calls
+            extra["tool_calls"] = calls
         if known == "assistant":
             content = whole_lines(content)
-        results.append({"role": known, "content": content, **kept})
+        results.append({"role": known, "content": content, **extra})
     return results
 
 
@@ -284,14 +283,14 @@ def _tool_calls(turn: Message, where: str) -> list[dict[str, Any]]:
     """OpenAI's `tool_calls`, or the older `function_call`, with arguments as an object, as chat templates take them.
 
     Raises:
-        UserError: no list of calls, or a call without a name, or with arguments that are no object.
+        UserError: not a list of calls, a call without a name, or arguments that are not an object.
     """
     calls = turn.get("tool_calls")
     if calls is None and isinstance(turn.get("function_call"), Mapping):
         calls = [{"function": turn["function_call"]}]
     if calls is None:
         return []
-    form = 'a call is written {"type": "function", "function": {"name": "...", "arguments": {...}}}'
+    form = 'write a call as {"type": "function", "function": {"name": "...", "arguments": {...}}}'
     if not isinstance(calls, list):
         raise UserError(f"{where}: 'tool_calls' holds {kind_of_value(calls)}, not a list; {form}")
     results = []
@@ -314,11 +313,11 @@ def _tool_calls(turn: Message, where: str) -> list[dict[str, Any]]:
 
 
 def _content(value: Any, where: str) -> str:
-    """A turn's text; a list of parts is joined where all of them are text."""
+    """A turn's text; a list of text parts is joined."""
     if isinstance(value, list):
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
         if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where} has a part that is no text (an image, say), which no model here is shown")
+            raise UserError(f"{where} has a part that is not text (an image, for example), which is not supported")
         value = "".join(map(str, texts))
     return text_of(value, where)
 
@@ -335,11 +334,11 @@ SHAPES: dict[str, Shape] = {
         Shape("text", "plain text", _text),
     )
 }
-"""By the names that `data.shape` takes."""
+"""Value of `data.shape` -> shape."""
 
 
 def in_words(shape: Shape, section: Data) -> str:
-    """What was found, and what of it is trained on."""
+    """A description of the detected shape and of what is trained on."""
     if shape.rows is _text:
         return f"{shape.words} in blocks, scored by its loss alone (no answers, so none is generated)"
     if section.train_on == "all":

@@ -1,4 +1,4 @@
-"""Tokens: rows rendered as the model's own kind of prompt, tokenized once and kept on disk for a whole sweep."""
+"""Tokens: rows rendered with the model's prompt format, tokenized once and cached on disk for a whole sweep."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-_LAYOUT = 6  # raise it when the same rows would give other tokens or files: older folders are then not found
+_LAYOUT = 6  # increase it when the same rows would give other tokens or files, so that older folders are ignored
 _FACTS_NAME = "splits.json"
-_NAMED = 20  # of the dropped rows that are named one by one
+_NAMED = 20  # dropped rows that are listed individually
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,22 @@ class Example:
     prompt_ids: list[int]
     """Everything before the answer: template, system message, user's turn, start of the assistant's turn."""
     answer_ids: list[int]
-    """The answer and what ends a turn (see `turn_end`); without its end where the answer was cut. Of a conversation in
-    one row: all from its first answer on."""
+    """The answer and the tokens that end a turn (see `turn_end`), which are missing if the answer was truncated. For a
+    conversation in one row: everything from its first answer on."""
     prompt: str
-    """The user's text, uncut."""
+    """The user's text before truncation."""
     reference: str
-    """The right answer, uncut."""
+    """The right answer before truncation."""
     rejected_ids: list[int] | None = None
     """A worse answer and the end token, for preference tuning."""
     rejected: str | None = None
-    """The worse answer, uncut."""
+    """The worse answer before truncation."""
     reference_margin: float | None = None
     """Log-probability of the right answer less that of the worse one under the reference model of DPO, nats."""
     unlabelled: list[list[int]] | None = None
-    """Where among `answer_ids` other people's turns stand, which carry no loss: [begin, end) of each; None: nowhere."""
+    """Ranges [begin, end) of `answer_ids` that are other speakers' turns and carry no loss; None: none."""
     decoder_start: int | None = None
-    """The token a decoder begins its answer with, where an encoder reads the prompt; None: one model reads both."""
+    """The decoder's start token, for an encoder-decoder; None: a decoder-only model."""
 
     @property
     def length(self) -> int:
@@ -71,13 +71,13 @@ class Example:
 
     @property
     def labels(self) -> int:
-        """Tokens that carry loss: the answer's, but for a first one that nothing precedes."""
+        """Number of tokens that carry loss: the answer's, except a first token of the row, which nothing predicts."""
         between = sum(end - begin for begin, end in self.unlabelled or ())
         return len(self.answer_ids) - between - (not self.prompt_ids and self.decoder_start is None)
 
     @property
     def of_answer(self) -> list[bool]:
-        """For each of `answer_ids`, whether it is an answer's, and not another turn's between two of them."""
+        """For each of `answer_ids`, whether it belongs to an answer and not to another turn."""
         result = [True] * len(self.answer_ids)
         for begin, end in self.unlabelled or ():
             result[begin:end] = [False] * (end - begin)
@@ -85,13 +85,13 @@ class Example:
 
     @property
     def identity(self) -> list[Any]:
-        """What makes it another row."""
+        """The values that distinguish this row from others."""
         known = [self.prompt_ids, self.answer_ids, self.reference, self.rejected_ids]
         return known if self.unlabelled is None else [*known, self.unlabelled]
 
 
 class Examples(LazyRows[Example]):
-    """Examples memory-mapped from disk: the rows of a large data set do not count as the run's memory."""
+    """Examples memory-mapped from disk, so that a large data set does not count as the run's memory."""
 
     def __init__(self, dataset: datasets.Dataset, *, decoder_start: int | None = None) -> None:
         self._dataset = dataset
@@ -104,7 +104,7 @@ class Examples(LazyRows[Example]):
         return Example(**self._dataset[index], decoder_start=self._decoder_start)
 
     def lengths(self) -> tuple[list[int], list[int]]:
-        """Tokens of each row that carry no loss, and those that do, counted without reading the tokens."""
+        """For each row, the number of tokens without loss and with loss, counted without reading the tokens."""
         import pyarrow.compute as pc
 
         table = self._dataset.data
@@ -118,40 +118,39 @@ class Examples(LazyRows[Example]):
             before[index], answers[index] = before[index] + surplus, answers[index] - surplus
         return before, answers
 
-    def __iter__(self) -> Iterator[Example]:  # in order, datasets reads many at a time
+    def __iter__(self) -> Iterator[Example]:  # iterating in order, datasets reads many rows at a time
         return (Example(**row, decoder_start=self._decoder_start) for row in self._dataset)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test rows as a model reads them."""
+    """Training, validation and test rows, ready for the model."""
 
     train: Sequence[Any]
-    """Of `Example`, or of `Picture`."""
+    """Rows of type `Example`, `Picture` or `ClassifiedText`."""
     test: Sequence[Any]
     truncated_rows: int
-    """Training rows cut to the maximum length."""
+    """Number of training rows truncated to the maximum length."""
     fingerprint: str
-    """Hash of the training and test rows' tokens and references: equal where two cells saw the same rows, on any
-    machine."""
+    """Hash of the training and test rows' tokens and references: equal for cells with the same rows, on any machine."""
     truncated_test_rows: int = 0
     dropped_rows: int = 0
     """Rows of the source without a prompt or an answer."""
     repeated_rows: int = 0
-    """Rows of the source left out because their question is a test row's."""
+    """Rows of the source left out because a test row has the same question."""
     shape: str | None = None
-    """What the source's records were found to be, in words; None: columns by their names."""
+    """The detected shape of the source's records, in words; None: plain columns."""
     dropped_where: Sequence[str] = ()
-    """The first of the dropped rows, each with what it lacks."""
+    """The first dropped rows, each with what it lacks."""
     longest_row: int = 0
-    """Tokens of the longest training row before any was cut."""
+    """Tokens of the longest training row before truncation."""
     test_there: int | None = None
-    """Different questions among the source's own test rows; None: it brings none."""
+    """Number of distinct questions in the source's own test rows; None: it has none."""
     classes: list[str] | None = None
-    """Names of the classes, where pictures are classified."""
+    """Names of the classes, for classification."""
     validation: Sequence[Any] = ()
     repeated_validation_rows: int = 0
-    """Validation rows left out because their question is trained on, tested on or repeated."""
+    """Validation rows left out because their question is a training or test row's, or repeated."""
 
 
 def load_data(
@@ -162,19 +161,20 @@ def load_data(
     decoder_start: int | None = None,
     one_answer_a_row: bool = False,
 ) -> Splits:
-    """Tokenized rows, from the cache where an earlier cell has left them.
+    """Tokenized rows, from the cache if an earlier cell has stored them.
 
-    The prompt is the tokenizer's chat template with `data.instruction` as system message (in front of the user's text
-    where the template takes no system message), else plain lines with the start token the tokenizer itself would add.
-    An encoder's prompt (`decoder_start` is given) is plain lines with all special tokens the tokenizer adds. A row
-    longer than `max_length` tokens is cut by `fit`.
+    The prompt is the tokenizer's chat template with `data.instruction` as system message (before the user's text if the
+    template takes no system message); without a template, plain lines with the start token that the tokenizer would
+    add. An encoder's prompt (`decoder_start` is given) is plain lines with all special tokens the tokenizer adds. A row
+    longer than `max_length` tokens is truncated by `fit`.
 
-    A conversation is one training row whose every answer carries loss, as far as its template renders what was said
-    before an answer as it rendered the answer itself, and as it fits; where it does not, and with `one_answer_a_row`,
-    the answers are rows apart. What is learned is the same. Plain text is cut in blocks of `max_length` tokens.
+    A conversation is one training row in which every answer carries loss, if it fits and if the template renders
+    earlier turns the same way as it rendered them when they were the answer. Otherwise, and with `one_answer_a_row`,
+    each answer is a row of its own; the training signal is the same. Plain text is cut into blocks of `max_length`
+    tokens.
 
     Raises:
-        UserError: as `load_rows`; or a tokenizer without an end token; or a cache that cannot be written.
+        UserError: as `load_rows`; or the tokenizer has no end token; or the cache cannot be written.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -183,12 +183,12 @@ def load_data(
         )
     shape = _Shape(max_length=max_length, encoder=decoder_start is not None, apart=one_answer_a_row)
     folder = cache_dir() / "data" / _cache_key(section, tokenizer, shape)
-    for _ in range(3):  # another process may sweep a damaged folder away between our writing and our reading
+    for _ in range(3):  # another process may remove a damaged folder between our writing and our reading
         splits = _read(folder, decoder_start=decoder_start)
         if splits is not None:
             return splits
         _write(folder, split_rows(section), section=section, tokenizer=tokenizer, shape=shape)
-    raise RuntimeError(f"tokenized rows in {folder} vanish as soon as they are written")
+    raise RuntimeError(f"tokenized rows in {folder} disappear as soon as they are written")
 
 
 def prompt_of(
@@ -199,7 +199,7 @@ def prompt_of(
     said: Sequence[Mapping[str, str]] = (),
     encoder: bool = False,
 ) -> list[int]:
-    """Tokens of a question as training rows have theirs: `data.template`, `data.instruction` and the chat template.
+    """Tokens of a question, rendered like a training row: `data.template`, `data.instruction` and the chat template.
 
     Args:
         said: the turns before the question, oldest first, as chat templates take them.
@@ -215,7 +215,7 @@ def prompt_of(
 
 
 class _Shape(NamedTuple):
-    """What else decides the tokens of a row."""
+    """Everything else that determines the tokens of a row."""
 
     max_length: int
     encoder: bool
@@ -224,11 +224,11 @@ class _Shape(NamedTuple):
 
 
 class _Tokenized(NamedTuple):
-    """A row, and how long it was."""
+    """A tokenized row and its original length."""
 
     example: Example
     length: int
-    """Tokens before it was cut."""
+    """Tokens before truncation."""
 
 
 def _examples(
@@ -254,7 +254,7 @@ def _examples(
         if row.turn is not None:
             answer_ids = turn_to_ids(row, instruction=section.instruction, tokenizer=tokenizer, end=end)
             reference = str(tokenizer.decode(answer_ids[: -len(end)], skip_special_tokens=True)).strip()
-        longer = max(answer_ids, rejected_ids, key=len)  # both answers follow one and the same prompt
+        longer = max(answer_ids, rejected_ids, key=len)  # both answers follow the same prompt
         length = len(prompt_ids) + len(longer)
         shorter = row
         while len(prompt_ids) + len(longer) > shape.max_length and (shorter := without_oldest_turn(shorter)).before:
@@ -280,7 +280,7 @@ def _examples(
 
 
 def _joined(turns: Sequence[_Tokenized]) -> list[_Tokenized]:
-    """A conversation's answers in one row, where what comes before one begins with the whole row of the one before."""
+    """Join a conversation's answers into one row, where each prompt begins with the whole row before it."""
     result: list[_Tokenized] = []
     for turn in turns:
         last, (here, length) = result[-1].example if result else None, turn
@@ -303,14 +303,14 @@ def _joined(turns: Sequence[_Tokenized]) -> list[_Tokenized]:
 
 
 def _text_ids(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Each document, between the tokens that begin and end one."""
+    """Each document's tokens, with start and end tokens."""
     start, end = start_ids(tokenizer), tokenizer.eos_token_id
     encoded = tokenizer([row.answer for row in rows], add_special_tokens=False)["input_ids"]
     return [[*start, *ids, end] for ids in encoded]
 
 
 def _blocks(documents: list[list[int]], max_length: int) -> list[_Tokenized]:
-    """The documents end to end, cut every `max_length` tokens; only a block's first token carries no loss."""
+    """The concatenated documents, cut every `max_length` tokens; only a block's first token carries no loss."""
     stream = list(itertools.chain.from_iterable(documents))
     blocks = [stream[begin : begin + max_length] for begin in range(0, len(stream), max_length)]
     return [
@@ -321,7 +321,7 @@ def _blocks(documents: list[list[int]], max_length: int) -> list[_Tokenized]:
 
 
 def _openings(rows: list[Row], documents: list[list[int]], max_length: int) -> list[_Tokenized]:
-    """Each document by itself, as much of it as fits, so that documents stay the independent draws."""
+    """Each document separately, truncated, so that test rows remain independent draws."""
     return [
         _Tokenized(Example(prompt_ids=ids[:1], answer_ids=ids[1:max_length], prompt="", reference=row.answer), len(ids))
         for row, ids in zip(rows, documents, strict=True)
@@ -332,7 +332,7 @@ def _openings(rows: list[Row], documents: list[list[int]], max_length: int) -> l
 
 
 def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape) -> str:
-    """Everything that changes the tokens, and nothing that costs an import to know."""
+    """A key of everything that changes the tokens, computed without expensive imports."""
     plain = section.model_dump(mode="json", exclude={"name", "metrics", "max_new_tokens", "content"})
     content: dict[str, str] = {}
     if (result := content_of(section)) is not None:
@@ -361,7 +361,7 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         model = json.loads(backend.to_str())
-        # Left behind by whoever called the tokenizer last; our own calls set neither.
+        # These may be left over from the tokenizer's last call; our own calls set neither.
         model.pop("padding", None)
         model.pop("truncation", None)
     else:
@@ -371,7 +371,7 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _read(folder: Path, *, decoder_start: int | None) -> Splits | None:
-    """The cached splits; None where there are none, or a damaged folder (which is removed)."""
+    """The cached splits; None if there are none or the folder is damaged (it is then removed)."""
     if not folder.is_dir():
         return None
     import datasets
@@ -406,18 +406,18 @@ def _read(folder: Path, *, decoder_start: int | None) -> Splits | None:
 
 def _write(
     folder: Path,
-    found: RowSplits,
+    row_splits: RowSplits,
     *,
     section: Data,
     tokenizer: PreTrainedTokenizerBase,
     shape: _Shape,
 ) -> None:
-    """Write the folder whole or not at all; where another process was first, its folder stays."""
+    """Write the folder atomically; if another process was first, its folder is kept."""
     common: dict[str, Any] = {"section": section, "tokenizer": tokenizer, "shape": shape}
     made = {
-        "train": _examples(found.train, training=True, **common),
-        "validation": _examples(list(found.validation), training=False, **common),
-        "test": _examples(found.test, training=False, **common),
+        "train": _examples(row_splits.train, training=True, **common),
+        "validation": _examples(list(row_splits.validation), training=False, **common),
+        "test": _examples(row_splits.test, training=False, **common),
     }
     splits = {name: [row.example for row in rows] for name, rows in made.items()}
     cut = {name: sum(row.length > shape.max_length for row in rows) for name, rows in made.items()}
@@ -425,12 +425,12 @@ def _write(
         "truncated_rows": cut["train"],
         "truncated_test_rows": cut["test"],
         "longest_row": max(item.length for item in made["train"]),
-        "dropped_rows": len(found.dropped),
-        "dropped_where": found.dropped[:_NAMED],
-        "test_there": found.test_there,
-        "repeated_rows": found.repeated,
-        "shape": found.shape,
-        "repeated_validation_rows": found.repeated_validation,
+        "dropped_rows": len(row_splits.dropped),
+        "dropped_where": row_splits.dropped[:_NAMED],
+        "test_there": row_splits.test_there,
+        "repeated_rows": row_splits.repeated,
+        "shape": row_splits.shape,
+        "repeated_validation_rows": row_splits.repeated_validation,
         "rows": {name: len(examples) for name, examples in splits.items()},
         "fingerprint": _content_fingerprint({name: splits[name] for name in ("train", "test")}),
     }
@@ -438,7 +438,7 @@ def _write(
     try:
         temporary.mkdir(parents=True)
         for name, examples in splits.items():
-            if not examples:  # datasets cannot read back what it saves of none
+            if not examples:  # datasets cannot reload an empty data set
                 continue
             _dataset(examples).save_to_disk(str(temporary / name))
         (temporary / _FACTS_NAME).write_text(json.dumps(facts) + "\n", encoding="utf-8")
@@ -450,7 +450,7 @@ def _write(
     except OSError as error:
         raise UserError(
             f"LEFT_BENCH_CACHE={cache_dir()}: tokenized rows cannot be written there ({error});"
-            " set it to a folder that can be written and has room"
+            " set it to a writable folder with enough space"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -471,7 +471,7 @@ def _dataset(examples: list[Example]) -> datasets.Dataset:
     )
     stored = [asdict(example) for example in examples]
     for row in stored:
-        del row["decoder_start"], row["reference_margin"]  # a model's, not the row's
+        del row["decoder_start"], row["reference_margin"]  # these belong to the model, not to the row
     return Dataset.from_list(stored, features=features)
 
 

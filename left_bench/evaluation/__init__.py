@@ -1,4 +1,4 @@
-"""Held-out rows: loss, answers and their scores; what a sweep's cells share; whether merging changes anything.
+"""Evaluation on held-out rows: loss, answers and their scores; shared baselines; the check of merged models.
 
 Imports the rooms up to `training`. A run's stage before and after training.
 """

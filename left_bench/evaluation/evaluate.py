@@ -32,30 +32,30 @@ from left_bench.training.objective import with_worse_answer
 
 _SPEED_ROWS, _SPEED_TOKENS = 16, 16
 _CHECKED_ROWS = 4
-_LARGEST_SHORTFALL = 0.25  # nats, the mean over an answer's tokens; rounding alone leaves hundredths
-_LARGEST_LOSS = 600.0  # nats; a perplexity beyond it, or its error, overflows a float
+_LARGEST_SHORTFALL = 0.25  # nats, mean over an answer's tokens; rounding alone causes hundredths
+_LARGEST_LOSS = 600.0  # nats; beyond it the perplexity or its error overflows a float
 
 
 class Evaluation(BaseModel):
-    """What a model did on the held-out rows, row by row in the rows' order."""
+    """A model's results on the held-out rows, in the rows' order."""
 
     nll: list[float]
     """Summed negative log-likelihood of each row's answer, nats."""
     answer_tokens: list[int]
     rejected_nll: list[float] | None = None
-    """The same of each row's worse answer; None where rows have none."""
+    """The same for each row's worse answer; None if rows have none."""
     predictions: list[str] | None = None
-    """Greedy answers; None when nothing was generated."""
+    """Greedy answers; None if nothing was generated."""
     general_loss: float | None = None
     """Mean token loss on the general text, nats."""
     tokens: int = 0
-    """Non-padding tokens of the loss passes."""
+    """Non-padding tokens in the loss passes."""
     tasks: list[Score] | None = None
     """Scores on `eval.tasks`; None: there are none, or they failed."""
 
 
-def _untold(*_: object) -> None:
-    """Nobody waits for the rows."""
+def _silent(*_: object) -> None:
+    """Report no progress."""
 
 
 def evaluate_model(
@@ -65,9 +65,9 @@ def evaluate_model(
     cell: Cell,
     *,
     device: str,
-    tell: Tell = _untold,
+    tell: Tell = _silent,
 ) -> Evaluation:
-    """Loss and greedy answers on `rows`, and the loss on general text where `eval.forgetting` asks for it."""
+    """Loss and greedy answers on `rows`, and the loss on general text if `eval.forgetting` is set."""
     model.eval()
     losses: dict[str, Any] = {"pad_id": pad_of(tokenizer), "device": device}
     with torch.no_grad(), autocast(cell, device=device):
@@ -81,7 +81,7 @@ def evaluate_model(
         result.predictions = named(cell.task.predict)(
             model, tokenizer, rows, cell, device=device, shared=shared, tell=tell
         )
-        if cell.eval.forgetting and cell.task.is_decoder:  # the others do not go on with a text
+        if cell.eval.forgetting and cell.task.is_decoder:  # other tasks do not continue a text
             passages = general_passages(tokenizer, room=room_of(model, cell))
             general = row_losses(model, passages, cell, tell=partial(tell, "general text"), **losses)
             result.general_loss = sum(general.nll) / sum(general.answer_tokens)
@@ -96,15 +96,15 @@ def written_answers(
     *,
     device: str,
     shared: SharedPrompt | None = None,
-    tell: Tell = _untold,
+    tell: Tell = _silent,
 ) -> list[str] | None:
-    """Each row's greedy answer as text; None where the cell generates none."""
+    """Each row's greedy answer as text; None if the cell generates none."""
     if not cell.generates:
         return None
     answers = greedy_answers(model, tokenizer, rows, cell, device=device, shared=shared, tell=partial(tell, "answers"))
     check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
     ends = end_tokens(model, tokenizer)
-    return [_said(ids, ends, tokenizer) for ids in answers]
+    return [_text_of(ids, ends, tokenizer) for ids in answers]
 
 
 def row_losses(
@@ -115,9 +115,9 @@ def row_losses(
     pad_id: int,
     device: str,
     shared: SharedPrompt | None = None,
-    tell: Callable[[int, int], None] = _untold,
+    tell: Callable[[int, int], None] = _silent,
 ) -> Evaluation:
-    """Summed loss of each row, batched by length; `shared` is what their prompts begin with, where it has been read."""
+    """Summed loss of each row, batched by length; `shared` is the prompts' common prefix, if it was processed."""
     loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
     shared = shared or SharedPrompt(model)
     loss = shared.after(loss)
@@ -137,9 +137,9 @@ def row_losses(
 
 
 def mean_token_loss(
-    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str, tell: Tell = _untold
+    model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str, tell: Tell = _silent
 ) -> float:
-    """Nats per answer token of `rows`, every token weighing the same."""
+    """Nats per answer token of `rows`; every token has the same weight."""
     model.eval()
     with torch.no_grad(), autocast(cell, device=device):
         shared = read_shared_prompt(model, rows, cell, pad_id=pad_id, device=device)
@@ -152,11 +152,11 @@ def mean_token_loss(
 def answer_scores(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], cell: Cell, *, device: str
 ) -> dict[str, float]:
-    """The first of the cell's metrics, of the answers that the model gives to `rows` now."""
+    """The score of the model's current answers to `rows`, by the first of the cell's metrics."""
     model.eval()
     with torch.no_grad(), autocast(cell, device=device):
         shared = read_shared_prompt(model, rows, cell, pad_id=pad_of(tokenizer), device=device)
-        predictions = named(cell.task.predict)(model, tokenizer, rows, cell, device=device, shared=shared, tell=_untold)
+        predictions = named(cell.task.predict)(model, tokenizer, rows, cell, device=device, shared=shared, tell=_silent)
     names, references = (cell.eval.metrics or [])[:1], [row.reference for row in rows]
     return {
         name: score_text(name, predictions=predictions, references=references, extractor=cell.eval.extractor)[0]
@@ -164,10 +164,10 @@ def answer_scores(
     }
 
 
-def _said(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """An answer's text; not every end is "special"."""
-    said = ids[:-1] if ids and ids[-1] in ends else ids
-    return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+def _text_of(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """An answer's text without its end token, which need not be a "special" token."""
+    kept = ids[:-1] if ids and ids[-1] in ends else ids
+    return str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
 
 
 def greedy_answers(
@@ -178,25 +178,23 @@ def greedy_answers(
     *,
     device: str,
     shared: SharedPrompt | None = None,
-    tell: Callable[[int, int], None] = _untold,
+    tell: Callable[[int, int], None] = _silent,
 ) -> list[list[int]]:
-    """Each row's greedy answer, its end token included; batched by prompt length with a key-value cache.
+    """Each row's greedy answer, including its end token; batched by prompt length with a key-value cache.
 
-    `shared` is what their prompts begin with, where it has been read.
-
-    A batch ends when all its rows have.
+    `shared` is the prompts' common prefix, if it was processed. A batch ends when all its rows have ended.
     """
     decode: Any = model.generate
     answers: list[list[int]] = [[]] * len(rows)
     done, most, ends = _Counted(len(rows), tell), cell.eval.max_new_tokens, end_tokens(model, tokenizer)
-    assert most is not None  # the data's own where null
+    assert most is not None  # null was replaced by the data's own
     shared = shared or SharedPrompt(model)
     for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
-        asked = [shared.rest(rows[index]) for index in indices]
-        inputs, before = prompt_inputs(asked, pad_of(tokenizer), device=device, begin=shared.ids)
+        batch = [shared.rest(rows[index]) for index in indices]
+        inputs, before = prompt_inputs(batch, pad_of(tokenizer), device=device, begin=shared.ids)
         outputs = decode(
             **inputs,
-            **shared.arguments(len(asked)),
+            **shared.arguments(len(batch)),
             max_new_tokens=most,
             do_sample=False,
             use_cache=True,
@@ -211,7 +209,8 @@ def greedy_answers(
 
 
 def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """All that ends an answer: the tokenizer's end token, the checkpoint's, and what ends a turn of the template."""
+    """All tokens that end an answer: the tokenizer's, the checkpoint's, and the one that ends a turn of the
+    template."""
     config: Any = getattr(model, "generation_config", None)
     of_checkpoint = getattr(config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, turn_end(tokenizer)[-1]}
@@ -228,27 +227,27 @@ def check_answers(
     pad_id: int,
     device: str,
 ) -> None:
-    """Is it this model that answered the rows? A pass over prompt and answer at once must choose the same tokens.
+    """Check that the answers are this model's: a pass over prompt and answer together must choose the same tokens.
 
-    Generating goes through other code than training does, and that code may pass the adapter by without a word: since
-    transformers 5.24 calls the cache by another name, prefix, prompt and p-tuning of peft 0.21 answer as the base model
-    does. Rounding may decide between two tokens that are as good as equal; it does not make an answer unlikely.
+    Generation uses other code than training, and may silently ignore the adapter: since transformers 5.24 renamed the
+    cache argument, prefix tuning, prompt tuning and p-tuning of peft 0.21 answer like the base model. Rounding may
+    decide between two almost equally likely tokens, but it does not make an answer unlikely.
 
     Raises:
-        NotInForce: the tokens' logits are too far below the greatest.
+        NotInForce: the tokens' logits are too far below the highest.
     """
     loss = AnswerLoss(model, everywhere=cell.training.output_head == "all")
     answered = [replace(row, answer_ids=ids) for row, ids in zip(rows, answers, strict=False)]
     short = loss.shortfalls(collate(answered, pad_id=pad_id).to(device)).mean().item()
     if short > _LARGEST_SHORTFALL:
         raise NotInForce(
-            f"the generated answers are not this model's: its own pass over them puts their tokens {short:.1f} nats "
-            f"below the likeliest; the installed transformers and peft do not generate with peft={cell.peft.name}"
+            f"the generated answers are not this model's: in a pass over them their tokens are {short:.1f} nats "
+            f"below the likeliest; the installed transformers and peft cannot generate with peft={cell.peft.name}"
         )
 
 
 class _Counted:
-    """Rows that are done, told as they are."""
+    """Counts finished rows and reports progress."""
 
     def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
         self._done, self._total, self._tell = 0, total, tell
@@ -259,12 +258,12 @@ class _Counted:
         self.within(0)
 
     def within(self, rows: int) -> None:
-        """As many rows' worth of the running batch."""
+        """Report progress within the running batch, in rows."""
         self._tell(self._done + rows, self._total)
 
 
 class _Watched(StoppingCriteria):
-    """Stops no row: sees the tokens come, for a batch can take minutes. Answers may end before the longest allowed."""
+    """Never stops a row; it reports progress per token, because a batch can take minutes. Answers may end early."""
 
     def __init__(self, done: _Counted, *, rows: int, most: int) -> None:
         self._done, self._rows, self._most, self._tokens = done, rows, most, 0
@@ -283,9 +282,9 @@ def classify(
     *,
     device: str,
     shared: SharedPrompt | None = None,
-    tell: Tell = _untold,
+    tell: Tell = _silent,
 ) -> list[str]:
-    """The likeliest class of each row, by name; nothing is `shared` by rows that are read whole."""
+    """The likeliest class of each row, by name; `shared` is not used."""
     forward: Any = model
     names, result = forward.config.id2label, []
     done = _Counted(len(rows), partial(tell, "classes"))
@@ -300,14 +299,14 @@ def classify(
 def generation_speed(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], cell: Cell, *, device: Device
 ) -> float:
-    """New tokens per second of greedy decoding: one batch, every row decoded for the same number of tokens.
+    """New tokens per second of greedy decoding: one batch, with the same number of tokens for every row.
 
-    The length is fixed because answers end where the model ends them: a method that learned to answer briefly would be
-    timed on fewer, costlier steps. The first, short call is not timed: it chooses kernels and fills caches.
+    The length is fixed because otherwise a method that learned to answer briefly would be timed on fewer, costlier
+    steps. The first, short call is not timed: it selects kernels and fills caches.
     """
     decode: Any = model.generate
-    asked = rows[:_SPEED_ROWS]
-    inputs, _ = prompt_inputs(asked, pad_of(tokenizer), device=device.kind)
+    timed = rows[:_SPEED_ROWS]
+    inputs, _ = prompt_inputs(timed, pad_of(tokenizer), device=device.kind)
     model.eval()
     with torch.no_grad(), autocast(cell, device=device.kind):
         for tokens in (2, _SPEED_TOKENS):
@@ -322,11 +321,11 @@ def generation_speed(
                 pad_token_id=pad_of(tokenizer),
             )
             device.synchronize()
-    return len(asked) * _SPEED_TOKENS / (time.perf_counter() - start)
+    return len(timed) * _SPEED_TOKENS / (time.perf_counter() - start)
 
 
 def scores(evaluation: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Score]:
-    """The scores of an evaluation, each beside the base model's."""
+    """The scores of an evaluation, each with the base model's."""
     task = cell.data.name
     loss, stderr = token_loss(evaluation)
     base_loss = token_loss(base)[0] if base else None
@@ -373,7 +372,7 @@ def scores(evaluation: Evaluation, base: Evaluation | None, rows: Sequence[Examp
 
 
 def row_scores(evaluation: Evaluation, rows: Sequence[Example], cell: Cell) -> dict[str, list[float]]:
-    """Metric -> the score of each row, of those metrics that are not told from answer and reference alone."""
+    """Metric -> the score of each row, for metrics that need more than answer and reference."""
     extractor = cell.eval.extractor
     if extractor is None or evaluation.predictions is None:
         return {}
@@ -392,7 +391,7 @@ def _pairs(predictions: Sequence[str], rows: Sequence[Example]) -> list[tuple[st
 def _preference_scores(
     losses: tuple[list[float], list[float]], base: tuple[list[float], list[float]] | None, *, task: str
 ) -> list[Score]:
-    """Scores of pairs from the losses of their right and of their worse answers, nats."""
+    """Scores of pairs from the losses of their right and worse answers, nats."""
 
     def margins(right: list[float], worse: list[float]) -> list[float]:
         return [q - p for p, q in zip(right, worse, strict=True)]
@@ -415,7 +414,7 @@ def _preference_scores(
 
 
 def token_loss(evaluation: Evaluation) -> tuple[float, float]:
-    """Mean loss per answer token and its standard error, rows taken as the independent draws (ratio estimator)."""
+    """Mean loss per answer token and its standard error, with rows as independent draws (ratio estimator)."""
     nll, tokens = np.array(evaluation.nll), np.array(evaluation.answer_tokens)
     mean = nll.sum() / tokens.sum()
     n = len(nll)
@@ -424,7 +423,7 @@ def token_loss(evaluation: Evaluation) -> tuple[float, float]:
 
 
 def samples(evaluation: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Sample]:
-    """The first rows as they were answered."""
+    """The first rows with their answers."""
     if evaluation.predictions is None:
         return []
     before = base.predictions if base and base.predictions else [None] * len(rows)
@@ -435,15 +434,15 @@ def samples(evaluation: Evaluation, base: Evaluation | None, rows: Sequence[Exam
 
 
 def general_texts() -> list[str]:
-    """Passages of general prose shipped with the package: what the model should not unlearn."""
+    """Passages of general prose shipped with the package, which the model should not unlearn."""
     text = files("left_bench").joinpath("general_text.txt").read_text(encoding="utf-8")
     return [" ".join(passage.split()) for passage in text.split("\n\n") if passage.strip()]
 
 
 def general_passages(tokenizer: PreTrainedTokenizerBase, *, room: int | None = None) -> list[Example]:
-    """The passages as rows whose every token but the first carries loss, cut to `room` tokens.
+    """The passages as rows in which every token except the first carries loss, truncated to `room` tokens.
 
-    The first is the start token where the tokenizer would put one: models that were trained with it lean on it.
+    The first is the start token if the tokenizer would add one, because models trained with it rely on it.
     """
     start = start_ids(tokenizer)
     encoded = [(start + tokenizer(text, add_special_tokens=False)["input_ids"])[:room] for text in general_texts()]
@@ -451,7 +450,7 @@ def general_passages(tokenizer: PreTrainedTokenizerBase, *, room: int | None = N
 
 
 def room_of(model: torch.nn.Module, cell: Cell) -> int | None:
-    """Tokens of a text that the model has positions for; None where its configuration names no end."""
+    """Number of tokens of a text for which the model has positions; None if its configuration gives no limit."""
     config: Any = model.config
     of_text = config.get_text_config()
     result = getattr(of_text, "max_position_embeddings", None) or getattr(of_text, "n_positions", None)
@@ -459,13 +458,13 @@ def room_of(model: torch.nn.Module, cell: Cell) -> int | None:
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row indices in batches of rows of like length, longest first so that running out of memory shows at once."""
+    """Row indices in batches of similar length, longest first so that running out of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding id; `pretrained.load_tokenizer` made sure there is one. Pictures are not padded: 0."""
+    """The padding id, which `pretrained.load_tokenizer` ensures. Images are not padded: 0."""
     pad = getattr(tokenizer, "pad_token_id", 0)
     assert isinstance(pad, int)
     return pad
@@ -474,10 +473,10 @@ def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
 def prompt_inputs(
     rows: Sequence[Example], pad_id: int, *, device: str, begin: Sequence[int] = ()
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """Arguments of `generate` for the rows' prompts, and how many tokens come before the new ones in its output.
+    """Arguments of `generate` for the rows' prompts, and how many tokens precede the new ones in its output.
 
-    A decoder goes on with its prompt, so padding stands at the left; an encoder's prompt is padded as in training.
-    `begin` comes before all of it: tokens that the rows' prompts were cut by, because a cache holds them.
+    A decoder continues its prompt, so padding is at the left; an encoder's prompt is padded as in training. `begin`
+    comes before all of it: tokens removed from the rows' prompts because a cache holds them.
     """
     longest = max(len(row.prompt_ids) for row in rows)
     of_decoder = rows[0].decoder_start is None

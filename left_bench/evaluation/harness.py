@@ -1,7 +1,7 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (package `lm-eval`), asked of the model in the worker (`eval.tasks`).
+"""Tasks of EleutherAI's lm-evaluation-harness (package `lm-eval`), run on the model in the worker (`eval.tasks`).
 
-What can be seen of a task's name or file is checked before anything runs, and its rows are loaded before the model is,
-so that a data set that cannot be had costs no training.
+A task's name or file is checked before anything runs, and its rows are loaded before the model, so that an unavailable
+data set costs no training.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PACKAGE = "lm-eval"
-_BATCH_SIZE = 8  # rows; the harness holds the logits of all their tokens, twice
-_RESAMPLES = 1000  # of the bootstrap, for the standard errors that have no formula
+_BATCH_SIZE = 8  # rows; the harness keeps the logits of all their tokens in memory, twice
+_RESAMPLES = 1000  # of the bootstrap, for standard errors without a formula
 _FEWSHOT_SEED = 1234  # the harness's own
 _TASK = re.compile(rb"^[\"']?task[\"']?[ \t]*:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
 _GROUP = re.compile(rb"^[\"']?(?:group|tag)[\"']?[ \t]*:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
 
 
 def with_content(cell: Cell, folders: Sequence[Path]) -> Cell:
-    """The cell with its task files' place and fingerprint; every task is looked for.
+    """The cell with its task files' paths and fingerprint; checks that every task exists.
 
     Args:
-        folders: of options (`--config-dir`), where a file that is not in the working directory is looked for.
+        folders: of options (`--config-dir`), where files are looked for if they are not in the working directory.
 
     Raises:
-        UserError: the package is missing, a task does not exist, a file is no task, or the model answers no questions.
+        UserError: the package is missing, a task does not exist, a file is not a task, or the model generates no text.
     """
     tasks = cell.eval.tasks
     if not tasks:
         return cell
     if not cell.task.writes:
-        raise UserError(f"eval.tasks={_list(tasks)}: they ask a model that writes, and this one names classes")
+        raise UserError(f"eval.tasks={_list(tasks)}: they need a model that generates text, not a classifier")
     if not is_installed("lm_eval"):
         raise UserError(
             f"eval.tasks={_list(tasks)}: lm-evaluation-harness is not installed; pip install 'left-bench[lm-eval]'"
@@ -58,11 +58,11 @@ def with_content(cell: Cell, folders: Sequence[Path]) -> Cell:
             _check_name(task)
             result.append(task)
             continue
-        given = Path(task).expanduser()
-        path = next((path for path in (given, *(folder / given for folder in folders)) if path.is_file()), None)
+        named = Path(task).expanduser()
+        path = next((path for path in (named, *(folder / named for folder in folders)) if path.is_file()), None)
         if path is None:
-            beside = [item.name for item in given.parent.glob("*.y*ml")] if given.parent.is_dir() else []
-            raise UserError(f"eval.tasks: there is no file {task}{nearest(given.name, beside) or '; check the path'}")
+            others = [item.name for item in named.parent.glob("*.y*ml")] if named.parent.is_dir() else []
+            raise UserError(f"eval.tasks: there is no file {task}{nearest(named.name, others) or '; check the path'}")
         contents.append(_content(path))
         result.append(str(path))
     changed = {"tasks": result, "tasks_content": fingerprint(contents) if contents else None}
@@ -77,11 +77,11 @@ def _check_name(task: str) -> None:
     tasks, groups = _names()
     if task in tasks or task in groups or not tasks:
         return
-    # a tag in a list or in a template that tasks include (a file that ends in `_yaml`)
+    # it may be a tag in a list, or in a template that tasks include (a file whose name ends in `_yaml`)
     word = re.compile(rb"(?<![\w-])" + re.escape(task.encode()) + rb"(?![\w-])")
     if not any(word.search(path.read_bytes()) for path in _files("*yaml")):
         hint = nearest(task, (*tasks, *groups))
-        hint = hint or "; `lm-eval ls tasks` lists them, and a file of your own ends in .yaml"
+        hint = hint or "; `lm-eval ls tasks` lists them, and your own task files end in .yaml"
         raise UserError(f"eval.tasks: lm-evaluation-harness has no task {task!r}{hint}")
 
 
@@ -95,7 +95,7 @@ def _files(pattern: str = "*.yaml") -> list[Path]:
 def _names() -> tuple[dict[str, list[Path]], set[str]]:
     """The harness's tasks with the files that define them; groups and tags.
 
-    Read off the files' lines: the harness's own index parses all 14,000, which takes ten seconds and more.
+    Found by searching the files' lines: the harness's own index parses all 14,000 files, which takes over ten seconds.
     """
     tasks: dict[str, list[Path]] = {}
     groups: set[str] = set()
@@ -108,14 +108,14 @@ def _names() -> tuple[dict[str, list[Path]], set[str]]:
 
 
 def _folder_of(task: str) -> Path | None:
-    """Where the harness has a task's file; None for groups and tags, whose members may lie anywhere."""
+    """The folder of a task's file in the harness; None for groups and tags, whose members may be anywhere."""
     tasks, groups = _names()
     files = tasks.get(task, [])
     return files[0].parent if len(files) == 1 and task not in groups else None
 
 
 def _content(path: Path) -> str:
-    """A fingerprint of a task's file and of the files that it names: templates, rows, functions."""
+    """A fingerprint of a task's file and of the files it refers to: templates, rows, functions."""
     read: dict[Path, str] = {}
     _read(path, read)
     return fingerprint(sorted((item.name, sha256) for item, sha256 in read.items()))
@@ -134,16 +134,16 @@ def _read(path: Path, read: dict[Path, str]) -> None:
     except (ValueError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"eval.tasks: {path}{line} is no YAML ({getattr(error, 'problem', error)})") from error
+        raise UserError(f"eval.tasks: {path}{line} is not valid YAML ({getattr(error, 'problem', error)})") from error
     keys = {key.value for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
     if len(read) == 1 and not keys & {"task", "group"}:
-        raise UserError(f"eval.tasks: {path} defines no task; it needs a line `task: NAME`, as the harness's own have")
+        raise UserError(f"eval.tasks: {path} defines no task; it needs a line `task: NAME`, like the harness's own")
     for named in _files_named(node, path.parent):
         _read(named, read)
 
 
 def _group_in(path: Path) -> str | None:
-    """The name of the group that a file defines; None where it is a task's."""
+    """The name of the group that a file defines; None if it defines a task."""
     import yaml
 
     node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -152,7 +152,7 @@ def _group_in(path: Path) -> str | None:
 
 
 def _files_named(node: Any, folder: Path) -> Iterator[Path]:
-    """Files that a YAML node's texts name, beside its own file or from the working directory."""
+    """Files that a YAML node's texts refer to, relative to its own file or to the working directory."""
     if isinstance(node.value, list):
         for inner in node.value:
             for item in inner if isinstance(inner, tuple) else (inner,):
@@ -165,29 +165,29 @@ def _files_named(node: Any, folder: Path) -> Iterator[Path]:
                 if (base / name).is_file():
                     yield base / name
                     return
-            except (OSError, ValueError):  # a text that can be no file's name
+            except (OSError, ValueError):  # a text that cannot be a file name
                 return
 
 
 def load_tasks(cell: Cell) -> dict[str, Any] | None:
-    """The cell's tasks with their rows; None where it has none, or has random weights, which are not scored.
+    """The cell's tasks with their rows; None if it has none, or has random weights, which are not scored.
 
     Raises:
-        UserError: a task that cannot be loaded; the harness's own words say why.
+        UserError: a task cannot be loaded; includes the harness's own message.
     """
     if not cell.eval.tasks or cell.model.weights == "random":
         return None
     from lm_eval.tasks import TaskManager
 
     for module in ("lm_eval.evaluator", "lm_eval.models.huggingface"):
-        importlib.import_module(module)  # now: what is imported later would count as a phase's memory
+        importlib.import_module(module)  # now, because later imports would count as a phase's memory
 
     files = [Path(task) for task in cell.eval.tasks if is_task_file(task)]
     groups = {str(path): name for path in files if (name := _group_in(path)) is not None}
-    tasks = [groups.get(task, task) for task in cell.eval.tasks]  # a group's file is taken by the group's name alone
+    tasks = [groups.get(task, task) for task in cell.eval.tasks]  # a group's file is loaded by its name
     folders = {_folder_of(task) for task in cell.eval.tasks if not is_task_file(task)}
     try:
-        if groups or None in folders:  # its whole index: ten seconds and more
+        if groups or None in folders:  # needs the whole index, over ten seconds
             loaded: Any = TaskManager(include_path=sorted({str(path.parent) for path in files})).load(tasks)
         else:
             loaded = TaskManager(include_path=sorted(map(str, folders)), include_defaults=False).load(tasks)
@@ -196,13 +196,13 @@ def load_tasks(cell: Cell) -> dict[str, Any] | None:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"eval.tasks={_list(cell.eval.tasks)}: not loaded ({type(error).__name__}: {reason}); a task's data come "
-            "from the hub unless its file names local ones"
+            f"eval.tasks={_list(cell.eval.tasks)}: cannot be loaded ({type(error).__name__}: {reason}); a task's data "
+            "come from the hub unless its file names local files"
         ) from error
     for task in loaded["tasks"].values():
         shots = cell.eval.task_shots
         own_shots = task.get_config("num_fewshot")
-        if own_shots is None or (shots is not None and own_shots != 0):  # as the harness does: 0 is the task's own wish
+        if own_shots is None or (shots is not None and own_shots != 0):  # as in the harness: a task's own 0 is kept
             task.set_config(key="num_fewshot", value=shots or 0)
     result: dict[str, Any] = loaded
     return result
@@ -218,10 +218,10 @@ def ask(
     room: int | None,
     tell: Callable[[str, int, int], None],
 ) -> list[Score]:
-    """The scores of a model on loaded tasks, with the standard errors that the harness gives.
+    """A model's scores on loaded tasks, with the harness's standard errors.
 
     Args:
-        room: tokens of prompt and answer that the model has positions for; None: what its configuration says.
+        room: maximum number of tokens of prompt and answer; None: from the model's configuration.
     """
     import torch
     from lm_eval import evaluator
@@ -230,14 +230,14 @@ def ask(
 
     model.eval()
     before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would fork a process with a model in it
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would fork a process that contains a model
     devices = [torch.cuda.current_device()] if device == "cuda" else []
     try:
         with torch.no_grad(), autocast(cell, device=device), torch.random.fork_rng(devices=devices):
             for task in tasks["tasks"].values():
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # the same examples for every model
             results: Any = evaluator.evaluate(
-                lm=_watched(model, tokenizer, cell, room=room, tell=tell),
+                lm=_with_progress(model, tokenizer, cell, room=room, tell=tell),
                 task_dict=tasks,
                 limit=cell.eval.task_rows,
                 bootstrap_iters=_RESAMPLES,
@@ -252,7 +252,7 @@ def ask(
     return list(_scores(results, tasks))
 
 
-def _watched(
+def _with_progress(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
@@ -260,7 +260,7 @@ def _watched(
     room: int | None,
     tell: Callable[[str, int, int], None],
 ) -> Any:
-    """The model as the harness wants it, telling how far it is."""
+    """The model wrapped for the harness, with progress reports."""
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):
@@ -286,13 +286,13 @@ def _watched(
             self._begin(requests)
             return super().generate_until(requests, disable_tqdm=True)
 
-        def _model_call(self, inps: Any, *given: Any, **named: Any) -> Any:
-            result = super()._model_call(inps, *given, **named)
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            result = super()._model_call(inps, *args, **kwargs)
             self._go_on(len(inps))
             return result
 
-        def _model_generate(self, context: Any, *given: Any, **named: Any) -> Any:
-            result = super()._model_generate(context, *given, **named)
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            result = super()._model_generate(context, *args, **kwargs)
             self._go_on(len(context))
             return result
 
@@ -300,14 +300,14 @@ def _watched(
         return Watched(
             pretrained=model,
             backend="seq2seq" if cell.task.has_encoder else "causal",
-            tokenizer=copy.deepcopy(tokenizer),  # it sets padding on it
+            tokenizer=copy.deepcopy(tokenizer),  # HFLM changes its padding
             batch_size=cell.eval.task_batch_size or min(_BATCH_SIZE, cell.eval.batch_size),
             max_length=room,
         )
 
 
 def _scores(results: dict[str, Any], tasks: dict[str, Any]) -> Iterator[Score]:
-    """What was asked for: a group's own scores and not those of its members."""
+    """The requested scores: a group's own scores, without those of its members."""
     members = {child for children in tasks.get("group_map", {}).values() for child in children}
     rows = {name: counts["effective"] for name, counts in results["n-samples"].items()}
     for name, group in tasks.get("groups", {}).items():

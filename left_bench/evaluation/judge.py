@@ -1,7 +1,8 @@
 """A language model as judge: does it prefer the adapted model's answer to the base model's? (`eval.judge`)
 
-Any server with OpenAI's chat completions will do. Each pair is shown twice, the answers changing places, because judges
-lean to a place (Zheng et al. 2023, "Judging LLM-as-a-Judge"); how often both showings end alike is reported beside it.
+Any server with OpenAI's chat completions API can be used. Each pair is shown twice, in both orders, because judges have
+a position bias (Zheng et al. 2023, "Judging LLM-as-a-Judge"); how often both orders give the same verdict is reported
+too.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from left_bench.core.errors import UserError
 from left_bench.spec.cell import Cell
 from left_bench.spec.record import Score
 
-_SECONDS = 120.0  # for one reply
-_ATTEMPTS, _PAUSE_SECONDS = 4, 1.0  # of a request that a busy server puts off; the pause doubles
+_SECONDS = 120.0  # timeout of one reply
+_ATTEMPTS, _PAUSE_SECONDS = 4, 1.0  # retries for a busy server; the pause doubles
 _AT_ONCE = 4
 _LONGEST_REPLY = 2**20  # bytes
 _SECRET_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _VERDICT = re.compile(r"\[\[\s*(A|B|C)\s*\]\]", re.IGNORECASE)
-_ASKED = """Which of two answers is the better one? Judge by correctness first, then by how well the answer does what
+_PROMPT = """Which of two answers is the better one? Judge by correctness first, then by how well the answer does what
 was asked. Do not let the order, the length or the style decide. A reference answer is given to compare with.
 
 [Question]
@@ -54,10 +55,10 @@ class JudgeFailed(RuntimeError):
 
 
 def check(cell: Cell) -> None:
-    """Refuse, before anything runs, what cannot be judged or must not be sent.
+    """Refuse, before anything runs, cells that cannot be judged and keys that must not be sent.
 
     Raises:
-        UserError: naming the key and what it needs.
+        UserError: names the key and what it needs.
     """
     section = cell.eval
     if section.judge is None:
@@ -65,26 +66,24 @@ def check(cell: Cell) -> None:
     where = f"eval.judge={section.judge}"
     address = _address(section.judge)
     if address is None:
-        raise UserError(f"{where}: is no address; give one such as eval.judge=http://127.0.0.1:8000/v1")
+        raise UserError(f"{where}: is not an address; give one such as eval.judge=http://127.0.0.1:8000/v1")
     if section.judge_model is None:
-        raise UserError(f"{where}: which model is the judge? give eval.judge_model=NAME")
+        raise UserError(f"{where}: the judge's model is not set; give eval.judge_model=NAME")
     if not cell.generates:
-        raise UserError(f"{where}: it compares written answers, and this cell writes none")
+        raise UserError(f"{where}: it compares generated answers, and this cell generates none")
     if cell.model.weights == "random":
-        raise UserError(
-            f"{where}: model.weights=random answers nothing that is worth judging; leave one of the two out"
-        )
+        raise UserError(f"{where}: answers of model.weights=random are not worth judging; leave one of the two out")
     if section.judge_key_from is not None:
         if not _SECRET_NAME.fullmatch(section.judge_key_from):
-            raise UserError("eval.judge_key_from: name an environment variable that holds the key, and not the key")
+            raise UserError("eval.judge_key_from: give the name of the environment variable with the key, not the key")
         if not os.environ.get(section.judge_key_from):
             raise UserError(f"eval.judge_key_from={section.judge_key_from}: there is no such environment variable")
         if address.scheme == "http" and not _is_here(address):
-            raise UserError(f"{where}: a key would cross the network unencrypted; give an address with https")
+            raise UserError(f"{where}: the key would be sent unencrypted; give an address with https")
 
 
 def what_leaves(cell: Cell) -> str | None:
-    """What a cell sends to its judge, in one line; None where it has none."""
+    """What a cell sends to its judge, in one line; None if it has none."""
     if cell.eval.judge is None:
         return None
     rows = cell.eval.judge_rows if cell.eval.rows is None else min(cell.eval.judge_rows, cell.eval.rows)
@@ -121,27 +120,27 @@ def judge_answers(
     *,
     tell: Callable[[str, int, int], None],
 ) -> tuple[list[Score], dict[str, float]]:
-    """How often the judge prefers an answer to the base model's, and how often it is of one mind with itself.
+    """How often the judge prefers an answer to the base model's, and how often it agrees with itself.
 
-    Equal answers are a tie that nobody is asked about. A row counts where both showings ended in a verdict.
+    Equal answers are a tie and are not sent. A row counts if both orders ended in a verdict.
 
     Returns:
-        The scores, and facts for the record: rows judged, and how often both showings agreed.
+        The scores, and facts for the record: rows judged, and how often both orders agreed.
 
     Raises:
-        JudgeFailed: the server could not be asked, or gave no verdict at all.
+        JudgeFailed: the server could not be reached, or gave no verdict at all.
     """
     triples = list(zip(rows, answers, base_answers, strict=True))[: cell.eval.judge_rows]
-    unlike = [triple for triple in triples if triple[1] != triple[2]]
-    asked = []
-    for row, answer, before in unlike:
-        asked += [_request(row, answer, before), _request(row, before, answer)]
+    different = [triple for triple in triples if triple[1] != triple[2]]
+    questions = []
+    for row, answer, before in different:
+        questions += [_request(row, answer, before), _request(row, before, answer)]
     verdicts: list[str | None] = []
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for verdict in pool.map(_Judge(cell).verdict, asked):
+        for verdict in pool.map(_Judge(cell).verdict, questions):
             verdicts.append(verdict)
-            tell("judge", len(verdicts), len(asked))
-    wins, agreed = [0.5] * (len(triples) - len(unlike)), []
+            tell("judge", len(verdicts), len(questions))
+    wins, agreed = [0.5] * (len(triples) - len(different)), []
     value = {"A": 1.0, "B": 0.0, "C": 0.5}
     for first, second in zip(verdicts[::2], verdicts[1::2], strict=True):
         if first is None or second is None:
@@ -149,7 +148,7 @@ def judge_answers(
         shown_first, shown_second = value[first], 1 - value[second]
         wins.append((shown_first + shown_second) / 2)
         agreed.append(float(shown_first == shown_second))
-    if unlike and not agreed:
+    if different and not agreed:
         raise JudgeFailed(f"{cell.eval.judge_model} ended none of its replies with [[A]], [[B]] or [[C]]")
     facts = {"judged_rows": float(len(wins))}
     if agreed:
@@ -161,18 +160,18 @@ def judge_answers(
 
 
 def _request(row: Any, a: str, b: str) -> str:
-    return _ASKED.format(question=row.prompt, reference=row.reference, a=a, b=b)
+    return _PROMPT.format(question=row.prompt, reference=row.reference, a=a, b=b)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key along to whoever it names."""
+    """Refuses redirects, which would send the key to another server."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 class _Judge:
-    """A server, asked one question at a time by each of several threads."""
+    """A judging server; several threads send it one question at a time each."""
 
     def __init__(self, cell: Cell) -> None:
         section = cell.eval
@@ -181,11 +180,11 @@ class _Judge:
         self._variable = section.judge_key_from
         self._key = os.environ.get(self._variable, "") if self._variable else ""
         if self._variable and not self._key:
-            raise JudgeFailed(f"the environment variable {self._variable} is not there")
+            raise JudgeFailed(f"the environment variable {self._variable} is not set")
         self._opener = urllib.request.build_opener(_NoRedirect())
 
     def verdict(self, question: str) -> str | None:
-        """`A`, `B` or `C`; None where the reply ends in none of them."""
+        """`A`, `B` or `C`; None if the reply contains none of them."""
         body = {"model": self._model, "messages": [{"role": "user", "content": question}], "temperature": 0}
         reply = self._sent(json.dumps(body).encode())
         try:
@@ -207,12 +206,12 @@ class _Judge:
                 with self._opener.open(request, timeout=_SECONDS) as reply:
                     return bytes(reply.read(_LONGEST_REPLY))
             except urllib.error.HTTPError as error:
-                said = " ".join(error.read(500).decode("utf-8", errors="replace").split())
+                text = " ".join(error.read(500).decode("utf-8", errors="replace").split())
                 if error.code not in (408, 429, 500, 502, 503, 504) or attempt == _ATTEMPTS - 1:
-                    raise JudgeFailed(self._without_key(f"{self._url} answered {error.code}: {said}")) from None
+                    raise JudgeFailed(self._without_key(f"{self._url} answered {error.code}: {text}")) from None
             except (OSError, ValueError) as error:
                 if attempt == _ATTEMPTS - 1:
-                    raise JudgeFailed(self._without_key(f"{self._url} cannot be asked ({error})")) from None
+                    raise JudgeFailed(self._without_key(f"{self._url} cannot be reached ({error})")) from None
             time.sleep(_PAUSE_SECONDS * 2**attempt)
         raise AssertionError
 

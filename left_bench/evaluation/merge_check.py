@@ -1,4 +1,4 @@
-"""Merge an adapter into the base weights, and what that changes: the logits, and later the speed of generating."""
+"""Merging an adapter into the base weights, and how much that changes the logits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from left_bench.spec.cell import Cell
 from left_bench.training.loss import AnswerLoss
 
 _COMPARED_TOKENS = 8
-"""Answer tokens of each row whose logits are compared; a long answer's later ones would say no more."""
+"""Number of answer tokens per row whose logits are compared; later tokens of a long answer would add nothing."""
 
 
 def merge(
     model: torch.nn.Module, rows: Sequence[Example], cell: Cell, *, meter: Meter, pad_id: int
 ) -> tuple[torch.nn.Module | None, str]:
-    """Fold the adapter into the base weights and compare the logits of both on `rows`.
+    """Merge the adapter into the base weights and compare the logits before and after on `rows`.
 
     `model` must not be used afterwards. `merge_max_abs_difference` goes into `meter`.
 
     Returns:
-        The merged model and `merged`, or `merged and quantized again`, with the rounding that the dtype allows; or
-        None and why there is no merge.
+        The merged model, and `merged` or `merged and quantized again` with the rounding of the dtype; or None and why
+        it was not merged.
     """
     refusal = why_not(model)
     if refusal is not None:
@@ -37,7 +37,7 @@ def merge(
     attached = answer_logits(model, rows, cell, pad_id=pad_id, device=meter.device.kind)
     try:
         merged = fold_in(model)
-        # some merges leave weights of a shape that does not compute
+        # some merges leave weights of an unusable shape
         logits = answer_logits(merged, rows, cell, pad_id=pad_id, device=meter.device.kind)
     except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         return None, f"not merged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -45,19 +45,19 @@ def merge(
     meter.metrics["merge_max_abs_difference"] = difference
     dtype = next(p.dtype for p in merged.parameters() if p.is_floating_point())
     rounding = torch.finfo(dtype).eps * attached.abs().max().item()
-    how = "merged and quantized again" if quantized_weights(merged) else "merged"  # its rounding is in the difference
+    how = "merged and quantized again" if quantized_weights(merged) else "merged"  # its rounding is included
     return merged, f"{how}; one rounding of the largest logit in {str(dtype).removeprefix('torch.')} is {rounding:.2g}"
 
 
 def fold_in(model: Any) -> torch.nn.Module:
-    """The base model with the adapter in its weights; `model` must not be used afterwards."""
+    """The base model with the adapter merged into its weights; `model` must not be used afterwards."""
     _untie(model)
     merged: torch.nn.Module = model.base_model.merge_and_unload()
     return merged
 
 
 def why_not(model: torch.nn.Module) -> str | None:
-    """Why the method has no merge, or None."""
+    """Why the method cannot be merged, or None."""
     if not isinstance(model, PeftModel):
         return "not merged: the method is no peft adapter"
     if model.active_peft_config.is_prompt_learning:
@@ -70,9 +70,9 @@ def why_not(model: torch.nn.Module) -> str | None:
 
 
 def _untie(model: Any) -> None:
-    """Give an adapted output head, or an adapted embedding, a weight of its own where the two share one.
+    """Untie output head and embedding if one of them has an adapter.
 
-    Merged into the shared weight, what was learned for the one would change the other as well.
+    Merging into the shared weight would change the other one as well.
     """
     base = model.get_base_model()
     ends = (base.get_output_embeddings(), base.get_input_embeddings())

@@ -1,7 +1,7 @@
-"""A scorer of the user's own: `def score(prediction: str, reference: str, row: dict) -> float | dict[str, float]`.
+"""A user-defined scorer: `def score(prediction: str, reference: str, row: dict) -> float | dict[str, float]`.
 
-What can be seen in its source is checked before anything runs, without importing it: the launching process stays free
-of whatever it needs. The worker imports it after training, and a fault in it costs the scores, not the cell.
+Its source is checked before anything runs, without importing it, so that the launching process does not need its
+dependencies. The worker imports it after training, and an error in it costs its scores, not the cell.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ class ScorerFailed(RuntimeError):
 
 
 class Source(NamedTuple):
-    """Where a scorer is written."""
+    """Where a scorer is defined."""
 
     path: Path
     function: str
     module: str | None
-    """The name it is imported by; None: the file is loaded by itself."""
+    """The module's name for importing it; None: the file is loaded directly."""
 
 
 def with_content(cell: Cell, folders: Sequence[Path]) -> Cell:
-    """The cell with its scorer's place and SHA-256, after a look at its source.
+    """The cell with its scorer's path and SHA-256, after checking its source.
 
     Args:
-        folders: of options (`--config-dir`), where a file that is not in the working directory is looked for.
+        folders: of options (`--config-dir`), where files are looked for if they are not in the working directory.
 
     Raises:
-        UserError: there is no such file, module or function, it cannot be called as a scorer is, or nothing is scored.
+        UserError: there is no such file, module or function, it has the wrong parameters, or nothing is scored.
     """
     named = cell.eval.scorer
     if named is None:
         return cell
     if not cell.eval.generate and cell.task.writes:
         raise UserError(
-            f"eval.scorer={named}: it scores answers, and eval.generate=false writes none; leave one of the two out"
+            f"eval.scorer={named}: it scores answers, and eval.generate=false generates none; leave one of the two out"
         )
     source = find(named, folders)
     _check(source, named)
@@ -68,7 +68,7 @@ def find(named: str, folders: Sequence[Path] = ()) -> Source:
     """The source that `module:function` or `path/file.py:function` names; nothing is imported.
 
     Raises:
-        UserError: there is none.
+        UserError: it does not exist.
     """
     where, colon, function = named.rpartition(":")
     if not (colon and where and function.isidentifier()):
@@ -76,24 +76,24 @@ def find(named: str, folders: Sequence[Path] = ()) -> Source:
             f"eval.scorer={named}: name a function, as in eval.scorer=my_module:score or eval.scorer=score.py:score"
         )
     if where.endswith(".py") or "/" in where or "\\" in where:
-        given = Path(where).expanduser()
-        path = next((path for path in (given, *(folder / given for folder in folders)) if path.is_file()), None)
+        file = Path(where).expanduser()
+        path = next((path for path in (file, *(folder / file for folder in folders)) if path.is_file()), None)
         if path is None:
-            beside = [item.name for item in given.parent.glob("*.py")] if given.parent.is_dir() else []
-            hint = nearest(given.name, beside) or "; give the path of a Python file, from here or from --config-dir"
-            raise UserError(f"eval.scorer={named}: there is no file {given}{hint}")
+            others = [item.name for item in file.parent.glob("*.py")] if file.parent.is_dir() else []
+            hint = nearest(file.name, others) or "; give the path of a Python file, from here or from --config-dir"
+            raise UserError(f"eval.scorer={named}: there is no file {file}{hint}")
         return Source(path, function, None)
     path = _file_of_module(where)
     if path is None:
         raise UserError(
-            f"eval.scorer={named}: there is no module {where!r} here or among what is installed; a file is named with "
-            f"its ending, eval.scorer={where.replace('.', '/')}.py:{function}"
+            f"eval.scorer={named}: there is no module {where!r} here or among installed packages; a file is given with "
+            f"its suffix, eval.scorer={where.replace('.', '/')}.py:{function}"
         )
     return Source(path, function, where)
 
 
 def _file_of_module(name: str) -> Path | None:
-    """A module's source in the working directory, else where Python looks; its packages are not imported either."""
+    """A module's source in the working directory or on Python's path, found without importing its packages."""
     if not all(part.isidentifier() for part in name.split(".")):
         return None
     folders: Any = [str(Path.cwd()), *sys.path]
@@ -103,7 +103,7 @@ def _file_of_module(name: str) -> Path | None:
         full = ".".join(parts[:depth])
         spec = PathFinder.find_spec(full, folders)
         if spec is None and depth == 1:
-            spec = importlib.util.find_spec(full)  # an editable installation has a finder of its own
+            spec = importlib.util.find_spec(full)  # an editable installation has its own finder
         if spec is None:
             return None
         folders = spec.submodule_search_locations or []
@@ -112,7 +112,7 @@ def _file_of_module(name: str) -> Path | None:
 
 
 def _check(source: Source, named: str) -> None:
-    """Refuse what the source shows to be no scorer."""
+    """Refuse a source that cannot be a scorer."""
     try:
         body = ast.parse(source.path.read_bytes()).body
     except SyntaxError as error:
@@ -126,22 +126,22 @@ def _check(source: Source, named: str) -> None:
         if source.function not in set(_bound(body)):
             hint = nearest(source.function, defined) or f"; it defines {', '.join(defined) or 'none'}"
             raise UserError(f"eval.scorer={named}: {source.path} has no function {source.function!r}{hint}")
-        return  # imported or made there: what it takes shows when it is called
+        return  # imported or created there: its parameters are unknown until it is called
     if isinstance(function, ast.AsyncFunctionDef):
         raise UserError(f"eval.scorer={named}: {source.function} is asynchronous; write it as a plain function")
-    takes = function.args
-    positional = len(takes.posonlyargs) + len(takes.args)
-    least = positional - len(takes.defaults)
-    keywords = any(default is None for default in takes.kw_defaults)
-    if least > 3 or keywords or (positional < 3 and takes.vararg is None):
+    parameters = function.args
+    positional = len(parameters.posonlyargs) + len(parameters.args)
+    least = positional - len(parameters.defaults)
+    keywords = any(default is None for default in parameters.kw_defaults)
+    if least > 3 or keywords or (positional < 3 and parameters.vararg is None):
         raise UserError(
-            f"eval.scorer={named}: {source.function}({ast.unparse(takes)}) cannot be called with three arguments; "
+            f"eval.scorer={named}: {source.function}({ast.unparse(parameters)}) cannot be called with three arguments; "
             f"write def {source.function}{_CALLED}"
         )
 
 
 def _bound(body: Sequence[ast.stmt]) -> Iterator[str]:
-    """Names that a module's statements bind other than by defining a function."""
+    """Names that a module's statements bind, except by defining a function."""
     for statement in body:
         for node in ast.walk(statement):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -161,13 +161,13 @@ def score_answers(
     *,
     tell: Callable[[str, int, int], None],
 ) -> tuple[list[Score], dict[str, list[float]]]:
-    """What the cell's scorer makes of its answers and, beside them, of the base model's.
+    """Scores of the cell's answers and of the base model's, by the cell's scorer.
 
     Returns:
         The scores, and each row's score by the metric's name.
 
     Raises:
-        ScorerFailed: it cannot be imported, raises, or returns something else than it should.
+        ScorerFailed: it cannot be imported, raises an error, or returns something invalid.
     """
     score = _load(cell)
     records = _records(cell, rows)
@@ -176,7 +176,7 @@ def score_answers(
     if base_answers is not None:
         before = _call(score, rows, records, base_answers, tell=lambda done: tell("scorer, base", done, len(rows)))
         if before.keys() != of_rows.keys():
-            raise ScorerFailed(f"it scored {_listed(of_rows)} first and then {_listed(before)}; all rows need the same")
+            raise ScorerFailed(f"it scored {_listed(of_rows)} first, then {_listed(before)}; all rows need the same")
     scores = []
     for metric, values in of_rows.items():
         mean = math.fsum(values) / len(values)
@@ -195,7 +195,7 @@ def score_answers(
 
 
 def _load(cell: Cell) -> Scorer:
-    """The function itself, from the very source that the cell is known by."""
+    """Import the function, after checking that its source is still the one recorded in the cell."""
     named = cell.eval.scorer
     assert named is not None
     try:
@@ -204,9 +204,9 @@ def _load(cell: Cell) -> Scorer:
         raise ScorerFailed(str(error)) from error
     if file_sha256(source.path) != cell.eval.scorer_content:
         raise ScorerFailed(f"{source.path} has changed since this cell was launched")
-    beside = str(Path.cwd() if source.module is not None else source.path.absolute().parent)
-    if beside not in sys.path:
-        sys.path.append(beside)  # last: its neighbours take no library's place
+    folder = str(Path.cwd() if source.module is not None else source.path.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that files next to it do not shadow libraries
     try:
         if source.module is not None:
             module = importlib.import_module(source.module)
@@ -222,23 +222,23 @@ def _load(cell: Cell) -> Scorer:
     except ScorerFailed:
         raise
     except (Exception, SystemExit) as error:
-        raise ScorerFailed(f"it cannot be imported: {_said(error)}") from error
+        raise ScorerFailed(f"it cannot be imported: {_described(error)}") from error
     if not callable(result):
-        raise ScorerFailed(f"{source.function} is no function")
+        raise ScorerFailed(f"{source.function} is not a function")
     scorer: Scorer = result
     return scorer
 
 
 def _records(cell: Cell, rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each row's columns as they stand in the data; of pictures, which they are and what they show."""
+    """Each row's columns as in the data; for images, their name and class."""
     if cell.data.image_column is not None:
         return [{"prompt": row.prompt, "answer": row.reference} for row in rows]
     from left_bench.data.rows import split_rows
 
-    kept = split_rows(cell.data, keep_records=True).test[: len(rows)]
-    if [(row.prompt, row.answer) for row in kept] != [(row.prompt, row.reference) for row in rows]:
+    read = split_rows(cell.data, keep_records=True).test[: len(rows)]
+    if [(row.prompt, row.answer) for row in read] != [(row.prompt, row.reference) for row in rows]:
         raise ScorerFailed("the data have changed since this cell was launched")
-    return [dict(row.record or {}) for row in kept]
+    return [dict(row.record or {}) for row in read]
 
 
 def _call(
@@ -256,11 +256,11 @@ def _call(
         try:
             result = score(answer, row.reference, dict(record))
         except (Exception, SystemExit) as error:
-            raise ScorerFailed(f"it failed on row {number + 1}: {_said(error)}") from error
+            raise ScorerFailed(f"it failed on row {number + 1}: {_described(error)}") from error
         scores = result if isinstance(result, Mapping) else {getattr(score, "__name__", "score"): result}
         for name, value in scores.items():
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise ScorerFailed(f"it named a score {name!r} on row {number + 1}; letters, digits and _ make a name")
+                raise ScorerFailed(f"it named a score {name!r} on row {number + 1}; use letters, digits and _")
             if not isinstance(value, Real) or not math.isfinite(value):
                 raise ScorerFailed(f"it returned {name}={value!r} on row {number + 1}; a score is a finite number")
         of_row = {f"{SCORER_PREFIX}{name}": float(value) for name, value in scores.items()}
@@ -276,5 +276,5 @@ def _listed(scores: Mapping[str, Any]) -> str:
     return ", ".join(name.removeprefix(SCORER_PREFIX) for name in scores) or "nothing"
 
 
-def _said(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,4 +1,4 @@
-"""What a sweep's cells share, measured once and kept beside the runs: the base model's scores, the machine's peak."""
+"""Results that a sweep's cells share, measured once and stored with the runs: base-model scores, machine peak."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from left_bench.spec.cell import Cell, fingerprint
 from left_bench.spec.events import progress_of
 
 BASE_FOLDER = "base"
-_ATTEMPTS = 3  # to measure the peak while nothing else runs, a second or two each
+_ATTEMPTS = 3  # to measure the peak undisturbed, a second or two each
 _DECIDING = ("torch", "transformers", *(package for backend in backends() for package in backend.packages))
 
 
@@ -37,13 +37,13 @@ def evaluate_base(
     runs_dir: Path,
     tasks: dict[str, Any] | None = None,
 ) -> tuple[Evaluation, str]:
-    """The evaluation of the model before training, from `runs_dir/base/` where an earlier cell left it.
+    """The evaluation of the model before training, from `runs_dir/base/` if an earlier cell stored it.
 
     Args:
-        tasks: of lm-evaluation-harness (`harness.load_tasks`), which the model is asked too.
+        tasks: tasks of lm-evaluation-harness to run as well (`harness.load_tasks`).
 
     Returns:
-        The evaluation, and where it comes from: `measured here` or the shared file's name.
+        The evaluation, and its source: `measured here` or the shared file's name.
     """
     path = runs_dir / BASE_FOLDER / f"{base_key(cell, rows)}.json"
     if path.exists():
@@ -51,7 +51,7 @@ def evaluate_base(
             return Evaluation.model_validate_json(path.read_text(encoding="utf-8")), f"{BASE_FOLDER}/{path.name}"
         except ValueError:  # an older or damaged file: measure again and replace it
             pass
-    # without the adapter that autocast may be on for: the file is shared by all methods
+    # without an adapter, which may turn autocast on, because all methods share the file
     with meter.phase("evaluate_base") as counts:
         common: dict[str, Any] = {"device": meter.device.kind, "tell": progress_of(meter.events)}
         bare = cell.without_adapter()
@@ -68,15 +68,15 @@ def shared_peak(
 ) -> Quiet:
     """FLOP/s of this machine's matrix products in the cell's compute dtype, from `runs_dir/base/` or measured now.
 
-    Shared among cells with as many threads that run as many at once: beside others a machine gives less. One that was
-    measured while something else took the cores is measured again by the next cell, until none did.
+    Shared by cells with the same number of threads and of cells at once, because concurrent cells slow each other down.
+    A peak that was disturbed by other load is measured again by the next cell, until it is undisturbed.
 
     Args:
-        doubted: measure again whatever is known, for it turned out too low.
+        doubted: measure again in any case, because the known value is too low.
     """
     machine = describe_machine(meter.device)["id"]
     dtype = cell.precision.compute_dtype
-    rounding = "tf32" if cell.precision.tf32 else dtype  # two speeds of one dtype
+    rounding = "tf32" if cell.precision.tf32 else dtype  # float32 has two speeds
     path = runs_dir / BASE_FOLDER / f"peak-{machine}-{rounding}-{threads}x{at_once}.json"
     known = _known_peak(path)
     if known is not None and known.disturbed_by is None and not doubted:
@@ -85,7 +85,7 @@ def shared_peak(
 
     def measure() -> float:
         nonlocal measured
-        tell("matrix products, measured", measured, _ATTEMPTS)  # a sign of life: each takes a second or two
+        tell("matrix products, measured", measured, _ATTEMPTS)  # progress: each takes a second or two
         measured += 1
         return matrix_product_peak(meter.device.kind, dtype)
 
@@ -107,7 +107,7 @@ def shared_peak(
 
 
 def _known_peak(path: Path) -> Quiet | None:
-    """What an earlier cell has left; None where there is nothing, or a damaged file: measure and replace it."""
+    """The peak stored by an earlier cell; None if there is none or the file is damaged."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return Quiet(float(facts["flops_per_second"]), facts["other_cpu_share"])
@@ -116,21 +116,21 @@ def _known_peak(path: Path) -> Quiet | None:
 
 
 def peak_facts(peak: Quiet, *, processes: int, above: float | None) -> dict[str, Any]:
-    """What a record says of the peak (`environment.effective`).
+    """The record's facts about the peak (`environment.effective`).
 
     Args:
-        above: how many times the peak the steps came to, where that is more than once.
+        above: the steps' FLOP/s relative to the peak, if above 1.
     """
-    told: dict[str, Any] = {"peak_flops_per_second": processes * peak.value}
+    facts: dict[str, Any] = {"peak_flops_per_second": processes * peak.value}
     if peak.disturbed_by is not None:
-        told["peak_other_cpu_share"] = peak.disturbed_by
+        facts["peak_other_cpu_share"] = peak.disturbed_by
     if above is not None:
-        told["utilization_withheld"] = f"the steps came to {above:.2f} times the measured peak, which must be wrong"
-    return told
+        facts["utilization_withheld"] = f"the steps came to {above:.2f} times the measured peak, which must be wrong"
+    return facts
 
 
 def base_key(cell: Cell, rows: Sequence[Example]) -> str:
-    """Fingerprint of all that decides the base model's scores on these rows."""
+    """Fingerprint of everything that decides the base model's scores on these rows."""
     parts = cell.base_identity
     parts["rows"] = [row.identity for row in rows]
     parts["generation"] = "greedy, without the checkpoint's penalties, ended by any of its end tokens"

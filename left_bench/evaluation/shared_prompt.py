@@ -1,8 +1,8 @@
-"""What all rows' prompts begin with is read once: the template's start and the system message, often half of a prompt.
+"""The prompts' common prefix (template start and system message, often half of a prompt) is processed only once.
 
-A decoder's keys and values at a position depend on what stands before it alone, so those of a common beginning serve
-every row. Whether they do is tried on two rows at each evaluation and not looked up by family or method: a model that
-looks at the whole input at once, or a method that reads its own places out of it, would answer otherwise.
+A decoder's keys and values at a position depend only on earlier positions, so those of a common prefix can be reused
+for every row. Whether this works is tried on two rows at each evaluation instead of looked up by family or method: a
+model that attends to the whole input, or a method that depends on positions in it, would answer differently.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from left_bench.methods.attach import has_virtual_tokens
 from left_bench.spec.cell import Cell
 from left_bench.training.loss import AnswerLoss
 
-_WORTH_IT = 8  # tokens; what a shorter beginning saves is spent on finding out
+_WORTH_IT = 8  # tokens; for a shorter prefix, the trial costs as much as it saves
 TRIED_ROWS = 2
-"""Rows that are read whole too, to see whether they come out alike."""
+"""Number of rows that are also processed in full, to compare the losses."""
 _LARGEST_DIFFERENCE = {"float32": 1e-3}
 _LARGEST_DIFFERENCE_OF_HALVES = 0.03
-"""Nats, the mean over the tried rows' answer tokens: what other shapes of the same products round differently."""
+"""Nats, mean over the tried rows' answer tokens: the rounding difference between products of different shapes."""
 
 
 class SharedPrompt:
-    """The common beginning of rows' prompts, with what the model keeps of it.
+    """The common prefix of rows' prompts, with the model's cache for it.
 
     Attributes:
-        ids: its tokens; empty where nothing is shared.
+        ids: its tokens; empty if nothing is shared.
     """
 
     def __init__(self, model: torch.nn.Module, ids: Sequence[int] = (), cache: DynamicCache | None = None) -> None:
@@ -42,13 +42,13 @@ class SharedPrompt:
         self._cache = cache
 
     def rest(self, row: Any) -> Any:
-        """The row without the beginning; as it is where nothing is shared."""
+        """The row without the prefix; unchanged if nothing is shared."""
         return row if not self.ids else replace(row, prompt_ids=row.prompt_ids[len(self.ids) :])
 
     def arguments(self, rows: int) -> dict[str, Any]:
-        """What a model's pass or `generate` takes besides: the beginning's keys and values for so many rows, its own.
+        """Additional arguments of a forward pass or `generate`: a copy of the prefix's cache for `rows` rows.
 
-        Empty where nothing is shared.
+        Empty if nothing is shared.
         """
         if self._cache is None:
             return {}
@@ -61,7 +61,7 @@ class SharedPrompt:
         return loss.through(self._forward) if self.ids else loss
 
     def _forward(self, **inputs: Any) -> Any:
-        """A pass over what follows the beginning, as a model is called."""
+        """A forward pass over the tokens after the prefix, with a model's signature."""
         mask = inputs["attention_mask"]
         before = mask.new_ones(len(mask), len(self.ids))
         whole = {"attention_mask": torch.cat([before, mask], dim=1), "use_cache": True}
@@ -69,9 +69,9 @@ class SharedPrompt:
 
 
 def common_beginning(rows: Sequence[Any]) -> list[int]:
-    """The tokens that all rows' prompts begin with, but for the last token of the shortest.
+    """The common prefix of all rows' prompts, without the last token of the shortest prompt.
 
-    Empty where they are fewer than eight, or no decoder's (rows of pictures, prompts for an encoder).
+    Empty if it has fewer than eight tokens, or the rows are not a decoder's (images, prompts for an encoder).
     """
     if len(rows) < TRIED_ROWS or not isinstance(rows[0], Example) or rows[0].decoder_start is not None:
         return []
@@ -84,10 +84,10 @@ def common_beginning(rows: Sequence[Any]) -> list[int]:
 def read_shared_prompt(
     model: torch.nn.Module, rows: Sequence[Any], cell: Cell, *, pad_id: int, device: str
 ) -> SharedPrompt:
-    """Read the beginning that all rows' prompts share, where the model can go on from it; call without gradients.
+    """Process the prompts' common prefix, if the model can continue from it; call without gradients.
 
-    `ids` is empty where there is no `common_beginning`, where a method puts tokens or keys before the prompt, where a
-    layer keeps anything but plain keys and values, and where the loss of two rows comes out otherwise.
+    `ids` is empty if there is no `common_beginning`, if a method puts tokens or keys before the prompt, if a layer
+    caches anything but plain keys and values, or if the loss of two rows differs.
     """
     nothing = SharedPrompt(model)
     ids = [] if has_virtual_tokens(model) else common_beginning(rows)
@@ -100,6 +100,6 @@ def read_shared_prompt(
     shared = SharedPrompt(model, ids, cache)
     loss, tried = AnswerLoss(model, everywhere=cell.training.output_head == "all"), rows[:TRIED_ROWS]
     whole = loss.of_tokens(collate(tried, pad_id=pad_id).to(device))
-    apart = shared.after(loss).of_tokens(collate([shared.rest(row) for row in tried], pad_id=pad_id).to(device))
+    with_prefix = shared.after(loss).of_tokens(collate([shared.rest(row) for row in tried], pad_id=pad_id).to(device))
     allowed = _LARGEST_DIFFERENCE.get(cell.precision.compute_dtype, _LARGEST_DIFFERENCE_OF_HALVES)
-    return shared if (whole - apart).abs().mean().item() <= allowed else nothing
+    return shared if (whole - with_prefix).abs().mean().item() <= allowed else nothing

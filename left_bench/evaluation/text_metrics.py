@@ -1,4 +1,4 @@
-"""A metric of answers as an `evaluate.Metric` that needs no hub: the numbers, and those of each row."""
+"""A metric of answers as an `evaluate.Metric` that needs no hub: its value, and the value of each row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from left_bench.spec.row_scores import ANSWER_METRICS
 
 
 class AnswerMetric(evaluate.Metric):
-    """Text against text. `compute` returns the value, and `per_row` where the value is the mean over rows."""
+    """Compares texts. `compute` returns the value, and `per_row` if the value is the mean over rows."""
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
@@ -28,30 +28,30 @@ class AnswerMetric(evaluate.Metric):
             features=datasets.Features(features),
         )
 
-    def _compute(self, predictions: list[str], references: list[str], **given: Any) -> dict[str, Any]:
+    def _compute(self, predictions: list[str], references: list[str], **options: Any) -> dict[str, Any]:
         of_answer, of_answers = self._metric.of_answer, self._metric.of_answers
         if of_answer is None:
             assert of_answers is not None
             return {"value": of_answers(predictions, references)}
-        per_row = [of_answer(*pair, **given) for pair in zip(predictions, references, strict=True)]
+        per_row = [of_answer(*pair, **options) for pair in zip(predictions, references, strict=True)]
         return {"value": sum(per_row) / len(per_row), "per_row": per_row}
 
 
 def score_text(
     name: str, predictions: list[str], references: list[str], *, extractor: str | None = None
 ) -> tuple[float, list[float] | None]:
-    """One metric over all rows; `extractor` is what `exact_match` compares by.
+    """One metric over all rows; `extractor` is for `exact_match`.
 
     Returns:
-        The value, and the value of each row where the metric is their mean.
+        The value, and the value of each row if the metric is their mean.
 
     Raises:
         UserError: no such metric.
     """
     if name not in ANSWER_METRICS:
-        hint = nearest(name, ANSWER_METRICS) or f"; there are {', '.join(ANSWER_METRICS)}"
+        hint = nearest(name, ANSWER_METRICS) or f"; choose from {', '.join(ANSWER_METRICS)}"
         raise UserError(f"eval.metrics: unknown metric '{name}'{hint}")
     metric = ANSWER_METRICS[name]
-    given = {"extractor": extractor} if metric.extracts else {}
-    result: Any = AnswerMetric(metric).compute(predictions=predictions, references=references, **given)
+    options = {"extractor": extractor} if metric.extracts else {}
+    result: Any = AnswerMetric(metric).compute(predictions=predictions, references=references, **options)
     return float(result["value"]), result.get("per_row")

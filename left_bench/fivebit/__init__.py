@@ -1,7 +1,8 @@
 """Weights stored in 5 bits, trainable through adapters: NormalFloat (`nf5`) and plain integers (`int5`).
 
-No other backend that can be trained stores 5 bits: torchao's int5 and HQQ's 5-bit both take up a byte per weight.
-Importing this package makes its quantization known to transformers, which is also what reloading a saved model needs.
+No other trainable backend stores 5 bits: torchao's int5 and HQQ's 5-bit both use a byte per weight. Importing this
+package registers its quantization with transformers, which reloading a saved model also needs.
+`left_bench.quantization.five_bit` is its backend.
 """
 
 from left_bench.fivebit.linear import Linear5bit

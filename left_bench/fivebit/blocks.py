@@ -1,4 +1,4 @@
-"""Quantize a weight block by block, and decode it again; plain tensors in, plain tensors out."""
+"""Quantize and decode a weight block by block, on plain tensors."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from left_bench.fivebit.codebook import levels, look_up
 from left_bench.fivebit.packing import PLANES, SEGMENTS, pack, unpacked
 
 TOGETHER = {"nf5": 2, "int5": 1}
-"""Codes packed together: pairs are looked up by one access, integers are worked out one by one."""
+"""Codes packed together: pairs need only one look-up; integers are computed one by one."""
 NESTED_BLOCK = 256
-"""Scales that share a constant under double quantization (QLoRA, section 3)."""
-# Weights decoded at a time: enough to hide the cost of starting an operation, little enough that the float32 copy of
-# one piece, not of the whole weight, is what stands beside the result.
+"""Number of scales that share a constant under double quantization (QLoRA, section 3)."""
+# Weights decoded at a time: enough to hide the cost of starting an operation, few enough that only a small float32 copy
+# exists in addition to the result.
 _PIECE = 2**20
 _PIECE_ON_ACCELERATOR = 2**26
-"""There an operation on a million weights ends before the next is launched."""
+"""Larger, because there an operation on a million weights ends before the next is launched."""
 
 
 def padded_numel(numel: int, block_size: int) -> int:
-    """Stored codes for `numel` weights: every one of the 8 segments holds whole blocks."""
+    """Number of stored codes for `numel` weights: each of the 8 segments holds whole blocks."""
     unit = SEGMENTS * block_size
     return -(-numel // unit) * unit
 
@@ -31,7 +31,7 @@ def padded_numel(numel: int, block_size: int) -> int:
 def constant_shapes(
     numel: int, *, scheme: str, block_size: int, double_quant: bool
 ) -> dict[str, tuple[int, torch.dtype]]:
-    """Name -> length and dtype of the constants beside the codes.
+    """Name -> length and dtype of the constants stored in addition to the codes.
 
     Bits per weight with blocks of 64: `nf5` 5 + 16/64 = 5.25 (bfloat16 scales); double-quantized 5 + 8/64 +
     32/(64 256) = 5.127; `int5` 5 + 16/64 + 8/64 = 5.375 (bfloat16 scales, 8-bit zero points).
@@ -55,8 +55,8 @@ def quantize(
     """Codes and constants of a weight of any shape; blocks run along its flattened elements.
 
     `nf5`: each block is divided by its largest magnitude and rounded to the nearest NormalFloat level. `int5`: each
-    block's range, zero included, is cut into 31 equal steps, and zero is one of the marks. Codes are chosen against the
-    constants as stored, so rounding those costs no systematic error.
+    block's range, zero included, is divided into 31 equal steps, and zero is one of the levels. Codes are chosen with
+    the stored (rounded) constants, so that rounding them causes no systematic error.
 
     Returns:
         Packed codes, uint8 [5 / 8 padded numel], and the tensors that `constant_shapes` names.
@@ -98,12 +98,12 @@ def dequantize(
     dtype: torch.dtype,
     after: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The dense weight that the codes stand for: worked out in float32, rounded once to `dtype`.
+    """The dense weight of the codes: computed in float32, rounded once to `dtype`.
 
-    In one pass where there is a kernel for it (`native`), else by torch's operations; the bits are the same.
+    In one pass if there is a kernel for it (`native`), else by torch operations, with identical bits.
 
     Args:
-        after: what a compiled graph works out before (`custom_op.decode`).
+        after: a tensor that a compiled graph computes first (`custom_op.decode`).
     """
     if native.by_triton(block_size=block_size, dtype=dtype, device=packed.device):
         out = custom_op.decode(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype, after=after)
@@ -112,11 +112,11 @@ def dequantize(
     return out[: math.prod(shape)].view(shape)
 
 
-@torch.compiler.disable  # it would be traced into Arrow and LLVM, which fails
+@torch.compiler.disable  # tracing into Arrow and LLVM would fail
 def _outside_graphs(
     packed: torch.Tensor, constants: Mapping[str, torch.Tensor], *, scheme: str, block_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """All that is stored, padding included, flat."""
+    """All stored weights, padding included, flat."""
     if native.decoder(block_size=block_size, dtype=dtype, device=packed.device) == native.TORCH:
         return _by_torch(packed, constants, scheme=scheme, block_size=block_size, dtype=dtype)
     out = torch.empty(packed.numel() * 8 // 5, dtype=dtype)
@@ -127,10 +127,10 @@ def _outside_graphs(
 def _by_torch(
     packed: torch.Tensor, constants: Mapping[str, torch.Tensor], *, scheme: str, block_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """All that is stored, padding included, flat."""
+    """All stored weights, padding included, flat."""
     planes = packed.view(PLANES, -1)
     scale = decoded_scale(constants).view(SEGMENTS, -1, 1)
-    blocks = scale.shape[1]  # of one segment
+    blocks = scale.shape[1]  # per segment
     together = _PIECE if packed.device.type == "cpu" else _PIECE_ON_ACCELERATOR
     step = min(blocks, max(1, together // (SEGMENTS * block_size)))
     out = torch.empty(SEGMENTS, blocks, block_size, dtype=dtype, device=packed.device)
@@ -140,7 +140,7 @@ def _by_torch(
         if scheme == "int5":
             zero_point = constants["zero_point"].view(torch.int8).view(SEGMENTS, -1, 1)[:, piece]
             steps = result.view(torch.int8).view(SEGMENTS, -1, block_size).sub_(zero_point)
-            values = [steps.float()]  # -31 to 31; no table, for integers are their own levels
+            values = [steps.float()]  # -31 to 31; integers need no table of levels
         else:
             values = [some.view(len(some), -1, block_size) for some in look_up(result)]
         first = 0
@@ -152,7 +152,7 @@ def _by_torch(
 
 
 def _tensor(number: float, like: torch.Tensor) -> torch.Tensor:
-    """A divisor as it is: by a plain number a GPU does not divide, it multiplies by what it rounded 1 / number to."""
+    """A divisor as a tensor: with a plain number, a GPU multiplies by the rounded 1 / number instead of dividing."""
     return torch.tensor(number, dtype=like.dtype, device=like.device)
 
 
@@ -163,15 +163,15 @@ def decoded_scale(constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return scale
     whole = torch.nn.functional.pad(scale, (0, -len(scale) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     decoded = (whole * constants["nested_scale"][:, None]).view(-1)[: len(scale)] + constants["nested_mean"]
-    return decoded.clamp_(min=0)  # a block of zeros may come out just below
+    return decoded.clamp_(min=0)  # a block of zeros may become slightly negative
 
 
 def _nested(largest: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Scales quantized once more, as in QLoRA: their mean taken off, then 8 bits with a constant for every 256.
+    """Scales quantized once more, as in QLoRA: subtract their mean, then 8 bits with a constant for every 256.
 
-    The 8-bit levels are evenly spaced, where bitsandbytes takes its dynamic map: centred, the scales have no long tail.
+    The 8-bit levels are evenly spaced; bitsandbytes uses its dynamic map, but centred scales have no long tail.
     """
-    mean = largest.cpu().mean().view(1).to(largest.device)  # a GPU adds up in another order
+    mean = largest.cpu().mean().view(1).to(largest.device)  # on the CPU, because a GPU sums in another order
     centred = torch.nn.functional.pad(largest - mean, (0, -len(largest) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested_scale = centred.abs().amax(dim=1) / _tensor(127, largest)
     ratio = torch.where(nested_scale[:, None] > 0, centred / nested_scale[:, None], 0.0)

@@ -1,4 +1,4 @@
-"""The levels that codes stand for: NormalFloat at any width, and the plain integers."""
+"""The levels of the codes: NormalFloat for any number of bits, and plain integers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def normal_float(bits: int) -> torch.Tensor:
     """The NormalFloat levels of QLoRA (Dettmers et al. 2023, section 3 and appendix E), sorted, float32, in [-1, 1].
 
     Quantiles of N(0, 1), evenly spaced in probability, with 2^(k-1) levels above zero, 2^(k-1) - 1 below it and zero
-    itself, divided by the largest. The outermost probability is where bitsandbytes puts it for k = 4: 0.9677083 =
-    1 - (1/30 + 1/32) / 2, the mean of where the outermost of 15 and the outermost of 16 equally likely bins has its
-    middle (Yoshida 2023, arXiv 2306.06965, eq. for delta). At k bits: 1 - (1/(2 (2^k - 1)) + 1/(2 2^k)) / 2, so
-    1 - (1/62 + 1/64) / 2 = 0.9841230 for k = 5. k = 4 gives bitsandbytes' nf4 table.
+    itself, divided by the largest. The outermost probability follows bitsandbytes' value for k = 4: 0.9677083 = 1 -
+    (1/30 + 1/32) / 2, the mean of the midpoints of the outermost of 15 and of 16 equally likely bins (Yoshida 2023,
+    arXiv 2306.06965, eq. for delta). At k bits: 1 - (1/(2 (2^k - 1)) + 1/(2 2^k)) / 2, so 1 - (1/62 + 1/64) / 2 =
+    0.9841230 for k = 5. k = 4 gives bitsandbytes' nf4 table.
     """
     half = 2 ** (bits - 1)
     outermost = 1 - (1 / (4 * half - 2) + 1 / (4 * half)) / 2
@@ -46,7 +46,7 @@ def levels(scheme: str, device: torch.device) -> torch.Tensor:
 def level_pairs(device: torch.device) -> torch.Tensor:
     """For each of the 1024 pairs of `nf5` codes (first + 32 * second) both levels, two float32 in one int64 [1024].
 
-    One table for all layers, 8 KiB; a look-up that yields two weights costs as much as one that yields one.
+    One table for all layers, 8 KiB; looking up two weights at once costs as much as looking up one.
     """
     item = levels("nf5", device)
     index = torch.arange(1024, device=device)
@@ -56,9 +56,9 @@ def level_pairs(device: torch.device) -> torch.Tensor:
 def look_up(pairs: torch.Tensor) -> Iterable[torch.Tensor]:
     """The float32 `nf5` levels of pairs of codes, int16 [rows, n]: [some rows, 2 n] at a time, in order.
 
-    On a CPU through Arrow's `take`: it reads 16-bit indices as they are. torch's look-ups want them widened, and then
-    take 1.3 times (`index_select`) to 4 times (`take`) as long. Arrow uses one thread for a call, so the rows are
-    divided among as many as torch uses.
+    On a CPU it uses Arrow's `take`, which reads 16-bit indices directly. torch's look-ups need wider indices, and then
+    take 1.3 times (`index_select`) to 4 times (`take`) as long. Arrow uses one thread per call, so the rows are divided
+    among as many threads as torch uses.
     """
     if pairs.device.type != "cpu":
         result = level_pairs(pairs.device).index_select(0, pairs.view(-1).int())
@@ -70,7 +70,7 @@ def look_up(pairs: torch.Tensor) -> Iterable[torch.Tensor]:
 def _take(pairs: torch.Tensor) -> torch.Tensor:
     buffer = pyarrow.py_buffer(pairs.numpy())
     indices = pyarrow.Array.from_buffers(pyarrow.uint16(), pairs.numel(), [None, buffer])
-    # unchecked: ten bits cannot point outside the table
+    # no bounds check: ten bits cannot point outside the table
     result = pyarrow.compute.array_take(_arrow_table(), indices, boundscheck=False)
     return torch.frombuffer(result.buffers()[1], dtype=torch.float32, count=2 * len(result)).view(len(pairs), -1)
 
@@ -82,5 +82,5 @@ def _arrow_table() -> pyarrow.Array:
 
 @cache
 def pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads for one process: a fork inherits the pool without its threads."""
+    """A thread pool per process: a fork inherits the pool object without its threads."""
     return ThreadPoolExecutor(threads, thread_name_prefix="decode")

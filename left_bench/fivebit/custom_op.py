@@ -1,4 +1,4 @@
-"""The GPU's decoder as an operation of torch, so that torch.compile traces over it instead of breaking its graph."""
+"""The GPU decoder as a torch operator, so that torch.compile does not break its graph."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def decode(
     dtype: torch.dtype,
     after: torch.Tensor | None,
 ) -> torch.Tensor:
-    """All that is stored, padding included, flat; only where `native.by_triton` says so.
+    """All stored weights, padding included, flat; only valid if `native.by_triton` is true.
 
     Args:
-        after: a tensor that is worked out before. A compiler sees nothing else to keep it from decoding all weights
-            of a model at once, or from keeping what the forward pass decoded for the backward pass.
+        after: a tensor that is computed first. Without this dependency a compiler could decode all weights of a model
+            at once, or keep what the forward pass decoded for the backward pass.
     """
     second = constants.get("nested_scale", constants.get("zero_point"))
     result: torch.Tensor = getattr(torch.ops.left_bench, _NAME)(
@@ -66,5 +66,5 @@ def _like(packed: torch.Tensor, *_: object, dtype: torch.dtype, **__: object) ->
     return packed.new_empty(packed.shape[0] * 8 // 5, dtype=dtype)
 
 
-_LIBRARY.impl(_NAME, _on_gpu, "CUDA")  # AMD's GPUs go by this name too
+_LIBRARY.impl(_NAME, _on_gpu, "CUDA")  # also AMD's GPUs
 torch.library.register_fake(f"left_bench::{_NAME}", _like, lib=_LIBRARY)

@@ -1,8 +1,8 @@
 """The one-pass decoder as LLVM assembly: unpack, look up, scale and round 16 words at a time, in vector registers.
 
 Byte i of every plane and weight i of every segment belong together, for both widths of `packing`. So a vector of 16
-words (codes, or pairs of codes) sits `position` bytes into its plane and yields the weights from `position` on.
-Text in, text out: nothing here needs LLVM.
+words (codes, or pairs of codes) starts `position` bytes into its plane and gives the weights from `position` on. This
+module only generates text; it does not need LLVM.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from left_bench.fivebit.packing import PLANES, SEGMENTS
 
 LANES = 16
 ARGUMENTS = ("out", "planes", "scale", "second", "mean", "blocks")
-"""The fields, 8 bytes each, of what `decode` is given: addresses, and the number of blocks in a segment. `second` holds
-the zero points (`int5`) or the scales' own scales (double quantization)."""
+"""The 8-byte fields of the argument of `decode`: addresses, and the number of blocks in a segment. `second` holds the
+zero points (`int5`) or the scales of the scales (double quantization)."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Weights of a segment decoded before the next segment's turn: the planes' bytes, 160 KiB, stay in the second cache, and
-# the result is written in long runs, not in eight places at once. Runs of 2048 cost large weights half as much again.
+# Weights of a segment decoded before the next segment: the planes' bytes, 160 KiB, stay in the L2 cache, and the result
+# is written in long runs, not in eight places at once. With runs of 2048, large weights take 1.5 times as long.
 _RUN = 2**15
 _INTS, _FLOATS = f"<{LANES} x i32>", f"<{LANES} x float>"
 
 
 class _Code:
-    """Lines of a function; calling it adds an operation and returns the name of its result."""
+    """The lines of a function; a call adds an operation and returns the name of its result."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -38,22 +38,22 @@ class _Code:
         return f"%v{self._names}"
 
     def at(self, address: str, offset: str | int) -> str:
-        """An address so many bytes on."""
+        """An address `offset` bytes further."""
         return self(f"getelementptr i8, ptr {address}, i64 {offset}")
 
     def ints(self, operation: str, left: str, right: str | int) -> str:
-        """An operation on 16 integers; a number stands for 16 of it."""
+        """An operation on 16 integers; a number is broadcast to 16."""
         return self(f"{operation} {_INTS} {left}, {f'splat (i32 {right})' if isinstance(right, int) else right}")
 
     def spread(self, kind: str, value: str) -> str:
-        """16 of a scalar."""
+        """A scalar broadcast to 16 lanes."""
         item = self(f"insertelement <{LANES} x {kind}> poison, {kind} {value}, i64 0")
         nowhere = f"<{LANES} x {kind}> poison, <{LANES} x i32> zeroinitializer"
         return self(f"shufflevector <{LANES} x {kind}> {item}, {nowhere}")
 
     @contextmanager
     def loop(self, start: str, stop: str, step: int) -> Iterator[str]:
-        """The lines of the body, for an index from `start` to below `stop`."""
+        """A loop: the context adds the body's lines, for an index from `start` to below `stop`."""
         self._names += 1
         own, before = self._names, self.label
         head, body, after = (f"l{own}.{part}" for part in ("head", "body", "after"))
@@ -76,7 +76,7 @@ def source(
     Args:
         block_size: a multiple of 32.
         dtype: of the result, a name in ITEM_BYTES.
-        levels: the 32 levels of `nf5`; not looked at for `int5`.
+        levels: the 32 levels of `nf5`; ignored for `int5`.
         look_up: `avx512` or `avx2` (permutations of registers that hold the levels) or `plain` (one load a weight).
     """
     code = _Code()
@@ -123,7 +123,7 @@ def source(
             else "declare <8 x float> @llvm.x86.avx2.permps(<8 x float>, <8 x i32>)"
             if look_up == "avx2"
             else "",
-            # a CPU that prefers 256 bits would be given each vector in halves
+            # otherwise vectors are split in halves for CPUs that prefer 256 bits
             'define void @decode(ptr %arguments, i64 %first, i64 %last) "min-legal-vector-width"="512" '
             '"prefer-vector-width"="512" {',
             "entry:",
@@ -135,10 +135,10 @@ def source(
 
 
 def team(*, count: int, number: int) -> str:
-    """`void @share(ptr arguments)`: a thread's own share of `decode`, for an OpenMP team.
+    """`void @share(ptr arguments)`: one thread's share of `decode`, for an OpenMP team.
 
     Args:
-        count: address of `omp_get_num_threads`: a team may be smaller than what was asked for.
+        count: address of `omp_get_num_threads`: a team may be smaller than requested.
         number: address of `omp_get_thread_num`.
     """
     return f"""
@@ -161,7 +161,7 @@ define void @share(ptr %arguments) {{
 
 
 def _scale(code: _Code, number: str, *, scale: str, nested: str, mean: str) -> str:
-    """The float32 scale of a block, as `blocks.decoded_scale` works it out."""
+    """The float32 scale of a block, as in `blocks.decoded_scale`."""
     if not mean:
         stored = code(f"load i16, ptr {code(f'getelementptr i16, ptr {scale}, i64 {number}')}, align 1")
         wide = code(f"zext i16 {stored} to i32")
@@ -176,7 +176,7 @@ def _scale(code: _Code, number: str, *, scale: str, nested: str, mean: str) -> s
 
 
 def _codes(code: _Code, segment: int, plane: Sequence[str], position: str, together: int) -> str:
-    """A segment's 16 codes or pairs of codes: their lowest 5 (10) bits; above those is anything."""
+    """A segment's 16 codes or pairs of codes in the lowest 5 (10) bits; the bits above are undefined."""
 
     def words(index: int, drop: int = 0) -> str:
         kind = f"<{LANES} x i{8 * together}>"
@@ -196,7 +196,7 @@ def _codes(code: _Code, segment: int, plane: Sequence[str], position: str, toget
 
 
 def _level(code: _Code, codes: str, levels: Sequence[float], look_up: str) -> str:
-    """The levels that the lowest 5 bits of 16 codes stand for."""
+    """The levels of the lowest 5 bits of 16 codes."""
     if look_up == "avx512":
         low, high = (f"{_FLOATS} <{_literals(half)}>" for half in (levels[:LANES], levels[LANES:]))
         return code(f"call {_FLOATS} @llvm.x86.avx512.vpermi2var.ps.512({low}, {_INTS} {codes}, {high})")
@@ -214,7 +214,7 @@ def _level(code: _Code, codes: str, levels: Sequence[float], look_up: str) -> st
 
 
 def _eight_levels(code: _Code, codes: str, start: int, levels: Sequence[float]) -> str:
-    """Four permutations by the lowest 3 bits, chosen among by the next two."""
+    """Four permutations by the lowest 3 bits; the next two bits select among them."""
     order = ", ".join(f"i32 {start + lane}" for lane in range(8))
     index = code(f"shufflevector {_INTS} {codes}, {_INTS} poison, <8 x i32> <{order}>")
     results = [
@@ -254,16 +254,16 @@ def _rounded(code: _Code, results: Sequence[str], dtype: str) -> str:
 def _rounded_bits(code: _Code, floats: str) -> str:
     """float32 bits whose upper half is the bfloat16.
 
-    By integers: AVX-512's own conversion turns what is too small for a normal number into zero, torch's does not.
+    Computed with integers: AVX-512's conversion flushes subnormal numbers to zero, torch's does not.
     """
     bits = code(f"bitcast {_FLOATS} {floats} to {_INTS}")
     odd = code.ints("and", code.ints("lshr", bits, 16), 1)
     rounded = code.ints("add", code.ints("add", bits, 0x7FFF), odd)
-    strange = code(f"fcmp uno {_FLOATS} {floats}, zeroinitializer")
+    is_nan = code(f"fcmp uno {_FLOATS} {floats}, zeroinitializer")
     nan = f"{_INTS} splat (i32 {0x7FC00000})"
-    return code(f"select <{LANES} x i1> {strange}, {nan}, {_INTS} {rounded}")
+    return code(f"select <{LANES} x i1> {is_nan}, {nan}, {_INTS} {rounded}")
 
 
 def _literals(values: Sequence[float]) -> str:
-    """float32 numbers as LLVM writes them: the bits of the double that each is."""
+    """float32 numbers in LLVM's notation: the bits of the equal double."""
     return ", ".join(f"float 0x{struct.unpack('>Q', struct.pack('>d', value))[0]:016X}" for value in values)

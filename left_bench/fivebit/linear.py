@@ -1,4 +1,4 @@
-"""A linear layer whose weight is stored in 5 bits and decoded whenever it is used."""
+"""A linear layer whose weight is stored in 5 bits and decoded at every use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from left_bench.fivebit import blocks, native
 class Linear5bit(AskedToDequantize, MovedNotCast, nn.Linear):
     """`nn.Linear` over a frozen 5-bit weight; gradients flow to the input and the bias.
 
-    `weight` holds the packed codes, uint8 and one-dimensional; the constants are buffers beside it. It starts out empty
-    (zeros): `quantize_` fills it, or a checkpoint does. Being one-dimensional, the packed weight can never be added to
-    a dense one: merging an adapter into it raises instead of writing nonsense.
+    `weight` holds the packed codes, uint8 and one-dimensional; the constants are buffers. It is zero at first;
+    `quantize_` or a checkpoint fills it. Because it is one-dimensional, the packed weight can never be added to a dense
+    one: merging an adapter into it raises an error instead of corrupting it.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class Linear5bit(AskedToDequantize, MovedNotCast, nn.Linear):
 
     @property
     def decoded_by(self) -> str:
-        """Who decodes the weight for its products; a record's `effective.five_bit_decoder`."""
+        """The decoder used for its products; a record's `effective.five_bit_decoder`."""
         return native.decoder(block_size=self.block_size, dtype=self.compute_dtype, device=self.weight.device)
 
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What this layer would store for a dense weight [out, in]: `weight` and the constants."""
+        """The tensors this layer stores for a dense weight [out, in]: `weight` and the constants."""
         packed, constants = blocks.quantize(
             weight, scheme=self.scheme, block_size=self.block_size, double_quant=self.double_quant
         )
         return {"weight": packed, **constants}
 
     def quantize_(self, weight: torch.Tensor) -> Linear5bit:
-        """Take over a dense weight [out, in]."""
+        """Quantize and store a dense weight [out, in]."""
         for name, value in self.encode(weight).items():
             setattr(self, name, nn.Parameter(value, requires_grad=False) if name == "weight" else value)
         return self
@@ -76,10 +76,11 @@ class Linear5bit(AskedToDequantize, MovedNotCast, nn.Linear):
         """The dense weight [out, in] that this layer computes with, by default in its compute dtype.
 
         Args:
-            after: what a compiled graph works out before; without it, it may decode all weights of a model at once.
+            after: a tensor that a compiled graph computes first; without it, it may decode all weights of a model at
+                once.
 
         Raises:
-            RuntimeError: something was written over the packed weight.
+            RuntimeError: the packed weight was overwritten.
         """
         stored = blocks.padded_numel(self.in_features * self.out_features, self.block_size) * 5 // 8
         if self.weight.shape != (stored,) or self.weight.dtype != torch.uint8:
@@ -98,7 +99,7 @@ class Linear5bit(AskedToDequantize, MovedNotCast, nn.Linear):
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The product in the compute dtype (autocast's where that is on), returned in the input's dtype."""
+        """The product in the compute dtype (autocast's if it is on), returned in the input's dtype."""
         kind = input.device.type
         autocast = torch.is_autocast_enabled(kind)
         compute = torch.get_autocast_dtype(kind) if autocast else self.compute_dtype
@@ -112,16 +113,16 @@ class Linear5bit(AskedToDequantize, MovedNotCast, nn.Linear):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
-        self._tell_weight()
+        self._annotate_weight()
 
     def after_moving(self) -> None:
-        self._tell_weight()
+        self._annotate_weight()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tell_weight()  # copying a parameter drops its attributes
+        self._annotate_weight()  # copying a parameter drops its attributes
 
-    def _tell_weight(self) -> None:
+    def _annotate_weight(self) -> None:
         weight = getattr(self, "weight", None)
         if weight is not None:
             state = QuantState(self)
@@ -130,20 +131,20 @@ class Linear5bit(AskedToDequantize, MovedNotCast, nn.Linear):
 
 
 class QuantState:
-    """What belongs to a packed weight, read from its layer: bitsandbytes' attribute and names, so that code which
-    counts the bytes and the logical elements of 4-bit weights counts these."""
+    """The constants and shape of a packed weight, read from its layer, under bitsandbytes' attribute names, so that
+    code that counts bytes and elements of 4-bit weights also counts these."""
 
     def __init__(self, layer: Linear5bit | None = None) -> None:
         self._layer = weakref.ref(layer) if layer is not None else lambda: None
 
     def __reduce__(self) -> tuple[type[QuantState], tuple[()]]:
-        return QuantState, ()  # the layer puts itself in its place
+        return QuantState, ()  # the layer replaces it by its own
 
     def dequantize(self) -> torch.Tensor:
         """The dense float32 weight [out, in]."""
         layer = self._layer()
         if layer is None:
-            raise RuntimeError("the layer of this packed weight is gone, and its constants with it")
+            raise RuntimeError("the layer of this packed weight, which holds its constants, no longer exists")
         return layer.dequantize(torch.float32)
 
     @property
@@ -169,7 +170,7 @@ class QuantState:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T with W decoded in the forward and again in the backward pass: nothing dense is kept between them."""
+    """x W^T, decoding W in the forward and again in the backward pass, so that no dense weight is kept between them."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, layer: Linear5bit) -> torch.Tensor:

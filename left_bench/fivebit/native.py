@@ -1,7 +1,7 @@
-"""Decoding in one pass over memory, by machine code that LLVM makes for this CPU (`llvmlite`).
+"""Decoding in one pass over memory, with machine code that LLVM generates for this CPU (`llvmlite`).
 
-Compiled in memory for each process, in some 50 ms; nothing is kept on disk and no other compiler is needed. Where
-llvmlite is not installed, for other devices and for other dtypes, torch decodes (`blocks`), to the same bits.
+It is compiled in memory by each process, in about 50 ms, without files and without another compiler. If llvmlite is not
+installed, and for other devices and dtypes, torch decodes (`blocks`), with identical bits.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from left_bench.fivebit.codebook import levels, pool
 
 TRITON = "triton"
 TORCH = "torch"
-"""What `decoder` calls the way without a kernel."""
+"""`decoder`'s name for decoding without a kernel."""
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-# Weights below which one thread is enough: torch's own grain.
+# Minimum weights per thread: torch's own grain size.
 _GRAIN = 2**15
 
 
 class _OpenMP(NamedTuple):
-    """The entry points of the runtime that torch uses: its threads are awake, and another pool's would fight them."""
+    """Entry points of torch's OpenMP runtime: its threads are already running, and a second pool would compete with
+    them."""
 
     parallel: Callable[..., None]
     threads: int
@@ -45,7 +46,7 @@ class Kernel(NamedTuple):
 
 
 def decoder(*, block_size: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Who decodes such weights: `llvm-avx512`, `llvm-avx2`, `llvm`, `triton` or `torch`."""
+    """The decoder for such weights: `llvm-avx512`, `llvm-avx2`, `llvm`, `triton` or `torch`."""
     if by_triton(block_size=block_size, dtype=dtype, device=device):
         return TRITON
     if device.type != "cpu" or dtype not in _DTYPES or block_size % (2 * kernel.LANES) or look_up() is None:
@@ -57,7 +58,7 @@ def decoder(*, block_size: int, dtype: torch.dtype, device: torch.device) -> str
 
 
 def by_triton(*, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `decoder` says `triton`; torch.compile can trace the asking."""
+    """Whether `decoder` returns `triton`; unlike `decoder`, torch.compile can trace this."""
     return device.type == "cuda" and dtype in _DTYPES and block_size % 2 == 0 and _has_triton(device, dtype)
 
 
@@ -68,7 +69,7 @@ def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def _triton_decodes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton is installed, knows the card (before Ampere it has no bfloat16) and can launch its kernels."""
+    """Whether Triton is installed, supports the GPU (bfloat16 needs Ampere) and can launch kernels."""
     if importlib.util.find_spec("triton") is None:
         return False
     oldest = (8, 0) if dtype == torch.bfloat16 else (7, 0)
@@ -78,7 +79,7 @@ def _triton_decodes(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _launches(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tried on the smallest weight: Triton wants a C compiler for what starts its kernels; many images have none."""
+    """Try it on the smallest weight: Triton needs a C compiler for its launchers, which many images lack."""
     from left_bench.fivebit import on_gpu
 
     packed = torch.zeros(320, dtype=torch.uint8, device=device)
@@ -88,15 +89,15 @@ def _launches(device: torch.device, dtype: torch.dtype) -> bool:
         on_gpu.decode(packed, scale, None, None, out, scheme="nf5", block_size=64)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # Triton's own, its compilers', the driver's
+    except Exception as error:  # from Triton, its compilers or the driver
         what = str(error).strip().partition("\n")[0]
-        warnings.warn(f"Triton does not work here, torch decodes 5-bit weights, slowly: {what}", stacklevel=2)
+        warnings.warn(f"Triton does not work here; torch decodes 5-bit weights, more slowly: {what}", stacklevel=2)
         return False
     return True
 
 
 def prepare(*, scheme: str, double_quant: bool, block_size: int, compute_dtype: torch.dtype) -> None:
-    """Compile what decodes such weights, so that no measured step does; to float32 too, for measuring their error."""
+    """Compile the decoders for such weights before any measured step; float32 too, for measuring the error."""
     for dtype in {compute_dtype, torch.float32}:
         if decoder(block_size=block_size, dtype=dtype, device=torch.device("cpu")) != TORCH:
             _compiled_here(scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=dtype)
@@ -105,9 +106,9 @@ def prepare(*, scheme: str, double_quant: bool, block_size: int, compute_dtype: 
 def decode(
     packed: torch.Tensor, constants: Mapping[str, torch.Tensor], out: torch.Tensor, *, scheme: str, block_size: int
 ) -> None:
-    """Decode all stored weights into `out`, flat, of the dtype wanted, padding included.
+    """Decode all stored weights into `out`, flat, in its dtype, padding included.
 
-    Only where `decoder` does not say `torch`.
+    Only valid if `decoder` does not return `torch`.
     """
     double_quant = "nested_scale" in constants
     code = _compiled_here(scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=out.dtype)
@@ -122,7 +123,7 @@ def decode(
 
 def _compiled_here(*, scheme: str, double_quant: bool, block_size: int, dtype: torch.dtype) -> Kernel:
     way = look_up()
-    assert way is not None, "asked only where `decoder` names a kernel"
+    assert way is not None, "only called where `decoder` names a kernel"
     return compiled(scheme=scheme, double_quant=double_quant, block_size=block_size, dtype=_DTYPES[dtype], look_up=way)
 
 
@@ -140,20 +141,20 @@ def _run(code: Kernel, arguments: int, blocks: int, numel: int) -> None:
 
 @cache
 def look_up() -> str | None:
-    """How this CPU looks levels up (`kernel.source`); None where llvmlite is not installed or cannot be loaded."""
+    """How this CPU looks up levels (`kernel.source`); None if llvmlite is not installed or cannot be loaded."""
     try:
         import llvmlite.binding as llvm
-    except (ImportError, OSError):  # OSError: its library wants a newer system
+    except (ImportError, OSError):  # OSError: its library needs a newer system
         return None
     if sys.byteorder != "little":
-        return None  # pairs of results are put together as integers
+        return None  # pairs of results are combined as integers
     features = llvm.get_host_cpu_features()
     return next((way for way, needs in (("avx512", "avx512f"), ("avx2", "avx2")) if features.get(needs)), "plain")
 
 
 @cache
 def _halves() -> bool:
-    """Whether this CPU rounds to float16 by itself; where not, LLVM would call a library that is not there."""
+    """Whether this CPU can round to float16; otherwise LLVM would call a library that is not present."""
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features()
@@ -186,10 +187,10 @@ def compiled(*, scheme: str, double_quant: bool, block_size: int, dtype: str, lo
     module = llvm.parse_assembly(text)
     module.triple = machine.triple
     module.verify()
-    # no passes: they find nothing to better in these loops, and take twice as long as making the code
+    # no optimization passes: they do not improve these loops, and take twice as long as generating the code
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)  # without the GIL
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)  # releases the GIL
     decode_address = engine.get_function_address("decode")
     share = engine.get_function_address("share") if openmp is not None else None
     return Kernel(prototype(decode_address), share, engine)
@@ -197,13 +198,13 @@ def compiled(*, scheme: str, double_quant: bool, block_size: int, dtype: str, lo
 
 @cache
 def _openmp() -> _OpenMP | None:
-    """The OpenMP runtime that torch brought into this process, where its GNU entry points are to be seen."""
+    """torch's OpenMP runtime in this process, if its GNU entry points are visible."""
     if sys.platform != "linux":
         return None
     process = ctypes.CDLL(None)
     try:
         parallel = process.GOMP_parallel
-        asked = [
+        addresses = [
             ctypes.cast(function, ctypes.c_void_p).value or 0
             for function in (process.omp_get_num_threads, process.omp_get_thread_num)
         ]
@@ -211,4 +212,4 @@ def _openmp() -> _OpenMP | None:
         return None
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    return _OpenMP(parallel, *asked)
+    return _OpenMP(parallel, *addresses)

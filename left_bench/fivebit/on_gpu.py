@@ -1,8 +1,8 @@
-"""Decoding on a GPU in one kernel (Triton): read the packed weight once, write the dense one, nothing in between.
+"""Decoding on a GPU in one Triton kernel, which reads the packed weight once and writes the dense one.
 
-Operation by operation it is what torch does on a CPU (`blocks`), so the bits are the same: products and sums are
-rounded one by one (no fused multiply-add), and the result once to its dtype. Imported where it is used alone, for it
-needs Triton.
+It does the same operations as torch on a CPU (`blocks`), so the bits are identical: products and sums are rounded one
+by one (no fused multiply-add), and the result once to its dtype. Imported only where it is used, because it needs
+Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from left_bench.fivebit.codebook import levels
 from left_bench.fivebit.packing import PLANES, SEGMENTS
 
 _WORDS = 512
-"""Words of a plane that one program decodes, into 8 runs of as many weights, or of twice as many (`nf5`)."""
+"""Words of a plane that one program decodes, into 8 runs of as many weights, or twice as many (`nf5`)."""
 _WARPS = 4
 
 
@@ -30,10 +30,10 @@ def decode(
     scheme: str,
     block_size: int,
 ) -> None:
-    """Decode all stored weights into `out`, flat, of the dtype wanted, padding included; all on one device.
+    """Decode all stored weights into `out`, flat, in its dtype, padding included; all on one device.
 
     Args:
-        scale: as `blocks.constant_shapes` has it, like the next two.
+        scale: as described in `blocks.constant_shapes`, like the next two.
         second: `nested_scale` or `zero_point`.
         mean: `nested_mean`; None without double quantization.
     """
@@ -41,7 +41,7 @@ def decode(
     planes = packed.view(torch.int16) if pairs else packed
     words = planes.numel() // PLANES
     scale = scale.view(torch.int16) if mean is None else scale
-    with torch.cuda.device_of(out):  # Triton launches on the current device, whichever the tensors' is
+    with torch.cuda.device_of(out):  # Triton launches on the current device, whatever the tensors' device
         _decode[(triton.cdiv(words, _WORDS),)](
             planes,
             levels("nf5", packed.device),
@@ -66,7 +66,7 @@ def _scale(scale, second, mean, block, mask, NESTED: tl.constexpr, NESTED_BLOCK:
     stored = tl.load(scale + block, mask=mask, other=0)
     if NESTED:
         result = stored.to(tl.float32) * tl.load(second + block // NESTED_BLOCK, mask=mask, other=0.0) + tl.load(mean)
-        return tl.where(result < 0.0, 0.0, result)  # and not `maximum`, which drops what is no number
+        return tl.where(result < 0.0, 0.0, result)  # `maximum` would drop NaN
     return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)  # bfloat16, exactly
 
 
@@ -75,10 +75,10 @@ def _write(
     code, segment, levels, scale, second, mean, out, word, mask, words, blocks,
     BLOCK: tl.constexpr, PAIRS: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Weights of one segment from their codes (or pairs of codes): level or integer, times scale, rounded."""
+    """Write one segment's weights from its codes (or pairs of codes): level or integer, times scale, rounded."""
     start = tl.full((), segment, tl.int64) * words
     if PAIRS:
-        block = segment * blocks + (2 * word) // BLOCK  # both of a pair lie in one
+        block = segment * blocks + (2 * word) // BLOCK  # both of a pair are in the same block
         factor = _scale(scale, second, mean, block, mask, NESTED, NESTED_BLOCK)
         first = tl.load(levels + (code & 31)) * factor
         other = tl.load(levels + (code >> 5)) * factor
@@ -98,9 +98,9 @@ def _decode(
     planes, levels, scale, second, mean, out, words, blocks,
     BLOCK: tl.constexpr, PAIRS: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """The layout is that of `packing.pack`: T codes together, five planes of 8 T bits, the high 3 T of segments 5 to 7.
+    """Decode the layout of `packing.pack`: T codes together, five planes of 8 T bits, the high 3 T for segments 5 to 7.
 
-    `words` of a plane, `blocks` of a segment.
+    `words`: per plane; `blocks`: per segment.
     """
     T: tl.constexpr = 2 if PAIRS else 1
     LOW: tl.constexpr = (1 << (5 * T)) - 1

@@ -1,11 +1,10 @@
-"""Five bits for five bits, laid out for whole-array operations.
+"""Packing 5-bit codes without padding bits, in a layout for whole-array operations.
 
-Codes are packed one by one into bytes, 8 in 5 (`together=1`), or as pairs of 10 bits into 16-bit words, 16 in 5
-(`together=2`); the layout is the same, every width in the second twice what it is in the first. A flat array is cut
-into 8 segments of n codes or pairs. Word j of plane k (k = 0 to 4) carries the j-th of segment k in its low 5 (10)
-bits. The 3 (6) bits above hold the other segments: the low bits of segments 5, 6 and 7 lie in planes 0, 1 and 2; the
-2 (4) that each still lacks in planes 3 and 4. So an unpacked segment is contiguous, and no step moves single elements
-about.
+Codes are packed one by one into bytes, 8 codes in 5 bytes (`together=1`), or as pairs of 10 bits into 16-bit words, 16
+codes in 5 words (`together=2`); the layout is the same, with every width doubled in the second case. A flat array is
+divided into 8 segments of n codes or pairs. Word j of plane k (k = 0 to 4) has code j of segment k in its low 5 (10)
+bits. The 3 (6) bits above hold the other segments: the low bits of segments 5, 6 and 7 are in planes 0, 1 and 2; their
+remaining 2 (4) bits are in planes 3 and 4. So an unpacked segment is contiguous, and no step moves single elements.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16}
 
 
 def pack(codes: torch.Tensor, *, together: int) -> torch.Tensor:
-    """Pack a flat array of codes 0 to 31, a multiple of 64 of them, into uint8 [5, codes / 8]."""
+    """Pack a flat array of codes 0 to 31, whose length is a multiple of 64, into uint8 [5, codes / 8]."""
     if together == 2:
         codes = codes[0::2].to(torch.int32) | codes[1::2].to(torch.int32) << 5
     segments = codes.view(SEGMENTS, -1)
@@ -36,9 +35,9 @@ def pack(codes: torch.Tensor, *, together: int) -> torch.Tensor:
 
 
 def unpacked(packed: torch.Tensor, *, together: int) -> torch.Tensor:
-    """The codes, uint8 [8, n], or pairs of codes (first + 32 second), int16 [8, n], from uint8 [5, ...] in their order.
+    """The codes, uint8 [8, n], or pairs of codes (first + 32 second), int16 [8, n], from uint8 [5, ...], in order.
 
-    Done on 64 bits at a time: shifts carry bits from one word into the next, and the masks drop them.
+    Works on 64 bits at a time: shifts move bits from one word into the next, and the masks remove them.
     """
     words = packed.view(_WORDS[together])
     result = torch.empty(SEGMENTS, words.shape[1], dtype=words.dtype, device=words.device)

@@ -1,4 +1,4 @@
-"""The 5-bit layers' way into `from_pretrained` and `save_pretrained`."""
+"""Support for 5-bit layers in `from_pretrained` and `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class FiveBitConfig(QuantizationConfigMixin):
     Args:
         scheme: `nf5`, the NormalFloat levels of QLoRA at 5 bits; `int5`, even steps between a block's extremes.
         block_size: consecutive weights that share constants.
-        double_quant: quantize the constants themselves (`nf5` alone).
+        double_quant: quantize the constants themselves (only `nf5`).
         compute_dtype: dtype of the products, by name.
-        modules_to_not_convert: names of layers to leave as they are; None: the output head and what is tied to it.
+        modules_to_not_convert: names of layers to leave unquantized; None: the output head and layers tied to it.
 
     Raises:
-        UserError: a value that is not possible.
+        UserError: an invalid value.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FiveBitConfig(QuantizationConfigMixin):
         if block_size < 16 or block_size % 16:
             raise UserError(f"{key}.block_size={block_size}: 16 codes are packed together; choose a multiple of 16")
         if double_quant and scheme != "nf5":
-            raise UserError(f"{key}.double_quant=true: {scheme} has zero points beside its scales; choose scheme=nf5")
+            raise UserError(f"{key}.double_quant=true: {scheme} has zero points too; choose scheme=nf5")
         kind = getattr(torch, str(compute_dtype).removeprefix("torch."), None)
         if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
             raise UserError(f"{key}.compute_dtype={compute_dtype!r}: not a floating-point dtype; choose e.g. bfloat16")
@@ -60,9 +60,9 @@ class FiveBitConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
 
     def prepare(self, device: str) -> None:
-        """Compile what decodes such weights, which the first use would do otherwise."""
+        """Compile the decoders now instead of at first use."""
         if device != "cpu":
-            # a layer whose numbers are multiples of 16, as a model's are: what Triton compiles is for those
+            # sizes are multiples of 16, as in real models, because Triton compiles separately for those
             layer = Linear5bit(
                 *(512, 512, False),
                 scheme=self.scheme,
@@ -88,7 +88,7 @@ class FiveBitConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class FiveBitHfQuantizer(HfQuantizer):
-    """Puts `Linear5bit` in place of linear layers, and quantizes each dense weight as it is read."""
+    """Replaces linear layers by `Linear5bit`, and quantizes each dense weight as it is read."""
 
     quantization_config: FiveBitConfig
 
@@ -104,8 +104,8 @@ class FiveBitHfQuantizer(HfQuantizer):
             if type(module) is nn.Linear and should_convert_module(name, keep):
                 layer = _empty_like(module, config)
                 if not self.pre_quantized:
-                    # transformers up to 5.17 casts what it reads to the dtype of what stands here, and only then asks
-                    # for its quantization: cast to the packed weight's integers, a weight would be zeros
+                    # transformers up to 5.17 first casts a weight to the dtype of this parameter and then quantizes it;
+                    # cast to the packed weight's integers, it would be zeros
                     layer.weight = nn.Parameter(module.weight, requires_grad=False)
                 model.set_submodule(name, layer)
                 replaced += 1
@@ -134,7 +134,7 @@ class FiveBitHfQuantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
-    """One dense weight in, codes and constants out; transformers reads the next only when this one is done."""
+    """Converts one dense weight into codes and constants; transformers reads the next weight only afterwards."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any

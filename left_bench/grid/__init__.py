@@ -1,4 +1,4 @@
-"""From what was typed to cells: composing with Hydra, what is refused, which jobs a sweep has.
+"""From the command line to cells: composing with Hydra, refusing invalid input, listing a sweep's jobs.
 
-Imports the rooms up to `measure`, and of others what tells names and shapes; no torch.
+Imports the rooms up to `measure`, and torch-free parts of others (names and checks); no torch.
 """

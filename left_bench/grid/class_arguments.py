@@ -1,7 +1,7 @@
-"""Which arguments a configured class takes, read from its source: nothing is imported, so a typing error costs no run.
+"""Which arguments a configured class takes, read from its source without importing it, so that typos are found early.
 
-Importing peft or torch takes seconds and belongs to the worker. What cannot be told from the source (a class that
-takes any keyword, one made at run time) is left to it, and fails there.
+Importing peft or torch takes seconds and belongs in the worker. Classes whose source does not show their arguments
+(they take any keyword, or are created at run time) are left to the worker, and fail there.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from left_bench.spec.cell import Cell
 
 _CLASS = re.compile(r"^class (\w+)\b", re.MULTILINE)
 _TOO_LARGE = ("torchao",)
-"""Packages of many files, whose configurations take any keyword besides."""
+"""Packages with many files, whose configurations accept any keyword anyway."""
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int, float), "float": (int, float), "bool": (bool,), "str": (str,)}
-"""Annotations plain enough to hold a value against; some that say `int` mean any number (DeLoRA's lambda)."""
+"""Annotations simple enough to check a value against; some `int` annotations mean any number (DeLoRA's lambda)."""
 _WITHOUT_FIELDS = ("object", "PushToHubMixin", "ABC", "Generic", "Protocol")
 
 
 def check_arguments(cell: Cell) -> None:
-    """Refuse arguments that the cell's adapter, quantization or optimizer is known not to take.
+    """Refuse arguments that the cell's adapter, quantization or optimizer does not have.
 
     Raises:
-        UserError: naming the key and the nearest argument there is.
+        UserError: names the key and the closest valid argument.
     """
     for name, instead in (("lr", "training.learning_rate"), ("params", "peft")):
         if name in cell.optimizer.config:
             raise UserError(
-                f"optimizer.config.{name}={cell.optimizer.config[name]!r}: that is set with {instead}=, for all "
-                "optimizers alike"
+                f"optimizer.config.{name}={cell.optimizer.config[name]!r}: set it with {instead}=, which applies to "
+                "every optimizer"
             )
     for group in ("quantization", "peft", "optimizer"):
         section: Any = getattr(cell, group)
@@ -59,11 +59,12 @@ def check_arguments(cell: Cell) -> None:
 
 @functools.cache
 def arguments_of(target: str) -> dict[str, str] | None:
-    """The arguments of the class that a dotted name means, with their annotations; None where the source is silent."""
+    """The arguments of the class behind a dotted name, with their annotations; None if the source does not show
+    them."""
     parts = target.split(".")
     if (
         parts[0] == "transformers"
-    ):  # its quantizations take any keyword, and leave out without a word what they know not
+    ):  # its quantization configurations accept any keyword, and silently ignore unknown ones
         return _named_in(_folder_of("transformers"), parts[-1])
     if parts[0] in _TOO_LARGE:
         return None
@@ -127,7 +128,7 @@ def _made_without(call: ast.Call) -> bool:
 
 
 def _class_of(folder: Path, name: str) -> ast.ClassDef | None:
-    """A class of a package by its name; None where there is none, or there are several."""
+    """A class of a package by its name; None if there is none or several."""
     paths = _classes(folder).get(name, [])
     if len(paths) != 1:
         return None
@@ -146,6 +147,6 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def _folder_of(package: str) -> Path | None:
-    spec = importlib.util.find_spec(package)  # a package of the top: its parents need no import
+    spec = importlib.util.find_spec(package)  # a top-level package, so nothing is imported
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     return Path(places[0]) if places else None

@@ -1,6 +1,6 @@
-"""What is typed after `left-bench`: options, overrides and choices, checked before Hydra reads them.
+"""The command line of `left-bench`: options, overrides and choices, checked before Hydra reads them.
 
-Nothing here imports torch: a mistyped sweep is answered at once.
+Nothing here imports torch, so that a typo is reported at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from left_bench.core.paths import config_root, is_installed
 GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
 
 
-# files with defaults of their own, package _global_: a named set of cells, a named choice in several groups
+# groups of files in the package _global_: a named set of cells, a named choice in several groups
 PRESETS = ("sweep", "recipe")
 
 
@@ -28,7 +28,7 @@ _HYDRA_OPTIONS = (
     *("--multirun", "-m", "--shell-completion", "-sc", "--config-name", "-cn", "--config-dir", "-cd"),
     *("--experimental-rerun", "--info", "-i"),
 )
-"""Hydra's own options but for `--config-path`; test_cli.py holds them against its parser."""
+"""Hydra's own options except `--config-path`; test_cli.py compares them with its parser."""
 
 _ROOT_KEYS = (
     *(*PRESETS, "seed", "runs_dir", "reports_dir", "force", "force_unsupported"),
@@ -46,16 +46,16 @@ def options(group: str, extra: list[Path] | None = None) -> list[str]:
 
 @contextlib.contextmanager
 def hydra_errors() -> Iterator[None]:
-    """What Hydra and OmegaConf refuse becomes one sentence.
+    """Turn errors of Hydra and OmegaConf into one sentence.
 
     Raises:
-        UserError: with their words.
+        UserError: with their message.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines of its own and exits with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints several lines and exits with 1
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -67,7 +67,7 @@ def hydra_errors() -> Iterator[None]:
 
 
 def launch_name(argv: list[str]) -> str:
-    """The sweep's name; for a multirun of one's own a name made of its overrides."""
+    """The sweep's name; for a multirun without one, a name derived from its overrides."""
     named = [argument.partition("=")[2] for argument in argv if argument.lstrip("+").startswith("sweep=")]
     if named:
         return named[-1]
@@ -81,10 +81,10 @@ def is_override(argument: str) -> bool:
 
 
 def check_options(argv: list[str]) -> None:
-    """Refuse what begins with a dash and is no option of Hydra's, and a folder of options that cannot be read.
+    """Refuse unknown options, and folders of options that cannot be read.
 
     Raises:
-        UserError: naming the option and the fix.
+        UserError: names the option and the fix.
     """
     for argument in argv:
         name = argument.partition("=")[0]
@@ -96,37 +96,37 @@ def check_options(argv: list[str]) -> None:
 
 
 def check_config_dir(folder: Path) -> None:
-    """Refuse a `--config-dir` that is none, or holds a file that is no YAML: Hydra would show its own stack.
+    """Refuse a `--config-dir` that is not a folder, or has a file that is not YAML: Hydra would print a traceback.
 
     Raises:
-        UserError: naming the file and the line.
+        UserError: names the file and the line.
     """
     import yaml
 
     if folder == Path() or is_override(str(folder)) or not folder.is_dir():
-        what = "is a file, not a folder" if folder.is_file() else "is no folder"
+        what = "is a file, not a folder" if folder.is_file() else "is not a folder"
         raise UserError(f"--config-dir: '{folder}' {what}; give the folder that holds your groups, such as ./conf")
     for path in sorted(folder.rglob("*.yaml")):
         group = path.parent.relative_to(folder).as_posix()
         if group in (*GROUPS, *PRESETS) and path.stem in options(group):
             raise UserError(
                 f"--config-dir: {path}: an option of this name ships with left_bench, and one of the two would be "
-                "passed over in silence; give yours another name"
+                "silently ignored; rename yours"
             )
         try:
             yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise UserError(f"--config-dir: {path}{line} is no YAML ({error.problem}); fix the file") from error
+            raise UserError(f"--config-dir: {path}{line} is not valid YAML ({error.problem}); fix the file") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"--config-dir: {path} cannot be read ({error}); fix the file") from error
 
 
 def check_choices(argv: list[str]) -> None:
-    """Refuse an option that no group has, with the options there are and the nearest; likewise keys and spelling.
+    """Refuse unknown options, keys and malformed overrides, listing the valid ones and the closest.
 
     Raises:
-        UserError: naming group, option and the fix.
+        UserError: names group, option and the fix.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -145,21 +145,21 @@ def check_choices(argv: list[str]) -> None:
         try:
             parsed = OverridesParser.create().parse_override(argument)
         except HydraException as error:
-            raise UserError(f"{argument}: {str(error).splitlines()[0]}; quote what is special to Hydra") from error
+            raise UserError(f"{argument}: {str(error).splitlines()[0]}; quote special characters") from error
         if parsed.is_sweep_override() and not swept:
             raise UserError(f"{argument}: several values are a sweep; add -m, or write '{key}=[...]' for a list")
         if not separator or group not in (*GROUPS, *PRESETS):
             continue
         if group == "tracker" and "," in value and not value.startswith("["):
-            raise UserError(f"tracker={value}: that would run every cell once for each; write 'tracker=[{value}]'")
+            raise UserError(f"tracker={value}: this would run every cell once per tracker; write 'tracker=[{value}]'")
         known = options(group, extra)
         for option in value.split(","):
-            # several trackers are a list of one option, `tracker=[a,b]`; any other list is Hydra's business
+            # several trackers are a list, `tracker=[a,b]`; any other list is left to Hydra
             name = option.strip(" []'\"") if group == "tracker" else option.strip().strip("'\"")
             if name not in known and not any(mark in name for mark in "()[]{}$*"):
                 hint = nearest(name, known).removesuffix("?")
-                there_are = f"there are {', '.join(known)}"
-                raise UserError(f"unknown {group} '{name}'{f'{hint}?' if hint else ''} ({there_are})")
+                valid = f"choose from {', '.join(known)}"
+                raise UserError(f"unknown {group} '{name}'{f'{hint}?' if hint else ''} ({valid})")
 
 
 # Hydra's plugins: option -> (module, extra)
@@ -173,10 +173,10 @@ _PLUGINS = {
 
 
 def check_plugins(argv: list[str]) -> None:
-    """Refuse a launcher or a search whose package is missing, whether the command line names it or a sweep's file.
+    """Refuse a launcher or a search whose package is missing, named on the command line or in a sweep's file.
 
     Raises:
-        UserError: naming the extra.
+        UserError: names the extra.
     """
     import yaml
 
@@ -197,15 +197,15 @@ def check_plugins(argv: list[str]) -> None:
 def open_section(argument: str) -> str:
     """`peft.config.r=8` as `++peft.config.r=8`.
 
-    A key may be allowed without standing in the option's file (an upstream class's argument, a field left at its
-    default); `Cell` knows which are, and refuses the others with the nearest that is.
+    A key may be valid without being in the option's file (an upstream class's argument, a field with a default); `Cell`
+    knows the valid keys, and refuses others with the closest valid one.
     """
     group, dot, _ = argument.partition("=")[0].partition(".")
     return f"++{argument}" if dot and group in GROUPS else argument
 
 
 def register_resolvers() -> None:
-    """Arithmetic for YAML: `${share:40,0.2}` is 8 (at least 1), `${twice:8}` is 16; and what `precision=auto` asks."""
+    """Resolvers for YAML: `${share:40,0.2}` is 8 (at least 1), `${twice:8}` is 16; and that of `precision=auto`."""
     from omegaconf import OmegaConf
 
     from left_bench.measure.auto_precision import field_of
@@ -216,20 +216,20 @@ def register_resolvers() -> None:
 
 
 def register_sweeps() -> None:
-    """Offer every file of sweeps/ to Hydra as the group `sweep`, which lies outside its search path."""
+    """Register every file of sweeps/, which is outside Hydra's search path, as the group `sweep`."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     for path in sorted((config_root() / "sweeps").glob("*.yaml")):
         node: Any = OmegaConf.load(path)
         parameters = OmegaConf.select(node, "hydra.sweeper.params")
-        if parameters:  # the same spelling as on the command line, so that an override there replaces the sweep's
+        if parameters:  # spelled as on the command line, so that an override there replaces the sweep's value
             node.hydra.sweeper.params = {open_section(key): value for key, value in parameters.items()}
         ConfigStore.instance().store(group="sweep", name=path.stem, node=node, package="_global_", provider=str(path))
 
 
 def also_searched(folders: Sequence[Path]) -> str:
-    """The override that has Hydra look for options in these folders too, as `--config-dir` does."""
+    """The override that makes Hydra search these folders for options too, like `--config-dir`."""
     quoted = (str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'") for folder in folders)
     places = ",".join(f"'file://{path}'" for path in quoted)
     return f"hydra.searchpath=[{places}]"

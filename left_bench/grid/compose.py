@@ -1,4 +1,4 @@
-"""What Hydra has composed as a cell and settings, and what can be refused before anything runs."""
+"""Turns Hydra's composed configuration into a cell and settings, and refuses invalid ones before anything runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from left_bench.spec.redact import refuse_secrets
 
 
 class Settings(BaseModel):
-    """What steers a launch and changes no result."""
+    """Settings of a launch that do not affect results."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,24 +39,24 @@ class Settings(BaseModel):
     force: bool
     force_unsupported: bool
     objective: str = "eval_loss"
-    """The metric that a search (Optuna) is after."""
+    """The metric that a search (Optuna) optimizes."""
     at_once: int | None = Field(default=None, ge=1)
-    """Cells that run at the same time on one machine; None: what the launcher's settings say."""
+    """Cells that run at the same time on one machine; None: from the launcher's settings."""
     share_devices: bool = False
     """Let parallel cells use the same accelerator."""
     tracker: dict[str, Any]
     price_per_kwh: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Turns joules into money in a sweep's report."""
+    """Price of energy, for the costs in a sweep's report."""
     price_per_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Of an accelerator, or of the machine without one: turns wall time into money there."""
+    """Price of an accelerator's time, or the machine's if it has none, for the costs in the report."""
 
 
 def compose(config: DictConfig, hydra: DictConfig, *, typed: Sequence[str] | None = None) -> tuple[Cell, Settings]:
-    """The cell and the settings of a composed configuration; nothing below this sees OmegaConf.
+    """The cell and the settings of a composed configuration; rooms below do not see OmegaConf.
 
     Args:
-        typed: the overrides that a person has typed: what may be said on the command line alone must be among them, for
-            a file may write into Hydra's list of overrides. None: that list is all there is.
+        typed: the overrides typed by the user. Keys that are only allowed on the command line must be among them,
+            because a file may write into Hydra's list of overrides. None: only Hydra's list is checked.
 
     Raises:
         UserError: a value is missing or not allowed.
@@ -70,22 +70,22 @@ def compose(config: DictConfig, hydra: DictConfig, *, typed: Sequence[str] | Non
     absent = [group for group in GROUPS if group not in hydra.runtime.choices]
     if absent and any(item.startswith(f"{absent[0]}=[") for item in hydra.overrides.task):
         raise UserError(
-            f"{absent[0]}=[...]: a cell has one; for a cell of each write them with commas, {absent[0]}=A,B"
+            f"{absent[0]}=[...]: a cell has only one; for one cell of each, separate them by commas, {absent[0]}=A,B"
         )
     if absent:
         raise UserError(f"~{absent[0]}: a cell needs every group; choose another option with {absent[0]}=NAME")
     choices = {group: str(hydra.runtime.choices[group]) for group in GROUPS}
     if (whole := _whole_architecture(hydra)) is not None:
         plain["model"]["config"] = whole
-    given = _overridden(hydra, "model.name_or_path")
-    if given:
+    overridden = _overridden(hydra, "model.name_or_path")
+    if overridden:
         _check_alone(hydra, str(plain["model"]["name_or_path"]))
-    if given or _renamed(plain["model"], choices["model"], hydra):
-        plain["model"], choices["model"] = _named_model(plain["model"], given=given)
+    if overridden or _renamed(plain["model"], choices["model"], hydra):
+        plain["model"], choices["model"] = _named_model(plain["model"], overridden=overridden)
     if plain["model"].get("trust_remote_code") and not _on_command_line(hydra, "model.trust_remote_code", typed):
         raise UserError(
-            "model.trust_remote_code=true stands in a file; code of a model's author runs only where the command line "
-            "says so: give model.trust_remote_code=true there"
+            "model.trust_remote_code=true is set in a file; a model's code is only run if that is set on the command "
+            "line: give model.trust_remote_code=true there"
         )
     settings = {name: plain.pop(name) for name in Settings.model_fields}
     unknown = sorted(set(plain) - {*GROUPS, "seed"})
@@ -100,14 +100,14 @@ def compose(config: DictConfig, hydra: DictConfig, *, typed: Sequence[str] | Non
     architecture = [key for key in architecture if key.startswith("model.config.")]
     if architecture and cell.model.weights != "random":
         raise UserError(
-            f"{architecture[0]}: pretrained weights have their own architecture; give model.weights=random with it"
+            f"{architecture[0]}: pretrained weights have their own architecture; combine it with model.weights=random"
         )
     if not cell.data.hold_out:
         raise UserError(
             "data.hold_out=false: without held-out rows a cell has no score to compare; `left-bench train CELL "
-            "--all-rows` trains a finished cell's recipe on all rows, in a folder of its own"
+            "--all-rows` trains a finished cell's recipe on all rows, in a separate folder"
         )
-    _check_given_by_hand(cell, hydra, typed)
+    _check_only_typed(cell, hydra, typed)
     cell = _with_contents(cell, option_folders(hydra))
     check_judge(cell)
     check_arguments(cell)
@@ -121,7 +121,7 @@ def compose_option(group: str, option: str) -> Cell:
 
     Raises:
         UserError: a value is missing or not allowed.
-        OnlyHydraKnows: the files say something that only Hydra understands.
+        OnlyHydraKnows: the files use features that only Hydra understands.
     """
     default, chosen = default_options(), read_option(group, option, shipped_folders())
     sections: dict[str, Any] = default.sections | chosen.sections
@@ -139,16 +139,16 @@ def compose_option(group: str, option: str) -> Cell:
 
 
 def _on_this_machine(plain: Mapping[str, Any], choices: Mapping[str, str]) -> Cell:
-    """The cell of resolved sections: its device and its precision are this machine's where they are left to it."""
+    """The cell of resolved sections, with device and precision of this machine if they are `auto`."""
     hardware = plain["hardware"] | {"device": find_device(plain["hardware"]["device"])}
     return Cell.from_config({**plain, "hardware": hardware}, choices=resolved_choices(choices, plain["precision"]))
 
 
 def _with_contents(cell: Cell, folders: Sequence[Path]) -> Cell:
-    """The cell with the files it names known by their content: model, rows, scorer and tasks.
+    """The cell with fingerprints of the files it names: model, rows, scorer and tasks.
 
     Args:
-        folders: of options, where a scorer or a task that is not in the working directory is looked for.
+        folders: of options, searched for scorers and tasks that are not in the working directory.
     """
     cell = cell.model_copy(update={"model": model_with_content(cell.model)})
     cell = tasks_with_content(scorer_with_content(cell, folders), folders)
@@ -158,45 +158,45 @@ def _with_contents(cell: Cell, folders: Sequence[Path]) -> Cell:
 
 
 def check_same_files(cell: Cell) -> None:
-    """Refuse a cell that was composed on another machine, if the files that it names are others here.
+    """Refuse a cell that was composed on another machine if the files that it names differ here.
 
     Raises:
-        UserError: they are.
+        UserError: they differ.
     """
     if _with_contents(cell, ()).id != cell.id:
         raise UserError(
-            f"this job's cell {cell.id} is not one of the sweep's: this machine resolves it otherwise than the one "
-            "that started the sweep (files or version); give the same files to both and use the same left-bench"
+            f"this job's cell {cell.id} is not one of the sweep's: this machine resolves it differently from the one "
+            "that started the sweep (files or version); use the same files and the same left-bench on both"
         )
 
 
-def _check_given_by_hand(cell: Cell, hydra: DictConfig, typed: Sequence[str] | None) -> None:
-    """Refuse a scorer, a task's file or a judge that stands in a file.
+def _check_only_typed(cell: Cell, hydra: DictConfig, typed: Sequence[str] | None) -> None:
+    """Refuse a scorer, a task file or a judge that is set in a file.
 
-    Code that is run and addresses that rows are sent to count on the command line alone: files of options may be
-    somebody else's.
+    Code to run and addresses to send rows to are only accepted on the command line, because files of options may come
+    from somebody else.
 
     Raises:
-        UserError: naming the key.
+        UserError: names the key.
     """
     files = [task for task in cell.eval.tasks if is_task_file(task)]
     alone = (
-        ("eval.scorer", cell.eval.scorer, "code of your own runs"),
-        ("eval.tasks", f"[{','.join(files)}]" if files else None, "a task's file may run code, and does"),
+        ("eval.scorer", cell.eval.scorer, "your own code is run"),
+        ("eval.tasks", f"[{','.join(files)}]" if files else None, "a task's file, which may contain code, is used"),
         ("eval.judge", cell.eval.judge, "rows and answers are sent"),
         ("eval.judge_key_from", cell.eval.judge_key_from, "a key is sent"),
     )
     for key, value, what in alone:
         if value is not None and not _on_command_line(hydra, key, typed):
             raise UserError(
-                f"{key}={value} stands in a file; {what} only where the command line says so: give {key}={value} there"
+                f"{key}={value} is set in a file; {what} only if set on the command line: give {key}={value} there"
             )
 
 
 def _whole_architecture(hydra: DictConfig) -> dict[str, Any] | None:
-    """`model.config={model_type: ...}` is all of the model: Hydra would keep what it does not name of another's.
+    """`model.config={model_type: ...}` replaces the whole architecture; Hydra would merge it into the previous one.
 
-    Single keys given after it change it; None where no whole one is given.
+    Single keys given after it modify it; None if no whole architecture is given.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -224,37 +224,37 @@ def _overridden(hydra: DictConfig, key: str) -> bool:
 
 
 def _on_command_line(hydra: DictConfig, key: str, typed: Sequence[str] | None) -> bool:
-    """Whether a person gave the key, and not a file of options or a sweep's parameters."""
+    """Whether the user gave the key on the command line, not a file of options or a sweep's parameters."""
     parameters = OmegaConf.select(hydra, "sweeper.params") or {}
     if typed is not None and not any(override.lstrip("+").startswith(f"{key}=") for override in typed):
         return False
     return _overridden(hydra, key) and not any(str(parameter).lstrip("+") == key for parameter in parameters)
 
 
-def _named_model(section: dict[str, Any], *, given: bool) -> tuple[dict[str, Any], str]:
-    """A model by hub id or folder, `given` on the command line or in a file of one's own.
+def _named_model(section: dict[str, Any], *, overridden: bool) -> tuple[dict[str, Any], str]:
+    """A model by hub id or folder, `overridden` on the command line or named in the user's own file.
 
-    The chosen option's wheel and architecture are not its.
+    The chosen option's wheel and architecture do not apply to it.
     """
     name_or_path = str(section["name_or_path"])
     name = {"name": slugify(Path(name_or_path).name or name_or_path)}
-    if not given and section.get("weights") == "random":
+    if not overridden and section.get("weights") == "random":
         return section | name, name_or_path
     return section | name | {"wheel": None, "config": None, "weights": "pretrained"}, name_or_path
 
 
 def _check_alone(hydra: DictConfig, name_or_path: str) -> None:
-    """Refuse what says otherwise than that the weights are those of the model that is named beside it."""
+    """Refuse overrides of weights or architecture that contradict the named model."""
     for override in (item.lstrip("+~") for item in hydra.overrides.task):
         if override.startswith(("model.weights=", "model.config")) and override != "model.weights=pretrained":
             raise UserError(
-                f"{override}: model.name_or_path={name_or_path} names weights, which have their own architecture; "
+                f"{override}: model.name_or_path={name_or_path} names weights with their own architecture; "
                 "leave one of the two out"
             )
 
 
 def _renamed(section: dict[str, Any], option: str, hydra: DictConfig) -> bool:
-    """Whether a sweep or recipe names another model than the option's file does."""
+    """Whether a sweep or recipe names another model than the option's file."""
     in_file = _name_in_file(option, option_folders(hydra))
     return in_file is not None and section.get("name_or_path") != in_file
 
@@ -270,28 +270,28 @@ def _name_in_file(option: str, folders: tuple[Path, ...]) -> str | None:
 
 
 def ignored_choices(config: DictConfig) -> Iterator[str]:
-    """What an option that was chosen on the command line says and the sweep, whose word is the last, says otherwise."""
-    given = [item.lstrip("+") for item in config.hydra.overrides.task]
-    set_alone = {argument.partition("=")[0] for argument in given}
-    for group, _, option in (argument.partition("=") for argument in given):
+    """Notes about values of options chosen on the command line that the sweep, which takes precedence, overrides."""
+    overrides = [item.lstrip("+") for item in config.hydra.overrides.task]
+    set_directly = {argument.partition("=")[0] for argument in overrides}
+    for group, _, option in (argument.partition("=") for argument in overrides):
         path = config_root() / "conf" / group / f"{option}.yaml"
-        if group not in GROUPS or not path.is_file():  # several options, or one of the user's own
+        if group not in GROUPS or not path.is_file():  # several options, or the user's own
             continue
-        says: Any = OmegaConf.to_container(OmegaConf.load(path))
-        for key, value in says.items():
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for key, value in values.items():
             result = OmegaConf.select(config, f"{group}.{key}", throw_on_resolution_failure=False)
-            if isinstance(value, (int, float)) and result != value and f"{group}.{key}" not in set_alone:
+            if isinstance(value, (int, float)) and result != value and f"{group}.{key}" not in set_directly:
                 yield (
-                    f"note: {group}.{key}={result} is the sweep's, not the {value} of {group}={option}; "
-                    f"give {group}.{key}={value} to have that"
+                    f"note: {group}.{key}={result} comes from the sweep, not the {value} of {group}={option}; "
+                    f"give {group}.{key}={value} to change it"
                 )
 
 
 def check_cell(cell: Cell) -> None:
-    """Refuse, before anything runs, what can be seen to be wrong without loading a model.
+    """Refuse, before anything runs, what is wrong and can be checked without loading a model.
 
     Raises:
-        UserError: naming the key, the value and the fix.
+        UserError: names the key, the value and the fix.
     """
     from left_bench.data import load_rows
     from left_bench.data.rows import check_generated
@@ -308,7 +308,7 @@ def check_cell(cell: Cell) -> None:
     if cell.data.image_column is None and (cell.data.path is not None or cell.data.source == "jsonl"):
         load_rows(cell.data)
     elif cell.data.source == "reasoning_gym" and not _as_shipped(cell):
-        check_generated(cell.data)  # importing the library takes a second, and what ships is tested
+        check_generated(cell.data)  # not for shipped options, which are tested: importing the library takes a second
 
 
 def _as_shipped(cell: Cell) -> bool:
@@ -319,10 +319,10 @@ def _as_shipped(cell: Cell) -> bool:
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written.
+    """Refuse a folder that cannot be created or written.
 
     Raises:
-        UserError: naming the key, the part of the path in the way, and the fix.
+        UserError: names the key, the part of the path that prevents it, and the fix.
     """
     where = f"{key}={str(folder)!r}" if len(str(folder)) < 200 else f"{key}={str(folder)[:200]!r}…"
     try:
@@ -333,4 +333,4 @@ def check_folder(key: str, folder: Path) -> None:
     if not there.is_dir():
         raise UserError(f"{where}: {there} is a file, not a folder; give another folder with {key}=")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{where}: no permission to write to {there}; give a folder of yours with {key}=")
+        raise UserError(f"{where}: no permission to write to {there}; give a writable folder with {key}=")

@@ -1,7 +1,7 @@
-"""Option files, read without Hydra: which sections choosing an option sets.
+"""Reading option files without Hydra: which sections an option sets.
 
-Hydra takes 50 ms and more to compose a cell, and there are over a hundred options. What a file says in the plain forms
-(values; `defaults` naming a sibling or overriding another group) is read here; the rest of its language is Hydra's.
+Hydra takes over 50 ms to compose a cell, and there are more than a hundred options. Simple files (values; `defaults`
+that name a sibling or override another group) are read here; everything else is left to Hydra.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ _OVERRIDE = re.compile(r"override /(\w+)@_global_\.\1")  # as in `override /opti
 
 
 class Option(NamedTuple):
-    """What choosing an option sets: its group's section and those of the groups it overrides."""
+    """The effect of choosing an option: its group's section and those of the groups it overrides."""
 
     choices: dict[str, str]
     sections: dict[str, dict[str, Any]]
-    """As the files have them: `${...}` still stands."""
+    """As in the files: `${...}` is not resolved."""
 
 
 class OnlyHydraKnows(Exception):
-    """A file uses more of Hydra's language than is read here."""
+    """A file uses Hydra features that are not supported here."""
 
 
 def shipped_folders() -> tuple[Path, ...]:
-    """Where the options that ship lie."""
+    """The folder of the shipped options."""
     return (config_root() / "conf",)
 
 
 def option_folders(hydra: DictConfig) -> tuple[Path, ...]:
-    """Where options are read from: what ships, and the user's `--config-dir`."""
+    """The folders that options are read from: the shipped ones, and the user's `--config-dir`."""
     return tuple(Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file")
 
 
 @cache
 def default_options() -> Option:
-    """What a cell is made of where nothing is chosen."""
+    """The default options of a cell."""
     choices: dict[str, str] = {}
     sections: dict[str, dict[str, Any]] = {}
     for entry in _load(config_root() / "conf" / "config.yaml")["defaults"]:
@@ -57,10 +57,10 @@ def default_options() -> Option:
 
 @cache
 def read_option(group: str, name: str, folders: tuple[Path, ...]) -> Option:
-    """An option from its file; values stand over those of the options it is made of, as Hydra has them.
+    """An option from its file; its values override those of the options it is based on, as in Hydra.
 
     Raises:
-        OnlyHydraKnows: the file says more than is read here, or lies in none of the folders.
+        OnlyHydraKnows: the file uses unsupported features, or is in none of the folders.
     """
     own = _load(next((path for folder in folders if (path := folder / group / f"{name}.yaml").is_file()), None))
     below = own.pop("defaults", [])
@@ -85,7 +85,7 @@ def read_option(group: str, name: str, folders: tuple[Path, ...]) -> Option:
 def _load(path: Path | None) -> dict[str, Any]:
     if path is None or "# @package" in path.read_text(encoding="utf-8"):
         raise OnlyHydraKnows(str(path))
-    # OmegaConf's loader: plain YAML takes `1e-3` for a word
+    # OmegaConf's loader, because plain YAML reads `1e-3` as a string
     loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(loaded, dict):
         raise OnlyHydraKnows(str(path))

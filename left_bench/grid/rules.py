@@ -1,4 +1,4 @@
-"""What cannot be combined: one table of rules, asked once for each cell before anything runs."""
+"""What cannot be combined: one table of rules, applied to each cell before anything runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from left_bench.spec.device import DEVICES
 from left_bench.spec.row_scores import check_installed
 from left_bench.spec.task import rules as task_rules
 
-# what peft carries in the cache or puts before the input while it generates
+# methods for which peft fills the cache, or puts tokens before the input, during generation
 _THROUGH_THE_CACHE = (
     "PrefixTuning",
     "PromptTuning",
@@ -27,7 +27,7 @@ _THROUGH_THE_CACHE = (
 BOTTLENECK_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "bert"}
 _FAMILIES_WITHOUT_BIAS = {"llama", "mistral", "t5"}
 _SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
-# option -> the module it needs, and the package that brings it
+# option -> the module it needs, and the package that contains it
 _FLASH_ATTENTION = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
@@ -42,16 +42,16 @@ LIGER_FAMILIES = {
     *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_text"),
     *("qwen3_vl_text", "smollm3", "smolvlm"),
 }
-# Seen with peft 0.21: `peft.tuners.adaption_prompt` patches the attention of these families and no others.
+# Seen with peft 0.21: `peft.tuners.adaption_prompt` only patches the attention of these families.
 _ADAPTION_PROMPT_FAMILIES = {"llama", "mistral", "gpt2"}
 
 
 def model_type(cell: Cell) -> str | None:
-    """The architecture's family, where it can be known without loading anything."""
+    """The architecture's family, if it is known without loading the model."""
     return cell.model.family
 
 
-# What an option needs beyond the project's own dependencies: (the target's beginning, module, what to install).
+# What an option needs in addition to the project's dependencies: (prefix of the target, module, what to install).
 EXTRAS = (
     *(
         (target, backend.needs, f"'left-bench[{backend.extra}]'" if backend.extra else backend.needs)
@@ -86,8 +86,8 @@ def release(version: str) -> tuple[int, ...]:
 def loses_virtual_tokens(versions: Mapping[str, str]) -> bool:
     """Whether these versions of transformers and peft generate without what a method puts before the input.
 
-    transformers 5.24 calls the cache it hands round `cache`. peft up to 0.21 looks for `past_key_values`, finds none,
-    and leaves prefixes out, or puts virtual tokens before every new token again (seen with 5.24.0 and 0.21.2).
+    transformers 5.24 passes the cache as `cache`. peft up to 0.21 looks for `past_key_values`, does not find it, and
+    leaves prefixes out, or puts virtual tokens before every new token again (seen with 5.24.0 and 0.21.2).
     """
     if not {"transformers", "peft"} <= versions.keys():
         return False
@@ -139,7 +139,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: _is(cell, "AdaptionPrompt") and model_type(cell) not in _ADAPTION_PROMPT_FAMILIES | {None},
-        "peft's LLaMA-Adapter knows the attention of Llama, Mistral and GPT-2 models alone",
+        "peft's LLaMA-Adapter only supports the attention of Llama, Mistral and GPT-2 models",
     ),
     (
         lambda cell: (
@@ -152,15 +152,15 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: ".Paged" in cell.optimizer.target and cell.device_type != "cuda",
-        "optimizer states are paged by CUDA alone; bitsandbytes would do without, silently",
+        "optimizer states can only be paged on CUDA; elsewhere bitsandbytes silently does not page them",
     ),
     (
         lambda cell: cell.training.attention in _FLASH_ATTENTION and cell.device_type != "cuda",
-        "FlashAttention 2 and 3 run on CUDA alone",
+        "FlashAttention 2 and 3 run only on CUDA",
     ),
     *(
         (
-            # transformers takes the hub's own build where `kernels` is there to fetch it
+            # with the package `kernels`, transformers downloads a build from the hub
             lambda cell, name=name, module=module: (
                 cell.training.attention == name and not is_installed(module) and not is_installed("kernels")
             ),
@@ -170,7 +170,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: _liger(cell) and not DEVICES[cell.hardware.device].has_triton,
-        "Liger's kernels are Triton's: they run on CUDA and XPU alone",
+        "Liger's kernels need Triton: they run only on CUDA and XPU",
     ),
     (
         lambda cell: _liger(cell) and not is_installed("liger_kernel"),
@@ -182,23 +182,23 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: cell.training.output_head == "liger" and not cell.task.writes,
-        "training.output_head=liger is a loss over a vocabulary, and pictures have classes",
+        "training.output_head=liger is a loss over a vocabulary, and a classifier has classes",
     ),
     (
         lambda cell: cell.training.output_head == "liger" and cell.training.objective != "sft",
-        "Liger's loss sums tokens and cannot weigh pairs; training.output_head=labelled is chunked as well",
+        "Liger's loss sums tokens and cannot weight pairs; training.output_head=labelled is chunked as well",
     ),
     (
         lambda cell: cell.training.output_head == "liger" and cell.precision.compute_dtype == "float16",
-        "Liger's loss rounds float16 gradients before they are scaled up; training.output_head=labelled does not",
+        "Liger's loss rounds float16 gradients before they are scaled; training.output_head=labelled does not",
     ),
     (
         lambda cell: cell.training.output_head == "liger" and _sharded(cell),
-        "Liger's loss wants the head's whole weight, and hardware.sharding leaves each process a part",
+        "Liger's loss needs the head's whole weight, and hardware.sharding gives each process only a part",
     ),
     (
         lambda cell: cell.training.float8 and cell.device_type != "cuda",
-        "products in 8-bit floating point are made by CUDA GPUs alone",
+        "products in 8-bit floating point are only supported by CUDA GPUs",
     ),
     (
         lambda cell: cell.training.float8 and not is_installed("torchao"),
@@ -206,19 +206,19 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: cell.training.float8 and cell.peft.target is not None,
-        "training.float8=true is for full fine-tuning: an adapter's matrices are too small to gain by it",
+        "training.float8=true is for full fine-tuning: an adapter's matrices are too small to benefit",
     ),
     (
         lambda cell: cell.training.float8 and cell.precision.weights_dtype != "bfloat16",
-        "training.float8=true rounds the products of bfloat16 weights; precision=bf16",
+        "training.float8=true rounds the products of bfloat16 weights; set precision=bf16",
     ),
     (
         lambda cell: cell.training.float8 and _sharded(cell),
-        "training.float8=true is not written for hardware.sharding; DDP (sharding=null) has it",
+        "training.float8=true is not implemented for hardware.sharding; DDP (sharding=null) supports it",
     ),
     (
         lambda cell: _lora_with(cell, "init_lora_weights", "loftq") and cell.device_type not in ("cuda", "xpu"),
-        f"peft's LoftQ rounds weights on CUDA or XPU alone {_SEEN}",
+        f"peft's LoftQ only rounds weights on CUDA or XPU {_SEEN}",
     ),
     (
         lambda cell: (
@@ -233,11 +233,11 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: _quantized(cell) and _is(cell, "HRA", "Deft", "Peanut", "UniLora"),
-        f"over quantized weights peft runs this method on the stored integers or trains nothing {_SEEN}",
+        f"over quantized weights peft applies this method to the stored integers or trains nothing {_SEEN}",
     ),
     (
         lambda cell: _quantized(cell) and (_lora_with(cell, "kasa_config") or _lora_with(cell, "use_bdlora")),
-        f"peft's quantized layers do not know this variant of LoRA and would be plain LoRA {_SEEN}",
+        f"peft's quantized layers do not support this variant of LoRA and would be plain LoRA {_SEEN}",
     ),
     (
         lambda cell: (
@@ -252,28 +252,28 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             (not cell.task.is_decoder and (_lora_with(cell, "init_lora_weights", "eva") or _is(cell, "CPT")))
             or (not cell.task.writes and _starts_from_text(cell))
         ),
-        f"this method starts from training rows as a decoder alone reads them {_SEEN}",
+        f"this method is initialized from training rows, which only works for decoders {_SEEN}",
     ),
     (
         lambda cell: (cell.task.reads == "pictures") != (cell.data.image_column is not None),
-        "pictures go with a model that classifies them (model=vit_base, data=digits), text with one that writes",
+        "images need an image classifier (model=vit_base, data=digits), and text needs a language model",
     ),
     *task_rules(),
     (
         lambda cell: cell.training.stop_patience is not None and _sharded(cell),
-        "training.stop_patience keeps the best weights whole, and hardware.sharding leaves each process a part of them",
+        "training.stop_patience keeps whole weights, and hardware.sharding gives each process only a part of them",
     ),
     (
         lambda cell: cell.training.stop_patience is not None and cell.eval.points == 0 and cell.eval.every is None,
-        "training.stop_patience looks at the curve of the validation loss; set eval.points or eval.every",
+        "training.stop_patience uses the validation-loss curve; set eval.points or eval.every",
     ),
     (
         lambda cell: cell.training.max_seconds is not None and _is(cell, "AdaLora"),
-        "AdaLoRA plans its ranks over a number of steps, which training.max_seconds leaves open",
+        "AdaLoRA plans its ranks over a fixed number of steps, which training.max_seconds does not give",
     ),
     (
         lambda cell: cell.eval.curve_scores and (cell.hardware.processes > 1 or cell.training.batching == "packed"),
-        "eval.curve_scores generates answers between steps, which one process with padded rows can",
+        "eval.curve_scores generates answers between steps, which needs a single process and padded rows",
     ),
     (
         lambda cell: cell.training.objective == "dpo" and not cell.data.pairs,
@@ -284,7 +284,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
             cell.peft.target == "left_bench.methods.BottleneckConfig"
             and model_type(cell) not in BOTTLENECK_FAMILIES | {None}
         ),
-        "bottleneck adapters know the sublayers of Llama, Mistral, Qwen, GPT-NeoX, OPT and BERT, and of no others",
+        "bottleneck adapters only support Llama, Mistral, Qwen, GPT-NeoX, OPT and BERT",
     ),
     (
         lambda cell: cell.peft.target == "left_bench.methods.LayerFreezeConfig" and _quantized(cell),
@@ -303,7 +303,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     *(
         (
             lambda cell, name=name: cell.hardware.processes > 1 and cell.hardware.device == name,
-            f"several processes want an accelerator each, and {name.upper()} is one; hardware.processes=1 or "
+            f"each process needs its own accelerator, and {name.upper()} has only one; set hardware.processes=1 or "
             "hardware=cpu",
         )
         for name, kind in DEVICES.items()
@@ -315,32 +315,32 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: _sharded(cell) and _cannot_shard(cell),
-        "hardware.sharding cannot divide these quantized weights (seen with torch 2.13); sharding=null can train",
+        "hardware.sharding cannot divide these quantized weights (seen with torch 2.13); sharding=null can train them",
     ),
     (
         lambda cell: _sharded(cell) and cell.training.checkpoint_every is not None,
-        "training.checkpoint_every is saved by one process, and none holds all of a sharded state; leave it out",
+        "one process saves checkpoints, and none has all of a sharded state; leave out training.checkpoint_every",
     ),
     (
         lambda cell: _sharded(cell) and (_is(cell, "AdaLora") or cell.optimizer.target.startswith("apollo_torch.")),
-        "AdaLoRA and APOLLO look at whole gradients, and hardware.sharding leaves each process a part",
+        "AdaLoRA and APOLLO need whole gradients, and hardware.sharding gives each process only a part",
     ),
     (
         lambda cell: _sharded(cell) and cell.optimizer.target.startswith("bitsandbytes."),
-        "bitsandbytes' optimizers do not know sharded weights (seen with bitsandbytes 0.50.2, torch 2.13)",
+        "bitsandbytes' optimizers do not support sharded weights (seen with bitsandbytes 0.50.2, torch 2.13)",
     ),
     (
         lambda cell: _sharded(cell) and (cell.precision.loss_scaling or cell.training.compile),
-        "float16 loss scaling and compiled layers are not written for hardware.sharding; DDP (sharding=null) has both",
+        "float16 loss scaling and compiled layers do not work with hardware.sharding; DDP (sharding=null) has both",
     ),
 )
 
 
 def check_extras(cell: Cell) -> None:
-    """Refuse data and metrics whose package is not installed: no cell of the grid could do without.
+    """Refuse data and metrics whose package is not installed, because no cell of the grid could run.
 
     Raises:
-        UserError: naming what to install.
+        UserError: names what to install.
     """
     check_source(cell.data)
     if cell.generates or not cell.task.writes:

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: which there are, and what their launcher can do with them."""
+"""The jobs of a sweep: listing them, and checking them against the launcher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SWEEPS_FOLDER = "sweeps"
 
 
 class Manifest(BaseModel):
-    """`runs/sweeps/<name>.json`: which cells a sweep is made of, in its order."""
+    """`runs/sweeps/<name>.json`: the cells of a sweep, in order."""
 
     name: str
     command: str
@@ -42,14 +42,14 @@ class Manifest(BaseModel):
 
 
 def command_of(overrides: Iterable[str], *, multirun: bool = False, config_dir: str | None = None) -> str:
-    """The command line that repeats a run or, where there is no sweep among the overrides, a multirun."""
+    """The command line that repeats a run or, if no sweep is among the overrides, a multirun."""
     plain = [override.removeprefix("++") for override in overrides]
     folder = ["--config-dir", config_dir] if config_dir else []
     return shlex.join(["left-bench", *folder, *(["-m"] if multirun else []), *plain])
 
 
 def config_dir_of(hydra: DictConfig) -> str | None:
-    """The user's `--config-dir`, from where the command was given if it lies below."""
+    """The user's `--config-dir`, relative to the command's working directory if it is below it."""
     results = [str(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line"]
     if not results:
         return None
@@ -58,16 +58,16 @@ def config_dir_of(hydra: DictConfig) -> str | None:
 
 
 def jobs_of(config: DictConfig, loader: ConfigLoader | None = None) -> Iterator[tuple[list[str], DictConfig]]:
-    """Every job's overrides and configuration of a multirun, composed one after the other.
+    """The overrides and configuration of every job of a multirun, composed one after the other.
 
-    A search's jobs are not known before: one stands for them, with the lower end of every range.
+    A search's jobs are not known in advance: one represents them, with the lower end of every range.
 
     Args:
-        loader: Hydra's, which has composed `config`; None: the one that is open in this process.
+        loader: Hydra's loader that composed `config`; None: the one open in this process.
 
     Raises:
-        HydraException: an option or key that there is not.
-        UserError: a range where a list of values is wanted.
+        HydraException: an unknown option or key.
+        UserError: a range instead of a list of values.
     """
     loader = loader or GlobalHydra.instance().config_loader()
     composer = JobComposer(loader, config)
@@ -76,14 +76,14 @@ def jobs_of(config: DictConfig, loader: ConfigLoader | None = None) -> Iterator[
 
 
 def overrides_of_jobs(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
-    """The overrides of every job: all combinations of a grid's values, those of its first parameter varying slowest."""
+    """The overrides of every job: all combinations of a grid's values; the first parameter varies slowest."""
     parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    given = OverridesParser.create(config_loader=loader).parse_overrides([*parameters, *config.hydra.overrides.task])
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*parameters, *config.hydra.overrides.task])
     if searches(config.hydra):
-        yield standing_for(given)
+        yield representative(parsed)
         return
     values: dict[str, list[str]] = {}
-    for argument in given:
+    for argument in parsed:
         key = argument.get_key_element()
         if not argument.is_sweep_override():
             values[key] = [f"{key}={argument.get_value_element_as_str()}"]
@@ -91,13 +91,13 @@ def overrides_of_jobs(config: DictConfig, loader: ConfigLoader) -> Iterator[list
             values[key] = [f"{key}={value}" for value in argument.sweep_string_iterator()]
         else:
             raise UserError(
-                f"{argument.input_line}: a range is for a search; write values, or add hydra/sweeper=optuna"
+                f"{argument.input_line}: ranges need a search; list the values, or add hydra/sweeper=optuna"
             )
     yield from map(list, itertools.product(*values.values()))
 
 
-def standing_for(overrides: Iterable[Override]) -> list[str]:
-    """One job of a search: the lower end of every range, the first of every choice."""
+def representative(overrides: Iterable[Override]) -> list[str]:
+    """One job that represents a search: the lower end of every range, the first of every choice."""
     chosen: dict[str, str] = {}
     for override in overrides:
         key, value = override.get_key_element(), override.value()
@@ -111,16 +111,16 @@ def standing_for(overrides: Iterable[Override]) -> list[str]:
 
 
 def check_launcher(config: DictConfig) -> None:
-    """Refuse, before anything runs, what a launcher or a search cannot do with the cells as they are set.
+    """Refuse, before anything runs, settings that the launcher or the search cannot use.
 
     Raises:
-        UserError: naming the key and the fix.
+        UserError: names the key and the fix.
     """
     launcher, hydra = launcher_of(config.hydra), config.hydra
     device = str(OmegaConf.select(config, "hardware.device"))
     if device == "auto" and runs_elsewhere(hydra):
         raise UserError(
-            f"hardware.device=auto: hydra/launcher={launcher} may run the cells on other machines than this one; "
+            f"hardware.device=auto: hydra/launcher={launcher} may run the cells on other machines; "
             "name the device with hardware=cpu or hardware=cuda"
         )
     if (
@@ -129,7 +129,7 @@ def check_launcher(config: DictConfig) -> None:
         and not OmegaConf.select(hydra, "launcher.ray.remote.num_gpus")
     ):
         raise UserError(
-            f"hardware.device={device}: Ray hides GPUs from a task that asks for none; "
+            f"hardware.device={device}: Ray hides GPUs from tasks that request none; "
             "add +hydra.launcher.ray.remote.num_gpus=1"
         )
     if searches(hydra):
@@ -143,7 +143,7 @@ def check_launcher(config: DictConfig) -> None:
 
 
 def check_objective(cell: Cell, objective: str) -> None:
-    """Refuse a search for what its cells will not have.
+    """Refuse a search for a metric that its cells will not have.
 
     Raises:
         UserError: random weights are not scored.
@@ -154,7 +154,7 @@ def check_objective(cell: Cell, objective: str) -> None:
 
 
 def best_trial(records: Sequence[Record], *, objective: str) -> str:
-    """A search's best trial in one line: what it had chosen, its value, and how many trials had none."""
+    """A search's best trial in one line: its choices, its value, and how many trials had no value."""
     scored = [record for record in records if record.status == "ok" and objective in record.metrics]
     without = f"{len(records) - len(scored)} of {len(records)} without a value"
     if not scored:
@@ -162,8 +162,8 @@ def best_trial(records: Sequence[Record], *, objective: str) -> str:
     metric = find_metric(objective)
     pick = max if metric is not None and metric.better == "higher" else min
     best = pick(scored, key=lambda item: item.metrics[objective])
-    told = [list(map(str, record.provenance.get("overrides", []))) for record in records]
-    shared = set(told[0]).intersection(*told[1:])
+    overrides = [list(map(str, record.provenance.get("overrides", []))) for record in records]
+    shared = set(overrides[0]).intersection(*overrides[1:])
     chosen = [
         item.lstrip("+") for item in best.provenance.get("overrides", []) if len(records) == 1 or item not in shared
     ]
@@ -171,7 +171,7 @@ def best_trial(records: Sequence[Record], *, objective: str) -> str:
 
 
 def quiet_optuna() -> None:
-    """Its warnings alone: a study that has no name is no news."""
+    """Show only Optuna's warnings."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -183,17 +183,17 @@ def launcher_of(hydra: DictConfig) -> str:
 
 
 def searches(hydra: DictConfig) -> bool:
-    """Whether the sweeper chooses each job from the results of those before it."""
+    """Whether the sweeper chooses jobs based on earlier results."""
     return str(hydra.runtime.choices.get("hydra/sweeper", "basic")) != "basic"
 
 
 def runs_elsewhere(hydra: DictConfig) -> bool:
-    """Whether the launcher may carry the cells to other machines than this one."""
+    """Whether the launcher may run the cells on other machines."""
     launcher = launcher_of(hydra)
     here = launcher == "ray" and OmegaConf.select(hydra, "launcher.ray.init.address") in (None, "local")
     return launcher in SCHEDULERS and not here
 
 
 def sweep_name(hydra: DictConfig) -> str:
-    """What names a sweep's manifest and report: Hydra's job name, which `cli` sets to the sweep's."""
+    """The name of a sweep's manifest and report: Hydra's job name, which `cli` sets to the sweep's."""
     return slugify(str(hydra.job.name))

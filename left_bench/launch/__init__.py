@@ -1,6 +1,6 @@
-"""The launching process: cells checked, run one by one or together, their records written, the end summed up.
+"""The launching process: checks cells, runs them one by one or in parallel, writes records and the summary.
 
-Imports all rooms but `cli`; never torch.
+Imports all rooms except `cli`; never torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Launch":  # the name that configurations of earlier versions hold
+    if name == "Launch":  # the name in configurations of earlier versions
         from left_bench.launch.earlier_callback import Launch
 
         return Launch

@@ -1,7 +1,7 @@
-"""Who runs a cell: a lock for each cell that dies with its process, so that several launches can share a runs folder.
+"""A lock per cell, so that several launches can share a runs folder.
 
-A launch that finds a cell taken goes on to the next one and comes back at the end, by which time the record is there or
-its owner is dead. Nothing has to be cleaned up after a killed launch: the kernel lets go of its locks.
+A launch that finds a cell locked continues with the next one and returns to it at the end, when the record exists or
+the lock's owner is dead. Nothing has to be cleaned up after a killed launch: the kernel releases its locks.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ _Done = TypeVar("_Done")
 
 @contextlib.contextmanager
 def claim(run_dir: Path) -> Iterator[bool]:
-    """Try to become the one process that runs this cell; yields whether this one now is, and never waits.
+    """Try to become the only process that runs this cell; yields whether this succeeded, and never waits.
 
-    The lock is `flock`'s: Linux carries it over NFS (v4, or v3 with lockd), so that launches on several machines share
-    as well. Where the file system or the system has no locks, the cell is claimed without one and a warning says so.
+    The lock is `flock`'s, which Linux supports over NFS (v4, or v3 with lockd), so launches on several machines can
+    share a folder too. If the file system or the operating system has no locks, the cell is claimed without one, with a
+    warning.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     handle = _locked(run_dir / LOCK_NAME)
@@ -42,9 +43,9 @@ def claim(run_dir: Path) -> Iterator[bool]:
 
 
 def next_attempt(run_dir: Path, *, recorded: int) -> int:
-    """The number of the attempt that begins now, from 1; attempts that were killed and left no record are counted.
+    """The number of the attempt that begins now, from 1, including killed attempts without a record.
 
-    `recorded` is the attempt of the record that is there, 0 for none. Call it only while the cell is claimed.
+    `recorded`: the attempt of the existing record, 0 for none. Call it only while the cell is claimed.
     """
     path = run_dir / ATTEMPT_NAME
     begun = path.read_text(encoding="ascii", errors="replace").strip() if path.exists() else ""
@@ -54,9 +55,9 @@ def next_attempt(run_dir: Path, *, recorded: int) -> int:
 
 
 def until_done(attempts: list[Callable[[], _Done | None]]) -> list[_Done]:
-    """Call each until it gives something other than None: cells that another launch has in hand.
+    """Call each repeatedly until it returns something other than None; for cells that another launch is running.
 
-    Whichever comes free first is taken first, so a dead launch's cells do not wait behind a living one's.
+    They are taken in the order in which they become free, so a dead launch's cells do not wait for a running one's.
     """
     done: list[_Done] = []
     waiting = list(attempts)
@@ -76,7 +77,7 @@ def until_done(attempts: list[Callable[[], _Done | None]]) -> list[_Done]:
 
 
 def _locked(path: Path) -> int | None:
-    """A handle that holds the lock on `path` until it is closed, or None when another process holds it."""
+    """A handle that holds the lock on `path` until it is closed, or None if another process holds it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -93,7 +94,7 @@ def _locked(path: Path) -> int | None:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
-        os.close(handle)  # the folder was deleted and made again meanwhile: that lock is nobody's
+        os.close(handle)  # the folder was deleted and created again meanwhile, so the lock is on a deleted file
 
 
 def _unlocked(path: Path, why: str) -> int:

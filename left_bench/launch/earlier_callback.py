@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 
 class Launch(Callback):
-    """Has left_bench's own sweeper run a sweep, also where a whole configuration of an earlier version names none."""
+    """Makes left_bench's own sweeper run a sweep, even if a configuration of an earlier version names none."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         config.hydra.sweeper._target_ = "hydra_plugins.left_bench_sweeper.LaunchSweeper"

@@ -1,7 +1,7 @@
-"""One job of a launch: a composed cell and all that running it needs, in whatever process its launcher chose.
+"""One job of a launch: a composed cell and everything needed to run it in the process its launcher chooses.
 
-A launcher carries a job as one line among its overrides. It may run `run_job` in another process or on another machine:
-all it knows is the job and files.
+Launchers carry a job as one line among its overrides. They may call `run_job` in another process, on another machine,
+or again after a preemption: it only depends on the job and on files.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from left_bench.spec.record import RECORD_NAME, Record
 _CARRIED = "hydra.left_bench_job="
 """Launchers leave overrides that begin with `hydra.` out of their logs."""
 _HYDRAS_PART = ("mode", "sweep", "job", "runtime", "verbose", "output_subdir", "job_logging", "hydra_logging")
-"""What launchers and Hydra's own running of a job read."""
+"""The keys that launchers and Hydra's own job runner read."""
 _NOT_A_JOBS = ("help", "hydra_help", "run", "callbacks", "sweeper", "launcher", "searchpath")
 ELSEWHERE = "elsewhere"
 
 
 class OwnFiles(NamedTuple):
-    """What a launch tells its jobs, wherever they run, and they tell it: no other launch of the sweep writes here."""
+    """Files that a launch shares with its jobs, wherever they run; no other launch of the sweep writes them."""
 
     scope: Path
-    """The manifest as this launch began; one of the same name may have written its own over it meanwhile."""
+    """The manifest at the launch's start; another launch of the same name may have overwritten the shared one."""
     report: Path
-    """When the sweep's report was last written, and how long that took."""
+    """When the sweep's report was last written, and how long it took."""
 
     @classmethod
     def of(cls, folder: Path, sweep: str, launch: str) -> OwnFiles:
@@ -58,7 +58,7 @@ class OwnFiles(NamedTuple):
 
 
 class Job(BaseModel):
-    """A cell that is to run, and what its launch knows of it."""
+    """A cell to run, and what its launch knows about it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,35 +66,35 @@ class Job(BaseModel):
     settings: Settings
     overrides: list[str]
     command: str
-    """What makes this cell alone again."""
+    """The command that runs only this cell again."""
     number: int
-    """From 1."""
+    """Position in the launch, from 1."""
     total: int
     recorded: int | None
-    """The attempt that was on record when the launch began, 0 for none: a later one was made by another launch. None:
-    nobody has looked."""
+    """The recorded attempt when the launch began, 0 for none: a later one was made by another launch. None: unknown."""
     sweep: str | None
     launch: str
-    """What trackers group its cells by."""
+    """The id by which trackers group its cells."""
     launcher: str
     at_once: int
     """Cells that run at the same time on one machine."""
     elsewhere: bool
-    """The launcher may have carried it to another machine."""
+    """Whether the launcher may run it on another machine."""
     comes_back: bool
-    """The launch takes the cell up again at its end if another launch is running it now; else the job waits."""
+    """Whether the launch returns to the cell at its end if another launch is running it now; otherwise the job
+    waits."""
     folder: str
-    """Where the command was given: relative paths are meant from there."""
+    """The command's working directory, which relative paths refer to."""
     own: OwnFiles | None
 
     def carried(self) -> list[str]:
-        """The overrides that a launcher is given for it."""
-        # a dollar sign would be an interpolation to OmegaConf, and in JSON it stands within strings alone
+        """The overrides to pass to a launcher."""
+        # a dollar sign would be an interpolation to OmegaConf; in JSON it only occurs within strings
         text = self.model_dump_json(by_alias=True).replace("$", "\\u0024")
         return [*self.overrides, f"{_CARRIED}{text}"]
 
     def attempt(self, pace: Pace | None = None) -> Record | None:
-        """The cell's record, run now if need be; None where another launch has the cell in hand."""
+        """The cell's record, run now if necessary; None if another launch is running the cell."""
         return run_cell(
             self.cell,
             self.settings,
@@ -121,15 +121,15 @@ class Job(BaseModel):
 class Ended:
     """What a job returns to its launcher.
 
-    A search takes it as a number, the objective; a cell that has none (diverged, out of memory, ...) is a failed trial.
+    A search uses it as a number, the objective; a cell without one (diverged, out of memory, ...) is a failed trial.
     """
 
     cell_id: str
     status: str
-    """`elsewhere` where another launch has the cell in hand."""
+    """`elsewhere` if another launch is running the cell."""
     objective: float | None
     record: str | None = None
-    """As JSON, where the runs folder is not shared."""
+    """The record as JSON, if the runs folder is not shared."""
 
     @classmethod
     def of(cls, record: Record, *, objective: str, sent_back: bool) -> Ended:
@@ -142,23 +142,23 @@ class Ended:
             raise ValueError(f"{self.cell_id} is {self.status} and has no value")
         return self.objective
 
-    def __repr__(self) -> str:  # what Optuna's sweeper prints of a failed trial
+    def __repr__(self) -> str:  # printed by Optuna's sweeper for a failed trial
         return f"{self.cell_id}: {self.status}"
 
 
 def run_job(config: DictConfig, *, pace: Pace | None = None) -> Ended:
-    """The task that a launcher runs: take the job's cell to its record.
+    """The task that a launcher runs: produce the record of the job's cell.
 
     Args:
-        config: of `JobLoader`.
-        pace: of the launch, in whose own process the job runs.
+        config: from `JobLoader`.
+        pace: the launch's, if the job runs in its process.
     """
     with user_errors():
         return take(Job.model_validate_json(config.job), pace=pace)
 
 
 def take(job: Job, *, pace: Pace | None = None) -> Ended:
-    """Run a job's cell in a process of its own, from this one."""
+    """Run a job's cell in a separate process started by this one."""
     if Path(job.folder).is_dir() and Path(job.folder) != Path.cwd():
         os.chdir(job.folder)  # some launchers start elsewhere
     if job.elsewhere:
@@ -179,7 +179,8 @@ def take(job: Job, *, pace: Pace | None = None) -> Ended:
 
 
 def _report_so_far(job: Job, *, always: bool = False) -> None:
-    """Let the report grow with the sweep; a search's has no list of cells before its end, and a cell has no report."""
+    """Update the report of a running sweep. A search has no list of cells before its end, and a single cell no
+    report."""
     if job.own is None or job.sweep is None or not job.own.report.exists():
         return
     write_partial(
@@ -194,35 +195,35 @@ def _report_so_far(job: Job, *, always: bool = False) -> None:
 
 
 def _interruption_note(job: Job) -> str:
-    """What an interrupted launch leaves, and what goes on from there."""
-    told = f"{job.cell.id} has no record of this attempt and is run again"
+    """What an interrupted launch has completed, and how it continues."""
+    unfinished = f"{job.cell.id} has no record of this attempt and is run again"
     if job.own is None or not job.own.scope.exists():
-        return told
+        return unfinished
     cells = json.loads(job.own.scope.read_text(encoding="utf-8"))["cells"]
-    if not cells:  # a search, whose cells are not known before
-        return told
+    if not cells:  # a search, whose cells are not known in advance
+        return unfinished
     done = sum((job.settings.runs_dir / name / RECORD_NAME).exists() for name in cells)
-    return f"{done} of {len(cells)} cells have their record; {told}"
+    return f"{done} of {len(cells)} cells have their record; {unfinished}"
 
 
 def for_launchers(context: HydraContext) -> HydraContext:
-    """What a launcher is handed in the place of Hydra's own loader and callbacks."""
+    """The context for launchers, with our own loader and callbacks instead of Hydra's."""
     return HydraContext(config_loader=cast(Any, JobLoader()), callbacks=cast(Any, _LightReturns(context.callbacks)))
 
 
 class JobLoader:
-    """Gives a launcher a job's configuration: the job, which was composed before it was handed over.
+    """Gives a launcher a job's configuration, which is the job itself, composed in advance.
 
-    Launchers ask a loader for nothing else (Hydra's basic one; joblib 1.2, submitit 1.2, ray 1.2).
+    Launchers use nothing else of a loader (Hydra's basic one; joblib 1.2, submitit 1.2, ray 1.2).
     """
 
     def __init__(self) -> None:
         self._shared: DictConfig | None = None
-        """What the jobs of a launch have in common."""
+        """The configuration that the jobs of a launch have in common."""
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
-        """`job` is the job as text; `hydra` what running a job reads of it."""
-        *given, carried = sweep_overrides
+        """`job`: the job as text; `hydra`: the keys needed to run a job."""
+        *overrides, carried = sweep_overrides
         if self._shared is None:
             hydra = master_config.hydra
             self._shared = OmegaConf.create({"hydra": HydraConf(), "job": ""})
@@ -236,12 +237,13 @@ class JobLoader:
                     del self._shared.hydra[key]
         config = copy.deepcopy(self._shared)
         config.job = carried.removeprefix(_CARRIED)
-        config.hydra.overrides.task = given
+        config.hydra.overrides.task = overrides
         return config
 
 
 class _LightReturns:
-    """The launch's callbacks. Launchers keep every job's return to the end, two configurations in each: those go."""
+    """The launch's callbacks. Launchers keep every job's return value until the end; drop the two configurations in
+    it."""
 
     def __init__(self, callbacks: Any) -> None:
         self._callbacks = callbacks

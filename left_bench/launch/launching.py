@@ -1,8 +1,8 @@
-"""A launch, from what was typed to its closing summary: `Launch`, which Hydra calls.
+"""A launch, from the command line to its closing summary: `Launch`, which Hydra calls.
 
-Hydra reads the command line and has two doors to what runs then: the task of a single run, and the sweeper of a sweep
-(`hydra_plugins.left_bench_sweeper`). Both lead to `Launch`, and a single cell takes the way of a sweep's: composed
-once, checked, passed by if it is done, run as a `Job`, summed up.
+Hydra reads the command line and has two ways to run something: the task of a single run, and the sweeper of a sweep
+(`hydra_plugins.left_bench_sweeper`). Both lead to `Launch`, and a single cell is handled like one of a sweep: composed
+once, checked, skipped if it is done, run as a `Job`, and included in the summary.
 """
 
 from __future__ import annotations
@@ -62,27 +62,27 @@ _BATCH_LAUNCHER = "hydra_plugins.left_bench_sweeper.BatchLauncher"
 
 
 class Composed(NamedTuple):
-    """A job's overrides and what they are."""
+    """A job's overrides and the composed cell and settings."""
 
     overrides: list[str]
     cell: Cell
     settings: Settings
     trial: Trial | None
-    """Where values of the person's own go to other packages' classes."""
+    """Set if the user's own values are passed to other packages' classes."""
     automatic: bool
-    """Its precision is what this machine is fast in."""
+    """Whether its precision was chosen by `precision=auto`."""
 
     @property
     def refused(self) -> bool:
-        """By a rule: no error, but a row that says so."""
+        """Whether a rule refuses the cell, which is then a row of the report and not an error."""
         return not self.settings.force_unsupported and why_unsupported(self.cell) is not None
 
 
 class Launch:
-    """One command's cells. Hydra's task in a run; what its sweeper hands a sweep to."""
+    """The cells of one command. Hydra calls it as the task of a run; its sweeper calls `sweep`."""
 
     def __init__(self, typed: Sequence[str] = ()) -> None:
-        """`typed`: the overrides of the command line, as a person has given them."""
+        """`typed`: the command line's overrides as the user typed them."""
         self._typed = tuple(typed)
         self._started_at = utc_now()
         self._launcher = "basic"
@@ -94,7 +94,7 @@ class Launch:
         self._own: OwnFiles | None = None
         self._manifest: Manifest | None = None
         self._cells: dict[str, None] = {}
-        """Ids, in the sweep's order; those of a search as they are chosen."""
+        """Ids in the sweep's order; for a search, added as they are chosen."""
         self._recorded: dict[str, int] = {}
         self._pace = Pace()
         self._hydras_launcher: Launcher | None = None
@@ -102,7 +102,7 @@ class Launch:
         self._shared_sections: dict[tuple[str, str], Any] = {}
 
     def __call__(self, config: DictConfig) -> None:
-        """A run: one cell, in this process."""
+        """Run one cell, from this process."""
         with user_errors():
             hydra: Any = HydraConfig.get()
             job = self._composed(config, hydra)
@@ -115,21 +115,21 @@ class Launch:
             self._conduct([job], run)
 
     def sweep(self, config: DictConfig, context: HydraContext) -> None:
-        """A sweep or a search, as `hydra/sweeper=` has it, by the launcher that `hydra/launcher=` chose."""
+        """Run a sweep or a search (`hydra/sweeper=`), with the launcher chosen by `hydra/launcher=`."""
         hydra = config.hydra
         check_launcher(config)
-        for told in ignored_choices(config):
-            print(told, file=sys.stderr)
-        # one at a time: thousands of configurations would fill the memory
+        for note in ignored_choices(config):
+            print(note, file=sys.stderr)
+        # one at a time, because thousands of configurations would fill the memory
         jobs = [self._composed(job, job.hydra) for _, job in jobs_of(config, context.config_loader)]
         if not jobs:
             raise UserError("the sweep has no cells: one of its keys has no values, such as seed=range(0,0)")
         self._launcher, self._elsewhere, self._searches = launcher_of(hydra), runs_elsewhere(hydra), searches(hydra)
         self._sweep = sweep_name(hydra)
         self._prepare(jobs, hydra)
-        launch = functools.partial(self._hand_over, config=config, context=context)
-        # what comes before a comparison, as a search for each method's rate would, goes here: it may run cells with
-        # `launch`, and its answer is another list of jobs
+        launch = functools.partial(self._run_with_launcher, config=config, context=context)
+        # a stage before the comparison, such as a search for each method's learning rate, belongs here: it may run
+        # cells with `launch`, and returns another list of jobs
         if self._searches:
             self._conduct(jobs, lambda _: self._search(config, context, launch), config=config)
         else:
@@ -138,7 +138,7 @@ class Launch:
     # --- before the first cell ---
 
     def _composed(self, config: DictConfig, hydra: Any) -> Composed:
-        """The only time that a job's configuration becomes a cell."""
+        """The only place where a job's configuration becomes a cell."""
         interrupt.check()
         cell, settings = compose(config, hydra, typed=self._typed)
         cell = cell.model_copy(update={name: self._shared(name, getattr(cell, name)) for name in SECTIONS})
@@ -147,11 +147,12 @@ class Launch:
         return Composed(overrides, cell, settings, trial, hydra.runtime.choices.precision == AUTO)
 
     def _shared(self, name: str, section: Any) -> Any:
-        """The same section of a cell before, if one was equal: ten thousand cells have a few dozen between them."""
+        """An equal section of an earlier cell, if there is one: ten thousand cells have only a few dozen different
+        ones."""
         return self._shared_sections.setdefault((name, section.model_dump_json()), section)
 
     def _prepare(self, jobs: Sequence[Composed], hydra: Any) -> None:
-        """Check all cells; nothing is written."""
+        """Check all cells, without writing anything."""
         self._settings = jobs[-1].settings
         self._at_once = self._settings.at_once or cells_at_once(
             hydra.launcher, self._launcher, cores=len(available_cores())
@@ -159,11 +160,11 @@ class Launch:
         self._trials = int(hydra.sweeper.n_trials) if self._searches else 1
         self._cells = {} if self._searches else dict.fromkeys(job.cell.id for job in jobs)
         self._total = self._trials if self._searches else len(self._cells)
-        unlike: dict[str, Cell] = {}
+        distinct: dict[str, Cell] = {}
         for job in jobs:
             identity = job.cell.identity
-            unlike.setdefault(fingerprint([identity["model"], identity["data"]]), job.cell)
-        for cell in unlike.values():
+            distinct.setdefault(fingerprint([identity["model"], identity["data"]]), job.cell)
+        for cell in distinct.values():
             interrupt.check()
             check_cell(cell)
             if self._searches:
@@ -175,13 +176,13 @@ class Launch:
     def _conduct(
         self, jobs: Sequence[Composed], run: Callable[[Sequence[Composed]], None], *, config: DictConfig | None = None
     ) -> None:
-        """Pass by what is done, try and say what can be known of the rest, run it, sum up.
+        """Skip finished cells, check the others and print notes about them, run them, and sum up.
 
         Args:
-            config: the sweep's; None for a cell alone, which has no manifest and no report.
+            config: the sweep's; None for a single cell, which has no manifest and no report.
         """
         left = self._without_finished(jobs)
-        self._try_and_tell(left)
+        self._rehearse_and_note(left)
         if config is not None:
             self._open_manifest(config)
         run(left)
@@ -194,13 +195,13 @@ class Launch:
         self._sum_up()
 
     def _without_finished(self, jobs: Sequence[Composed]) -> list[Composed]:
-        """The jobs that are left to run; what is kept is said. Which attempts are on record now is noted for all."""
+        """The jobs left to run; finished ones are reported. Notes the recorded attempts of all cells."""
         keep = {job.cell.id for job in jobs if not job.settings.force}
         self._recorded, done = note_records(list(self._cells), self._settings.runs_dir, keep=keep)
         self._pace = Pace(len(self._cells) - len(done))
         return [job for job in jobs if job.settings.force or job.cell.id not in done]
 
-    def _try_and_tell(self, left: Sequence[Composed]) -> None:
+    def _rehearse_and_note(self, left: Sequence[Composed]) -> None:
         here = self._launcher == "basic"
         allowed = [job for job in left if not job.refused]
         rehearse((job.trial for job in allowed if job.trial is not None), cells_follow=here)
@@ -209,12 +210,12 @@ class Launch:
             say_automatic_precision(job.cell for job in left if job.automatic)
         else:
             say_what_is_emulated(job.cell for job in left)
-        alike: dict[str, tuple[Cell, set[str]]] = {}
+        by_cost: dict[str, tuple[Cell, set[str]]] = {}
         for job in allowed:
-            alike.setdefault(_what_it_costs(job.cell), (job.cell, set()))[1].add(job.cell.id)
+            by_cost.setdefault(_cost_key(job.cell), (job.cell, set()))[1].add(job.cell.id)
         if left:
             say_estimate(
-                [Planned(cell, len(ids) * self._trials) for cell, ids in alike.values()],
+                [Planned(cell, len(ids) * self._trials) for cell, ids in by_cost.values()],
                 self._settings.runs_dir,
                 at_once=self._at_once,
                 elsewhere=self._elsewhere,
@@ -223,11 +224,11 @@ class Launch:
 
     def _open_manifest(self, config: DictConfig) -> None:
         hydra, runs_dir = config.hydra, self._settings.runs_dir
-        given, several = list(hydra.overrides.task), "sweep" not in hydra.runtime.choices
+        overrides, several = list(hydra.overrides.task), "sweep" not in hydra.runtime.choices
         self._manifest = Manifest(
             name=str(self._sweep),
-            command=command_of(given, multirun=several, config_dir=config_dir_of(hydra)),
-            overrides=given,
+            command=command_of(overrides, multirun=several, config_dir=config_dir_of(hydra)),
+            overrides=overrides,
             started_at=self._started_at,
             cells=list(self._cells),
         )
@@ -236,7 +237,7 @@ class Launch:
         launch = f"{launch_id(self._started_at)}-{os.getpid()}"
         self._own = OwnFiles.of(runs_dir / SWEEPS_FOLDER, self._manifest.name, launch)
         write_atomically(self._own.scope, self._manifest.model_dump_json() + "\n")
-        atexit.register(self._own.remove)  # an interrupted launch does not come to its end
+        atexit.register(self._own.remove)  # for interrupted launches
         if self._searches:
             quiet_optuna()
         else:
@@ -245,7 +246,7 @@ class Launch:
     # --- the cells ---
 
     def _run_grid(self, left: Sequence[Composed], hydra: Any, launch: Callable[..., list[JobReturn]]) -> None:
-        """In batches: one at a time in this process, else as many as the launcher may have."""
+        """Run the jobs in batches: one at a time in this process, otherwise as many as the launcher takes."""
         places = {cell_id: place for place, cell_id in enumerate(self._cells, start=1)}
         jobs = [(item, places[item.cell.id]) for item in left]
         size = 1 if self._launcher == "basic" else hydra.sweeper.get("max_batch_size") or max(1, len(jobs))
@@ -253,7 +254,7 @@ class Launch:
             launch(jobs[first : first + size], first=first)
 
     def _search(self, config: DictConfig, context: HydraContext, launch: Callable[..., list[JobReturn]]) -> None:
-        """By the sweeper that was chosen: it asks for batches of trials, and is told how they ended."""
+        """Run a search with the chosen sweeper, which requests batches of trials and receives their results."""
         composer = JobComposer(context.config_loader, config)
         begun = 0
 
@@ -277,13 +278,13 @@ class Launch:
         sweeper = Plugins.instance().instantiate_sweeper(config=inner, hydra_context=context, task_function=run_batch)
         sweeper.sweep(list(config.hydra.overrides.task))
 
-    def _hand_over(
+    def _run_with_launcher(
         self, jobs: Sequence[tuple[Composed, int]], *, first: int, config: DictConfig, context: HydraContext
     ) -> list[JobReturn]:
-        """Have the launcher run these jobs, each with its place in the sweep, and take what comes back.
+        """Let the launcher run these jobs, each with its position in the sweep, and process the results.
 
         Args:
-            first: how many were handed over before.
+            first: how many jobs were passed to the launcher before.
         """
         if self._hydras_launcher is None:
             task = functools.partial(run_job, pace=self._pace) if self._launcher == "basic" else run_job
@@ -322,13 +323,13 @@ class Launch:
     def _close_manifest(self) -> None:
         assert self._own is not None and self._manifest is not None
         self._own.remove()
-        # this launch's own: another of the same name may have written the file meanwhile
+        # write this launch's own: another of the same name may have overwritten the file
         changes = {"finished_at": utc_now(), "cells": list(self._cells)}
         self._manifest = self._manifest.model_copy(update=changes)
         self._manifest.write(self._settings.runs_dir)
 
     def _sum_up(self) -> None:
-        """Print the summary, write a sweep's report, and leave with 1 where a cell ended neither ok nor unsupported."""
+        """Print the summary, write a sweep's report, and exit with 1 if a cell ended neither ok nor unsupported."""
         from left_bench.report import print_summary
 
         runs_dir = self._settings.runs_dir
@@ -347,8 +348,8 @@ class Launch:
             raise SystemExit(1)
 
 
-def _what_it_costs(cell: Cell) -> str:
-    """The same for cells that take the same time: what differs in a seed or a learning rate does as much work."""
+def _cost_key(cell: Cell) -> str:
+    """Equal for cells that take the same time: a seed or a learning rate does not change the amount of work."""
     identity = cell.identity
     identity.pop("seed", None)
     for key in ("learning_rate", "sft_learning_rate", "schedule", "warmup_ratio"):
@@ -357,7 +358,7 @@ def _what_it_costs(cell: Cell) -> str:
 
 
 def _report(manifest: Manifest, settings: Settings) -> None:
-    """Write a sweep's report and tell its trackers of it."""
+    """Write a sweep's report and send it to its trackers."""
     from left_bench.report import write_report
     from left_bench.report.cost import Prices
     from left_bench.tracker.comparison import track_sweep

@@ -1,8 +1,8 @@
-"""The report of a sweep that is still running: written between its cells, and cheaply.
+"""The report of a running sweep, written between its cells at low cost.
 
-It has no plots, which are most of what a report costs, and is written when fifty times the last writing have passed
-since: a fiftieth of the sweep's time at the most goes into it. The cells of a launch may end in several processes, so
-when that was lies in a file.
+It has no plots, which take most of a report's time, and is only written when fifty times the duration of the last
+writing have passed, so it takes at most a fiftieth of the sweep's time. A launch's cells may end in several processes,
+so the time of the last writing is in a file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from left_bench.core.files import write_atomically
 
 _SHARE = 50
 _FIRST_SECONDS = 0.1
-"""What the first is taken to cost: twelve cells take 0.04 s, sixty 0.3."""
+"""The assumed duration of the first writing: twelve cells take 0.04 s, sixty 0.3."""
 
 
 def begin_partial(note: Path) -> None:
-    """Note that a launch begins now and has written no report."""
+    """Record that a launch begins now and has written no report."""
     _remember(note, took=_FIRST_SECONDS)
 
 
@@ -35,13 +35,13 @@ def write_partial(
     per_hour: float | None = None,
     always: bool = False,
 ) -> bool:
-    """Write a running sweep's report and page, marked as partial; whether that was done.
+    """Write a running sweep's report and page, marked as partial; returns whether it was written.
 
-    What stands in the way (no record yet, a full disk) is not said here: the end of the sweep says it.
+    Errors (no record yet, a full disk) are not reported here but at the end of the sweep.
 
     Args:
-        note: of `begin_partial`; where it is missing, as on another machine without the folder, nothing is written.
-        always: also when the last writing was just now.
+        note: from `begin_partial`; if it is missing, as on another machine without the folder, nothing is written.
+        always: write even if the last writing was just now.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UserError):
         last = json.loads(note.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Values that only peft, bitsandbytes, transformers or the loaded model can judge, judged before a sweep begins.
+"""Checks values that only peft, bitsandbytes, transformers or the model itself can judge, before a sweep begins.
 
-A worker would find them too, an hour later, in the sweep's last cell. So whoever gives values of their own to the
-classes of other packages has them tried first: the model and its adapter are made on the meta device (shapes, no
-numbers), the optimizer is made, and a row goes through. What ships is tried by this package's tests instead.
+A worker would also reject them, but maybe an hour later, in the sweep's last cell. So users' own values for other
+packages' classes are tried first: the model and its adapter are created on the meta device (shapes without values), the
+optimizer is created, and a row is passed through. Shipped options are checked by this package's tests instead.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from left_bench.spec.cell import Cell, fingerprint
 _QUESTION, _ANSWER = "cells.jsonl", "refusal.txt"
 _JUDGED = ("model", "quantization", "peft", "optimizer")
 _AT_MOST = 64
-"""Cells of one sweep: each takes up to a second for a model of thirty layers."""
+"""Maximum number of cells to try: each takes up to a second for a model of thirty layers."""
 _PATIENCE_SECONDS = 120.0
 _REFUSALS = (ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, RuntimeError)
 
 
 def has_user_values(hydra: DictConfig) -> bool:
-    """Whether a job gives values of its own to other packages' classes, on the command line or by a file."""
-    given = [str(item).lstrip("+~") for item in hydra.overrides.task]
-    if any(argument.startswith(tuple(f"{group}." for group in _JUDGED)) for argument in given):
+    """Whether a job passes the user's own values to other packages' classes, on the command line or in a file."""
+    overrides = [str(item).lstrip("+~") for item in hydra.overrides.task]
+    if any(override.startswith(tuple(f"{group}." for group in _JUDGED)) for override in overrides):
         return True
     root = config_root()
     chosen = {group: hydra.runtime.choices.get(group) for group in (*_JUDGED, "recipe", "sweep")}
@@ -43,16 +43,16 @@ def has_user_values(hydra: DictConfig) -> bool:
 
 
 class Trial(NamedTuple):
-    """A cell to try, and whose values it has."""
+    """A cell to try, and whether its values are the user's."""
 
     cell: Cell
     own_method: bool = True
-    """Whether the method's arguments are the person's: a refusal is then a mistake; else the method that ships does not
-    go with the rest, which is the cell's row to tell."""
+    """Whether the method's arguments are the user's, so that a refusal is a mistake. Otherwise a shipped method does
+    not fit the other options, which the cell's row will report."""
 
     @classmethod
     def of(cls, cell: Cell, hydra: DictConfig) -> Trial:
-        given = [str(item).lstrip("+~") for item in hydra.overrides.task]
+        overrides = [str(item).lstrip("+~") for item in hydra.overrides.task]
         chosen = [hydra.runtime.choices.get(group) for group in ("peft", "recipe")]
         folders = [config_root() / "conf" / group for group in ("peft", "recipe")]
         of_own_file = any(
@@ -60,31 +60,31 @@ class Trial(NamedTuple):
             for name, folder in zip(chosen, folders, strict=True)
         )
         return cls(
-            cell, of_own_file or any(argument.startswith(("peft.config", "peft._target_")) for argument in given)
+            cell, of_own_file or any(override.startswith(("peft.config", "peft._target_")) for override in overrides)
         )
 
 
 def rehearse(trials: Iterable[Trial], *, cells_follow: bool) -> None:
-    """Try what is unlike in the cells, in a process of its own; one that finds no answer in time is no refusal.
+    """Try the distinct cells in a separate process; running out of time is not a refusal.
 
     Args:
-        cells_follow: the cells are started from this process too, so the imports made for the trial are theirs as well.
+        cells_follow: the cells are started from this process too, so they can use its fork server's imports.
 
     Raises:
-        UserError: what is refused, by whom, and the nearest that is allowed where that is known.
+        UserError: names what is refused, by which class, and the closest valid value if known.
     """
-    unlike = list({trial_key(trial.cell): trial for trial in reversed(list(trials))}.values())[::-1][:_AT_MOST]
-    if not unlike:
+    distinct = list({trial_key(trial.cell): trial for trial in reversed(list(trials))}.values())[::-1][:_AT_MOST]
+    if not distinct:
         return
     with contextlib.suppress(OSError, EOFError), tempfile.TemporaryDirectory() as name:  # no room, no process
         folder = Path(name)
-        lines = [json.dumps([trial.cell.model_dump_json(by_alias=True), trial.own_method]) for trial in unlike]
+        lines = [json.dumps([trial.cell.model_dump_json(by_alias=True), trial.own_method]) for trial in distinct]
         (folder / _QUESTION).write_text("\n".join(lines), encoding="utf-8")
         processes.run_within(
             _PATIENCE_SECONDS,
             folder,
-            environment=worker_environment(unlike[0].cell),
-            fork=cells_follow and all(trial.cell.device_type == "cpu" for trial in unlike),
+            environment=worker_environment(distinct[0].cell),
+            fork=cells_follow and all(trial.cell.device_type == "cpu" for trial in distinct),
             program="left_bench.launch.preflight",
         )
         if (folder / _ANSWER).exists():
@@ -92,13 +92,13 @@ def rehearse(trials: Iterable[Trial], *, cells_follow: bool) -> None:
 
 
 def trial_key(cell: Cell) -> str:
-    """The same for cells of which one trial tells for all."""
+    """Equal for cells that need only one trial."""
     sections = cell.sections()
     return fingerprint([sections[group] for group in (*_JUDGED, "precision")] + [cell.training.attention])
 
 
 def main(argv: Sequence[str], *, forked: bool = False) -> int:
-    """Try the cells that lie in a folder, and leave the first refusal there."""
+    """Try the cells listed in a folder, and write the first refusal there."""
     if forked:
         from left_bench.processes.start_process import die_with_parent
 
@@ -114,12 +114,12 @@ def main(argv: Sequence[str], *, forked: bool = False) -> int:
 
 
 def refusal_of(cell: Cell, *, own_method: bool = True) -> str | None:
-    """What is wrong with a cell's values in one sentence; None when nothing is, or shapes alone cannot tell."""
+    """What is wrong with a cell's values, in one sentence; None if nothing is, or if shapes are not enough to tell."""
     try:
         _try(cell)
     except UserError as error:
         return str(error) if own_method or not isinstance(error.__cause__, Unsupported) else None
-    except Exception:  # something that wants numbers: the worker will see
+    except Exception:  # something that needs values: the worker will find out
         return None
     return None
 
@@ -143,7 +143,7 @@ def _try(cell: Cell) -> None:
                 with _refused(f"quantization.config.{key}={value}", whose):
                     attempt()
     if fetched(cell.model, dtype=cell.precision.weights_dtype) is None and source(cell.model) == "hub":
-        return  # its shapes are not here
+        return  # its shapes are unknown here
     with _refused("model.config", cell.model.name):
         model = model_of_shapes(_in_plain_products(cell))
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -160,7 +160,7 @@ def _try(cell: Cell) -> None:
 
 
 def _in_plain_products(cell: Cell) -> Cell:
-    """With attention as matrix products, whose shapes must fit; kernels on the meta device do not look."""
+    """The cell with attention as matrix products, which check shapes; kernels on the meta device do not."""
     return cell.model_copy(update={"training": cell.training.model_copy(update={"attention": "eager"})})
 
 
@@ -173,15 +173,16 @@ def _refused(
     cell: Cell | None = None,
     names: Iterable[str] = (),
 ) -> Iterator[None]:
-    """What a class or a model makes of the values under `key` becomes one sentence; what needs numbers passes."""
+    """Turn a refusal of the values under `key` into one sentence; errors that only come from missing values are
+    ignored."""
     try:
         yield
     except UserError:
         raise
     except by as error:
-        told = error.__cause__ if isinstance(error, Unsupported) and error.__cause__ is not None else error
-        text = " ".join(str(told).split())
-        if "meta" in text or "aten::" in text:  # torch's words for what has no shape without numbers
+        cause = error.__cause__ if isinstance(error, Unsupported) and error.__cause__ is not None else error
+        text = " ".join(str(cause).split())
+        if "meta" in text or "aten::" in text:  # torch's messages for shapes that depend on values
             return
         targets: Any = cell.peft.config.get("target_modules") if cell is not None else None
         if "arget modules" in text and isinstance(targets, list):
@@ -189,9 +190,9 @@ def _refused(
                 (result for target in targets if (result := nearest(str(target).rpartition(".")[2], names))), ""
             )
             raise UserError(
-                f"peft.config.target_modules={targets}: no layer of the model is called so{hint}"
+                f"peft.config.target_modules={targets}: no layer of the model has this name{hint}"
             ) from error
-        raise UserError(f"{key}: {whose} refuses it ({type(told).__name__}: {text[:300]})") from error
+        raise UserError(f"{key}: {whose} refuses it ({type(cause).__name__}: {text[:300]})") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a person sees while cells run: bars on a terminal, plain lines anywhere else."""
+"""Progress display: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CellView(Protocol):
 def watch(
     cell: Cell, *, number: int, total: int, console: Console | None = None, bars: bool = True
 ) -> Iterator[CellView]:
-    """Show a cell while it runs, as the `number`-th (from 1) of `total`; without `bars` in plain lines."""
+    """Show a running cell as the `number`-th (from 1) of `total`; without `bars`, in plain lines."""
     console = console or Console()
     if bars and console.is_terminal:
         with _bars(console) as shown:
@@ -58,7 +58,7 @@ def say_end(
     seconds_left: float | None = None,
     console: Console | None = None,
 ) -> None:
-    """One line on how a cell ended, and about how long the launch's other cells will take where that is known."""
+    """Print one line on how a cell ended, with the estimated time for the launch's other cells if known."""
     console = console or Console()
     style = {"ok": "green", "unsupported": "yellow"}.get(record.status, "red")
     facts = [f"{record.metrics['wall_seconds']:.0f} s"] if "wall_seconds" in record.metrics and not skipped else []
@@ -75,10 +75,10 @@ def say_end(
 
 @contextmanager
 def still_at_work(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
-    """`tell(what)`: what is being worked on, and for how long, on standard error until the block ends.
+    """Yields `tell(what)`, which shows the current work and its duration on standard error until the block ends.
 
-    A terminal has one line, which is gone afterwards; anything else a line whenever 1.5 seconds have passed without
-    one. It is written to where standard error leads as the block begins, also while libraries' output is discarded.
+    On a terminal it is one transient line; elsewhere a new line every 1.5 seconds. It is written to the standard error
+    of the block's start, even while libraries' output is discarded.
     """
     with contextlib.ExitStack() as stack:
         if stream is None:
@@ -102,8 +102,8 @@ def _signs_of_life(console: Console) -> Iterator[Callable[[str], None]]:
 
     def lines() -> None:
         while not ended.wait(_SIGN_EVERY_SECONDS):
-            told = f"{now} ({time.monotonic() - began:.0f} s)"
-            console.print(escape(told), highlight=False, soft_wrap=True)
+            line = f"{now} ({time.monotonic() - began:.0f} s)"
+            console.print(escape(line), highlight=False, soft_wrap=True)
 
     def tell(what: str) -> None:
         nonlocal now
@@ -119,14 +119,15 @@ def _signs_of_life(console: Console) -> Iterator[Callable[[str], None]]:
 
 
 def rounded_time(seconds: float) -> str:
-    """To what a guess is worth: seconds by tens, minutes, hours by tenths."""
+    """A duration rounded for an estimate: tens of seconds, minutes, or tenths of hours."""
     if seconds < 90:
         return f"{max(10, round(seconds, -1)):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _worth_saying(event: Mapping[str, Any], *, number: int) -> bool:
-    """A sweep's cells mostly share their rows: of the first, and where some are lost."""
+    """Whether to show the numbers of rows: for the first cell, because cells mostly share them, and if rows are
+    lost."""
     lost = ("dropped_rows", "repeated_rows", "truncated_rows", "truncated_test_rows")
     return number == 1 or any(event[name] for name in lost)
 
@@ -162,8 +163,8 @@ class _Bars:
             work = f"{self._phase}: {event['work']}"
             self._count(work, event["done"], event["total"], facts=escape(work))
         elif event["event"] == "data" and _worth_saying(event, number=self._number):
-            told = f"rows: {rows_in_words(event, max_length=self._max_length)}"
-            self._bars.console.print(escape(told), highlight=False, soft_wrap=True)
+            line = f"rows: {rows_in_words(event, max_length=self._max_length)}"
+            self._bars.console.print(escape(line), highlight=False, soft_wrap=True)
         elif event["event"] == "note":
             self._bars.console.print(f"note: {escape(event['text'])}", highlight=False, soft_wrap=True)
         elif event["event"] == "phase":
@@ -171,7 +172,7 @@ class _Bars:
             self._bars.update(self._task, facts=event["name"])
 
     def _count(self, what: str, done: int, total: int, *, facts: str) -> None:
-        if what != self._counted:  # another unit, whose speed the time that remains is to be told by
+        if what != self._counted:  # a new unit: the remaining time is estimated from its speed
             self._counted = what
             self._bars.reset(self._task, total=total)
         self._bars.update(self._task, completed=done, facts=facts)

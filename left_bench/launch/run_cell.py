@@ -1,6 +1,6 @@
-"""One cell to its record: claimed, refused or run in a process of its own, tracked, and written.
+"""Produces one cell's record: the cell is claimed, refused or run in a separate process, tracked, and written.
 
-`run_cell` is what a launch does for every cell, wherever its launcher has taken it.
+A launch calls `run_cell` for every cell, wherever its launcher runs it.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ _UNWRITABLE = (
 
 
 class Pace:
-    """What is left of a launch, by the cells that it has run: of those that are to come nothing else is known yet."""
+    """The remaining time of a launch, estimated from the cells that it has run."""
 
     def __init__(self, cells: int = 0) -> None:
         self._to_run, self._seconds, self._run = cells, 0.0, 0
 
     def ended(self, record: Record) -> None:
-        """A cell came to its record in this process."""
+        """Note that a cell of this process has ended."""
         again = sum(phase.seconds for phase in record.phases if phase.name not in _ONCE)
-        if self._run:  # what the first spent outside its phases is imports, which are made once
+        if self._run:  # the first cell's time outside phases is mostly imports, which happen only once
             again += max(0.0, record.metrics.get("overhead_seconds", 0.0))
         self._seconds, self._run = self._seconds + again, self._run + 1
 
     @property
     def seconds_left(self) -> float | None:
-        """None before the first cell, after the last, and where cells run in other processes, which tell nobody."""
+        """None before the first cell, after the last, and if cells run in other processes, which do not report here."""
         left = self._to_run - self._run
         return self._seconds / self._run * left if self._run and left > 0 else None
 
 
-# what the first cell of its kind does for all that follow
+# phases that only the first cell of its kind has, for all that follow
 _ONCE = ("peak", "evaluate_base", "keep_quantized", "quantization_error")
 
 
 def note_records(cells: Sequence[str], runs_dir: Path, *, keep: Collection[str]) -> tuple[dict[str, int], set[str]]:
-    """Look at the records before a launch's first cell runs.
+    """Read the existing records before a launch's first cell runs.
 
     Returns:
-        Each cell's attempt on record, 0 for none; and those of `keep` that are done, it is said of each.
+        Each cell's recorded attempt, 0 for none; and the finished cells among `keep`, which are reported.
 
     Raises:
-        UserError: a record of a newer left_bench.
+        UserError: a record was written by a newer left_bench.
     """
     attempts, done = {}, set()
     for number, cell in enumerate(cells, start=1):
@@ -89,26 +89,25 @@ def run_cell(
     bars: bool = True,
     pace: Pace | None = None,
 ) -> Record | None:
-    """Take one cell to its record; None when another launch is running it just now.
+    """Produce one cell's record; None if another launch is running the cell now.
 
-    An `ok` record that is there already is kept, and so is any record that another launch has made since this one
-    began.
+    An existing `ok` record is kept, and so is any record that another launch has written since this one began.
 
     Args:
-        recorded_before: the attempt that was on record as the launch began, 0 for none; None: it is not known.
+        recorded_before: the recorded attempt when the launch began, 0 for none; None: unknown.
         take_seat: waits for cores and accelerators, given the device kind.
-        bars: bars on a terminal; cells that run beside each other would draw over each other's.
-        pace: of a launch that runs its cells in this process: it is told of this one, and tells what is left.
+        bars: show bars on a terminal; those of parallel cells would overwrite each other.
+        pace: the launch's, if it runs its cells in this process; it is updated, and estimates the remaining time.
 
     Raises:
-        UserError: the cell's folder cannot be written, or holds a record of a newer left_bench.
+        UserError: the cell's folder cannot be written, or has a record of a newer left_bench.
     """
     run_dir = settings.runs_dir / cell.id
     try:
         with claim(run_dir) as mine:
             if not mine:
                 return None
-            for unfinished in run_dir.glob(".*.*"):  # what a killed process was still writing
+            for unfinished in run_dir.glob(".*.*"):  # temporary files of a killed process
                 unfinished.unlink()
             previous = previous_record(run_dir / RECORD_NAME)
             recorded = previous.attempt if previous is not None else 0
@@ -117,11 +116,11 @@ def run_cell(
                 say_end(previous, number=number, total=total, skipped=True)
                 return previous
             attempt = next_attempt(run_dir, recorded=recorded)
-            if previous is not None:  # from here on the cell counts as not done
+            if previous is not None:  # from now on the cell counts as not done
                 Path(run_dir / RECORD_NAME).replace(run_dir / f"record.{recorded}.json")
             if settings.force:
                 forget_checkpoints(run_dir)
-            told_of = Attempt(
+            this_attempt = Attempt(
                 cell_id=cell.id,
                 number=attempt,
                 choices=cell.choices,
@@ -133,7 +132,7 @@ def run_cell(
             record = _run_claimed(
                 cell,
                 settings,
-                attempt=told_of,
+                attempt=this_attempt,
                 overrides=overrides,
                 command=command,
                 number=number,
@@ -142,7 +141,7 @@ def run_cell(
                 bars=bars,
             )
     except OSError as error:
-        if error.errno not in _UNWRITABLE:  # a closed pipe, no process to be had: not the folder's fault
+        if error.errno not in _UNWRITABLE:  # a closed pipe or no process available: not the folder's fault
             raise
         raise UserError(
             f"runs_dir={settings.runs_dir}: {error.filename or run_dir} cannot be written ({error.strerror or error}); "
@@ -175,8 +174,8 @@ def _run_claimed(
     refusal = None if settings.force_unsupported else why_unsupported(cell)
     if refusal is not None:
         record = not_started(cell, "unsupported", refusal)
-    elif (wanting := _fetch_model(cell)) is not None:
-        record = not_started(cell, "failed", wanting)
+    elif (missing := _fetch_model(cell)) is not None:
+        record = not_started(cell, "failed", missing)
     else:
         try:
             with take_seat(cell.hardware.device), watch(cell, number=number, total=total, bars=bars) as view:
@@ -186,12 +185,12 @@ def _run_claimed(
                     feed.event(event)
 
                 record = run_isolated(cell, run_dir, on_event=on_event)
-        except UserError as error:  # this machine has no such seat
+        except UserError as error:  # this machine does not have the required devices
             record = not_started(cell, "failed", str(error))
-    if record.status != "ok":  # a terminal's Ctrl-C goes to the children as well, and what they say of it is no result
+    if record.status != "ok":  # a terminal's Ctrl-C also reaches the children, whose failure is then not a result
         interrupt.check()
-    told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command}
-    provenance = record.provenance | told
+    facts = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command}
+    provenance = record.provenance | facts
     record = redacted_record(record.model_copy(update={"attempt": attempt.number, "provenance": provenance}))
     redact_file(run_dir / LOG_NAME)
     record.write(run_dir)
@@ -200,7 +199,7 @@ def _run_claimed(
 
 
 def _fetch_model(cell: Cell) -> str | None:
-    """Make the base model's files before the cell's clock starts; what is wrong when they cannot be had."""
+    """Get the base model's files before the cell's clock starts; returns the error if that fails."""
     from left_bench.pretrained import fetch
 
     try:
@@ -211,19 +210,19 @@ def _fetch_model(cell: Cell) -> str | None:
 
 
 def store_received(text: str, runs_dir: Path) -> None:
-    """Write a record that a job sent back, for want of shared storage; a newer one that is there is kept."""
+    """Write a record that a job returned because storage is not shared, unless there is a newer one."""
     record = Record.model_validate_json(text)
     path = runs_dir / record.cell_id / RECORD_NAME
     try:
-        kept = read_record(path) if path.exists() else None
+        existing = read_record(path) if path.exists() else None
     except ValueError:
-        kept = None
-    if kept is None or kept.finished_at < record.finished_at:
+        existing = None
+    if existing is None or existing.finished_at < record.finished_at:
         record.write(path.parent)
 
 
 def previous_record(path: Path, *, known: KnownParts | None = None) -> Record | None:
-    """The record that is there; a damaged one is said, put aside, and counts as none.
+    """The existing record; a damaged one is reported, moved aside, and counts as none.
 
     Raises:
         UserError: it was written by a newer left_bench, and running the cell again would lose it.
@@ -235,7 +234,7 @@ def previous_record(path: Path, *, known: KnownParts | None = None) -> Record | 
     except NewerSchema as error:
         raise UserError(f"{error}; upgrade left_bench or give another runs_dir=") from error
     except ValueError as error:
-        if isinstance(error.__cause__, FileNotFoundError):  # put aside by another launch just now
+        if isinstance(error.__cause__, FileNotFoundError):  # just moved by another launch
             return None
         if isinstance(error.__cause__, OSError):
             raise UserError(f"{error}; make it readable or give another runs_dir=") from error

@@ -1,4 +1,4 @@
-"""A cell in a fresh process: started, watched, ended if need be, and always turned into a record."""
+"""Runs a cell in a fresh process: starts it, watches it, ends it if necessary, and always produces a record."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ LOG_NAME = "worker.log"
 _LOOK_EVERY_SECONDS = 0.25
 _TAIL_CHARACTERS = 4000
 _SPINS = "10000"
-"""How often a thread of torch's looks for its next piece of work before it sleeps, tens of microseconds. OpenMP's own
-300,000 keep cores busy waiting, and where a browser wants one too each piece waits for the thread that has none. A
-LoRA step of the default model beside one busy process took 11 to 15 s, and with this 5.0 to 6.4; alone 2.2 to 2.9 and
+"""How often a torch thread polls for work before it sleeps, tens of microseconds. OpenMP's default of 300,000 keeps
+cores busy waiting; if another program needs a core, each piece of work waits for the thread without one. With one busy
+process, a LoRA step of the default model took 11 to 15 s, and with this setting 5.0 to 6.4; undisturbed 2.2 to 2.9 and
 2.2 to 2.6 (two cores, AVX-512, float32)."""
-# What starting a process fails with where the system has none to give, or its fork server has died.
+# Errors of starting a process if the system has none available, or the fork server has died.
 _NO_PROCESS = (None, errno.EAGAIN, errno.ENOMEM, errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOENT)
 
 
 def run_isolated(
     cell: Cell, run_dir: Path, *, on_event: Callable[[dict[str, Any]], None], command: list[str] | None = None
 ) -> Record:
-    """Run the cell's worker and wait for it, asleep but for a look at its events four times a second.
+    """Run the cell's worker and wait for it, sleeping except for reading its events four times a second.
 
-    The worker's process group is ended whatever happens, also when this process is interrupted. What it had measured
-    by then is in the record: finished phases, steps, losses, the peak of memory so far.
+    The worker's process group is always ended, also if this process is interrupted. The record has what was measured by
+    then: finished phases, steps, losses, the memory peak so far.
 
     Args:
-        on_event: is given every event of `events.jsonl` as it appears.
-        command: what to start in place of the worker (tests); it is given the run's folder.
+        on_event: called with every event of `events.jsonl` as it appears.
+        command: a replacement for the worker, for tests; the run's folder is its argument.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in (OUTCOME_NAME, EVENTS_NAME, ROWS_NAME):
         (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)  # an earlier attempt's adapter is not this one's
+    shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)  # left by an earlier attempt
     if cell.training.checkpoint_every is None:
         forget_checkpoints(run_dir)
     write_atomically(run_dir / CELL_NAME, cell.model_dump_json(by_alias=True, indent=1))
@@ -68,7 +68,7 @@ def run_isolated(
         nonlocal last_sign
         for event in reader.new():
             last_sign = time.monotonic()
-            if event["event"] != "progress":  # a sign of life and no result
+            if event["event"] != "progress":  # shows that the worker is alive, but is not a result
                 seen.append(event)
             on_event(event)
 
@@ -82,7 +82,7 @@ def run_isolated(
         )
     except (OSError, EOFError) as error:
         interrupt.check()  # a terminal's Ctrl-C ends a fork server that is still importing
-        if isinstance(error, OSError) and error.errno not in _NO_PROCESS:  # the folder's fault, or one of ours
+        if isinstance(error, OSError) and error.errno not in _NO_PROCESS:  # a problem of the folder, or a bug
             raise
         return _never_started(cell, error, started_at=started_at, kernel_kills=_kernel_kills() - killed_before)
     try:
@@ -92,7 +92,7 @@ def run_isolated(
             too_long = _too_long(cell, running=time.monotonic() - start, silent=time.monotonic() - last_sign)
             if too_long is not None:
                 if process.wait(0) is None:
-                    process.show_stack()  # where it hangs, for the log
+                    process.show_stack()  # shows in the log where it hangs
                 else:
                     too_long = None
                 break
@@ -127,12 +127,12 @@ def run_isolated(
 
 
 def _never_started(cell: Cell, error: Exception, *, started_at: str, kernel_kills: int) -> Record:
-    """The record of a cell whose process could not be had; the next cell gets a new fork server."""
-    told = " ".join(str(error).split()) or type(error).__name__
+    """The record of a cell whose process could not be started; the next cell gets a new fork server."""
+    message = " ".join(str(error).split()) or type(error).__name__
     status: Status = "oom" if kernel_kills > 0 or getattr(error, "errno", None) == errno.ENOMEM else "crashed"
-    reason = f"the worker's process could not be started ({told})"
+    reason = f"the worker's process could not be started ({message})"
     if kernel_kills > 0:
-        reason = "the kernel ended the worker's process for want of memory while it was being started"
+        reason = "the kernel killed the worker's process while it was being started, because memory ran out"
     return ended_without_outcome(cell, status, reason, started_at=started_at)
 
 
@@ -150,7 +150,7 @@ def worker_environment(cell: Cell) -> dict[str, str]:
     if cell.hardware.threads is not None:
         environment["OMP_NUM_THREADS"] = str(cell.hardware.threads)
     if cell.device_type == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # libraries that look for a GPU must not find one
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # libraries must not find a GPU
     return environment
 
 
@@ -161,12 +161,12 @@ def log_tail(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 16 * _TAIL_CHARACTERS))
         end = file.read().decode("utf-8", errors="replace")
-    told = [line for line in end.splitlines(keepends=True) if not line.startswith("Extension modules: ")]
-    return "".join(told)[-_TAIL_CHARACTERS:]
+    lines = [line for line in end.splitlines(keepends=True) if not line.startswith("Extension modules: ")]
+    return "".join(lines)[-_TAIL_CHARACTERS:]
 
 
 def _too_long(cell: Cell, *, running: float, silent: float) -> str | None:
-    """Why the worker's patience is over, if it is; seconds since its start, and since its last event."""
+    """Why the worker exceeds a time limit, or None; seconds since its start, and since its last event."""
     limits = cell.hardware
     if limits.timeout is not None and running > limits.timeout:
         return f"ended after hardware.timeout={limits.timeout:g} s"
@@ -197,12 +197,12 @@ def _why_no_outcome(
         if -code == signal.SIGKILL and kernel_kills > 0:
             limit = cell.hardware.memory_limit
             limited = f" (hardware.memory_limit={limit / 2**20:.0f}MiB)" if limit is not None else ""
-            return "oom", f"the kernel ended the worker for want of memory{where}{limited}"
+            return "oom", f"the kernel killed the worker because memory ran out{where}{limited}"
         return "crashed", f"the worker was ended by {name}{where}"
-    if says_out_of_memory(log_tail):  # bitsandbytes leaves the process where an allocation of its own fails
+    if says_out_of_memory(log_tail):  # bitsandbytes exits the process if one of its own allocations fails
         last = log_tail.strip().splitlines()[-1]
-        return "oom", f"the worker left with exit code {code}{where}, its last words: {last[:200]}"
-    return "crashed", f"the worker left with exit code {code} and no outcome{where}"
+        return "oom", f"the worker exited with code {code}{where}; its last output: {last[:200]}"
+    return "crashed", f"the worker exited with code {code} without an outcome{where}"
 
 
 def _read_outcome(path: Path) -> Record | None:
@@ -210,7 +210,7 @@ def _read_outcome(path: Path) -> Record | None:
         return None
     try:
         return Record.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValueError:  # not this package's writing, which is whole or not there
+    except ValueError:  # not written by this package, which writes atomically
         return None
 
 
@@ -230,7 +230,7 @@ def _curve_so_far(seen: list[dict[str, Any]]) -> list[CurvePoint]:
 
 
 def _measured_so_far(seen: list[dict[str, Any]], cell: Cell) -> dict[str, float]:
-    """The metrics of the steps that were taken, by the same definitions as a finished run's."""
+    """The metrics of the completed steps, with the same definitions as for a finished run."""
     from left_bench.measure.meter import step_of_event, summarize_steps
 
     events = [event for event in seen if event["event"] == "step"]
@@ -243,7 +243,7 @@ def _measured_so_far(seen: list[dict[str, Any]], cell: Cell) -> dict[str, float]
 
 
 def _kernel_kills() -> int:
-    """How many processes the kernel has killed for want of memory since it started (Linux), else 0."""
+    """How many processes the kernel has killed for lack of memory since boot (Linux), else 0."""
     try:
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

@@ -1,4 +1,4 @@
-"""What is measured, and of which machine: device, memory, seconds, joules, what else ran.
+"""Measurements: device, memory, seconds, joules, other load on the machine.
 
-Imports `core`, `spec` and `processes`. The worker opens a `Meter`, whose phases become the record's.
+Imports `core`, `spec` and `processes`. The worker opens a `Meter`, whose phases go into the record.
 """

@@ -1,7 +1,7 @@
-"""`precision=auto`: which precision a machine is fast in, found without torch; and what one that it emulates costs.
+"""`precision=auto`: the precision in which a machine is fast, found without torch; and what an emulated one costs.
 
-The option file `conf/precision/auto.yaml` asks for its fields by the resolver `${fast_precision:FIELD,DEVICE}`, so that
-whatever refers to the precision (a quantization's compute dtype) follows.
+The option file `conf/precision/auto.yaml` gets its fields from the resolver `${fast_precision:FIELD,DEVICE}`, so that
+everything that refers to the precision (a quantization's compute dtype) follows.
 """
 
 from __future__ import annotations
@@ -22,43 +22,44 @@ from left_bench.measure.instruction_sets import cpu_model, cuda_capability, inst
 AUTO = "auto"
 _TELLING_SLOWDOWN = 1.1
 _MEASURING_SECONDS = 120
-# What decides how fast a product is beside the machine: limits that the user has set to kernels and threads.
+# Besides the machine, these user-set limits on kernels and threads determine how fast a product is.
 _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Choice(NamedTuple):
-    """An option of the group `precision`, and what it was chosen for."""
+    """An option of the group `precision`, and why it was chosen."""
 
     option: str
     why: str
 
 
 def fast_precision(device: str) -> Choice:
-    """What `precision=auto` stands for on a device of this machine (`auto`: the one that would be taken)."""
+    """The precision that `precision=auto` means on a device of this machine (`auto`: the device that would be
+    chosen)."""
     device = find_device(device)
     if device == "cuda":
         return precision_of_gpu(None if is_rocm() else cuda_capability(), rocm=is_rocm())
     if device == "cpu":
         return precision_of_cpu(instruction_sets())
-    return Choice("fp32", f"nothing else was measured on {device}")
+    return Choice("fp32", f"no other precision has been measured on {device}")
 
 
 def precision_of_cpu(sets: Sequence[str] | None) -> Choice:
-    """A processor with these instruction sets."""
+    """The fast precision of a processor with these instruction sets."""
     if sets is None:
-        return Choice("fp32", "this system does not tell the processor's instruction sets")
+        return Choice("fp32", "this system does not report the processor's instruction sets")
     result = native_sets("bfloat16", sets)
     return Choice("bf16", ", ".join(result)) if result else Choice("fp32", "no bfloat16 instructions")
 
 
 def precision_of_gpu(capability: tuple[int, int] | None, *, rocm: bool = False) -> Choice:
-    """A GPU that answers to the name cuda; NVIDIA's by its compute capability."""
+    """The fast precision of a GPU with the torch name cuda; for NVIDIA's, by compute capability."""
     if rocm:
         return Choice("bf16", "ROCm")
     if capability is None:
-        return Choice("bf16", "no GPU to be seen here: taken for one of compute capability 8.0 or above")
-    told = "compute capability {}.{}".format(*capability)
-    return Choice("bf16" if capability >= (8, 0) else "fp16_mixed", told)
+        return Choice("bf16", "no GPU is visible here; compute capability 8.0 or above is assumed")
+    reason = "compute capability {}.{}".format(*capability)
+    return Choice("bf16" if capability >= (8, 0) else "fp16_mixed", reason)
 
 
 def field_of(name: str, device: str) -> Any:
@@ -76,14 +77,14 @@ def _sections() -> dict[str, dict[str, Any]]:
 
 
 def resolved_choices(choices: Mapping[str, str], precision: Mapping[str, Any]) -> dict[str, str]:
-    """The options chosen, `auto` by the name of what it stands for."""
+    """The chosen options, with `auto` replaced by the precision it means here."""
     if choices["precision"] != AUTO:
         return dict(choices)
     return {**choices, "precision": str(precision["name"])}
 
 
 def emulated(device: str, dtype: str) -> bool:
-    """Whether this machine has no instructions for products in a half-precision dtype, and makes do without."""
+    """Whether this machine lacks instructions for products in a half-precision dtype and emulates them."""
     if dtype == "float32":
         return False
     if device == "cuda":
@@ -94,7 +95,7 @@ def emulated(device: str, dtype: str) -> bool:
 
 
 def emulation_note(device: str, dtype: str, options: Sequence[str]) -> str | None:
-    """What is to be said of options that compute in an emulated dtype; None where they are no slower for it."""
+    """A note about options that compute in an emulated dtype; None if that is not slower."""
     speeds = product_speeds(device, dtype)
     how = "how much slower its matrix products are could not be measured"
     if speeds is not None:
@@ -105,7 +106,7 @@ def emulation_note(device: str, dtype: str, options: Sequence[str]) -> str | Non
     fast = fast_precision(device).option
     return (
         f"note: precision={','.join(options)}: {dtype} is emulated on this {_IN_WORDS.get(device, device)}, and {how}; "
-        f"precision={fast} is what precision=auto takes here"
+        f"precision=auto chooses precision={fast} here"
     )
 
 
@@ -118,7 +119,7 @@ def format_times(ratio: float) -> str:
 
 
 def advice(device: str, speeds: Mapping[str, float]) -> str:
-    """Which precision to take on this machine, in words, for measured FLOP/s by dtype (`left-bench doctor`)."""
+    """Which precision to use on this machine, in words, for measured FLOP/s by dtype (`left-bench doctor`)."""
     chosen = fast_precision(device)
     text = f"precision=auto, the default, is {chosen.option} here ({chosen.why})"
     slower = speeds["float32"] / speeds["bfloat16"]
@@ -130,15 +131,15 @@ def advice(device: str, speeds: Mapping[str, float]) -> str:
 
 
 def what_makes_it_fast() -> dict[str, Any]:
-    """The processor, and the limits that the user has set to it: speeds that were measured once are kept under it."""
+    """The processor and user-set limits; measured speeds are cached under these facts."""
     limits = {name: os.environ[name] for name in _LIMITS if name in os.environ}
     return {"cpu": cpu_model(), "cores": os.cpu_count(), "sets": instruction_sets(), "limits": limits}
 
 
 def product_speeds(device: str, dtype: str) -> dict[str, float] | None:
-    """FLOP/s of matrix products in float32 and in `dtype`, as measured once for a machine; None where that failed.
+    """FLOP/s of matrix products in float32 and in `dtype`, measured once per machine; None if that failed.
 
-    In a process of its own, for the launching one has no torch: under a second of products, after torch's import.
+    Measured in a separate process, because the launching one has no torch: torch's import, then under a second.
     """
     from left_bench.core.files import write_atomically
     from left_bench.spec.cell import fingerprint
@@ -147,15 +148,15 @@ def product_speeds(device: str, dtype: str) -> dict[str, float] | None:
     facts["capability"] = cuda_capability() if device == "cuda" else None
     path = cache_dir() / "speeds" / f"{fingerprint([facts, versions_of(['torch'])])}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(path.read_text(encoding="utf-8"))["flops_per_second"]
-        return {name: float(kept[name]) for name in ("float32", dtype)}
+        cached = json.loads(path.read_text(encoding="utf-8"))["flops_per_second"]
+        return {name: float(cached[name]) for name in ("float32", dtype)}
     command = [sys.executable, "-m", "left_bench.measure.auto_precision", device, "float32", dtype]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_MEASURING_SECONDS, check=True)
         results = {str(name): float(speed) for name, speed in json.loads(done.stdout).items()}
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    with contextlib.suppress(OSError):  # a cache alone
+    with contextlib.suppress(OSError):  # only a cache
         write_atomically(path, json.dumps(facts | {"flops_per_second": results}) + "\n")
     return results
 
@@ -163,7 +164,7 @@ def product_speeds(device: str, dtype: str) -> dict[str, float] | None:
 def main(argv: Sequence[str]) -> int:
     """`python -m left_bench.measure.auto_precision DEVICE DTYPE...`: measure, and print FLOP/s by dtype as JSON.
 
-    On one thread, the better of two turns: threads that wait for a core which others hold would say nothing of dtypes.
+    On one thread, the better of two runs: threads waiting for a busy core would tell nothing about dtypes.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What torch.compile costs: how often it compiled, and for how long, so that no step is charged with it."""
+"""The cost of torch.compile: how often it compiled and for how long, so that steps are not charged for it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 @dataclass
 class Compiling:
-    """Counts compilations from `watch` on; without it, none are to be expected and all is zero."""
+    """Counts compilations after `watch` is called; otherwise everything stays zero."""
 
     graphs: int = 0
-    """Times that a piece of code was compiled, for the first time or again."""
+    """Number of compilations, including recompilations."""
     seconds: float = 0.0
     _taken: float = 0.0
     _start: float = 0.0
 
     def watch(self) -> None:
-        """Be told by torch (importing its compiler takes a second) of every compilation in this process."""
+        """Register for torch's compilation events in this process (importing its compiler takes a second)."""
         from left_bench.compat.torch import watch_compiling
 
         watch_compiling(self._begin, self._end)
 
     def take(self) -> float:
-        """Seconds of compiling since this was last asked."""
+        """Seconds of compilation since the last call."""
         new, self._taken = self.seconds - self._taken, self.seconds
         return new
 

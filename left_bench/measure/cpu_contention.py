@@ -1,4 +1,4 @@
-"""What else ran on the machine: CPU time that other processes took while a cell was measured."""
+"""Other load on the machine: CPU time used by other processes while a cell was measured."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 DISTURBED = 0.05
-"""Share of the machine's CPU time taken by others from which on what was measured is not the machine's own speed."""
+"""Share of the machine's CPU time used by others above which a measurement does not show the machine's own speed."""
 
 
 class Neighbours:
-    """Counts from its making on; a core lost to somebody else can cost a threaded step far more than its share.
+    """Measures other processes' CPU time since its creation.
 
-    `beside`: processes that belong to the run too.
+    A core lost to another process can slow a multithreaded step by far more than its share. `beside`: ids of processes
+    that also belong to the run.
     """
 
     def __init__(self, *, beside: Sequence[int] = ()) -> None:
@@ -23,7 +24,7 @@ class Neighbours:
         self._start = time.monotonic(), _busy_seconds(), _own_seconds(beside)
 
     def share(self) -> float | None:
-        """Others' part of the CPU time that the machine has, 0 to 1; None where the system does not tell."""
+        """Other processes' share of the machine's CPU time, 0 to 1; None if the system does not report it."""
         start, busy, own = self._start
         seconds = (time.monotonic() - start) * (os.cpu_count() or 1)
         now = _busy_seconds()
@@ -33,18 +34,18 @@ class Neighbours:
 
 
 class Quiet(NamedTuple):
-    """A measurement, and what others took of the machine beside it."""
+    """A measurement, and how much other processes disturbed it."""
 
     value: float
     disturbed_by: float | None
-    """Share of the machine's CPU time that others took of the cores measured on; None: not enough to matter."""
+    """Share of the machine's CPU time that others took from the measured cores; None: negligible."""
 
 
 def measured_quietly(measure: Callable[[], float], *, cores: int, attempts: int) -> Quiet:
-    """The highest of a few measurements, ending with the first that others do not disturb.
+    """The highest of a few measurements, stopping at the first undisturbed one.
 
     Args:
-        cores: how many the measured code keeps busy; what others do on the machine's other cores does not count.
+        cores: how many cores the measured code uses; load on the machine's other cores does not count.
     """
     free = max(0.0, 1 - cores / (os.cpu_count() or 1))
     best, quietest = 0.0, float("inf")

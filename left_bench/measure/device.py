@@ -1,4 +1,4 @@
-"""The one interface to the hardware: clocks, peaks, limits. Everything else is device-neutral.
+"""The interface to the hardware: synchronization, memory peaks, limits. Everything else is device-neutral.
 
 `find_device` is for the parent and imports no torch; the classes are for the worker.
 """
@@ -22,42 +22,42 @@ from left_bench.processes import memory_limit
 from left_bench.spec.device import DEVICES
 
 
-def find_device(asked: str) -> str:
-    """The device a cell will run on: `asked`, or for `auto` the accelerator whose driver this machine shows."""
-    if asked != "auto":
-        return asked
+def find_device(requested: str) -> str:
+    """The device a cell will run on: `requested`, or for `auto` the accelerator whose driver this machine has."""
+    if requested != "auto":
+        return requested
     return next((name for name, kind in DEVICES.items() if kind.is_here()), "cpu")
 
 
 class Device(Protocol):
-    """What a run needs of the hardware. Bytes are over the baseline taken after imports."""
+    """What a run needs from the hardware. Bytes are above the baseline taken after imports."""
 
     kind: str
     peak_source: str
     """How the peak is measured, in words."""
 
     def synchronize(self) -> None:
-        """Wait for queued work, so that a clock read afterwards is honest."""
+        """Wait for queued work, so that a clock read afterwards is correct."""
 
     def set_baseline(self) -> int:
-        """Take what is in use now as zero; returns it in bytes."""
+        """Take the current use as the baseline; returns it in bytes."""
 
     def reset_peak(self) -> None:
         """Forget earlier peaks."""
 
     def forget_peak(self) -> None:
-        """The same in the midst of work: what is freed and kept for it stays."""
+        """The same during work: freed memory that the allocator keeps is not returned first."""
 
     def peak_bytes(self) -> int | None:
-        """Highest use since `reset_peak`, over the baseline."""
+        """Highest use since `reset_peak`, above the baseline."""
 
     def peak_reserved_bytes(self) -> int | None:
-        """The allocator's own peak, where there is an allocator."""
+        """The allocator's own peak, if the device has one."""
 
     def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
-        """Make use beyond the baseline plus `limit_bytes` fail as out-of-memory; returns how, in words.
+        """Make use beyond the baseline plus `limit_bytes` fail as out-of-memory; returns the mechanism, in words.
 
-        `exceeded` is called with the bytes in use, from another thread, where use can be seen but not refused.
+        Where use can only be observed, `exceeded` is called with the bytes in use, from another thread.
         """
 
     def name(self) -> str | None:
@@ -80,7 +80,7 @@ def open_cpu(kind: str) -> Device:
 
 
 def open_accelerator(kind: str) -> Device:
-    """What torch has under this name, measured as `AcceleratorDevice` says."""
+    """The torch device of this type, as an `AcceleratorDevice`."""
     return AcceleratorDevice(kind)
 
 
@@ -106,7 +106,7 @@ class CpuDevice:
         return self._baseline
 
     def reset_peak(self) -> None:
-        _give_back_freed_memory()  # freed heap that glibc keeps would pass for use in the next phase
+        _give_back_freed_memory()  # freed heap that glibc keeps would count as use in the next phase
         self.forget_peak()
 
     def forget_peak(self) -> None:
@@ -136,8 +136,8 @@ class CpuDevice:
 class AcceleratorDevice:
     """CUDA (ROCm too), XPU or MPS; peaks are the caching allocator's.
 
-    Everything is asked of `torch.accelerator`, which is the same for every kind, where it knows this device's
-    allocator, and else of the kind's own module (torch before 2.9; MPS, whose allocator keeps no peak).
+    It uses `torch.accelerator`, which is the same for every kind, where that knows this device's allocator; otherwise
+    the kind's own module (torch before 2.9; MPS, whose allocator keeps no peak).
     """
 
     def __init__(self, kind: str) -> None:
@@ -152,28 +152,28 @@ class AcceleratorDevice:
         self._baseline = 0
 
     def synchronize(self) -> None:
-        self._ask("synchronize")
+        self._call("synchronize")
 
     def set_baseline(self) -> int:
         gc.collect()
-        self._ask("empty_cache")
-        self._baseline = int(self._ask("memory_allocated", "current_allocated_memory") or 0)
+        self._call("empty_cache")
+        self._baseline = int(self._call("memory_allocated", "current_allocated_memory") or 0)
         return self._baseline
 
     def reset_peak(self) -> None:
         gc.collect()
-        self._ask("empty_cache")  # what an earlier phase left reserved would pass for this one's
+        self._call("empty_cache")  # memory that an earlier phase left reserved would count as this one's
         self.forget_peak()
 
     def forget_peak(self) -> None:
-        self._ask("reset_peak_memory_stats")  # MPS keeps no peak
+        self._call("reset_peak_memory_stats")  # MPS keeps no peak
 
     def peak_bytes(self) -> int | None:
-        peak = self._ask("max_memory_allocated")
+        peak = self._call("max_memory_allocated")
         return None if peak is None else int(peak) - self._baseline
 
     def peak_reserved_bytes(self) -> int | None:
-        peak = self._ask("max_memory_reserved")
+        peak = self._call("max_memory_reserved")
         return None if peak is None else int(peak)
 
     def limit(self, limit_bytes: int, *, run_dir: Path, exceeded: Callable[[int], None]) -> str:
@@ -182,13 +182,13 @@ class AcceleratorDevice:
         else:
             total = self._module.recommended_max_memory()
         self._module.set_per_process_memory_fraction(min(1.0, (self._baseline + limit_bytes) / total))
-        return f"torch.{self.kind} allocator fraction: of what it reserves, unused blocks included"
+        return f"torch.{self.kind} allocator fraction, which counts reserved but unused blocks too"
 
     def name(self) -> str | None:
         return str(self._module.get_device_name(0)) if hasattr(self._module, "get_device_name") else self.kind
 
-    def _ask(self, *names: str) -> Any:
-        """The answer of the first interface that has one of the functions; None where none has."""
+    def _call(self, *names: str) -> Any:
+        """Call the first of the functions that one of the interfaces has; None if there is none."""
         for place in self._places:
             for name in names:
                 if hasattr(place, name):
@@ -197,7 +197,7 @@ class AcceleratorDevice:
 
 
 def _neutral_interface(kind: str) -> list[Any]:
-    """`torch.accelerator` where it stands for this kind and counts its memory: of other allocators it answers 0."""
+    """`torch.accelerator` if it handles this kind and counts its memory; for other allocators it returns 0."""
     import torch
 
     neutral = getattr(torch, "accelerator", None)
@@ -206,12 +206,12 @@ def _neutral_interface(kind: str) -> list[Any]:
     current = neutral.current_accelerator()
     if current is None or current.type != kind:
         return []
-    torch.empty(1, device=kind)  # statistics begin with the first allocation
+    torch.empty(1, device=kind)  # statistics start with the first allocation
     return [neutral] if neutral.memory_stats() else []
 
 
 def describe_machine(device: Device) -> dict[str, Any]:
-    """The machine, from an allow-list of facts: no user, host name, path or environment variable among them."""
+    """The machine, from an allow-list of facts, without user, host name, paths or environment variables."""
     import psutil
 
     facts: dict[str, Any] = {
@@ -226,8 +226,9 @@ def describe_machine(device: Device) -> dict[str, Any]:
     sets = instruction_sets()
     if sets is not None:
         facts["instruction_sets"] = list(sets)
-    # the same machine has the same id: the kernel's version and the exact memory size may change under it
-    # instruction sets are in it, for virtual machines of one name have them or not, and are 50 times apart in speed
+    # the same machine must keep its id, while the kernel's version and the exact memory size may change;
+    # instruction sets are included because virtual machines of one name may or may not have them, a factor of 50 in
+    # speed
     stable = [facts["cpu"], facts["cores"], round(facts["memory_bytes"] / 2**30), facts["device_name"], sets]
     facts["id"] = hashlib.sha256(repr(stable).encode()).hexdigest()[:8]
     return facts
@@ -248,7 +249,7 @@ def _resident_bytes() -> int:
 
 def _reset_high_water_mark() -> bool:
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # 5: reset VmHWM alone (proc(5))
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset VmHWM only (proc(5))
     except OSError:
         return False
     return True
@@ -263,7 +264,7 @@ def _give_back_freed_memory() -> None:
 
 
 class _PeakSampler:
-    """Where the kernel keeps no resettable mark: a thread that looks every 5 ms and may miss short peaks."""
+    """For kernels without a resettable high-water mark: a thread that samples every 5 ms and may miss short peaks."""
 
     def __init__(self) -> None:
         self.peak = _resident_bytes()
@@ -279,18 +280,18 @@ class _PeakSampler:
 
 
 def matrix_product_peak(kind: str, dtype: str, *, largest: int | None = None, seconds: float = 0.25) -> float:
-    """FLOP/s of square matrix products: the best of repetitions at growing sizes, about `seconds` at each.
+    """FLOP/s of square matrix products: the best of repeated runs at growing sizes, about `seconds` at each.
 
-    The ladder ends at `largest`; None: 2048 on a CPU, and 8192 on an accelerator, where a product of 2048 ends before
-    the next can be launched. A dtype without fast kernels here (float16 on most CPUs) stays at a small size: a large
-    one would take minutes. float32 is rounded as the process is set to (TF32).
+    The sizes end at `largest`; None: 2048 on a CPU, and 8192 on an accelerator, where a product of 2048 ends before the
+    next can be launched. A dtype without fast kernels (float16 on most CPUs) stays at a small size, because a large one
+    would take minutes. float32 is rounded according to the process's setting (TF32).
     """
     import time
 
     import torch
 
     largest = largest or (2048 if kind == "cpu" else 8192)
-    # beside a launch's cost and a clock's resolution one product is nothing; on a CPU the best of single ones is told
+    # one product is too short compared with launch overhead and clock resolution; on a CPU single products are timed
     together = 1 if kind == "cpu" else 10
     device, best, size = open_device(kind), 0.0, min(256, largest)
     while True:
@@ -307,7 +308,7 @@ def matrix_product_peak(kind: str, dtype: str, *, largest: int | None = None, se
 
 
 def _seconds_of(work: Callable[[], object], kind: str, *, times: int) -> float:
-    """Seconds of so many calls, one after the other; on CUDA by its own clock, which no launch is in."""
+    """Seconds for `times` successive calls; on CUDA by its own events, which exclude launch overhead."""
     import time
 
     import torch

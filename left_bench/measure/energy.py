@@ -1,7 +1,7 @@
-"""Joules as the hardware's own counters tell them: NVML's of a GPU, RAPL's of the CPU packages.
+"""Energy in joules from hardware counters: NVML's for a GPU, RAPL's for the CPU packages; and the metrics made of it.
 
-A counter is read at a few moments, between steps and never within one. Where there is none that this process may read,
-nothing is counted and no metric comes of it; `source` then says why.
+A counter is read only a few times, between steps and never within one. If this process can read none, no metric is
+produced, and `source` says why.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from left_bench.processes.resources import concurrent_cells, devices_are_shared,
 
 POWERCAP = Path("/sys/class/powercap")
 UPDATES_WANTED = 10
-"""A stretch with fewer updates of the counter than this has no joules: one update's lag is too much of it."""
+"""An interval with fewer counter updates than this gives no joules: the lag of one update would be too large a part."""
 _LOOK_EVERY_SECONDS = 30.0
-"""How often RAPL's registers are read while a cell runs: they wrap around, some after a minute at a kilowatt."""
+"""How often RAPL's registers are read during a cell: they wrap around, some after a minute at a kilowatt."""
 
 
 class Counter(Protocol):
-    """Something that counts joules upwards."""
+    """An energy counter."""
 
     readable: bool
     source: str
-    """The counter in words; why there is none, where it is not readable."""
+    """A description of the counter; if it is not readable, the reason."""
     updates_every_seconds: float
 
     def joules(self) -> float | None:
-        """Joules used since some moment in the past; None: it cannot be read."""
+        """Joules used since some past moment; None: it cannot be read."""
 
 
 class NoCounter:
-    """Stands where nothing can be read."""
+    """A null object for devices without a readable counter."""
 
     readable = False
     updates_every_seconds = 0.0
@@ -58,7 +58,7 @@ class NoCounter:
 class NvmlGpu:
     """A GPU as NVML sees it: its energy counter (Volta and later), driver, power limit and clocks.
 
-    NVIDIA says nothing of how often the counter is updated; 20 to 100 ms have been measured, by model.
+    NVIDIA does not document how often the counter is updated; 20 to 100 ms have been measured, depending on the model.
     """
 
     updates_every_seconds = 0.1
@@ -89,36 +89,36 @@ class NvmlGpu:
         )
 
     def clocks(self) -> dict[str, Any]:
-        """The clocks of this moment."""
+        """The current clocks."""
         nvml, handle = self._nvml, self._handle
         return self._known(
             sm_clock_mhz=lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
             memory_clock_mhz=lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
         )
 
-    def _known(self, **questions: Any) -> dict[str, Any]:
-        """What NVML answers; no GPU knows everything."""
+    def _known(self, **queries: Any) -> dict[str, Any]:
+        """The values that NVML returns; no GPU supports all of them."""
         results = {}
-        for name, ask in questions.items():
+        for name, query in queries.items():
             try:
-                results[name] = ask()
+                results[name] = query()
             except self._nvml.NVMLError:
                 continue
         return results
 
 
 class RaplCounter:
-    """The CPU packages of the machine, all together, whatever runs on them; memory outside a package is not counted."""
+    """All CPU packages of the machine together, whatever runs on them; memory outside a package is not counted."""
 
     readable = True
     updates_every_seconds = 0.001
 
     def __init__(self, zones: list[Path]) -> None:
-        """Take in the zones as they are now.
+        """Start counting from the zones' current values.
 
         Raises:
-            OSError: one cannot be read.
-            ValueError: one holds no number.
+            OSError: a zone cannot be read.
+            ValueError: a zone holds no number.
         """
         self.source = f"RAPL, {len(zones)} CPU package{'s' if len(zones) > 1 else ''}"
         self._registers = [zone / "energy_uj" for zone in zones]
@@ -142,7 +142,7 @@ class RaplCounter:
             return self._microjoules / 1e6
 
     def watch(self) -> None:
-        """Read the registers now and then from a thread, so that none wraps around twice unseen."""
+        """Read the registers regularly from a thread, so that none wraps around twice unnoticed."""
 
         def look() -> None:
             pause = threading.Event()
@@ -153,13 +153,13 @@ class RaplCounter:
 
 
 def open_gpu(kind: str) -> NvmlGpu | NoCounter:
-    """The GPU that torch computes on in this process, if it is one of NVIDIA's that NVML tells of."""
+    """The GPU that torch uses in this process, if it is an NVIDIA GPU that NVML supports."""
     if kind != "cuda":
-        return NoCounter(f"device {kind} has no counter that is read here")
+        return NoCounter(f"device {kind} has no supported energy counter")
     import torch
 
     if torch.version.hip is not None:
-        return NoCounter("ROCm has no counter that is read here")
+        return NoCounter("ROCm has no supported energy counter")
     try:
         import pynvml as nvml
     except ImportError:
@@ -168,15 +168,15 @@ def open_gpu(kind: str) -> NvmlGpu | NoCounter:
         nvml.nvmlInit()
         handle = _handle(nvml)
         if _is_divided(nvml, handle):
-            return NoCounter("MIG: the counter is of the whole GPU, not of the slice")
+            return NoCounter("MIG: the counter covers the whole GPU, not the slice")
         return NvmlGpu(nvml, handle)
     except (nvml.NVMLError, LookupError) as error:
         return NoCounter(f"NVML: {error}")
 
 
 def open_cpu(root: Path = POWERCAP) -> RaplCounter | NoCounter:
-    """The machine's CPU packages; AMD's are found under Intel's name too."""
-    # a second colon is a part of a package; intel-rapl-mmio is the same package again
+    """The machine's CPU packages; AMD's also appear under Intel's name."""
+    # a second colon marks a part of a package; intel-rapl-mmio repeats the same package
     zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
     try:
         packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
@@ -184,7 +184,7 @@ def open_cpu(root: Path = POWERCAP) -> RaplCounter | NoCounter:
             return NoCounter(f"the kernel shows no CPU package in {root}")
         return RaplCounter(packages)
     except PermissionError as error:
-        return NoCounter(f"{error.filename} may be read by root alone; `sudo chmod a+r` on it, until the next boot")
+        return NoCounter(f"only root can read {error.filename}; `sudo chmod a+r` on it allows it until the next boot")
     except (OSError, ValueError) as error:
         return NoCounter(f"RAPL cannot be read ({error})")
 
@@ -192,12 +192,12 @@ def open_cpu(root: Path = POWERCAP) -> RaplCounter | NoCounter:
 def open_counters(
     kind: str, environment: Mapping[str, str], *, first: bool = True
 ) -> tuple[NvmlGpu | NoCounter, dict[str, Counter]]:
-    """The GPU of this rank, and the counters of its cell: of the device that trains, and of the CPUs beside a GPU.
+    """This rank's GPU, and the counters of its cell: for the device that trains, and for the CPUs next to a GPU.
 
-    What other cells use at the same time is left out, for a counter does not know whose a joule is.
+    Counters that other cells use at the same time are left out, because their joules could not be told apart.
 
     Args:
-        first: whether this rank counts the CPU packages, which all ranks share.
+        first: whether this is the first rank, which counts the CPU packages for all.
     """
     gpu = open_gpu(kind)
     counters: dict[str, Counter] = {}
@@ -210,10 +210,10 @@ def open_counters(
 
 
 def _handle(nvml: Any) -> Any:
-    """NVML's handle of torch's present device: by its UUID, for the two count devices in different orders.
+    """NVML's handle of torch's current device, by UUID, because the two number devices differently.
 
     Raises:
-        LookupError: which one it is cannot be known.
+        LookupError: the device cannot be identified.
     """
     import torch
 
@@ -228,13 +228,13 @@ def _handle(nvml: Any) -> Any:
         return nvml.nvmlDeviceGetHandleByUUID(name)
     if name.isdigit() and (count == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"):
         return nvml.nvmlDeviceGetHandleByIndex(int(name))
-    raise LookupError(f"which of its {count} GPUs is CUDA's '{name}' cannot be told; set CUDA_DEVICE_ORDER=PCI_BUS_ID")
+    raise LookupError(f"cannot tell which of its {count} GPUs is CUDA's '{name}'; set CUDA_DEVICE_ORDER=PCI_BUS_ID")
 
 
 def _is_divided(nvml: Any, handle: Any) -> bool:
     try:
         return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
-    except nvml.NVMLError:  # a GPU that knows no MIG
+    except nvml.NVMLError:  # a GPU without MIG
         return False
 
 
@@ -243,7 +243,7 @@ def _number(path: Path) -> int:
 
 
 class Stretch:
-    """Joules and seconds between `start` and `stop`, summed over as often as that happens."""
+    """Joules and seconds between `start` and `stop`, summed over all such intervals."""
 
     def __init__(self, counter: Counter) -> None:
         self._counter = counter
@@ -256,7 +256,7 @@ class Stretch:
         self._since = time.perf_counter(), self._counter.joules()
 
     def stop(self) -> None:
-        """End what `start` began, if it did."""
+        """End the running interval, if there is one."""
         if self._since is None:
             return
         (began, before), after = self._since, self._counter.joules()
@@ -274,21 +274,21 @@ class Stretch:
 
     @property
     def joules(self) -> float | None:
-        """None: nothing was counted, something could not be read, or too few updates of the counter fell into it."""
-        # how far the counter lags at either end is one stretch's own: over several the errors add up as their root
+        """Joules; None: nothing was counted, a reading failed, or there were too few updates of the counter."""
+        # the counter's lag differs from interval to interval, so the errors of several grow with the square root
         shortest = UPDATES_WANTED * self._counter.updates_every_seconds * math.sqrt(self._times)
         return None if self.running or not self._times or self.seconds < shortest else self._joules
 
 
 class Energy:
-    """What the counters tell of one cell: from its beginning, and over its measured steps."""
+    """The energy of one cell: in total, of its training, and of its measured steps."""
 
     def __init__(self, counters: Mapping[str, Counter] | None = None) -> None:
-        """Begin to count.
+        """Start counting.
 
         Args:
-            counters: the beginning of a metric's name -> the counter: "" of the device that trains, `cpu_` of the CPU
-                packages beside it. Those that cannot be read are left out.
+            counters: prefix of the metrics' names -> counter: "" for the device that trains, `cpu_` for the CPU
+                packages next to it. Unreadable counters are ignored.
         """
         readable = {prefix: counter for prefix, counter in (counters or {}).items() if counter.readable}
         self._cell = {prefix: Stretch(counter) for prefix, counter in readable.items()}
@@ -299,28 +299,28 @@ class Energy:
             stretch.start()
 
     def start_training(self) -> None:
-        """The first step begins, warm-up included."""
+        """Call when the first step begins, warm-up included."""
         for stretch in self._training.values():
             stretch.start()
 
     def of_training(self) -> float | None:
-        """Joules of the device that trains over all steps so far; within `paused` alone. None: not known."""
+        """Joules of the device that trains over all steps so far; call it only within `paused`. None: unknown."""
         stretch = self._training.get("")
         return None if stretch is None else stretch.joules
 
     def start(self) -> None:
-        """The first measured step begins."""
+        """Call when the first measured step begins."""
         for stretch in self._steps.values():
             stretch.start()
 
     def stop(self) -> None:
-        """The last measured step has ended; the device is idle."""
+        """Call when the last measured step has ended and the device is idle."""
         for stretch in self._steps.values():
             stretch.stop()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside is no step's work."""
+        """Inside the context, energy is not counted as the steps'."""
         both = [*self._steps.values(), *self._training.values()]
         running = [stretch for stretch in both if stretch.running]
         for stretch in running:
@@ -332,7 +332,7 @@ class Energy:
                 stretch.start()
 
     def of_cell(self) -> dict[str, float]:
-        """`cell_joules`, `cpu_cell_joules` so far, as far as they were read."""
+        """`cell_joules` and `cpu_cell_joules` so far, where readable."""
         for stretch in self._cell.values():
             stretch.stop()
         results = {f"{prefix}cell_joules": stretch.joules for prefix, stretch in self._cell.items()}
@@ -341,7 +341,8 @@ class Energy:
         return {name: joules for name, joules in results.items() if joules is not None}
 
     def of_steps(self, *, tokens: int) -> dict[str, float]:
-        """The metrics of the measured steps, which went over so many tokens."""
+        """The energy metrics of the measured steps, which processed `tokens` tokens; `Meter.take_in_energy` adds ranks
+        up."""
         result: dict[str, float] = {}
         for prefix, stretch in self._steps.items():
             if stretch.joules is not None and tokens:

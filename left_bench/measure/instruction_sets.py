@@ -1,4 +1,4 @@
-"""What makes a machine fast, without torch: the processor's instruction sets, a GPU's compute capability."""
+"""What makes a machine fast, read without torch: the processor's instruction sets, a GPU's compute capability."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 
 FLAGS_VARIABLE = "LEFT_BENCH_CPU_FLAGS"
-"""Flags that stand for the processor's own, `avx2` or `avx2 avx512f`: to see what another machine would be given."""
-# Those that matrix products are made of, by the names of Linux's /proc/cpuinfo; x86's, then ARM's.
-_THAT_MATTER = (
+"""Flags to use instead of the processor's own, `avx2` or `avx2 avx512f`, to try what another machine would get."""
+# Instruction sets used by matrix products, by their names in Linux's /proc/cpuinfo; x86's, then ARM's.
+_RELEVANT = (
     *("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx_ne_convert", "amx_bf16", "amx_fp16"),
     *("asimd", "asimdhp", "sve", "sve2", "bf16"),
 )
-# macOS names them otherwise.
-_OF_MACOS = {
+# The same on macOS.
+_MACOS_NAMES = {
     "hw.optional.avx2_0": "avx2",
     "hw.optional.avx512f": "avx512f",
     "hw.optional.neon": "asimd",
@@ -28,7 +28,8 @@ _OF_MACOS = {
     "hw.optional.arm.FEAT_FP16": "asimdhp",
     "hw.optional.arm.FEAT_BF16": "bf16",
 }
-# Where oneDNN multiplies a half-precision format in hardware, by its guide to data types; elsewhere it is emulated.
+# Sets with which oneDNN multiplies half-precision formats in hardware (from its guide to data types); otherwise it
+# emulates.
 _NATIVE = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"},
     "float16": {"avx512_fp16", "amx_fp16", "avx_ne_convert", "asimdhp"},
@@ -37,14 +38,14 @@ _NVML = {"win32": "nvml.dll"}.get(sys.platform, "libnvidia-ml.so.1")
 
 
 def instruction_sets() -> tuple[str, ...] | None:
-    """Those of this machine's processor that matrix products are made of; None where the system does not tell."""
-    told = os.environ.get(FLAGS_VARIABLE)
-    flags = frozenset(told.replace(",", " ").split()) if told else _cpu_flags()
-    return None if flags is None else tuple(name for name in _THAT_MATTER if name in flags)
+    """The processor's instruction sets used by matrix products; None if the system does not report them."""
+    override = os.environ.get(FLAGS_VARIABLE)
+    flags = frozenset(override.replace(",", " ").split()) if override else _cpu_flags()
+    return None if flags is None else tuple(name for name in _RELEVANT if name in flags)
 
 
 def native_sets(dtype: str, sets: Iterable[str] | None) -> list[str]:
-    """Which of the sets multiply this format; none: it is emulated. Wider formats have no entry."""
+    """The sets that multiply this half-precision format in hardware; empty: it is emulated."""
     return [name for name in sets or () if name in _NATIVE[dtype]]
 
 
@@ -54,7 +55,7 @@ def _cpu_flags() -> frozenset[str] | None:
         return _macos_flags(_output_of(["sysctl", "hw.optional"]))
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
-            return flags_of(lines)  # of the first core: a large machine's file has a megabyte
+            return flags_of(lines)  # only of the first core: a large machine's file has a megabyte
     except OSError:
         return None
 
@@ -68,22 +69,22 @@ def flags_of(lines: Iterable[str]) -> frozenset[str] | None:
     return None
 
 
-def _macos_flags(told: str | None) -> frozenset[str] | None:
-    if told is None:
+def _macos_flags(output: str | None) -> frozenset[str] | None:
+    if output is None:
         return None
-    pairs = (line.partition(":")[::2] for line in told.splitlines())
-    return frozenset(_OF_MACOS[name] for name, value in pairs if name in _OF_MACOS and value.strip() == "1")
+    pairs = (line.partition(":")[::2] for line in output.splitlines())
+    return frozenset(_MACOS_NAMES[name] for name, value in pairs if name in _MACOS_NAMES and value.strip() == "1")
 
 
 def is_rocm() -> bool:
-    """Whether the accelerator that answers to the name cuda is one of AMD's."""
+    """Whether the accelerator with the torch name cuda is an AMD GPU."""
     return Path("/dev/kfd").exists() and not Path("/proc/driver/nvidia/gpus").is_dir()
 
 
 def cuda_capability() -> tuple[int, int] | None:
-    """The lowest compute capability of the GPUs that may be used; None where this machine shows none.
+    """The lowest compute capability of the usable GPUs; None if this machine has none.
 
-    A number in CUDA_VISIBLE_DEVICES is taken for the driver's own; CUDA counts so under CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    Numbers in CUDA_VISIBLE_DEVICES are taken as the driver's, which CUDA uses with CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
     result = _capabilities()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -91,13 +92,13 @@ def cuda_capability() -> tuple[int, int] | None:
         chosen = [
             result[int(name)] for name in visible.split(",") if name.strip().isdigit() and int(name) < len(result)
         ]
-        result = tuple(chosen) or result  # names of another kind (GPU-..., MIG-...): any of them
+        result = tuple(chosen) or result  # other kinds of names (GPU-..., MIG-...): any of them
     return min(result, default=None)
 
 
 @lru_cache(maxsize=1)
 def _capabilities() -> tuple[tuple[int, int], ...]:
-    """Of every GPU in the driver's order: from its library, else from nvidia-smi."""
+    """The capabilities of all GPUs in the driver's order: from its library, else from nvidia-smi."""
     with contextlib.suppress(OSError, AttributeError):  # no driver, or one without these functions
         result = _from_nvml(ctypes.CDLL(_NVML))
         if result:
@@ -126,9 +127,9 @@ def _from_nvml(library: ctypes.CDLL) -> tuple[tuple[int, int], ...]:
         library.nvmlShutdown()
 
 
-def capabilities_in(told: str) -> tuple[tuple[int, int], ...]:
-    """What nvidia-smi printed, `8.0` a line, as pairs of numbers."""
-    pairs = (line.strip().partition(".")[::2] for line in told.splitlines())
+def capabilities_in(output: str) -> tuple[tuple[int, int], ...]:
+    """nvidia-smi's output, one `8.0` per line, as pairs of numbers."""
+    pairs = (line.strip().partition(".")[::2] for line in output.splitlines())
     return tuple((int(major), int(minor)) for major, minor in pairs if major.isdigit() and minor.isdigit())
 
 

@@ -1,4 +1,4 @@
-"""Meter: seconds, tokens and peaks of a run; and the bytes that tensors really occupy."""
+"""Meter: seconds, tokens and memory peaks of a run; and the bytes that tensors really occupy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Step:
-    """One optimizer step as measured."""
+    """The measurements of one optimizer step."""
 
     seconds: float
     tokens: int
@@ -33,13 +33,13 @@ class Step:
     rows: int
     loss: float
     pairs: int = 0
-    """Sum over the rows of tokens squared."""
+    """Sum of squared token counts over the rows."""
 
 
 def step_of_event(event: Mapping[str, Any]) -> Step | None:
-    """The step that a line of `events.jsonl` tells of; None when a part of it is missing."""
+    """The step of a line of `events.jsonl`; None if a part of it is missing."""
     try:
-        # what has a default came later: events of before are still steps
+        # fields with a default were added later: older events are still valid steps
         return Step(**{p.name: event[p.name] for p in fields(Step) if p.default is MISSING or p.name in event})
     except KeyError:
         return None
@@ -47,7 +47,7 @@ def step_of_event(event: Mapping[str, Any]) -> Step | None:
 
 @dataclass(kw_only=True)
 class PhaseCounts:
-    """What a phase's own code may count while it runs."""
+    """Counts that a phase's code may fill in while it runs."""
 
     steps: int | None = None
     tokens: int | None = None
@@ -55,7 +55,7 @@ class PhaseCounts:
 
 @dataclass(kw_only=True)
 class _Aside:
-    """Work beside a phase, and the phase's own peaks up to then."""
+    """Work within a phase that is not part of it, and the phase's own peaks before that work."""
 
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
@@ -65,7 +65,7 @@ class _Aside:
 
 @dataclass
 class Meter:
-    """Collects phases, steps and metrics of one run; every clock is read after the device is synchronized."""
+    """Collects phases, steps and metrics of one run; the device is synchronized before every clock reading."""
 
     device: Device
     events: EventWriter
@@ -74,29 +74,29 @@ class Meter:
     metrics: dict[str, float] = field(default_factory=dict)
     memory_breakdown: dict[str, int] = field(default_factory=dict)
     starts: list[int] = field(default_factory=lambda: [0])
-    """Steps before which a process began: 0, and wherever a later attempt went on from a checkpoint."""
+    """Indices of steps at which a process began: 0, and wherever a later attempt resumed from a checkpoint."""
     peak_before: int = 0
     """The highest memory of the steps taken over from earlier attempts."""
     energy: Energy = field(default_factory=Energy)
     joules_of_others: float | None = 0.0
-    """What the accelerators of the other ranks used up to the end of their part; None: not known."""
+    """Joules of the other ranks' accelerators up to the end of their work; None: unknown."""
 
     above_peak: float | None = None
-    """Work done over work possible, where that is more than 1: the peak is wrong, and no utilization is told."""
+    """The utilization if it exceeds 1: the measured peak is then wrong, and no utilization is reported."""
 
     _asides: dict[str, _Aside] = field(default_factory=dict)
-    """What was done beside the running phase, by name."""
+    """Work that is not part of the running phase, by name."""
     _close: Callable[[], None] | None = None
-    _told_as: str = "step"
+    _event_name: str = "step"
     _counted: tuple[int, int] = (0, 0)
-    """First and past the last of the steps that joules were counted for."""
+    """Range [first, end) of the steps for which joules were counted."""
 
     def __post_init__(self) -> None:
         self.metrics["baseline_memory_bytes"] = self.device.set_baseline()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[PhaseCounts]:
-        """Measure a stretch of the run, also when it ends in an exception."""
+        """Measure a part of the run, also if it ends with an exception."""
         counts = PhaseCounts()
         self._asides = {}
         self.events.write("phase", name=name)
@@ -132,16 +132,17 @@ class Meter:
             self.close_phase()
 
     def close_phase(self) -> None:
-        """End the running phase here: its own code does, or a watchdog that is about to end the process."""
+        """End the running phase now; called by its own code, or by a watchdog that is about to end the process."""
         close, self._close = self._close, None
         if close is not None:
             close()
 
     @contextmanager
     def aside(self, name: str) -> Iterator[None]:
-        """Inside is no work of the running phase: its seconds, its joules and its peak leave it out.
+        """Work inside this context does not belong to the running phase: it is excluded from its seconds, joules and
+        peak.
 
-        It becomes a phase of its own when the running one ends, all that was done under the name together.
+        When the running phase ends, all such work under the same name becomes one separate phase.
         """
         device = self.device
         device.synchronize()
@@ -161,42 +162,42 @@ class Meter:
 
     @contextmanager
     def apart(self, name: str) -> Iterator[None]:
-        """Inside, steps are told to the outside as `name`, and count for no metric."""
-        steps, self.steps, self._told_as = self.steps, [], name
+        """Inside the context, steps are written as events called `name`, and count for no metric."""
+        steps, self.steps, self._event_name = self.steps, [], name
         energy, self.energy = self.energy, Energy()
         try:
             yield
         finally:
-            self.steps, self._told_as, self.energy = steps, "step", energy
+            self.steps, self._event_name, self.energy = steps, "step", energy
 
     def begin_measured(self) -> None:
-        """Joules are counted from here: the first step that counts for speed begins."""
+        """Start counting joules: the first step that counts for speed begins."""
         self.device.synchronize()
         self._counted = len(self.steps), len(self.steps)
         self.energy.start()
 
     def end_measured(self) -> None:
-        """The last step has been taken in: joules are counted to here."""
+        """Stop counting joules: the last step has been recorded."""
         self.energy.stop()
         self._counted = self._counted[0], len(self.steps)
 
     def step(self, step: Step, **extra: float) -> None:
-        """Take in one optimizer step and tell the outside."""
+        """Record one optimizer step and write its event."""
         self.steps.append(step)
         peak = _highest(self.device.peak_bytes(), *(aside.before for aside in self._asides.values()))
         self.events.write(
-            self._told_as,
+            self._event_name,
             step=len(self.steps),
             **asdict(step),
             tokens_per_second=step.tokens / step.seconds,
-            **({} if peak is None else {"peak_memory_bytes": peak}),  # of the phase so far, should the run be killed
+            **({} if peak is None else {"peak_memory_bytes": peak}),  # of the phase so far, in case the run is killed
             **extra,
         )
 
     def take_over(
         self, events: Sequence[Mapping[str, Any]], *, starts: Sequence[int], memory_breakdown: Mapping[str, int]
     ) -> None:
-        """Count the steps of earlier attempts as taken, from their events; they are told to the outside again."""
+        """Count the steps of earlier attempts, from their events, which are written again."""
         for event in events:
             self.events.write(**event)
         self.steps = [step for event in events if (step := step_of_event(event)) is not None]
@@ -205,7 +206,7 @@ class Meter:
         self.memory_breakdown |= memory_breakdown
 
     def take_in_peaks(self, team: Team) -> list[int]:
-        """Let the peaks be those of the rank that has the highest; returns the train phase's of every rank."""
+        """Replace the memory peaks by the highest of all ranks; returns every rank's peak of the train phase."""
         names = ("load_peak_memory_bytes", "peak_memory_bytes")
         of_ranks = team.gather(*(self.metrics.get(name, math.nan) for name in names))
         results: list[int] = []
@@ -216,9 +217,9 @@ class Meter:
         return results
 
     def take_in_energy(self, team: Team) -> None:
-        """Let the joules of the steps be those of all ranks' accelerators; the CPU packages' are counted by the first.
+        """Replace the steps' joules by the sum over all ranks' accelerators; rank 0 counts the CPU packages.
 
-        What one rank could not read is not known of all.
+        If one rank could not read a value, the sum is unknown.
         """
         if self.device.kind == "cpu":
             return
@@ -234,7 +235,7 @@ class Meter:
         self.joules_of_others = None if math.isnan(others) else others
 
     def finish_cell(self) -> None:
-        """The joules of the whole cell up to here; none where an earlier attempt's part of them is not known."""
+        """Record the joules of the whole cell so far, unless those of an earlier attempt are unknown."""
         if self.starts[1:]:
             return
         result = self.energy.of_cell()
@@ -245,10 +246,10 @@ class Meter:
     def finish(
         self, *, measure_after: int, flops: Callable[[list[Step]], float] | None = None, peak_flops: float | None = None
     ) -> dict[str, float]:
-        """All metrics of the run, phases and steps summed up.
+        """All metrics of the run, computed from its phases and steps.
 
         Args:
-            flops: of steps, for `model_flops_utilization` against `peak_flops` (FLOP/s).
+            flops: function from steps to FLOPs, for `model_flops_utilization` relative to `peak_flops` (FLOP/s).
         """
         by_name = {phase.name: phase for phase in self.phases}
         result: dict[str, float | None] = {}
@@ -269,7 +270,7 @@ class Meter:
             result["model_flops_utilization"] = None if utilization > 1 else utilization
         first, end = self._counted
         result |= self.energy.of_steps(tokens=sum(step.tokens for step in self.steps[first:end]))
-        if self.starts[1:]:  # earlier attempts took measured steps too, whose joules nobody knows
+        if self.starts[1:]:  # the joules of earlier attempts' measured steps are unknown
             result |= {"train_joules": None, "cpu_train_joules": None}
         self.metrics.update({name: value for name, value in result.items() if value is not None})
         return self.metrics
@@ -282,7 +283,7 @@ def _highest(*numbers: int | None) -> int | None:
 def measured_steps(steps: list[Step], *, measure_after: int, starts: Sequence[int] = (0,)) -> list[Step]:
     """The steps that count for speed: all but the warm-up, which is at most half of them.
 
-    A process warms up wherever it begins, so an attempt that went on from a checkpoint leaves out as many again.
+    Every process warms up, so an attempt that resumed from a checkpoint leaves out warm-up steps again.
     """
     counted: list[Step] = []
     for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
@@ -291,7 +292,7 @@ def measured_steps(steps: list[Step], *, measure_after: int, starts: Sequence[in
 
 
 def warm_up(steps: int, *, measure_after: int) -> int:
-    """How many of a process's steps are warm-up."""
+    """The number of warm-up steps among a process's steps."""
     return min(measure_after, steps // 2)
 
 
@@ -317,10 +318,11 @@ def summarize_steps(steps: list[Step], *, measure_after: int, starts: Sequence[i
 
 
 def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes the tensors' storages really occupy: constants and subclass parts counted, shared storage once.
+    """Bytes that the tensors' storages really occupy, including constants and subclass parts; shared storage counts
+    once.
 
-    Nothing is taken from a nominal dtype: bitsandbytes keeps its constants in `quant_state` (4-bit) or `SCB` (8-bit)
-    beside the weight, and tensor subclasses hold inner tensors whose dtype is not the one they report.
+    Nominal dtypes are not used: bitsandbytes keeps its constants in `quant_state` (4-bit) or `SCB` (8-bit) outside the
+    weight, and tensor subclasses hold inner tensors of another dtype than they report.
     """
     seen: dict[tuple[str, int], int] = {}
     for tensor in tensors:
@@ -331,7 +333,7 @@ def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def logical_numel(parameter: torch.Tensor) -> int:
-    """Elements of the weight as the model means it, also where 4-bit storage packs two into a byte."""
+    """Number of logical elements of the weight, also where 4-bit storage packs two into a byte."""
     state = getattr(parameter, "quant_state", None)
     if state is not None and getattr(state, "shape", None) is not None:
         return int(np.prod(tuple(state.shape)))
@@ -339,11 +341,11 @@ def logical_numel(parameter: torch.Tensor) -> int:
 
 
 def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The ordinary tensors that a parameter is made of: itself, a subclass's inner ones, its quantization constants."""
+    """The plain tensors of a parameter: itself, a subclass's inner tensors, its quantization constants."""
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:
         for part in (getattr(tensor, name) for name in inner()[0]):
-            if hasattr(part, "untyped_storage"):  # a sharded tensor's mesh is a part and no tensor
+            if hasattr(part, "untyped_storage"):  # a sharded tensor's mesh is a part, but not a tensor
                 yield from plain_parts(part)
     elif tensor.device.type != "meta":
         yield tensor

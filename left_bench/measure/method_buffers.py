@@ -1,4 +1,4 @@
-"""What a method holds in memory besides what it trains: random projections, factors, masks, importance scores."""
+"""Frozen tensors that a method keeps in memory: random projections, factors, masks, importance scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Modules = weakref.WeakSet[torch.nn.Module]
 
 
 def modules_of(model: torch.nn.Module) -> Modules:
-    """The modules of a base model, to be told from those that a method adds; none is kept alive by it."""
+    """The modules of a base model, as weak references, to distinguish them from modules that a method adds."""
     return weakref.WeakSet(model.modules())
 
 
@@ -23,7 +23,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
     """The tensors that a method has added to the modules in `base` and does not train.
 
     Methods keep them as parameters, as buffers and as plain attributes (SHiRA's indices, AdaLoRA's importance scores);
-    what is a view of the base model's or of a trained tensor is not the method's own.
+    views of the base model's or of trained tensors do not count.
     """
     known = {storage_key(part.untyped_storage()) for tensor in _others(model, base) for part in plain_parts(tensor)}
     results = {
@@ -31,7 +31,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
         for module in model.modules()
         if module not in base
         for tensor in _tensors_in([vars(module)], set())
-        if not tensor.requires_grad  # an activation that a layer keeps for its next pass is none of these
+        if not tensor.requires_grad  # not an activation that a layer keeps for its next pass
         and tensor.layout == torch.strided
         and storage_key(tensor.untyped_storage()) not in known
     }
@@ -39,7 +39,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
 
 
 def frozen_part(model: torch.nn.Module, *, base: Modules) -> dict[str, int]:
-    """The part `adapter_frozen` of a memory breakdown; empty where a method holds nothing frozen."""
+    """The part `adapter_frozen` of a memory breakdown; empty if the method holds nothing frozen."""
     held = stored_bytes(frozen_tensors(model, base=base))
     return {"adapter_frozen": held} if held else {}
 
@@ -51,7 +51,7 @@ def _others(model: torch.nn.Module, base: Modules) -> Iterator[torch.Tensor]:
 
 
 def _tensors_in(values: Iterable[Any], seen: set[int]) -> Iterator[torch.Tensor]:
-    """Tensors in containers and in peft's own objects; modules are looked at by whoever goes over them."""
+    """Tensors in containers and in peft's own objects; the caller iterates over modules."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value

@@ -1,4 +1,4 @@
-"""Attach a PEFT method to a base model, train-time hooks of methods that have them, and save what was trained."""
+"""Attach a PEFT method to a base model, run its training-time hooks, and save what was trained."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ def attach_adapter(
 ) -> torch.nn.Module:
     """Freeze the base model and attach the cell's method; full fine-tuning attaches nothing and freezes nothing.
 
-    `rows` are the training rows, for a method that is initialized from data (`start`).
+    `rows` are the training rows, for methods that are initialized from data (`data_init`).
 
     Raises:
         UserError: an argument that the method's configuration does not have, or a method that does not fit the model.
-        Unsupported: the method's library does not attach it to this model, or beside what else the cell asks for.
+        Unsupported: the method's library cannot attach it to this model, or not in combination with the cell's options.
     """
     if cell.training.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.config.use_cache = False
     if cell.peft.target is None:
-        # a quantized weight cannot take a gradient; torch says so here when such a cell is forced
+        # a quantized weight cannot have a gradient; torch raises an error here if such a cell is forced
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         return model
     arguments = dict(cell.peft.config)
     if cell.peft.target.startswith("peft."):
         arguments.setdefault("task_type", cell.task.peft_type)
-        if new := new_layers_of(model):  # every method trains them whole
-            if takes_argument(cell.peft.target, "modules_to_save"):  # else peft adds them by the task
+        if new := new_layers_of(model):  # every method trains them in full
+            if takes_argument(cell.peft.target, "modules_to_save"):  # otherwise peft adds them according to the task
                 arguments.setdefault("modules_to_save", new)
             if arguments.get("target_modules") == "all-linear":  # peft would adapt the output layer too
                 linear = [name for name, layer in model.named_modules() if hasattr(layer, "in_features")]
@@ -66,30 +66,30 @@ def attach_adapter(
         arguments["adapter_layers"] = model.config.num_hidden_layers
     arguments = data_init.arguments_from_rows(cell.peft.target, arguments, rows)
     if cell.peft.target == "peft.PrefixTuningConfig" and hasattr(model.config, "d_kv"):
-        # peft takes the model's width for that of all heads together, which T5's need not be
+        # peft assumes that all heads together are as wide as the model, which may be wrong for T5
         arguments.setdefault("token_dim", model.config.d_kv * model.config.num_heads)
     config = instantiate(cell.peft.target, arguments, key="peft")
     if quantized_weights(model):
         _prepare_quantized(model)
     few: dict[str, Any] = {"batch_size": cell.training.batch_size, "pad_id": getattr(tokenizer, "pad_token_id", 0)}
     data_init.look_at_rows(model, config, rows, **few)
-    torch.manual_seed(cell.seed)  # the adapter's initialization is the seed's, whatever was drawn before
+    torch.manual_seed(cell.seed)  # the adapter's initialization depends only on the seed
     if isinstance(config, Method):
         return config.attach(model, adapter_dtype=DTYPES[cell.precision.adapter_dtype])
-    in_float32 = cell.precision.adapter_dtype == "float32"  # what peft does of itself over half-precision weights
+    in_float32 = cell.precision.adapter_dtype == "float32"  # peft's default over half-precision weights
     try:
-        with stored_integers_are_not_read(model):  # some methods start from the weight's values
+        with stored_integers_are_not_read(model):  # some methods are initialized from the weight's values
             adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
-    except ValueError as error:  # peft's word for what it does not do; its mistakes are other exceptions
+    except ValueError as error:  # how peft refuses what it does not support; its bugs raise other exceptions
         if names_no_layer(error) and isinstance(arguments.get("target_modules"), list):
-            raise  # layers that somebody named, and no model has: a mistake
+            raise  # the user named layers that the model does not have
         text = " ".join(str(error).split())
         raise Unsupported(f"peft={cell.peft.name} on {type(model).__name__}: peft refuses it ({text[:300]})") from error
     check_variant(adapted)
     check_new_layers(adapted, new_layers_of(model), cell)
     if _is_adalora(adapted):
         freeze_ranks(adapted)
-    _give_one_task(adapted)
+    _use_one_task(adapted)
     data_init.start_from_rows(adapted, config, rows, **few)
     if not in_float32:
         for parameter in trainable_parameters(adapted):
@@ -102,10 +102,10 @@ def attach_adapter(
 
 
 def check_new_layers(adapted: torch.nn.Module, new: Sequence[str], cell: Cell) -> None:
-    """Refuse a method that leaves an output layer as it was drawn: the model would guess.
+    """Refuse a method that does not train a new, randomly initialized output layer: the model would only guess.
 
     Raises:
-        Unsupported: naming the layer.
+        Unsupported: names the layer.
     """
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     for layer in new:
@@ -114,30 +114,30 @@ def check_new_layers(adapted: torch.nn.Module, new: Sequence[str], cell: Cell) -
 
 
 def let_autocast_convert(model: torch.nn.Module) -> None:
-    """Keep LoRA's layers from widening their inputs to the adapter's float32.
+    """Keep LoRA's layers from converting their inputs to the adapter's float32.
 
     Autocast would round the copies back before the product; without them a step of SmolLM2 in bfloat16 takes a fifth
-    less time, and the losses are the same numbers.
+    less time, and the losses are identical.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
 
 
-def _give_one_task(model: torch.nn.Module) -> None:
-    """Methods for several tasks (Poly, multitask prompt tuning) are told with every pass that there is one."""
+def _use_one_task(model: torch.nn.Module) -> None:
+    """Methods for several tasks (Poly, multitask prompt tuning) need a task id in every pass: it is always 0."""
 
-    def every_row_is_of_task_0(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def add_task_0(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         first = arguments[0]  # Poly: hidden states; prompt tuning: the virtual tokens' numbers
         return arguments[:1], named | {"task_ids": first.new_zeros(len(first), dtype=torch.long)}
 
     for module in model.modules():
         if isinstance(module, (PolyLayer, MultitaskPromptEmbedding)):
-            module.register_forward_pre_hook(every_row_is_of_task_0, with_kwargs=True)
+            module.register_forward_pre_hook(add_task_0, with_kwargs=True)
 
 
 def _prepare_quantized(model: PreTrainedModel) -> None:
-    """Freeze a quantized base model and keep what is left of it in the dtype it was loaded in.
+    """Freeze a quantized base model and keep its unquantized parameters in the dtype in which they were loaded.
 
     peft's `prepare_model_for_kbit_training` casts every unquantized parameter to float32; that doubles the bytes of a
     tied embedding (a fifth of a small model) and would make the quantized cell look larger than it is.
@@ -147,9 +147,9 @@ def _prepare_quantized(model: PreTrainedModel) -> None:
 
 
 def virtual_positions(model: torch.nn.Module) -> int:
-    """Positions that the method puts before the input and that appear in the logits.
+    """Number of positions that the method puts before the input and that appear in the logits.
 
-    0 for key-value prefixes, and where virtual tokens are an encoder's.
+    0 for key-value prefixes, and where virtual tokens belong to an encoder.
     """
     if not isinstance(model, PeftModel) or model.config.is_encoder_decoder:
         return 0
@@ -165,7 +165,8 @@ def has_virtual_tokens(model: torch.nn.Module) -> bool:
 
 
 def regularization(model: torch.nn.Module) -> torch.Tensor | None:
-    """The term that a method adds to the loss, else None: our loss is computed outside the model, where peft adds none.
+    """The term that a method adds to the loss, or None. Our loss is computed outside the model, so peft adds none
+    itself.
 
     AdaLoRA (Zhang et al. 2023, eq. 4): the mean over the factors P, Q of ||P P^T - I||_F, times `orth_reg_weight`.
     KaSA (Wang et al. 2024, eq. 9 to 12) and MonteCLoRA: peft's own sums, with the weights of their configurations.
@@ -188,7 +189,7 @@ def regularization(model: torch.nn.Module) -> torch.Tensor | None:
 
 
 def after_optimizer_step(model: torch.nn.Module, step: int) -> None:
-    """What a method does between the optimizer's step and zeroing the gradients: AdaLoRA moves its rank budget."""
+    """Run a method's update between the optimizer's step and zeroing the gradients: AdaLoRA adjusts its rank budget."""
     if _is_adalora(model):
         tuner: Any = model.base_model
         tuner.update_and_allocate(step)
@@ -200,7 +201,7 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def added_parameters(model: torch.nn.Module, *, base: Collection[str]) -> list[torch.nn.Parameter]:
-    """The trainable parameters that a method has added, and not those of the base model that it trains in place.
+    """The trainable parameters that a method has added, without those of the base model that it trains in place.
 
     Args:
         base: the names of the base model's parameters, before anything was attached.
@@ -218,7 +219,7 @@ def save_trained(model: torch.nn.Module, folder: Path, *, tokenizer: Any = None)
     """Save what training produced (the adapter, or the whole model) as safetensors.
 
     Args:
-        tokenizer: of the base model (for pictures its processor), saved beside a whole model, which is none without.
+        tokenizer: the base model's tokenizer or image processor, saved together with a whole model to make it complete.
 
     Returns:
         Bytes of the weight files on disk.
@@ -234,9 +235,10 @@ def save_trained(model: torch.nn.Module, folder: Path, *, tokenizer: Any = None)
 def load_trained(
     model: PreTrainedModel, folder: Path, *, adapter_dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
-    """Give a fresh base model what `save_trained` left in `folder`: an adapter, a part, or all of the weights.
+    """Load into a fresh base model what `save_trained` wrote to `folder`: an adapter, some of the weights, or all of
+    them.
 
-    `adapter_dtype` is `precision.adapter_dtype` of the cell that saved it.
+    `adapter_dtype`: `precision.adapter_dtype` of the cell that saved it.
 
     Raises:
         UserError: what was saved does not fit this base model.
@@ -249,17 +251,17 @@ def load_trained(
         adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=adapter_dtype == torch.float32)
         if _is_adalora(adapted):
             load_unrounded(adapted, folder)
-        _give_one_task(adapted)
+        _use_one_task(adapted)
         return adapted
     absent = {name for name, _ in model.named_parameters()}
     for path in sorted(folder.glob("*.safetensors")):
         weights = load_file(path)
         unexpected = set(weights) - set(model.state_dict())
         if unexpected and (folder / "config.json").is_file():
-            # transformers saves some families under the names of their first checkpoints, and reads them back so (ViT)
+            # transformers saves some families (ViT) under older weight names, and converts them when loading
             load: Any = type(model).from_pretrained
             saved, result = load(folder, dtype=model.dtype, output_loading_info=True)
-            if not any(result.values()):  # nothing missing, left over or of another shape
+            if not any(result.values()):  # nothing missing, unexpected or of another shape
                 weights = saved.state_dict()
                 unexpected = set(weights) - set(model.state_dict())
         if unexpected:

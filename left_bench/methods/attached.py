@@ -1,7 +1,7 @@
-"""What our own methods share: a base model with a method attached, saved as the trained parameters alone.
+"""The base of our own methods: a model with a method attached, of which only the trained parameters are saved.
 
-peft's registry of methods is closed (a new one needs an entry in its `PeftType` enumeration), so these stand beside it,
-with the part of `PeftModel`'s surface that the rest of left_bench uses.
+peft's registry of methods is closed (a new one needs an entry in its `PeftType` enumeration), so these are separate,
+with the part of `PeftModel`'s interface that the rest of left_bench uses.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method's settings; a subclass says in `prepare` which parameters are trained."""
+    """A method's settings; a subclass decides in `prepare` which parameters are trained."""
 
     mergeable: ClassVar[bool] = True
     """Whether the trained model has the base model's own architecture."""
 
     def prepare(self, model: PreTrainedModel, *, adapter_dtype: torch.dtype) -> None:
-        """Change the frozen base model in place; afterwards what is trained requires a gradient.
+        """Change the frozen base model in place; afterwards the parameters to train require a gradient.
 
-        `adapter_dtype` is that of added weights; base weights that are trained keep the dtype they have.
+        `adapter_dtype` applies to added weights; base weights that are trained keep their dtype.
 
         Raises:
             UserError: the method has nothing to train in this model.
@@ -43,13 +43,13 @@ class Method:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.prepare(model, adapter_dtype=adapter_dtype)
-        for name in new_layers_of(model):  # every method trains them whole
+        for name in new_layers_of(model):  # every method trains them in full
             model.get_submodule(name).requires_grad_(True)
         return Attached(model, self)
 
 
 class Attached(torch.nn.Module):
-    """A base model with a method attached; whatever is not here is looked up in the base model, as with `PeftModel`."""
+    """A base model with a method attached; other attributes are looked up in the base model, as with `PeftModel`."""
 
     def __init__(self, base_model: PreTrainedModel, method: Method) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Attached(torch.nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":  # not there yet: looking it up there would never end
+            if name == "base_model":  # not set yet: looking it up there would recurse forever
                 raise
             return getattr(self.base_model, name)
 
@@ -92,7 +92,7 @@ class Attached(torch.nn.Module):
 
 
 def method_in(folder: Path) -> Method | None:
-    """The method that `save_pretrained` left in a folder; None where something else (peft) saved it."""
+    """The method that `save_pretrained` wrote to a folder; None if something else (peft) wrote it."""
     from left_bench import methods
 
     path = folder / CONFIG_NAME
@@ -104,10 +104,10 @@ def method_in(folder: Path) -> Method | None:
 def load_attached(
     model: PreTrainedModel, folder: Path, *, method: Method, adapter_dtype: torch.dtype = torch.float32
 ) -> Attached:
-    """Attach the method to a fresh base model and give it the parameters saved in `folder`.
+    """Attach the method to a fresh base model and load the parameters saved in `folder`.
 
     Raises:
-        UserError: the saved parameters are not those that the method trains in this model.
+        UserError: the saved parameters do not match those that the method trains in this model.
     """
     attached = method.attach(model, adapter_dtype=adapter_dtype)
     saved, trained = load_file(folder / WEIGHTS_NAME), _trained(model)

@@ -24,7 +24,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
 }
 _LLAMA = ("self_attn.o_proj", "mlp.down_proj")
-# model type -> inside a layer, the modules whose outputs are the attention's and the feed-forward's
+# model type -> the modules inside a layer that output the attention's and the feed-forward's result
 _OUTPUTS = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -40,15 +40,15 @@ _OUTPUTS = {
 class BottleneckConfig(Method):
     """h + up(f(down(h))) on a sublayer's output h, before the residual addition.
 
-    Where the model has dropout on the sublayer's output (OPT, BERT), it comes after the adapter. Normalization weights
-    stay frozen. Models whose attention and feed-forward run in parallel (GPT-NeoX) get the same two places: the
-    adapters then change the two terms of one sum.
+    If the model has dropout on the sublayer's output (OPT, BERT), it comes after the adapter. Normalization weights
+    stay frozen. In models whose attention and feed-forward run in parallel (GPT-NeoX), the adapters are at the same two
+    places and change the two terms of one sum.
     """
 
     mergeable: ClassVar[bool] = False
 
     placement: Placement = "pfeiffer"
-    """`houlsby`: after attention and feed-forward (Houlsby et al. 2019); `pfeiffer`: after the feed-forward alone
+    """`houlsby`: after attention and feed-forward (Houlsby et al. 2019); `pfeiffer`: only after the feed-forward
     (Pfeiffer et al. 2020)."""
     reduction_factor: float = 16
     """Hidden width of the model / width of the bottleneck."""
@@ -64,19 +64,18 @@ class BottleneckConfig(Method):
         family, width = model.config.model_type, model.config.hidden_size
         if family not in _OUTPUTS:
             raise UserError(
-                f"peft: bottleneck adapters do not know where the sublayers of model type '{family}' end; "
-                f"they know {', '.join(_OUTPUTS)}"
+                f"peft: bottleneck adapters do not support model type '{family}'; they support {', '.join(_OUTPUTS)}"
             )
         attention, feed_forward = _OUTPUTS[family]
         places = (attention, feed_forward) if self.placement == "houlsby" else (feed_forward,)
-        # `.0.output.dense` and not BERT's `.0.attention.output.dense`: the layer's number stands before the place
+        # the layer's number comes directly before the name: `.0.output.dense`, not BERT's `.0.attention.output.dense`
         pattern = re.compile(rf"\.\d+\.({'|'.join(map(re.escape, places))})$")
         results = [name for name, _ in model.named_modules() if pattern.search(name)]
         expected = len(places) * model.config.num_hidden_layers
         if len(results) != expected:
             raise UserError(
                 f"peft: this model of type '{family}' has {len(results)} modules named {' or '.join(places)} in its "
-                f"layers, not the expected {expected}; bottleneck adapters do not fit it"
+                f"layers instead of the expected {expected}; bottleneck adapters do not fit it"
             )
         for name in results:
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -91,9 +90,9 @@ class BottleneckConfig(Method):
 
 
 class Bottleneck(nn.Module):
-    """A frozen layer of any kind, quantized too, followed by a bottleneck adapter.
+    """A frozen layer of any kind, possibly quantized, followed by a bottleneck adapter.
 
-    The adapter computes in its own weights' dtype, whatever the base model's is. It starts as the identity: the
+    The adapter computes in its own weights' dtype, whatever the base model's is. It starts as the identity, because its
     up-projection is zero.
     """
 

@@ -1,7 +1,7 @@
-"""Where an adapter starts that is initialized from training rows: EVA, LoRA-GA, CorDA, and the context of CPT.
+"""Adapters that are initialized from training rows: EVA, LoRA-GA, CorDA, and the context of CPT.
 
-LoRA-GA and CorDA take their first product B A out of the base weights, so that the adapted model begins as the base
-model. What they took out is not worked out again when the adapter is loaded: it is saved beside it.
+LoRA-GA and CorDA subtract their initial product B A from the base weights, so that the adapted model begins as the base
+model. What they subtracted is saved next to the adapter, because it cannot be recomputed when the adapter is loaded.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _EVA_ROWS = 256
 _GRADIENT_ROWS = 64
 _COVARIANCE_ROWS = 64
 CONTEXT_ROWS = 4
-_INPUT, _ANSWER, _KINDS = 2, 4, 4  # CPT's kinds of token, counted on from example to example
+_INPUT, _ANSWER, _KINDS = 2, 4, 4  # CPT's kinds of token; the numbers increase from example to example
 
 
 def context_of(rows: Sequence[Example]) -> dict[str, list[int]]:
     """CPT's arguments: the first training rows as examples in the context (Blau et al. 2024).
 
-    The embeddings of their prompts are trained, those of their answers stay as they are.
+    The embeddings of their prompts are trained, those of their answers are not.
     """
     ids: list[int] = []
     kinds: list[int] = []
@@ -52,7 +52,7 @@ def context_of(rows: Sequence[Example]) -> dict[str, list[int]]:
 
 
 def invocation_of(rows: Sequence[Example]) -> list[int]:
-    """aLoRA's invocation: the tokens that every prompt ends in, such as a chat template's `assistant` header.
+    """aLoRA's invocation: the tokens with which every prompt ends, such as a chat template's `assistant` header.
 
     Raises:
         UserError: the prompts of the training rows have no common end.
@@ -61,14 +61,14 @@ def invocation_of(rows: Sequence[Example]) -> list[int]:
     common = list(itertools.takewhile(lambda ids: len(set(ids)) == 1, ends))
     if not common:
         raise UserError(
-            "peft.config.alora_invocation_tokens: the prompts of the training rows have no common end to take them "
-            "from; give the token ids, or a data.template that ends alike in every row"
+            "peft.config.alora_invocation_tokens: the prompts of the training rows do not end with the "
+            "same tokens; give the token ids, or a data.template with the same ending in every row"
         )
     return [ids[0] for ids in reversed(common)]
 
 
 def arguments_from_rows(target: str, arguments: dict[str, Any], rows: Sequence[Example]) -> dict[str, Any]:
-    """A method's arguments with those that are token ids of the rows, where the option leaves them open."""
+    """A method's arguments, with token ids taken from the rows where the option leaves them open."""
     if target == "peft.CPTConfig" and arguments.get("cpt_token_ids") is None:
         return arguments | context_of(rows)
     if arguments.get("alora_invocation_tokens", 0) is None:
@@ -77,12 +77,12 @@ def arguments_from_rows(target: str, arguments: dict[str, Any], rows: Sequence[E
 
 
 def asks_for_rows(target: str | None, arguments: dict[str, Any]) -> bool:
-    """Whether the training rows decide a method's arguments, so that it has no shape before they are there."""
+    """Whether a method's arguments depend on the training rows, so that its shapes are unknown without them."""
     return target == "peft.CPTConfig" or arguments.get("alora_invocation_tokens", 0) is None
 
 
 def look_at_rows(model: PreTrainedModel, config: Any, rows: Sequence[Example], *, batch_size: int, pad_id: int) -> None:
-    """What LoRA-GA (gradients of the weights) and CorDA (covariance of the inputs) want to know before attaching."""
+    """Collect what LoRA-GA (gradients of the weights) and CorDA (covariance of the inputs) need before attaching."""
     forward: Any = model
     kind = getattr(config, "init_lora_weights", None)
 
@@ -91,11 +91,11 @@ def look_at_rows(model: PreTrainedModel, config: Any, rows: Sequence[Example], *
             forward(**_inputs(batch)).loss.backward()
 
     def inputs() -> None:
-        with torch.no_grad():  # a row at a time, and whole: padding would count as input
+        with torch.no_grad():  # one row at a time, because padding would count as input
             for batch in _batches(rows[:_COVARIANCE_ROWS], 1, pad_id=pad_id, device=model.device):
                 forward(**_inputs(batch))
 
-    if kind in ("lora_ga", "corda") and config.target_modules == "all-linear":  # a word that attaching alone knows
+    if kind in ("lora_ga", "corda") and config.target_modules == "all-linear":  # only understood when attaching
         head = model.get_output_embeddings()
         linear = {
             name for name, item in model.named_modules() if isinstance(item, torch.nn.Linear) and item is not head
@@ -114,7 +114,7 @@ def look_at_rows(model: PreTrainedModel, config: Any, rows: Sequence[Example], *
 def start_from_rows(
     adapted: torch.nn.Module, config: Any, rows: Sequence[Example], *, batch_size: int, pad_id: int
 ) -> None:
-    """EVA: A becomes the leading directions of each layer's inputs. LoRA-GA: its A and B are kept for saving."""
+    """EVA: set A to the leading directions of each layer's inputs. LoRA-GA: store its A and B for saving."""
     kind = getattr(config, "init_lora_weights", None)
     if kind == "eva":
         directions = math.ceil(config.r * config.eva_config.rho)
@@ -128,25 +128,25 @@ def start_from_rows(
         for name, layer in adapted.named_modules():
             if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
                 a, b = (factor["default"].get_parameter("weight") for factor in (layer.lora_A, layer.lora_B))
-                dtype = layer.get_base_layer().get_parameter("weight").dtype  # where peft has rounded them to
+                dtype = layer.get_base_layer().get_parameter("weight").dtype  # peft has rounded them to it
                 start |= {f"{name}.A": a.detach().to(dtype), f"{name}.B": b.detach().to(dtype)}
                 start[f"{name}.scaling"] = torch.tensor(layer.scaling["default"], dtype=torch.float64)
         _keep(adapted, {key.removeprefix(_PREFIX): value for key, value in start.items()})
 
 
 def save_start(model: torch.nn.Module, folder: Path) -> None:
-    """Put beside the saved adapter what its start took out of the base weights, if anything."""
-    kept: Any = getattr(model, "left_start", None)
-    if kept is not None:
-        kept.seek(0)
+    """Save, next to the adapter, what its initialization subtracted from the base weights, if anything."""
+    start: Any = getattr(model, "left_start", None)
+    if start is not None:
+        start.seek(0)
         with (folder / START_NAME).open("wb") as file:
-            shutil.copyfileobj(kept, file)
+            shutil.copyfileobj(start, file)
 
 
 def start_again(model: PreTrainedModel, folder: Path) -> None:
-    """Prepare a fresh base model for loading an adapter that `save_start` left something beside.
+    """Prepare a fresh base model for loading an adapter with a file of `save_start`.
 
-    The sums are peft's own, in its order, so that the base weights come out bit for bit as they were in training.
+    The sums are peft's own, in the same order, so that the base weights are bit for bit as they were in training.
     """
     if not (folder / START_NAME).is_file():
         return
@@ -163,12 +163,12 @@ def start_again(model: PreTrainedModel, folder: Path) -> None:
 
 
 def save_as_plain_lora(adapted: Any, folder: Path, fresh: PreTrainedModel, out: Path) -> None:
-    """Save an adapter, loaded from `folder`, as LoRA over the base model as it was before `start_again`.
+    """Save an adapter, loaded from `folder`, as plain LoRA over the original base model (before `start_again`).
 
-    Its change is B A - B0 A0 with the product it started from, which is LoRA of twice the rank (peft's own conversion).
+    Its change is B A - B0 A0, where B0 A0 is its initial product: LoRA of twice the rank (peft's own conversion).
 
     Args:
-        fresh: another copy of the base model, to work the start out on.
+        fresh: another copy of the base model, on which the initial product is computed.
     """
     start = load_file(folder / START_NAME)
     with tempfile.TemporaryDirectory() as initial:
@@ -187,8 +187,8 @@ def save_as_plain_lora(adapted: Any, folder: Path, fresh: PreTrainedModel, out: 
 
 
 def _keep(model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """In a file that ends with the process: in memory they would count as the method's."""
-    model.left_start = tempfile.TemporaryFile()  # noqa: SIM115 - closed by whoever drops the model
+    """Store them in a temporary file: in memory they would count as the method's."""
+    model.left_start = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the model
     model.left_start.write(save({name: value.contiguous() for name, value in tensors.items()}))
 
 
@@ -204,9 +204,9 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 def _first_batches(
     rows: Sequence[Example], *, batch_size: int, answer_tokens: int, pad_id: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """The training rows in their own order, as many as EVA's decompositions may ask for.
+    """Batches of the training rows in order, as many as EVA's decompositions may need.
 
-    Every batch has at least so many answer tokens: peft skips a smaller one, and would go on skipping for ever.
+    Every batch has at least `answer_tokens` answer tokens: peft skips smaller ones, and would loop forever.
     """
     batches, taken = [], []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Methods that add nothing and train a part of the base model's own parameters."""
+"""Methods that add nothing and train some of the base model's own parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from left_bench.methods.attached import Method
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFitConfig(Method):
-    """Every bias term is trained, those of normalizations too, and nothing else (Ben Zaken et al. 2022)."""
+    """Only bias terms are trained, including those of normalizations (Ben Zaken et al. 2022)."""
 
     def prepare(self, model: PreTrainedModel, *, adapter_dtype: torch.dtype) -> None:
         biases = [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]
@@ -30,13 +30,14 @@ class BitFitConfig(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerFreezeConfig(Method):
-    """The last layers are trained whole, everything else is frozen: embeddings, final normalization and head too."""
+    """The last layers are trained in full; everything else is frozen, including embeddings, final normalization and
+    head."""
 
     last_layers: int = 2
 
     def __post_init__(self) -> None:
         if self.last_layers < 1:
-            raise UserError(f"peft.config.last_layers={self.last_layers}: give a number from 1")
+            raise UserError(f"peft.config.last_layers={self.last_layers}: give a number of at least 1")
 
     def prepare(self, model: PreTrainedModel, *, adapter_dtype: torch.dtype) -> None:
         layers = decoder_layers(model)
@@ -53,9 +54,9 @@ class LayerFreezeConfig(Method):
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer's layers, in order: the one list of modules as long as the configuration says.
+    """The transformer's layers, in order: the module list whose length is the number of layers in the configuration.
 
-    Of an encoder with a decoder they are the decoder's, which writes the answer.
+    For an encoder-decoder they are the decoder's layers.
     """
     config: Any = model.config
     root: Any = model
@@ -66,4 +67,4 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     lists = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module) == expected]
     if not lists:
         raise UserError(f"peft: no list of {expected} layers found in this model of type '{model.config.model_type}'")
-    return list(lists[0])  # modules come from the outside in: a list inside a layer would come later
+    return list(lists[0])  # outer modules come first, so a list inside a layer would come later

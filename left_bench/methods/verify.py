@@ -1,10 +1,10 @@
-"""Is what was attached really at work? What would be silently wrong becomes a failed cell.
+"""Checks that an attached method is really in effect: silent errors become failed cells.
 
-A method that does not know a quantized layer may read the stored integers as if they were the weight, or cast its own
-matrices to the weight's integer dtype, where they round to zero. Nothing raises; the run ends with numbers that mean
-something else. Both are looked for here, whatever the method: the first in a forward pass before training, the second
-in the first step's gradient. And peft's quantized layers drop the variants of LoRA that they do not know: what trains
-then is plain LoRA.
+A method that does not support a quantized layer may read the stored integers as if they were the weight, or cast its
+own matrices to the weight's integer dtype, where they round to zero. No error is raised, and the run ends with
+meaningless numbers. Both are detected here for every method: the first in a forward pass before training, the second in
+the first step's gradient. peft's quantized layers also drop variants of LoRA that they do not support, and train plain
+LoRA.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from left_bench.model.load import quantized_weights
 from left_bench.quantization import backends
 from left_bench.spec.task import probe_inputs
 
-# whose code may read the stored integers: they know the constants that belong to them
+# modules that may read the stored integers, because they use the constants that belong to them
 _OWNERS = ("torch", "left_bench.methods.verify", *(reader for backend in backends() for reader in backend.readers))
 _PROBE_TOKENS = 8
 
 
 @contextmanager
 def stored_integers_are_not_read(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, code other than the quantization's own may not turn the stored integers into floating-point values.
+    """Inside the context, only the quantization's own code may convert the stored integers to floating point.
 
     Raises:
-        NotInForce: it did, naming the layer and the module of the code.
+        NotInForce: other code did; names the layer and the code's module.
     """
     with _Watch(stored) if (stored := _stored(model)) else nullcontext():
         yield
@@ -45,7 +45,7 @@ def _stored(model: torch.nn.Module) -> dict[int, str]:
     return {
         part.untyped_storage().data_ptr(): name
         for name, weight in quantized_weights(model).items()
-        if not hasattr(weight, "__tensor_flatten__")  # a tensor subclass answers for itself, as the dense weight
+        if not hasattr(weight, "__tensor_flatten__")  # a tensor subclass acts as the dense weight itself
         for part in plain_parts(weight)
         if not part.is_floating_point()
     }
@@ -65,7 +65,7 @@ class _Watch(TorchDispatchMode):
                     if name is not None and not (reader := _reader()).startswith(_OWNERS):
                         raise NotInForce(
                             f"{reader} reads the stored integers of '{name}' as if they were its weight; "
-                            "this method does not know this quantization"
+                            "this method does not support this quantization"
                         )
         return result
 
@@ -73,16 +73,16 @@ class _Watch(TorchDispatchMode):
 def _reader() -> str:
     """The module of the code that called torch."""
     frame: Any = inspect.currentframe()
-    frame = frame.f_back.f_back  # who called `__torch_dispatch__`
+    frame = frame.f_back.f_back  # the caller of `__torch_dispatch__`
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch."):
         frame = frame.f_back
     return str(frame.f_globals.get("__name__", "?"))
 
 
 def check_forward(model: torch.nn.Module) -> None:
-    """One short forward pass under `stored_integers_are_not_read`, where there are such.
+    """Run a short forward pass under `stored_integers_are_not_read`, if there are stored integers.
 
-    It draws no random number that training would draw.
+    It leaves the random state unchanged.
     """
     if not _stored(model):
         return
@@ -97,25 +97,25 @@ def check_forward(model: torch.nn.Module) -> None:
 
 
 def check_variant(model: Any) -> None:
-    """Refuse a variant of LoRA (DoRA, KaSA, ...) that one of the layers does not have.
+    """Refuse a variant of LoRA (DoRA, KaSA, ...) that one of the layers does not support.
 
     Raises:
-        NotInForce: naming the variant, the layer and its kind.
+        NotInForce: names the variant, the layer and its class.
     """
     for name, layer, variant in dropped_variants(model):
         raise NotInForce(
-            f"peft's layer {type(layer).__module__}.{type(layer).__name__} at '{name}' does not know "
+            f"peft's layer {type(layer).__module__}.{type(layer).__name__} at '{name}' does not support "
             f"{variant} and is plain LoRA"
         )
 
 
 def check_gradient(norm: float) -> None:
-    """Refuse a first step whose gradient is zero in every trainable parameter: such a run learns nothing.
+    """Refuse a zero gradient in the first step: such a run would learn nothing.
 
     Raises:
         NotInForce: the gradient's norm is zero.
     """
     if norm == 0:
         raise NotInForce(
-            "no trainable parameter received a gradient in the first step; what is attached has no effect on the loss"
+            "no trainable parameter received a gradient in the first step; the method has no effect on the loss"
         )

@@ -1,4 +1,4 @@
-"""The base model: loaded, quantized, kept; what its quantization cost; which positions and kernels it has.
+"""The base model: loading, quantizing, caching; its quantization error, positions and kernels.
 
 Imports the rooms up to `measure`, `pretrained` and the formats. A run's first stage.
 """

@@ -1,6 +1,6 @@
 """Liger's Triton kernels (Hsu et al. 2024, arXiv 2410.10989) in place of a model's own layers, and its loss.
 
-Both are options; nothing of the package is imported before one of them is asked for.
+Both are options; the package is only imported if one of them is used.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from left_bench.spec.device import DEVICES
 
 
 def check(cell: Cell, *, device: str) -> None:
-    """Refuse what the rules refuse, where a cell was forced past them.
+    """Refuse what the rules refuse, for cells that were forced past them.
 
     Raises:
         NotInForce: the device has no Triton.
         UserError: the package is not installed.
     """
-    asked = [f"training.{key}=liger" for key in ("kernels", "output_head") if getattr(cell.training, key) == "liger"]
-    if not asked:
+    options = [f"training.{key}=liger" for key in ("kernels", "output_head") if getattr(cell.training, key) == "liger"]
+    if not options:
         return
     if not is_installed("liger_kernel"):
-        raise UserError(f"{asked[0]} needs the package liger-kernel: pip install 'left-bench[liger]'")
+        raise UserError(f"{options[0]} needs the package liger-kernel: pip install 'left-bench[liger]'")
     if (
         not any(kind.type == device and kind.has_triton for kind in DEVICES.values())
         and os.environ.get("TRITON_INTERPRET") != "1"
     ):
-        raise NotInForce(f"{asked[0]}: Liger's kernels are Triton's and do not run on {device}")
+        raise NotInForce(f"{options[0]}: Liger's kernels need Triton and do not run on {device}")
 
 
 def replace_layers(model: Any) -> str:
     """Give a loaded model Liger's RMSNorm, rotary positions and SwiGLU (GeGLU, LayerNorm where the model has those).
 
-    The modules stay what they are, with their weights and names; their forward passes are Liger's. Its losses are left
-    out: the loss is ours, or `summed_loss`.
+    The modules keep their classes, weights and names; only their forward passes are replaced. Liger's losses are not
+    installed: the loss is ours, or `summed_loss`.
 
     Returns:
-        What was replaced, counted: `liger: 33 LigerRMSNorm, 16 LigerSwiGLUMLP, rotary positions`.
+        A count of what was replaced: `liger: 33 LigerRMSNorm, 16 LigerSwiGLUMLP, rotary positions`.
 
     Raises:
         NotInForce: Liger does not know the architecture.
     """
     liger_kernel.replace_layers(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    # an unknown architecture is passed by with a line in a log that is off
+    # Liger silently skips an unknown architecture (its log message is disabled)
     result = Counter(
         liger_kernel.name_of(module) for module in model.modules() if _is_ligers(vars(module).get("forward"))
     )
@@ -70,15 +70,15 @@ def _is_ligers(function: Any) -> bool:
 def summed_loss(
     states: torch.Tensor, targets: torch.Tensor, head: torch.nn.Linear, *, softcap: float | None
 ) -> torch.Tensor:
-    """The summed cross-entropy, nats, of `head` on states [n, width], its logits never whole; differentiable.
+    """The summed cross-entropy, nats, of `head` on states [n, width], computed in chunks of logits; differentiable.
 
-    Liger divides the tokens so that a chunk's logits take about as much room as the states. It waits for the device
-    twice: to count the targets, and to see whether the loss is scaled.
+    Liger splits the tokens so that a chunk's logits take about as much memory as the states. It synchronizes with the
+    device twice: to count the targets, and to check whether the loss is scaled.
     """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     if torch.is_grad_enabled() and not states.requires_grad:
-        # else Liger would work out no gradient for the head either
+        # otherwise Liger would compute no gradient for the head either
         states = states.detach().requires_grad_()
     loss: torch.Tensor = liger_fused_linear_cross_entropy(
         states,
@@ -87,6 +87,6 @@ def summed_loss(
         bias=head.bias,
         reduction="sum",
         softcap=softcap,
-        accum_dtype=torch.float32,  # of the head's gradient: adding bfloat16 parts would round at every chunk
+        accum_dtype=torch.float32,  # of the head's gradient: bfloat16 sums would be rounded at every chunk
     )
     return loss

@@ -1,7 +1,7 @@
-"""How many positions a model has learned: beyond them its embedding has no row, and torch ends in an IndexError.
+"""How many positions a model has learned: beyond them its embedding has no row, and torch raises an IndexError.
 
-Rotary positions go on for ever, if not well: training beyond those that a model is configured for is refused as a
-mistake, and generating is not.
+Rotary positions have no hard limit, but quality drops: training beyond the configured length is refused as a mistake,
+generating is not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LEARNED = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "bart", "mbart"}
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
-    """The positions that a model's configuration (config.json) has room for; None where they are not learned."""
+    """The number of learned positions in a model's configuration (config.json); None if they are not learned."""
     if config.get("model_type") not in _LEARNED:
         return None
     result = config.get("max_position_embeddings", config.get("n_positions"))
@@ -28,11 +28,11 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
 
 
 def config_at_hand(cell: Cell) -> Mapping[str, Any]:
-    """The model's configuration where it can be read without a download; else empty."""
+    """The model's configuration if it can be read without a download; else empty."""
     if cell.model.config is not None:
         return cell.model.config
     path = Path(cell.model.name_or_path).expanduser() / "config.json"
-    with contextlib.suppress(OSError, ValueError):  # no such folder, or a broken file: loading will say
+    with contextlib.suppress(OSError, ValueError):  # no such folder, or a broken file: loading will report it
         result = json.loads(path.read_text(encoding="utf-8"))
         return result if isinstance(result, dict) else {}
     return {}
@@ -42,30 +42,30 @@ def check_positions(cell: Cell) -> None:
     """Refuse rows that may be longer than the model has positions, learned or configured.
 
     Raises:
-        UserError: naming the keys, the model and its positions.
+        UserError: names the keys, the model and its positions.
     """
     most, virtual = most_tokens(cell), virtual_tokens(cell)
     if most is None or cell.training.max_length <= most:
         return
     positions = most + virtual
     learned = positions_of(config_at_hand(cell))
-    beside = f" and peft.config.num_virtual_tokens={virtual}" if virtual else ""
+    also = f" and peft.config.num_virtual_tokens={virtual}" if virtual else ""
     has = "has learned" if learned else "is configured for"
     raise UserError(
-        f"training.max_length={cell.training.max_length}{beside}: {cell.model.name} {has} {positions} positions; "
+        f"training.max_length={cell.training.max_length}{also}: {cell.model.name} {has} {positions} positions; "
         f"give training.max_length={most} or less"
     )
 
 
 def most_tokens(cell: Cell) -> int | None:
-    """Tokens that a row may have beside a method's virtual ones; None where the model's configuration does not say."""
+    """Tokens that a row may have in addition to virtual tokens; None if the model's configuration does not say."""
     config = config_at_hand(cell)
     positions = positions_of(config) or _configured(config)
     return None if positions is None else positions - virtual_tokens(cell)
 
 
 def _configured(config: Mapping[str, Any]) -> int | None:
-    """How far a model's rotary positions are meant to go; None where its configuration does not say."""
+    """The length for which a model's rotary positions are configured; None if its configuration does not say."""
     text = config.get("text_config")
     config = text if isinstance(text, dict) else config
     positions = config.get("max_position_embeddings")
@@ -80,7 +80,7 @@ def check_generation(cell: Cell, config: Mapping[str, Any], *, longest_prompt: i
     """Refuse answers that may run beyond the model's positions.
 
     Raises:
-        UserError: naming the key, the longest prompt and the model's positions.
+        UserError: names the key, the longest prompt and the model's positions.
     """
     positions, longest = positions_of(config), longest_prompt + virtual_tokens(cell)
     wanted = cell.eval.max_new_tokens or 0
@@ -93,6 +93,6 @@ def check_generation(cell: Cell, config: Mapping[str, Any], *, longest_prompt: i
 
 
 def virtual_tokens(cell: Cell) -> int:
-    """Positions that the method itself takes up before a row."""
+    """Positions that the method itself uses before a row."""
     result = cell.peft.config.get("num_virtual_tokens", 0)
     return result if isinstance(result, int) else 0

@@ -1,4 +1,4 @@
-"""What a quantization did to the weights: how far they are from the unquantized ones."""
+"""Quantization error: how far quantized weights are from the original ones; and converting them back to dense."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from left_bench.quantization import dequantized
 def quantization_error(model: torch.nn.Module, folder: Path | None) -> float | None:
     """Mean over the quantized layers of ||W_q - W|| / ||W|| (Frobenius), against the checkpoint's own weights.
 
-    One layer at a time, so that no second model is held. None where the checkpoint's files are not on this machine,
-    are no dense safetensors, or name its weights otherwise than the model does.
+    It works layer by layer, so that no second model is in memory. None if the checkpoint's files are not on this
+    machine, are not dense safetensors, or use other weight names than the model.
     """
     errors = []
     with _Checkpoint(folder) as checkpoint:
@@ -33,15 +33,15 @@ def quantization_error(model: torch.nn.Module, folder: Path | None) -> float | N
 
 
 def make_dense(model: Any, *, dtype: torch.dtype) -> None:
-    """Put a dense layer in the place of every quantized one, with the very weight that it stands for.
+    """Replace every quantized layer by a dense one with the dequantized weight.
 
     Raises:
-        UserError: a quantization whose weights cannot be read back.
+        UserError: the quantization's weights cannot be dequantized.
     """
     for name, weight in quantized_weights(model).items():
         dense = dequantized(weight)
         if dense is None:
-            raise UserError(f"{name}: a {type(weight).__name__} cannot be read back as a dense weight")
+            raise UserError(f"{name}: a {type(weight).__name__} cannot be converted to a dense weight")
         old = model.get_submodule(name)
         layer = torch.nn.Linear(1, 1, bias=False, device="meta")
         layer.out_features, layer.in_features = dense.shape
@@ -56,7 +56,7 @@ def make_dense(model: Any, *, dtype: torch.dtype) -> None:
 
 
 class _Checkpoint:
-    """The tensors of a folder's safetensors files, read one by one."""
+    """Reads single tensors from a folder's safetensors files."""
 
     def __init__(self, folder: Path | None) -> None:
         self._files = sorted(folder.glob("*.safetensors")) if folder and folder.is_dir() else []

@@ -1,8 +1,8 @@
-"""Quantized weights kept on disk after the first cell that needs them, and loaded by the others of a sweep.
+"""A cache of quantized weights on disk, written by the first cell that needs them and loaded by later ones.
 
-They lie beside the base-model files, `models/quantized-<key>/` in the user's cache: a safetensors checkpoint as
-`save_pretrained` writes it, and `load.json` with what the quantizing load took. Removing such a folder costs nothing
-but the time to quantize again.
+They are next to the base-model files, in `models/quantized-<key>/` in the user's cache: a safetensors checkpoint as
+`save_pretrained` writes it, and `load.json` with the time and memory of the quantizing load. Removing such a folder
+only costs the time to quantize again.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from left_bench.quantization import backend_of
 from left_bench.spec.cell import Cell, fingerprint, slugify
 
 LAYOUT = 1
-"""Part of every key: raise it when what is stored changes."""
+"""Part of every key: increase it when the stored content changes."""
 LARGEST_TOTAL = 64 * 2**30
-"""Bytes of all kept weights together; beyond them those go that were not used for longest."""
-_WORTH_KEEPING = 0.5  # seconds of quantizing; below, the disk would be filled for nothing
-_IN_USE = 3600.0  # seconds since its last use in which kept weights are not removed
+"""Maximum total bytes of cached weights; beyond it the least recently used are removed."""
+_WORTH_KEEPING = 0.5  # minimum seconds of quantizing for which caching is worth the disk space
+_IN_USE = 3600.0  # cached weights used within this many seconds are not removed
 _FACTS = "load.json"
 _DECIDING = ("torch", "transformers", "safetensors")
 
@@ -49,11 +49,11 @@ def load_base(
     circumstances: Mapping[str, Any],
     classes: Sequence[str] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """`load_model` as a measured phase: `load` from the checkpoint, `load_cached` from quantized weights kept earlier.
+    """`load_model` as a measured phase: `load` from the checkpoint, or `load_cached` from cached quantized weights.
 
-    `load_seconds` and `load_peak_memory_bytes` always mean the load from the checkpoint. A cell that takes kept weights
-    takes over what that load measured, where its `circumstances` (machine, threads, cells at once) were the same; else
-    it has neither.
+    `load_seconds` and `load_peak_memory_bytes` always mean the load from the checkpoint. A cell that uses cached
+    weights takes over the measurements of that load if its `circumstances` (machine, threads, cells at once) were the
+    same; otherwise it has neither metric.
     """
     kind = meter.device.kind
     path = kept(cell, folder=folder, device=kind)
@@ -63,7 +63,7 @@ def load_base(
             model, result = load_model(cell, folder=folder, device=device, quantized=path)
         if facts["circumstances"] == circumstances:
             meter.metrics |= facts["metrics"]
-        if "load_cached_seconds" not in facts:  # once: is it faster at all?
+        if "load_cached_seconds" not in facts:  # measured once, to see whether it is faster at all
             facts["load_cached_seconds"] = meter.phases[-1].seconds
             with contextlib.suppress(OSError):
                 write_atomically(path / _FACTS, json.dumps(facts) + "\n")
@@ -81,7 +81,7 @@ def load_base(
 
 
 def kept(cell: Cell, *, folder: str, device: str) -> Path | None:
-    """The folder of the cell's quantized weights; None where there are none, or loading them was not faster."""
+    """The folder of the cell's cached weights; None if there are none, or loading them was not faster."""
     path = _place(cell, folder=folder, device=device)
     if path is None or not path.is_dir():
         return None
@@ -96,19 +96,19 @@ def kept(cell: Cell, *, folder: str, device: str) -> Path | None:
     if not whole or slower:
         return None
     with contextlib.suppress(OSError):
-        os.utime(path)  # in use: the last to be removed
+        os.utime(path)  # mark it as recently used
     return path
 
 
 def _keep(model: PreTrainedModel, path: Path, *, facts: dict[str, Any]) -> None:
-    """Write `path` whole or not at all; a disk that is full or read-only costs the later cells their time, no more."""
+    """Write `path` atomically; if the disk is full or read-only, later cells only lose time."""
 
     def build(folder: Path) -> None:
         folder.chmod(0o700)
         config = model.config
         before = config.dtype, config.architectures
         model.save_pretrained(folder, max_shard_size="5GB")
-        config.dtype, config.architectures = before  # saving writes into them
+        config.dtype, config.architectures = before  # saving changes them
         sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
         (folder / _FACTS).write_text(json.dumps(facts | {"files": sizes}) + "\n", encoding="utf-8")
 
@@ -118,7 +118,7 @@ def _keep(model: PreTrainedModel, path: Path, *, facts: dict[str, Any]) -> None:
 
 
 def _make_room(newest: Path) -> None:
-    """Remove what was not used for longest until all is within `LARGEST_TOTAL`."""
+    """Remove the least recently used weights until the total is within `LARGEST_TOTAL`."""
     total = 0
     for path in sorted(newest.parent.glob("quantized-*"), key=lambda path: path.stat().st_mtime, reverse=True):
         total += sum(file.stat().st_size for file in path.iterdir())
@@ -132,24 +132,24 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _place(cell: Cell, *, folder: str, device: str) -> Path | None:
-    """Where this cell's quantized weights belong; None where they are not to be kept."""
+    """The cache folder for this cell's quantized weights; None if they are not cached."""
     quantization, model = cell.quantization, cell.model
     backend = backend_of(quantization)
     if not quantization.cache or backend is None or not backend.cacheable or model.trust_remote_code:
         return None
     if cell.task.new_output:  # its output layer is not the checkpoint's
         return None
-    if cell.hardware.processes > 1:  # each rank would keep, and measure, its own
+    if cell.hardware.processes > 1:  # each rank would cache and measure its own
         return None
     if source(model) == "hub":
         weights: Any = [model.name_or_path, resolved_revision(model)]
         if weights[1] is None:  # not fetched yet
             return None
-    else:  # a folder's content may change; its hash would take as long as loading
+    else:  # a folder's content may change, and hashing it would take as long as loading
         files = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.json")])
         stats = [(file.name, file.stat()) for file in files]
         weights = [os.path.realpath(folder), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
-    # the same instructions round alike
+    # the same instructions give the same rounding
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     identity = [LAYOUT, weights, quantization.target, quantization.config, cell.precision.weights_dtype]
     makers = [versions_of((*_DECIDING, *backend.packages)), backend.sources()]

@@ -1,4 +1,4 @@
-"""A cell's rows as its model reads them: what a task names as `load_rows`."""
+"""Loading a cell's rows for its model: the functions that tasks name as `load_rows`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from left_bench.spec.cell import Cell
 
 
 def decoder_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
-    """Prompts and answers as one text (see `data.load_data`)."""
+    """Prompts and answers as one sequence (see `data.load_data`)."""
     return _text_rows(cell, tokenizer, decoder_start=None)
 
 
 def encoder_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
-    """Prompts for the encoder, answers for the decoder, which begins with the model's own start token.
+    """Prompts for the encoder, and answers for the decoder, which begin with the model's own start token.
 
     Raises:
         UserError: the model's configuration names no such token.
@@ -33,12 +33,12 @@ def encoder_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
 
 
 def picture_rows(cell: Cell, processor: Any, *, folder: str) -> Splits:
-    """Pictures and their classes (see `data.load_pictures`)."""
+    """Images and their classes (see `data.load_pictures`)."""
     return load_pictures(cell.data, processor, patches=_patches(_config_of(cell, folder)))
 
 
 def classified_text_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
-    """Texts and their classes (see `data.load_classified_texts`), as long as the model has positions."""
+    """Texts and their classes (see `data.load_classified_texts`), at most as long as the model's positions."""
     positions = getattr(_config_of(cell, folder), "max_position_embeddings", None)
     longest = min(cell.training.max_length, positions) if isinstance(positions, int) else cell.training.max_length
     return load_classified_texts(cell.data, tokenizer, max_length=longest)
@@ -60,6 +60,6 @@ def _config_of(cell: Cell, folder: str) -> Any:
 
 
 def _patches(config: Any) -> int:
-    """The squares a vision transformer cuts a picture into; 1 where the model cuts nothing."""
+    """The number of patches of a vision transformer; 1 if the model has none."""
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 1

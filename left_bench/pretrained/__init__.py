@@ -1,4 +1,4 @@
-"""Base-model files: where they come from, and the folder or hub id that `from_pretrained` is given."""
+"""Base-model files: where they come from, and the folder or hub id to pass to `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from left_bench.pretrained.wheel import INSTEAD, check_wheel, unpack_wheel
 from left_bench.spec.cell import Model, fingerprint, slugify
 from left_bench.spec.task import DEFAULT_TASK, TASKS
 
-# Part of every made folder's name: raise it when what is written changes, and old folders are left behind.
+# Part of the name of every generated folder: increase it when the content changes, so that old folders are ignored.
 LAYOUT = 1
 _LONGEST_NAME = 1024
 
 
 def model_folder(model: Model, *, dtype: str = "bfloat16") -> str:
-    """What `from_pretrained` should be given: a local folder, made now if need be, or the hub id.
+    """The argument for `from_pretrained`: a local folder, created now if necessary, or the hub id.
 
-    Folders are made once, under the user's cache, by a fresh process: unpacking leaves hundreds of megabytes in a
-    process, and the first cell's memory peaks would differ from the next one's. `dtype` is that of random weights;
+    Folders are created once, in the user's cache, by a separate process: unpacking leaves hundreds of megabytes in a
+    process, and the first cell's memory peaks would differ from the next one's. `dtype` applies to random weights;
     pretrained ones keep the dtype they were published in.
 
     Raises:
-        UserError: the files are missing, cannot be had, or are not what the configuration says.
+        UserError: the files are missing, cannot be obtained, or do not match the configuration.
     """
     check_model(model)
     kind = source(model)
@@ -46,7 +46,7 @@ def model_folder(model: Model, *, dtype: str = "bfloat16") -> str:
 
 
 def _made_name(model: Model, *, dtype: str) -> str:
-    """The cache folder's name of a model that is made here."""
+    """The name of the cache folder for a generated or unpacked model."""
     if source(model) == "random":
         version = importlib.metadata.version("transformers")  # its initialisation may change
         kind = [] if model.task == DEFAULT_TASK else [model.task]
@@ -57,7 +57,7 @@ def _made_name(model: Model, *, dtype: str) -> str:
 
 
 def fetched(model: Model, *, dtype: str = "bfloat16") -> str | None:
-    """The folder of the base model's files where they are on this machine already; nothing is made or downloaded.
+    """The folder of the base model's files if they are already on this machine; nothing is created or downloaded.
 
     Raises:
         UserError: the configuration or a local folder is wrong.
@@ -72,7 +72,7 @@ def fetched(model: Model, *, dtype: str = "bfloat16") -> str | None:
 
 
 def fetch(model: Model, *, dtype: str = "bfloat16") -> None:
-    """Have the base model's files on this machine, so that no measured phase and no limit of time holds a download.
+    """Get the base model's files onto this machine, so that no measured phase and no time limit includes a download.
 
     Raises:
         UserError: as `model_folder`; or the hub cannot be reached, refuses, or has no such model.
@@ -85,7 +85,7 @@ def fetch(model: Model, *, dtype: str = "bfloat16") -> None:
 
 
 def local_files(model: Model, folder: str) -> Path | None:
-    """The folder with the checkpoint's own files: `folder`, or the hub's local copy of it; None where there is none."""
+    """The folder with the checkpoint's own files: `folder`, or the local copy from the hub; None if there is none."""
     if source(model) != "hub":
         return Path(folder)
     from huggingface_hub import snapshot_download
@@ -96,20 +96,20 @@ def local_files(model: Model, folder: str) -> Path | None:
         return None
 
 
-@functools.cache  # once for a launch: asking costs a request
+@functools.cache  # once per launch, because it costs a request
 def _fetch_snapshot(name: str, revision: str | None, *, code: bool) -> None:
     from huggingface_hub import snapshot_download
 
     kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
     try:
-        # folders hold other formats, and Mistral's "consolidated" files the same weights again
+        # subfolders hold other formats, and Mistral's "consolidated" files duplicate the weights
         snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"])
     except (OSError, ValueError) as error:
         raise unloadable(Model(name="", name_or_path=name, revision=revision), error) from error
 
 
 def check_model(model: Model) -> None:
-    """Everything that can be seen to be wrong without torch or transformers, and without a download.
+    """Check everything that can be checked without torch or transformers and without a download.
 
     Raises:
         UserError: one sentence naming the key, the value and the fix.
@@ -136,7 +136,7 @@ def check_model(model: Model) -> None:
 
 
 def with_content(model: Model) -> Model:
-    """The model with a fingerprint of its folder's files, where it is in one; `check_model` says what is wrong."""
+    """The model with a fingerprint of its folder's files, if it is local; `check_model` reports any error."""
     if source(model) != "folder":
         return model
     try:
@@ -155,14 +155,14 @@ def source(model: Model) -> Literal["random", "wheel", "folder", "hub"]:
     looks_like_path = name.startswith((".", "~")) or Path(name).is_absolute() or name.count(os.sep) > 1
     try:
         return "folder" if looks_like_path or _local(model).exists() else "hub"
-    except (OSError, ValueError):  # longer than a name may be, or with a null character
+    except (OSError, ValueError):  # the name is too long or has a null character
         return "hub"
 
 
 def resolved_revision(model: Model) -> str | None:
-    """The hub's commit that the loaded files are of; None for every other source, and where none is in the cache.
+    """The hub commit of the loaded files; None for other sources, or if it is not in the local cache.
 
-    Ask after loading: the answer is read from the hub's local cache, nothing is sent.
+    Call it after loading: it reads the hub's local cache and sends nothing.
     """
     if source(model) != "hub":
         return None
@@ -180,7 +180,7 @@ def load_tokenizer(folder: str, model: Model) -> Any:
     """The tokenizer of a folder or hub id from `model_folder`, with padding defined.
 
     Raises:
-        UserError: the hub cannot be reached or refuses, remote code is needed, or there is no end-of-text token.
+        UserError: the hub is unreachable or refuses, remote code is needed, or there is no end-of-text token.
     """
     tokenizer = _open_tokenizer(folder, model)
     if tokenizer.eos_token_id is None:
@@ -194,18 +194,18 @@ def load_tokenizer(folder: str, model: Model) -> Any:
 
 
 def load_text_reader(folder: str, model: Model) -> Any:
-    """The tokenizer of a model that reads text and writes none: it pads, and need not end anything.
+    """The tokenizer of a model that reads text but generates none: it needs a padding token but no end token.
 
     Raises:
-        UserError: the hub cannot be reached or refuses, remote code is needed, or nothing can stand for padding.
+        UserError: the hub is unreachable or refuses, remote code is needed, or there is no token to pad with.
     """
     tokenizer = _open_tokenizer(folder, model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise UserError(
-            f"model.name_or_path={model.name_or_path}: the tokenizer has no padding token, so rows of unlike lengths "
-            "make no batch; set pad_token in its tokenizer_config.json"
+            f"model.name_or_path={model.name_or_path}: the tokenizer has no padding token, so rows of unequal length "
+            "cannot form a batch; set pad_token in its tokenizer_config.json"
         )
     return tokenizer
 
@@ -223,10 +223,10 @@ def _open_tokenizer(folder: str, model: Model) -> Any:
 
 
 def load_processor(folder: str, model: Model) -> Any:
-    """The image processor of a folder or hub id from `model_folder`, working with Pillow.
+    """The image processor of a folder or hub id from `model_folder`, based on Pillow.
 
     Raises:
-        UserError: the hub cannot be reached or refuses, or there is no image processor.
+        UserError: the hub is unreachable or refuses, or there is no image processor.
     """
     from transformers import AutoImageProcessor
 
@@ -240,7 +240,7 @@ def load_processor(folder: str, model: Model) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Every id the tokenizer can give must have a row in the embedding, or training reads out of bounds.
+    """Check that every id of the tokenizer has a row in the embedding; otherwise training would read out of bounds.
 
     Raises:
         UserError: an id is too large.
@@ -254,7 +254,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 
 def unloadable(model: Model, error: Exception) -> UserError:
-    """The user's side of an error from `from_pretrained`: its first line, and the fix."""
+    """An error from `from_pretrained` as a UserError: its first line, and the fix."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     text = str(error).lower()
     if "trust_remote_code" in text:

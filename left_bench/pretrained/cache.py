@@ -1,4 +1,4 @@
-"""Folders of the user's cache that are made once, whole, by a process of their own."""
+"""Folders in the user's cache that are created once, atomically, by a separate process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from left_bench.core.paths import cache_dir
 
 
 def made_once(name: str, build: Callable[[Path], None]) -> Path:
-    """The cache folder `models/<name>`, filled by `build` unless it is there.
+    """The cache folder `models/<name>`, filled by `build` unless it exists.
 
-    It appears by a rename, complete or not at all. A lock that dies with its process lets one process build and the
-    others wait, so what a lock's holder finds half made was left by a dead one.
+    It is renamed into place when complete. A lock, released when its process ends, makes one process build while others
+    wait, so any incomplete folder that the lock's holder finds was left by a dead process.
     """
     models = cache_dir() / "models"
     final = models / name
@@ -30,11 +30,11 @@ def made_once(name: str, build: Callable[[Path], None]) -> Path:
     try:
         models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the cache {models} cannot be made ({error.strerror}); set LEFT_BENCH_CACHE=") from error
+        raise UserError(f"the cache {models} cannot be created ({error.strerror}); set LEFT_BENCH_CACHE=") from error
     if not os.access(models, os.W_OK):
-        raise UserError(f"the cache {models} cannot be written; set LEFT_BENCH_CACHE= to a folder of yours")
+        raise UserError(f"the cache {models} is not writable; set LEFT_BENCH_CACHE= to a folder you can write to")
     with _lock(models / f".{name}.lock") as alone:
-        if final.is_dir():  # made while this process waited
+        if final.is_dir():  # created while this process waited
             return final
         if alone:
             for left in models.glob(f".{name}.*.tmp"):
@@ -57,7 +57,7 @@ def made_once(name: str, build: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Hold `path` locked; yields whether it is, for some systems and network disks have no such locks."""
+    """Hold a lock on `path`; yields whether it is held, because some systems and network disks have no such locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -73,7 +73,7 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _settle(folder: Path) -> None:
-    """Flush to disk before the rename that says complete; a shared cache wants the user's own mask, not 0600."""
+    """Flush to disk before the rename, and set permissions by the user's umask, because a cache may be shared."""
     mode = (folder / "config.json").stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)
@@ -82,7 +82,7 @@ def _settle(folder: Path) -> None:
 
 
 def in_fresh_process(order: dict[str, Any], folder: Path) -> None:
-    """Carry out an order of `make` in a new interpreter that has this one's import path and no hub."""
+    """Run a task of `make` in a new interpreter with this one's import path and without access to the hub."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(
         [sys.executable, "-m", "left_bench.pretrained.make"],
@@ -100,5 +100,5 @@ def in_fresh_process(order: dict[str, Any], folder: Path) -> None:
     if done.returncode == 2:
         raise UserError(why)
     if done.returncode == -9:
-        raise MemoryError("making the base-model files was killed, most likely for want of memory")
-    raise RuntimeError(f"making the base-model files failed: {why}\n" + "\n".join(lines[-20:]))
+        raise MemoryError("creating the base-model files was killed, most likely because memory ran out")
+    raise RuntimeError(f"creating the base-model files failed: {why}\n" + "\n".join(lines[-20:]))

@@ -1,4 +1,4 @@
-"""A local folder with a base model in it: what can be seen to be wrong by reading its small files alone."""
+"""A local folder with a base model: checks that only need its small files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from left_bench.core.paths import contents_of
 from left_bench.spec.task import DEFAULT_TASK, TASKS, Task
 
 _WITHOUT_DEFAULTS = ("TokenizersBackend", "PreTrainedTokenizerFast", "")
-"""Tokenizer classes that bring no special tokens of their own: what the folder does not name is not there."""
+"""Tokenizer classes without default special tokens: only those that the folder names exist."""
 
 
 def check_folder(folder: Path, *, task: Task = TASKS[DEFAULT_TASK]) -> None:
-    """Whether the folder holds what loading needs: configuration, safetensors, a tokenizer that goes with them.
+    """Check that the folder holds what loading needs: configuration, safetensors and a matching tokenizer.
 
     A model that does not read text needs an image processor's settings instead.
 
     Raises:
-        UserError: naming what is missing, and the fix.
+        UserError: names what is missing, and the fix.
     """
     key = f"model.name_or_path={folder}"
     if not folder.is_dir():
@@ -43,7 +43,7 @@ def check_folder(folder: Path, *, task: Task = TASKS[DEFAULT_TASK]) -> None:
         raise UserError(f"{key} has no weights (*.safetensors); finish the download or give another folder")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        with contextlib.suppress(ValueError, KeyError, AttributeError):  # an unreadable index: the loader will say
+        with contextlib.suppress(ValueError, KeyError, AttributeError):  # unreadable: the loader will report it
             missing = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - names
             if missing:
                 raise UserError(f"{key} lacks {min(missing)}, which its index names; finish the download")
@@ -56,16 +56,16 @@ def check_folder(folder: Path, *, task: Task = TASKS[DEFAULT_TASK]) -> None:
     _check_tokenizer(folder, key, writes=task.writes)
 
 
-@functools.cache  # once for a launch: a sweep composes one model thousands of times
+@functools.cache  # once per launch: a sweep composes cells with the same model thousands of times
 def content_of(folder: Path) -> str:
-    """A fingerprint of what is loaded from a folder: weights, configuration, tokenizer."""
+    """A fingerprint of the files that are loaded from a folder: weights, configuration, tokenizer."""
     kinds = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
     files = [path for path in folder.iterdir() if path.suffix in kinds and path.is_file()]
     return contents_of(files, root=folder)
 
 
 def _check_tokenizer(folder: Path, key: str, *, writes: bool) -> None:
-    """An end-of-text token, and no id beyond the embedding; where the files do not tell, the worker will."""
+    """Check for an end-of-text token and for ids beyond the embedding; the worker checks what the files do not show."""
     settings = _json(folder / "tokenizer_config.json")
     older = _json(folder / "special_tokens_map.json")
     ends = settings.get("eos_token") or older.get("eos_token")

@@ -1,4 +1,4 @@
-"""Make base-model folders: random weights, or a GGUF file unpacked. Run by `cache.in_fresh_process`."""
+"""Create base-model folders: random weights, or an unpacked GGUF file. Run by `cache.in_fresh_process`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def architecture(config: dict[str, Any]) -> Any:
     """The `transformers` configuration of `Model.config`.
 
     Raises:
-        UserError: `model_type`, a key or a value is not one transformers knows.
+        UserError: transformers does not know `model_type`, a key or a value.
     """
     from transformers import AutoConfig
 
@@ -53,9 +53,9 @@ def architecture(config: dict[str, Any]) -> Any:
 
 
 def save_random(config: dict[str, Any], folder: Path, *, dtype: str, task: str = "causal_lm") -> None:
-    """Save a model of this architecture with transformers' own initialisation from seed 0, and what reads rows for it.
+    """Save a model of this architecture with transformers' own initialisation from seed 0, and its input reader.
 
-    Weights are born in `dtype`: seven billion parameters in bfloat16 never need more than their 14 GB.
+    Weights are created in `dtype`: seven billion parameters in bfloat16 never need more than 14 GB.
     """
     named(TASKS[task].save_random)(architecture(config), folder, dtype=dtype, task=task)
 
@@ -66,7 +66,7 @@ def save_random_writer(settings: Any, folder: Path, *, dtype: str, task: str) ->
 
     if settings.vocab_size < BYTE_VOCABULARY:
         raise UserError(
-            f"model.config.vocab_size={settings.vocab_size}: random weights go with a byte-level tokenizer of "
+            f"model.config.vocab_size={settings.vocab_size}: random weights are used with a byte-level tokenizer of "
             f"{BYTE_VOCABULARY} ids; make it at least that"
         )
     settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = 0, 1, None
@@ -98,7 +98,7 @@ def random_model(settings: Any, task: str, *, dtype: str) -> Any:
 
 
 def save_random_classifier(settings: Any, folder: Path, *, dtype: str, task: str) -> None:
-    """A model that classifies pictures, with random weights and an image processor."""
+    """A model that classifies images, with random weights and an image processor."""
     from transformers import ViTImageProcessorPil
 
     model = random_model(settings, task, dtype=dtype)
@@ -108,7 +108,7 @@ def save_random_classifier(settings: Any, folder: Path, *, dtype: str, task: str
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer of bytes: any text there and back without loss, ids below `BYTE_VOCABULARY`, no chat template."""
+    """A byte-level tokenizer: lossless for any text, ids below `BYTE_VOCABULARY`, no chat template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -132,14 +132,14 @@ def save_dense(gguf: Path, folder: Path) -> None:
         where,
         gguf_file=name,
         dtype=torch.bfloat16,
-        attn_implementation="sdpa",  # else an installed `kernels` package puts its own in
+        attn_implementation="sdpa",  # otherwise an installed `kernels` package inserts its own
         quantization_config=GgufConfig(dequantize=True),
     )
     settings = unpacked.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
-    # The loaded object cannot be saved, for it keeps its quantizer. A new one takes the weights, and a strict load
-    # makes sure that they are all there, dense and of the right shapes.
+    # The loaded model cannot be saved, because it keeps its quantizer. A new one takes the weights, and a strict load
+    # ensures that they are complete, dense and of the right shapes.
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
     model.load_state_dict(unpacked.state_dict(), strict=True)
     ids = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -154,8 +154,9 @@ def save_dense(gguf: Path, folder: Path) -> None:
 def _split_digits(tokenizer: Any, gguf: Path) -> None:
     """Restore the digit splitting that transformers' GGUF reader drops for SmolLM.
 
-    Its text is cut at every digit before the GPT-2 pattern is applied (`tokenizer.ggml.pre` is "smollm"; llama.cpp
-    does the same). Without it, white space before a number becomes tokens the model never saw there.
+    SmolLM's text is split at every digit before the GPT-2 pattern is applied (`tokenizer.ggml.pre` is "smollm";
+    llama.cpp does the same). Without it, white space before a number becomes tokens that the model has never seen
+    there.
     """
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf.reader import read_gguf_metadata

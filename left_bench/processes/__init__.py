@@ -1,4 +1,4 @@
-"""Processes and what each may take: starting them, ranks of one cell, cores and accelerators, memory limits.
+"""Processes and their resources: starting workers, the ranks of a cell, cores and accelerators, memory limits.
 
-Imports `core` and `spec`. A cell's worker is started here.
+Imports `core` and `spec`. Workers are started here.
 """

@@ -1,12 +1,12 @@
-"""The fork server: a process that has done the imports of a worker, and becomes one by a fork whenever it is asked.
+"""The fork server: a process that has imported what a worker needs, and forks workers on request.
 
-`start_process` runs it as `python -m left_bench.processes.fork_server SOCKET PID`, one for each launching process, and
-keeps the other end of that socket. A request is one more socket, sent through it: the launcher writes there, as a line
-of JSON, what is to run; the worker answers with its process id, and the server, its parent, with its exit code. Nothing
-is pickled, and nothing of the launcher's memory is in the worker.
+`start_process` runs it as `python -m left_bench.processes.fork_server SOCKET PID`, once per launching process, and
+keeps the other end of that socket. Each request sends another socket through it: the launcher writes the job there as a
+line of JSON, the worker answers with its process id, and the server, its parent, later sends its exit code. Nothing is
+pickled, and the worker shares no memory with the launcher.
 
-The server runs nothing but the imports, so that every fork begins in the same state: no thread pool, no random state,
-no allocation of an earlier run. It ends with the launcher, and its workers end with it.
+The server only does the imports, so that every fork begins in the same state: no thread pool, no random state, no
+allocations of an earlier run. It ends with the launcher, and its workers end with it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any
 PRELOAD = "left_bench.worker.preload"
 _PR_SET_PDEATHSIG = 1
 _LOOK_EVERY_SECONDS = 2.0
-"""At the launcher's end the socket ends too, unless a process that the launcher has forked still holds it."""
+"""The socket closes when the launcher ends, unless a process forked by the launcher still holds it; so poll as well."""
 _ONE_REQUEST = b"+"
 
 
 class Connection:
-    """Lines of JSON, one object each, through a socket that this end owns."""
+    """Sends and receives JSON objects, one per line, through a socket that it owns."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
@@ -45,15 +45,15 @@ class Connection:
         """Write one line.
 
         Raises:
-            OSError: the other end is gone.
+            OSError: the other end has closed.
         """
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
-        """The next line, waiting at most so long (None: until there is one); None where there is none yet.
+        """The next message, waiting at most `seconds` (None: without limit); None if there is none yet.
 
         Raises:
-            EOFError: the other end is gone.
+            EOFError: the other end has closed.
         """
         while b"\n" not in self._received:
             if not wait([self._socket], seconds):
@@ -63,7 +63,7 @@ class Connection:
             except ConnectionResetError:
                 part = b""
             if not part:
-                raise EOFError("the other end of the socket is gone")
+                raise EOFError("the other end of the socket has closed")
             self._received += part
         line, _, self._received = self._received.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
@@ -74,10 +74,10 @@ class Connection:
 
 
 def ask(server: socket.socket, **request: Any) -> Connection:
-    """Ask a fork server for a worker; what is returned tells of it.
+    """Request a worker from a fork server; the returned connection reports about it.
 
     Raises:
-        OSError: the server is gone.
+        OSError: the server has ended.
     """
     own, workers = socket.socketpair()
     try:
@@ -94,10 +94,10 @@ def ask(server: socket.socket, **request: Any) -> Connection:
 def main(argv: Sequence[str]) -> int:
     """Do the imports, then fork workers until the launcher ends."""
     descriptor, launcher = map(int, argv)
-    # while the imports run nobody looks at the socket. Afterwards it would be too much: what the kernel means by a
-    # parent's end is the end of the thread that asked, and the server is for all threads
+    # During the imports nothing reads the socket, so the kernel must end this process. Afterwards it must not: for the
+    # kernel, the parent ends when the thread that started the server ends, and the server serves all threads.
     _kill_this_with(launcher)
-    with contextlib.suppress(Exception):  # what cannot be imported says so in each worker's log
+    with contextlib.suppress(Exception):  # each worker's log will show the import error
         importlib.import_module(PRELOAD)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
     with socket.socket(fileno=descriptor) as requests:
@@ -111,16 +111,16 @@ def _serve(requests: socket.socket, launcher: int) -> None:
     for end in (woken, wakes):
         end.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler, so that the end of a worker wakes this process
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler is needed so that a worker's end wakes this process
     while True:
         ready = wait([requests, woken], _LOOK_EVERY_SECONDS)
         if woken in ready:
             with contextlib.suppress(BlockingIOError):
                 woken.recv(2**16)
-        _tell_ends(workers)
+        _report_ends(workers)
         if requests in ready:
-            asked, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
-            if not asked:
+            received, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
+            if not received:
                 break
             worker = Connection(socket.socket(fileno=descriptors[0]))
             _fork(worker, workers, others=(requests, woken, wakes))
@@ -135,7 +135,7 @@ def _fork(worker: Connection, workers: dict[int, Connection], *, others: Sequenc
     server = os.getpid()
     try:
         pid = os.fork()
-    except OSError as error:  # no process or no memory to be had: this request's trouble, and not the server's
+    except OSError as error:  # no process or memory available: this request fails, the server goes on
         with contextlib.suppress(OSError):
             worker.send(errno=error.errno)
         worker.close()
@@ -164,39 +164,39 @@ def _fork(worker: Connection, workers: dict[int, Connection], *, others: Sequenc
 
 
 def _work(launcher: Connection, *, server: int) -> int:
-    """What a fork does: become the worker that was asked for."""
+    """Become the requested worker; runs in the fork."""
     _kill_this_with(server)
-    os.setsid()  # the worker's own group, to be ended with all that it starts
-    asked = launcher.receive()
+    os.setsid()  # its own process group, so that it can be killed together with its children
+    request = launcher.receive()
     launcher.send(pid=os.getpid())
     launcher.close()
-    assert asked is not None
-    os.chdir(asked["folder"])  # which the log's path may be relative to
-    output = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    assert request is not None
+    os.chdir(request["folder"])  # the log's path may be relative to it
+    output = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
-    sys.path[:] = asked["path"]
+    sys.path[:] = request["path"]
     os.environ.clear()
-    os.environ.update(asked["environment"])
-    importlib.import_module(asked["program"]).main([asked["run_dir"]], forked=True)
+    os.environ.update(request["environment"])
+    importlib.import_module(request["program"]).main([request["run_dir"]], forked=True)
     return 0
 
 
-def _tell_ends(workers: dict[int, Connection]) -> None:
-    """Tell the launcher of the workers that have ended."""
+def _report_ends(workers: dict[int, Connection]) -> None:
+    """Report to the launcher the exit codes of workers that have ended."""
     while workers:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             return
         worker = workers.pop(pid)
-        with contextlib.suppress(OSError):  # it does not listen any more
+        with contextlib.suppress(OSError):  # the launcher no longer listens
             worker.send(code=os.waitstatus_to_exitcode(status))
         worker.close()
 
 
 def _kill_this_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, or end it now where that has happened already."""
+    """Have the kernel kill this process when its parent ends, or exit now if it has already ended."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

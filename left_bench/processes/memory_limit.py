@@ -1,13 +1,11 @@
-"""`hardware.memory_limit` on CPU: would it fit into so much memory?
+"""`hardware.memory_limit` on CPU: three mechanisms, each of which catches what the previous one misses.
 
-Three nets, each for what falls through the one before:
+- `RLIMIT_DATA`: an allocation of private memory beyond the limit fails, and the run survives to report where;
+- a control group, if this process may create one: the kernel limits all of the run's memory;
+- a watchdog on the resident set: pages of mapped files count towards the peak but towards no rlimit.
 
-- `RLIMIT_DATA`: an allocation of private memory beyond the limit fails, and the run survives to say where;
-- a control group, where this process may make one: the kernel holds all of the run's memory to the limit;
-- a watchdog on the resident set: pages of mapped files count towards the peak and towards no rlimit.
-
-Off Linux the watchdog is the only one: macOS has the name RLIMIT_DATA and does not hold mapped memory to it, Windows
-has neither.
+Outside Linux only the watchdog works: macOS has RLIMIT_DATA but does not apply it to mapped memory, and Windows has
+neither.
 """
 
 from __future__ import annotations
@@ -25,10 +23,10 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def limit_data(limit_bytes: int) -> bool:
-    """Let private writable memory grow by at most so many bytes from here; False where the system has no such limit.
+    """Let private writable memory grow by at most `limit_bytes` from now on; False if the system has no such limit.
 
-    RLIMIT_AS would count every mapped library and file as well. Only the soft limit is set: `lift` gives a run that
-    has ended the memory to say so.
+    RLIMIT_AS would also count every mapped library and file. Only the soft limit is set, so that `lift` can give a run
+    that has ended the memory to report it.
     """
     if sys.platform != "linux":
         return False
@@ -40,7 +38,7 @@ def limit_data(limit_bytes: int) -> bool:
 
 
 def lift() -> None:
-    """Take the limit on private memory away again."""
+    """Remove the limit on private memory."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -49,7 +47,7 @@ def lift() -> None:
 
 
 def watch(limit_bytes: int, *, baseline_bytes: int, exceeded: Callable[[int], None]) -> None:
-    """Call `exceeded` with the resident bytes over the baseline, once, from a thread, when they pass the limit."""
+    """Call `exceeded` once, from a thread, with the resident bytes above the baseline when they exceed the limit."""
 
     def look() -> None:
         pause = threading.Event()
@@ -65,7 +63,7 @@ def watch(limit_bytes: int, *, baseline_bytes: int, exceeded: Callable[[int], No
 
 @contextlib.contextmanager
 def _resident() -> Iterator[Callable[[], int]]:
-    """A function for this process's resident bytes that is cheap enough to be called fifty times a second."""
+    """A function that returns this process's resident bytes, cheap enough to be called fifty times a second."""
     if sys.platform != "linux":
         import psutil
 
@@ -83,10 +81,10 @@ def _resident() -> Iterator[Callable[[], int]]:
 
 
 def enter_group(run_dir: Path, limit_bytes: int, *, root: Path = _CGROUPS) -> bool:
-    """Move this process into a control group of its own that may grow by so many bytes; False where not permitted.
+    """Move this process into its own control group, limited to `limit_bytes`; False where not permitted.
 
-    What was allocated before stays charged to the group it was in, so the limit is over the baseline by itself.
-    Version 2 needs the memory controller delegated to this user; version 1 is taken where that is what there is.
+    Memory allocated before stays charged to the previous group, so the limit applies above the baseline. Version 2
+    needs the memory controller to be delegated to this user; version 1 is used where version 2 is not available.
     """
     for parent, version in _memory_groups(root):
         group = parent / _group_name(run_dir)
@@ -94,7 +92,7 @@ def enter_group(run_dir: Path, limit_bytes: int, *, root: Path = _CGROUPS) -> bo
             group.mkdir(exist_ok=True)
             if version == 2:
                 (group / "memory.max").write_text(str(limit_bytes))
-                with contextlib.suppress(OSError):  # no swap to speak of
+                with contextlib.suppress(OSError):  # no swap control
                     (group / "memory.swap.max").write_text("0")
             else:
                 (group / "memory.limit_in_bytes").write_text(str(limit_bytes))
@@ -110,7 +108,7 @@ def enter_group(run_dir: Path, limit_bytes: int, *, root: Path = _CGROUPS) -> bo
 
 
 def remove_group(run_dir: Path, *, root: Path = _CGROUPS) -> None:
-    """Remove what `enter_group` made, from outside and after its process has ended."""
+    """Remove the group that `enter_group` created, from outside, after its process has ended."""
     for parent, _ in _memory_groups(root):
         with contextlib.suppress(OSError):
             (parent / _group_name(run_dir)).rmdir()

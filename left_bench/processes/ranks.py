@@ -1,8 +1,8 @@
-"""One cell on several processes: who they are, how they start, meet, share a step's rows and end together.
+"""One cell on several processes: how the ranks start, connect, share a step's rows and end together.
 
 The worker is rank 0. Before it loads anything it starts the other ranks, which run the same `worker.work` to the end of
-training and then leave: rank 0 alone evaluates, saves and writes what outlives the cell. All of them are in one process
-group, die with rank 0, and take the cell with them when one of them dies. Nothing here imports torch before `meet`.
+training and then exit; only rank 0 evaluates, saves and writes files that outlive the cell. All ranks are in one
+process group, die with rank 0, and end the cell when one of them dies. Nothing here imports torch before `meet`.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from left_bench.spec.record import Record, Status
 
 OUTCOME_NAME = "outcome.json"
 _MOMENT_SECONDS = 5.0
-"""What rank 0 is given to say itself why the cell ends, once another rank has."""
-# collectives wait for rank 0's evaluations too; what hangs is ended from outside, by hardware.phase_timeout
+"""Time for rank 0 to report itself why the cell ends, after another rank has ended."""
+# collectives also wait for rank 0's evaluations; a hanging cell is ended from outside, by hardware.phase_timeout
 _PATIENCE = datetime.timedelta(days=7)
-# what a collective says when the rank at its other end is gone
+# parts of a collective's error message when the rank at the other end has ended
 _CONNECTION = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 Item = TypeVar("Item")
 
 
 def folder_of(run_dir: Path, rank: int) -> Path:
-    """Where a rank leaves its outcome: rank 0 in the cell's folder, the others below it while the cell runs."""
+    """Where a rank writes its outcome: rank 0 in the cell's folder, the others in subfolders while the cell runs."""
     return run_dir if rank == 0 else run_dir / f"rank-{rank}"
 
 
 class RankLost(RuntimeError):
-    """Ranks that should be doing the same are not."""
+    """Ranks that should do the same have diverged."""
 
 
 class Team:
-    """The ranks of one cell as one of them sees them; of a single process, it does nothing.
+    """The ranks of one cell, from the point of view of one of them; for a single process it does nothing.
 
     Attributes:
-        rank: which one this process is, from 0.
-        size: how many there are.
+        rank: this process's rank, from 0.
+        size: the number of ranks.
     """
 
     def __init__(self, run_dir: Path | None = None, *, rank: int = 0, size: int = 1) -> None:
@@ -70,14 +70,14 @@ class Team:
         """Rank 0: start the others.
 
         Args:
-            main: the worker's, for ranks that are forks of this process, which then has done nothing but its imports;
-                None: they are new interpreters.
+            main: the worker's main function, for ranks forked from this process, which must have done only its imports;
+                None: start new interpreters.
         """
         if self.size == 1 or not self.first:
             return
-        self.sweep()  # what a killed attempt left
+        self.sweep()  # files of a killed attempt
         arguments = [str(self.run_dir)]
-        os.environ[LAUNCHER_PID] = str(os.getpid())  # whose they are: rank 0 may end while they begin
+        os.environ[LAUNCHER_PID] = str(os.getpid())  # rank 0 may end while they start
         for rank in range(1, self.size):
             if main is None:
                 command = [sys.executable, "-m", "left_bench.worker.run", *arguments, str(rank)]
@@ -96,7 +96,7 @@ class Team:
         os.environ.pop(LAUNCHER_PID)
 
     def watch(self, lost: Callable[[Status, str], None]) -> None:
-        """Rank 0: call `lost`, from another thread, when a rank ends otherwise than well and this one does not."""
+        """Rank 0: call `lost` from another thread when another rank fails and this one does not."""
 
         def wait(rank: int, end: Callable[[], int]) -> None:
             why = self._why(rank, end())
@@ -104,22 +104,23 @@ class Team:
                 return
             self._lost = self._lost or why
             self._someone_lost.set()
-            threading.Event().wait(_MOMENT_SECONDS)  # it may be about to fail of the same, and knows better where
+            # rank 0 may be about to fail for the same reason, and can report better where
+            threading.Event().wait(_MOMENT_SECONDS)
             lost(*self._lost)
 
         for rank, end in self._ends.items():
             threading.Thread(target=wait, args=(rank, end), name=f"rank {rank}", daemon=True).start()
 
     def why_lost(self, error: Exception) -> tuple[Status, str] | None:
-        """Status and reason of the rank whose end made a collective fail with `error` here, if that is what it was."""
-        told = str(error)
-        if not self.pids or not any(words in told for words in _CONNECTION):
+        """Status and reason of the rank whose end made a collective fail here with `error`, if that was the cause."""
+        message = str(error)
+        if not self.pids or not any(words in message for words in _CONNECTION):
             return None
         self._someone_lost.wait(_MOMENT_SECONDS)
         return self._lost
 
     def dismiss(self) -> None:
-        """Rank 0: end the others, if they have not ended, and remove what they left."""
+        """Rank 0: end the other ranks if they are still running, and remove their files."""
         if not self.pids:
             return
         for pid in self.pids:
@@ -127,7 +128,7 @@ class Team:
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove what ranks leave in the cell's folder while it runs."""
+        """Remove the ranks' temporary files from the cell's folder."""
         assert self.run_dir is not None
         self._store.unlink(missing_ok=True)
         for rank in range(1, self.size):
@@ -154,9 +155,9 @@ class Team:
         return self.run_dir / ".ranks.store"
 
     def meet(self, kind: str) -> None:
-        """Take this rank's accelerator and wait until every rank is there.
+        """Select this rank's accelerator and wait until all ranks have connected.
 
-        The ranks find each other through a file in the cell's folder: no port that something else might take.
+        The ranks connect through a file in the cell's folder, which needs no free port.
 
         Raises:
             UserError: fewer accelerators than ranks.
@@ -169,16 +170,16 @@ class Team:
         if kind == "cpu":
             backend = "gloo"
             if sys.platform == "linux":
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name may lead nowhere
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name may not resolve
         else:
             module: Any = getattr(torch, kind)
             if module.device_count() < self.size:
                 raise UserError(
                     f"hardware.processes={self.size}: {module.device_count()} {kind} devices are visible here, and "
-                    "each process wants its own; lower hardware.processes or make more of them visible"
+                    "each process needs its own; lower hardware.processes or make more of them visible"
                 )
             module.set_device(self.rank)
-            # tensors on the host, too: what ranks tell each other of a step
+            # also for host tensors, with which ranks exchange the numbers of a step
             backend = f"cpu:gloo,{kind}:{distributed.get_default_backend_for_device(kind)}"
         numbers = {"RANK": self.rank, "LOCAL_RANK": self.rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size}
         os.environ.update({name: str(number) for name, number in numbers.items()})  # accelerate reads them
@@ -186,15 +187,15 @@ class Team:
         distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE)
 
     def place(self, kind: str) -> str:
-        """The device that this rank's weights go to, as torch names it."""
+        """The torch device for this rank's weights."""
         return kind if self.size == 1 or kind == "cpu" else f"{kind}:{self.rank}"
 
     def cores(self, cores: Sequence[int]) -> Sequence[int]:
-        """This rank's part of a seat's cores; none where the seat names none."""
+        """This rank's part of a seat's cores; empty if the seat names none."""
         return share_of(cores, self.size, number=self.rank) if cores and self.size > 1 else cores
 
     def share(self, rows: Sequence[Item]) -> list[Item]:
-        """This rank's part of a pass's rows: every `size`-th, so that rows in order of length are shared evenly.
+        """This rank's part of a pass's rows: every `size`-th, so that rows sorted by length are divided evenly.
 
         Raises:
             UserError: some ranks would have more rows than others.
@@ -207,7 +208,7 @@ class Team:
         return list(rows[self.rank :: self.size])
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
-        """The numbers that each rank gives, in the ranks' order; every rank must ask at the same point."""
+        """The numbers given by each rank, in order of rank; all ranks must call it at the same point."""
         if self.size == 1:
             return [numbers]
         import torch
@@ -219,20 +220,20 @@ class Team:
         return [tuple(item.tolist()) for item in results]
 
     def check_alike(self, what: str, numbers: Sequence[float]) -> None:
-        """Refuse numbers that must be the same on every rank and are not.
+        """Refuse numbers that differ between ranks although they must be equal.
 
         Raises:
-            RankLost: naming them.
+            RankLost: names them.
         """
-        if any(number != numbers[0] and number == number for number in numbers):  # NaN is the same on all, or told
-            told = ", ".join(f"{number:.9g}" for number in numbers)
-            raise RankLost(f"{what} differs between the ranks ({told}); they no longer train one model")
+        if any(number != numbers[0] and number == number for number in numbers):  # NaN is reported elsewhere
+            listed = ", ".join(f"{number:.9g}" for number in numbers)
+            raise RankLost(f"{what} differs between the ranks ({listed}); they no longer train the same model")
 
     @contextlib.contextmanager
     def own_draws(self, kind: str, *, seed: int, step: int) -> Iterator[None]:
-        """Inside, random numbers are this rank's own (dropout, noise); outside, every rank draws the same ones.
+        """Inside the context, random numbers (dropout, noise) are this rank's own; outside, all ranks draw the same.
 
-        Of the seed and the step alone, so that a checkpoint need not hold every rank's generator.
+        They depend only on seed and step, so that a checkpoint need not store every rank's generator.
         """
         if self.size == 1:
             yield

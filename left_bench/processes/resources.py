@@ -1,7 +1,7 @@
-"""Who runs where: cells of one machine get accelerators and CPU cores of their own.
+"""Assigning resources: cells on one machine get separate accelerators and CPU cores.
 
-A cell takes a seat before its worker starts and gives it back after: lock files that die with their process, in a
-folder of this machine. The worker learns of its seat from its environment. Nothing here imports torch.
+Before its worker starts, a cell takes a seat: lock files in a local folder, which are released when their process ends.
+The worker reads its seat from environment variables. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from left_bench.core.errors import UserError
 from left_bench.spec.device import DEVICES
 
 CORES, AT_ONCE, SHARED = "LEFT_BENCH_CORES", "LEFT_BENCH_AT_ONCE", "LEFT_BENCH_SHARED_DEVICES"
-# Launchers whose scheduler gives each job its devices: another lock would be one too many.
+# Launchers whose scheduler assigns devices to each job, so that no lock is needed.
 SCHEDULERS = ("submitit_slurm", "ray", "ray_aws")
 _LOOK_EVERY_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """What one cell may use of a machine."""
+    """The part of a machine that one cell may use."""
 
     devices: tuple[str, ...] = ()
-    """Names of accelerators as the visibility variable takes them; empty: all that are visible."""
+    """Names of accelerators as in the visibility variable; empty: all visible ones."""
     cores: tuple[int, ...] = ()
     """CPU cores; empty: all that this process may use."""
     at_once: int = 1
-    """Cells that share the machine's cores, this one among them."""
+    """Number of cells that share the machine's cores, including this one."""
     shared: bool = False
     """Whether those cells may use the same accelerator."""
 
     def environment(self, kind: str) -> dict[str, str]:
-        """The variables by which a worker learns of its seat."""
+        """The environment variables that describe the seat to a worker."""
         results = {}
         if self.devices:
             results[_variable(kind, os.environ)] = ",".join(self.devices)
@@ -53,17 +53,17 @@ class Seat:
 def seated(
     kind: str, *, at_once: int, devices: int = 1, share: bool = False, scheduled: bool = False
 ) -> Iterator[Seat]:
-    """Hold a seat, waiting for one to be free, and name it in this process's environment.
+    """Wait for a free seat, hold it, and describe it in this process's environment.
 
     Args:
         kind: the device kind of the cell.
         at_once: cells that may run at the same time on this machine.
-        devices: accelerators that the cell wants.
-        share: take no accelerator for oneself.
-        scheduled: a scheduler gave this process its devices; take them as they are.
+        devices: number of accelerators that the cell needs.
+        share: do not reserve an accelerator.
+        scheduled: a scheduler has assigned this process its devices; use them all.
 
     Raises:
-        UserError: the machine has fewer accelerators than the cell wants.
+        UserError: the machine has fewer accelerators than the cell needs.
     """
     with contextlib.ExitStack() as held:
         mine: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ def seated(
             names = visible_devices(kind, os.environ, present=DEVICES[kind].count())
             if len(names) < devices:
                 raise UserError(
-                    f"hardware.device={kind}: the cell wants {devices} of them and {len(names)} are visible here; "
+                    f"hardware.device={kind}: the cell needs {devices} of them and {len(names)} are visible here; "
                     f"set {_variable(kind, os.environ)} or choose hardware=cpu"
                 )
             at_once = min(at_once, len(names) // devices)
@@ -84,43 +84,43 @@ def seated(
             [place] = _wait_for(places, 1, held, prefix="cores-")
             part = share_of(cores, at_once, number=places.index(place))
         seat = Seat(devices=mine, cores=part, at_once=at_once, shared=share)
-        held.enter_context(_named(seat.environment(kind)))
+        held.enter_context(_variables_set(seat.environment(kind)))
         yield seat
 
 
 def cells_at_once(launcher: Mapping[str, Any], name: str, *, cores: int) -> int:
-    """How many cells a launcher's settings let run at the same time on a machine of so many cores.
+    """How many cells a launcher's settings allow to run at the same time on a machine with `cores` cores.
 
-    submitit_local starts all of its jobs at once; they wait for each other unless `at_once` says otherwise.
+    submitit_local starts all jobs at once; they wait for each other unless `at_once` allows more.
     """
     if name == "joblib":
         jobs = launcher.get("n_jobs")
         jobs = 1 if jobs is None else int(jobs)
         return max(1, jobs if jobs > 0 else cores + 1 + jobs)
     if name == "ray":
-        wanted = ((launcher.get("ray") or {}).get("remote") or {}).get("num_cpus")
-        return max(1, int(cores / float(wanted or 1)))
+        cores_per_job = ((launcher.get("ray") or {}).get("remote") or {}).get("num_cpus")
+        return max(1, int(cores / float(cores_per_job or 1)))
     return 1
 
 
 def visible_devices(kind: str, environment: Mapping[str, str], *, present: int) -> list[str]:
-    """The accelerators that this process may use, by the names that the visibility variable takes."""
+    """The accelerators that this process may use, by their names in the visibility variable."""
     value = environment.get(_variable(kind, environment))
     if value is None:
         return [str(index) for index in range(present)]
     names = [name.strip() for name in value.split(",") if name.strip()]
-    return names[: names.index("-1")] if "-1" in names else names  # CUDA stops reading at the first that is none
+    return names[: names.index("-1")] if "-1" in names else names  # CUDA stops reading at the first invalid name
 
 
 def share_of(cores: Sequence[int], parts: int, *, number: int) -> tuple[int, ...]:
-    """The `number`-th (from 0) of as many equal parts of the cores; what is left over stays idle."""
+    """The `number`-th (from 0) of `parts` equal parts of the cores; remaining cores stay idle."""
     each = max(1, len(cores) // parts)
     start = number * each % len(cores)
     return tuple(cores[start : start + each])
 
 
 def take(names: Sequence[str], count: int, try_lock: Callable[[str], Any | None]) -> dict[str, Any] | None:
-    """So many of the names with their locks, or none at all: who holds part and waits for more blocks others."""
+    """Lock `count` of the names, or none: holding some while waiting for more would block others."""
     taken: dict[str, Any] = {}
     for name in names:
         lock = try_lock(name)
@@ -134,17 +134,17 @@ def take(names: Sequence[str], count: int, try_lock: Callable[[str], Any | None]
 
 
 def assigned_cores(environment: Mapping[str, str]) -> list[int]:
-    """The cores of the seat, for the worker; empty: all."""
+    """The cores of the worker's seat; empty: all."""
     return [int(core) for core in environment.get(CORES, "").split(",") if core]
 
 
 def concurrent_cells(environment: Mapping[str, str]) -> int:
-    """The cells that share this machine's cores, for the worker."""
+    """The number of cells that share this machine's cores, as told to the worker."""
     return int(environment.get(AT_ONCE, "1"))
 
 
 def devices_are_shared(environment: Mapping[str, str]) -> bool:
-    """Whether other cells may use this cell's accelerator at the same time, for the worker."""
+    """Whether other cells may use this cell's accelerator at the same time, as told to the worker."""
     return SHARED in environment
 
 
@@ -166,7 +166,7 @@ def _wait_for(names: Sequence[str], count: int, held: contextlib.ExitStack, *, p
 
 
 def _try_lock(path: Path) -> Any | None:
-    """The open file while it is locked; the kernel lets go of it when its process ends, however that happens."""
+    """The open, locked file, or None; the kernel releases the lock when the process ends."""
     file = path.open("w")
     try:
         import fcntl
@@ -181,7 +181,7 @@ def _try_lock(path: Path) -> Any | None:
 
 
 def _folder() -> Path:
-    """This user's lock files on this machine; a home or cache folder may lie on a disk that many machines share."""
+    """The folder of this user's lock files; not in the home or cache folder, which several machines may share."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"left_bench-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -191,7 +191,7 @@ def _folder() -> Path:
 
 
 def _file_name(name: str) -> str:
-    # within a Slurm job device 0 is another device than in the next job
+    # device 0 of one Slurm job is not device 0 of another
     return f"{os.environ.get('SLURM_JOB_ID', '')}{name}.lock".replace(os.sep, "_")
 
 
@@ -201,7 +201,7 @@ def _variable(kind: str, environment: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def _named(variables: Mapping[str, str]) -> Iterator[None]:
+def _variables_set(variables: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -1,9 +1,9 @@
-"""Starting a worker: a fresh interpreter, or on CPU a fork of a server that has done the imports already.
+"""Starting a worker: a new interpreter, or on CPU a fork of a server that has already done the imports.
 
-Importing torch, transformers and peft takes longer than a small cell trains. The server (`fork_server`) imports them
-once for a sweep and does nothing else, so every fork starts from the same state as the first. CUDA contexts do not
-survive a fork; accelerators always get a fresh interpreter, and so do all workers off Linux: macOS can fork too, but
-its own frameworks, which torch has loaded by then, may end a fork.
+Importing torch, transformers and peft takes longer than training a small cell. The server (`fork_server`) imports them
+once for a sweep and does nothing else, so every fork starts from the same state. CUDA contexts do not survive a fork,
+so accelerators always get a new interpreter, and so do all workers outside Linux: macOS can fork too, but its own
+frameworks, which torch has loaded by then, may crash a fork.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Process(Protocol):
     """A started worker."""
 
     def wait(self, seconds: float) -> int | None:
-        """Wait at most so long; the exit code (negative: a signal), or None while it runs."""
+        """Wait at most `seconds`; return the exit code (negative: a signal), or None if it still runs."""
 
     def show_stack(self) -> None:
-        """Have the worker write to its log where it is, and give it a moment to do so."""
+        """Make the worker write its stack to its log, and wait a moment for it."""
 
     def end(self) -> int | None:
-        """Kill the worker and all its children; the exit code it had or now has."""
+        """Kill the worker and all its children, and return its exit code."""
 
 
 def start(
@@ -52,11 +52,11 @@ def start(
     command: list[str] | None = None,
     program: str = "left_bench.worker.run",
 ) -> Process:
-    """Start a program of the package on `run_dir` in a process group of its own, its output in `log`.
+    """Start a module of the package on `run_dir` in its own process group, with its output in `log`.
 
     Args:
-        command: what to start in its place (tests).
-        program: the module, whose `main([run_dir], forked=True)` a fork calls.
+        command: a replacement command, for tests.
+        program: the module's name; a fork calls its `main([run_dir], forked=True)`.
     """
     if fork and command is None and may_fork():
         return _Forked(program, run_dir, log=log, environment=environment)
@@ -64,20 +64,20 @@ def start(
 
 
 def may_fork() -> bool:
-    """Whether a process that has imported torch can be forked on this platform and go on."""
+    """Whether a process that has imported torch can safely be forked on this platform."""
     return sys.platform == "linux"
 
 
 def serve_forks(environment: dict[str, str]) -> None:
-    """Start the server that processes are forked from, where none runs yet, and come back while it imports."""
+    """Start the fork server if it is not running, and return while it is still importing."""
     _server_of_this_process(environment)
 
 
 def run_within(seconds: float, folder: Path, *, environment: dict[str, str], fork: bool, program: str) -> None:
-    """Run a program of the package on `folder` to its end, or end it after so many seconds; its log lies there too.
+    """Run a module of the package on `folder`, ending it after `seconds` at the latest; its log is in the folder, too.
 
     Raises:
-        KeyboardInterrupt: the launch was told to stop; the program is ended.
+        KeyboardInterrupt: a stop was requested; the program is ended.
     """
     process = start(folder, log=folder / "log", environment=environment, fork=fork, program=program)
     end = time.monotonic() + seconds
@@ -96,7 +96,7 @@ class _Spawned:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Windows passes it by: see `end_with_children`
+                start_new_session=True,  # ignored on Windows: see `end_with_children`
                 env=environment | {LAUNCHER_PID: str(os.getpid())},
             )
 
@@ -106,7 +106,7 @@ class _Spawned:
         return None
 
     def show_stack(self) -> None:
-        _ask_for_stack(self._process.pid)
+        _request_stack(self._process.pid)
         self.wait(_MOMENT_SECONDS)
 
     def end(self) -> int | None:
@@ -130,7 +130,7 @@ class _Forked:
         if self._code is None:
             try:
                 message = self._connection.receive(seconds)
-            except EOFError:  # the server has ended, and the kernel its workers with it
+            except EOFError:  # the server has ended, and the kernel has killed its workers
                 message = {"code": -signal.SIGKILL}
             if message is not None:
                 self._code = message["code"]
@@ -138,7 +138,7 @@ class _Forked:
         return self._code
 
     def show_stack(self) -> None:
-        _ask_for_stack(self._pid)
+        _request_stack(self._pid)
         self.wait(_MOMENT_SECONDS)
 
     def end(self) -> int | None:
@@ -149,7 +149,7 @@ class _Forked:
 
 
 class _Server:
-    """The fork server of this process, begun when it is first asked; see `fork_server`."""
+    """The fork server of this process, started on first use; see `fork_server`."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.launcher = os.getpid()
@@ -159,11 +159,11 @@ class _Server:
                 [sys.executable, "-m", "left_bench.processes.fork_server", str(its.fileno()), str(self.launcher)],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
-                # what libraries say when they are imported belongs to no cell; a fork's own output goes to its log
+                # output during imports belongs to no cell; a fork's own output goes to its log
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
-                # it keeps the environment of its start; what a cell sets itself is set again in the fork
+                # it keeps its initial environment; variables of a cell are set again in the fork
                 env=environment,
             )
 
@@ -172,15 +172,16 @@ class _Server:
         return self._process.pid
 
     def is_ours(self) -> bool:
-        """Whether it runs, and is no other process's, of which this one is a fork."""
+        """Whether it is running and was started by this process, not by one that this was forked from."""
         return self.launcher == os.getpid() and self._process.poll() is None
 
     def fork(self, **request: Any) -> tuple[int, Connection]:
-        """A worker's process id, and what will tell its exit code; the first has to wait for the imports.
+        """Fork a worker: its process id, and the connection that will report its exit code; the first waits for the
+        imports.
 
         Raises:
-            EOFError, OSError: there is no process to be had, or the server was ended; the next request gets a new one.
-            KeyboardInterrupt: the launch was told to stop.
+            EOFError, OSError: no process is available, or the server was ended; the next request starts a new one.
+            KeyboardInterrupt: a stop was requested.
         """
         try:
             connection = ask(self._socket, **request)
@@ -192,28 +193,28 @@ class _Server:
                 raise
         except (BrokenPipeError, ConnectionResetError, EOFError) as error:
             self.end()
-            raise EOFError("the process that workers are forked from was ended") from error
+            raise EOFError("the fork server was ended") from error
         if "pid" in message:
             return message["pid"], connection
         connection.close()
         if "errno" in message:
             raise OSError(message["errno"], os.strerror(message["errno"]))
-        raise EOFError(f"the worker ended before it began, with exit code {message['code']}")
+        raise EOFError(f"the worker ended before it started, with exit code {message['code']}")
 
     def end(self) -> None:
-        """End it, and with it its workers."""
+        """End it and its workers."""
         self._socket.close()
         self._process.kill()
         self._process.wait()
 
 
 _server: _Server | None = None
-_one_at_a_time = threading.Lock()
+_server_lock = threading.Lock()
 
 
 def _server_of_this_process(environment: dict[str, str]) -> _Server:
     global _server
-    with _one_at_a_time:
+    with _server_lock:
         if _server is None or not _server.is_ours():
             _server = _Server(environment)
         return _server
@@ -221,28 +222,28 @@ def _server_of_this_process(environment: dict[str, str]) -> _Server:
 
 @contextlib.contextmanager
 def output_discarded() -> Iterator[None]:
-    """Inside, nothing that is written to standard output or error is shown, whoever writes it."""
-    kept = [os.dup(1), os.dup(2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Inside the context, everything written to standard output or error is discarded, also by C libraries."""
+    saved = [os.dup(1), os.dup(2)]
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
         yield
     finally:
-        for stream, copy in zip((1, 2), kept, strict=True):
+        for stream, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, stream)
             os.close(copy)
-        os.close(nowhere)
+        os.close(null)
 
 
-def _ask_for_stack(pid: int | None) -> None:
+def _request_stack(pid: int | None) -> None:
     if pid is not None and STACK_SIGNAL is not None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, STACK_SIGNAL)
 
 
 def end_with_children(pid: int | None) -> None:
-    """Kill a worker and what it has started: its process group, or on Windows, which has none, its descendants."""
+    """Kill a worker and its children: its process group, or on Windows, which has none, its descendants."""
     if pid is None:
         return
     if hasattr(os, "killpg"):
@@ -265,21 +266,21 @@ def end_alone(pid: int) -> None:
 
 
 def die_with_parent() -> None:
-    """See to it that this process ends when its parent does, however that happens.
+    """Ensure that this process ends when its parent does.
 
-    Linux is asked for it (PR_SET_PDEATHSIG). Elsewhere a thread waits for the parent's end.
+    On Linux the kernel does it (PR_SET_PDEATHSIG); elsewhere a thread waits for the parent's end.
     """
-    # a spawned worker is told whose it is: the parent may have ended while the imports were still running
+    # a spawned worker is given its parent's id, because the parent may have ended during the imports
     parent = int(os.environ.pop(LAUNCHER_PID, os.getppid()))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the request took hold
+        if os.getppid() != parent:  # it ended before the request took effect
             os._exit(1)
     else:
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _end_after(pid: int) -> None:
+def _exit_after(pid: int) -> None:
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already

@@ -25,7 +25,7 @@ def _four_bit(cell: Cell) -> bool:
 
 
 class Bitsandbytes(QuantizationBackend):
-    """A layer's weight is a parameter of its own class, with the constants beside it in `quant_state` or `SCB`."""
+    """A layer's weight is a parameter subclass, with its constants in the attribute `quant_state` or `SCB`."""
 
     targets = ("transformers.BitsAndBytesConfig",)
     packages = ("bitsandbytes",)
@@ -38,11 +38,11 @@ class Bitsandbytes(QuantizationBackend):
         ),
         (
             lambda cell: cell.peft.is_lora_with("monteclora_config"),
-            f"peft's quantized layers do not know this variant of LoRA and would be plain LoRA {_SEEN}",
+            f"peft's quantized layers do not support this variant of LoRA and would be plain LoRA {_SEEN}",
         ),
         (
             lambda cell: _four_bit(cell) and cell.peft.is_one_of("LoHa", "LoKr"),
-            f"peft reads the packed 4-bit weight's shape for the layer's {_SEEN}",
+            f"peft takes the packed 4-bit weight's shape for the layer's shape {_SEEN}",
         ),
         (
             lambda cell: (
@@ -63,7 +63,7 @@ class Bitsandbytes(QuantizationBackend):
 
     def trials(self, config: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], object]]]:
         kind = config.get("bnb_4bit_quant_type")
-        if kind is not None:  # its class takes any
+        if kind is not None:  # the configuration class accepts any value
             import torch
             from bitsandbytes.functional import quantize_4bit
 
@@ -75,7 +75,7 @@ class Bitsandbytes(QuantizationBackend):
         return _four_bits(nested=bool(config.get("bnb_4bit_use_double_quant")))
 
     def constants(self, weight: Any) -> Iterator[tuple[Any, str]]:
-        """Double quantization's included. Our 5-bit and HQQ layers give their constants the same names."""
+        """Including those of double quantization. Our 5-bit and HQQ layers use the same names for their constants."""
         state = getattr(weight, "quant_state", None)
         owners: list[tuple[Any, tuple[str, ...]]] = [(weight, ("SCB", "CB"))]
         while state is not None:
@@ -87,7 +87,7 @@ class Bitsandbytes(QuantizationBackend):
                     yield owner, name
 
     def dequantize(self, weight: Any) -> torch.Tensor | None:
-        if hasattr(weight, "left_dequantize"):  # a layer of ours, whose constants have the same names
+        if hasattr(weight, "left_dequantize"):  # one of our own layers, whose constants have the same names
             return None
         if getattr(weight, "quant_state", None) is not None:
             from bitsandbytes.functional import dequantize_4bit
@@ -101,9 +101,9 @@ class Bitsandbytes(QuantizationBackend):
 
 
 def _four_bits(*, nested: bool) -> StoredBytes:
-    """Half a byte a weight; for each block of 64 a float32 constant, or 8 bits and a float32 for every 256 of those.
+    """Half a byte per weight; for each block of 64 a float32 constant, or 8 bits and a float32 per 256 of those.
 
-    Every layer holds its own table of 16 levels; nested, one of 256 levels and an offset as well (QLoRA, section 3).
+    Every layer has its own table of 16 levels; nested, also one of 256 levels and an offset (QLoRA, section 3).
     """
 
     def stored(out: int, width: int) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints that come quantized: GPTQ, AWQ, SpQR, FP8, by transformers and the kernels that each wants."""
+"""Checkpoints published in quantized form: GPTQ, AWQ, SpQR, FP8, loaded by transformers with their own kernels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from left_bench.spec.cell import Quantization
 
 
 class Checkpoint(QuantizationBackend):
-    """What a cell names is not a configuration but the method that the checkpoint must have been quantized by."""
+    """The cell names no configuration, only the method by which the checkpoint must have been quantized."""
 
     runs_on = ("cuda",)
-    why_not_elsewhere = "kernels for checkpoints that come quantized (GPTQ, AWQ, SpQR, FP8) run on CUDA alone"
+    why_not_elsewhere = "kernels for quantized checkpoints (GPTQ, AWQ, SpQR, FP8) run only on CUDA"
 
     def is_of(self, quantization: Quantization) -> bool:
         return quantization.checkpoint_method is not None

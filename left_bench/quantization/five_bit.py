@@ -13,7 +13,7 @@ _BLOCK = 64
 
 
 class FiveBit(QuantizationBackend):
-    """llvmlite, where it is installed, decodes on a CPU in one pass; torch does without."""
+    """Decoded on a CPU in one pass with llvmlite if it is installed, otherwise by torch."""
 
     targets = ("left_bench.fivebit.FiveBitConfig",)
     packages = ("llvmlite",)

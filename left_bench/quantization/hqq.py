@@ -21,12 +21,12 @@ class Hqq(QuantizationBackend):
     rules = (
         (
             lambda cell: cell.task.new_output,
-            "HQQ cannot be told to leave the new output layer alone; bitsandbytes' and the 5-bit quantizations can",
+            "HQQ cannot leave the new output layer unquantized; bitsandbytes and the 5-bit quantizations can",
         ),
     )
 
     def stored_bytes(self, config: Mapping[str, Any], precision: Precision) -> StoredBytes:
-        """Groups as rows, packed over rows; scale and zero in the compute dtype. 3 bits: ten to an int32."""
+        """Groups as rows, packed over rows; scale and zero in the compute dtype. 3-bit values: ten per int32."""
         bits, group = config.get("nbits", 4), config.get("group_size", 64)
         item_bytes = ITEM_BYTES[str(config.get("compute_dtype") or precision.compute_dtype)]
 

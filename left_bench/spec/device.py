@@ -1,4 +1,4 @@
-"""Devices: what must be known of each before torch is imported. `measure.device` measures on them."""
+"""Devices: what must be known about each before torch is imported. `measure.device` does the measuring."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from left_bench.core.extensions import added, load
 
-# What a machine has whose torch answers to the name cuda.
+# Files that exist on machines where torch can use the device name cuda.
 _CUDA_SIGNS = (
     "/proc/driver/nvidia/gpus",
-    "/usr/lib/wsl/lib/libcuda.so.1",  # WSL2 shows the card through /dev/dxg, which an Intel or AMD card has too
+    "/usr/lib/wsl/lib/libcuda.so.1",  # WSL2; its /dev/dxg exists for Intel and AMD cards as well
     "/dev/nvhost-gpu",  # Jetson up to JetPack 5; 6 and later have the first
     "/dev/nvgpu/igpu0",
     "/dev/kfd",  # ROCm
@@ -26,20 +26,20 @@ class DeviceKind:
     """A kind of device that `hardware.device` may name."""
 
     type: str
-    """What torch calls it."""
+    """Its torch device type."""
     is_here: Callable[[], bool] = lambda: False
-    """Whether `hardware.device=auto` takes it on this machine: told without torch, by its driver's files."""
+    """Whether `hardware.device=auto` chooses it on this machine; decided without torch, from the driver's files."""
     visible: tuple[str, ...] = ()
-    """Variables that name the devices a process may see: the first that is set, else the first. Cells that run at the
-    same time then get one device each."""
+    """Environment variables that list the devices a process may see; the first one that is set counts, else the first.
+    Cells that run at the same time then get one device each."""
     count: Callable[[], int] = lambda: 1
-    """Devices that the drivers show, without torch; 1 where they do not say."""
+    """Number of devices according to the drivers, without torch; 1 if unknown."""
     one_for_all: bool = False
-    """A machine has one, so several processes for one cell have no use for it."""
+    """A machine has only one, so several processes for one cell are useless."""
     has_triton: bool = False
     """Whether Triton's kernels run on it."""
     opened_by: str = "left_bench.measure.device:open_accelerator"
-    """`module:name` of what is called with its type and returns its `measure.device.Device`."""
+    """`module:name` of a function that takes the device type and returns a `measure.device.Device`."""
 
 
 def _is_cuda_here() -> bool:
@@ -84,6 +84,6 @@ DEVICES: dict[str, DeviceKind] = {
     ),
     "xpu": DeviceKind(type="xpu", visible=("ZE_AFFINITY_MASK",), count=_count_xpu, has_triton=True),
 }
-"""`hardware.device` -> what it is; `auto` takes the first that is here, else the CPU."""
+"""`hardware.device` -> its kind; `auto` chooses the first that is present, else the CPU."""
 for _name, _point in added("left_bench.devices").items():
     DEVICES.setdefault(_name, load(_point))

@@ -1,7 +1,7 @@
-"""What a running cell tells the outside: one JSON line an event, written by the worker and read by its parent.
+"""Events of a running cell: one JSON line each, written by the worker and read by its parent.
 
-Trackers and progress bars live in the parent and are fed from this file, so that neither can harm or slow the
-measured process, and a lost tracker can be replayed from disk.
+Trackers and progress bars run in the parent and read this file, so that they cannot break or slow the measured
+process, and a run can be sent to a tracker again from disk.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 EVENTS_NAME = "events.jsonl"
 Tell = Callable[[str, int, int], None]
-"""Told what a phase is at, how much of it is done, and how much there is: an evaluation's rows, a peak's attempts."""
+"""Called with the current work of a phase, how much is done, and the total: rows evaluated, attempts at a peak."""
 ROW_COUNTS = (
     *("train_rows", "test_rows", "dropped_rows", "repeated_rows"),
     *("truncated_rows", "truncated_test_rows", "train_epochs"),
 )
-"""Metrics that the event `data` tells before anything is loaded."""
+"""Metrics in the event `data`, which is written before anything is loaded."""
 VALIDATION_COUNTS = ("validation_rows", "repeated_validation_rows")
-"""More of them, which older records and events do not have."""
-_TOLD_EVERY_SECONDS = 0.5
+"""More of them, absent from older records and events."""
+_PROGRESS_EVERY_SECONDS = 0.5
 
 
 class EventWriter:
-    """Appends events to a file; each line is whole before the next begins."""
+    """Appends events to a file, one complete line each."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,7 +41,7 @@ class EventWriter:
 
 
 class NullEventWriter(EventWriter):
-    """Writes nothing: what the ranks beside the first would tell, it tells."""
+    """Writes nothing: used by ranks other than the first, whose events would be duplicates."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,21 +54,21 @@ class NullEventWriter(EventWriter):
 
 
 def progress_of(events: EventWriter) -> Tell:
-    """Writes `progress` events: one where something begins, and then two a second at most."""
-    told_at, told_of = -math.inf, ""
+    """Returns a function that writes `progress` events: one when a piece of work begins, then at most two a second."""
+    written_at, written_work = -math.inf, ""
 
     def tell(work: str, done: int, total: int) -> None:
-        nonlocal told_at, told_of
+        nonlocal written_at, written_work
         now = time.monotonic()
-        if work != told_of or now - told_at >= _TOLD_EVERY_SECONDS:
-            told_at, told_of = now, work
+        if work != written_work or now - written_at >= _PROGRESS_EVERY_SECONDS:
+            written_at, written_work = now, work
             events.write("progress", work=work, done=done, total=total)
 
     return tell
 
 
 class EventReader:
-    """Reads what has been appended since the last look."""
+    """Reads the events appended since the last call."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -92,7 +92,7 @@ class EventReader:
 
 
 def rows_in_words(event: Mapping[str, Any], *, max_length: int | None) -> str:
-    """What became of the rows: `train 6, validation 3, test 4, dropped 10 (no prompt or answer), 2.7 epochs`."""
+    """The numbers of rows: `train 6, validation 3, test 4, dropped 10 (no prompt or answer), 2.7 epochs`."""
     result = f"{event['shape']}: " if event.get("shape") else ""
     validation = f"validation {event['validation_rows']:,}, " if "validation_rows" in event else ""
     parts = [f"{result}train {event['train_rows']:,}, {validation}test {event['test_rows']:,}"]
@@ -101,7 +101,7 @@ def rows_in_words(event: Mapping[str, Any], *, max_length: int | None) -> str:
     if event["repeated_rows"]:
         parts.append(f"left out {event['repeated_rows']:,} (a test row's question)")
     if repeated := event.get("repeated_validation_rows"):
-        parts.append(f"left out {repeated:,} for validation (a question that is trained on, tested on or repeated)")
+        parts.append(f"left out {repeated:,} for validation (a question of a training or test row, or a repeated one)")
     if cut := event["truncated_rows"] + event["truncated_test_rows"]:
         parts.append(f"cut {cut:,} (longer than training.max_length={max_length})")
     return ", ".join([*parts, f"{event['train_epochs']:.2g} epochs"])

@@ -1,4 +1,4 @@
-"""The part of an answer that counts: a number, a choice's letter, code, a field of JSON; and when two are the same."""
+"""The part of an answer that counts: a number, a choice's letter, code, a field of JSON; and when two are equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from left_bench.core.errors import nearest
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 _ALL_NUMBER = re.compile(rf"([-+]?)[$€£]?\s*({_NUMBER.pattern})\s*%?\.?")
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-# "A" and "I" are words as well: not where a sentence goes on after them
+# "A" and "I" are also words, so they do not count where a sentence continues after them
 _LETTER = r"([B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b)[a-z]))\b(?!')"
 _CHOICES = (
     re.compile(r"\A[\s*(\[]*([A-Ja-j])[\s*)\].:]*\Z"),  # "B", "(b)", "**B.**"
@@ -23,12 +23,12 @@ _CHOICES = (
     re.compile(r"\A[\s*]*[(\[]?([A-J])[)\].:]+\s"),  # "B. Paris", "(B) Paris"
     re.compile(r"[(\[]([A-J])[)\]]"),  # "... so it is (B)"
 )
-"""Ways of naming a choice, the plainest first; of several names in one way the last counts, as people correct
-themselves."""
+"""Ways of naming a choice, the plainest first. If one pattern matches several times, the last match counts, because
+people correct themselves."""
 
 
 def extracted(extractor: str, text: str) -> str | None:
-    """What an extractor (`number`, `choice`, `json:answer`, ...) takes out of a text; None: there is no such thing.
+    """What an extractor (`number`, `choice`, `json:answer`, ...) finds in a text; None: nothing.
 
     Raises:
         ValueError: there is no such extractor.
@@ -38,7 +38,7 @@ def extracted(extractor: str, text: str) -> str | None:
 
 
 def check_extractor(extractor: str) -> str:
-    """The extractor's name as it is.
+    """Return the extractor's name if it is valid.
 
     Raises:
         ValueError: there is no such extractor, or it takes no argument.
@@ -46,14 +46,14 @@ def check_extractor(extractor: str) -> str:
     name, colon, _ = extractor.partition(":")
     known = [*EXTRACTORS, "json"]
     if name not in known:
-        raise ValueError(f"no such extractor{nearest(name, known)} (there are {', '.join(EXTRACTORS)}, json:FIELD)")
+        raise ValueError(f"no such extractor{nearest(name, known)} (choose from {', '.join(EXTRACTORS)}, json:FIELD)")
     if colon and name != "json":
         raise ValueError(f"{name} takes nothing after a colon; only json:FIELD does")
     return extractor
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two extracted texts are equal: as numbers where both are (`$1,000` and `1000.0`), else to the letter."""
+    """Whether two extracted texts are equal: as numbers if both are numbers (`$1,000` and `1000.0`), else exactly."""
     numbers = _number_of(one), _number_of(other)
     return one == other if None in numbers else numbers[0] == numbers[1]
 
@@ -90,7 +90,7 @@ def _marked(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    """What stands in the last `\\boxed{}`, without the signs that only set it."""
+    """The content of the last `\\boxed{}`, without purely typographic commands."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     depth = 0
     for position in range(text.find("{", start), len(text)) if start >= 0 else ():
@@ -111,7 +111,7 @@ def _choice(text: str) -> str | None:
 
 
 def _code(text: str) -> str | None:
-    """The first fenced block, else the whole text; blanks at the ends of lines do not count."""
+    """The first fenced block, else the whole text; trailing white space is ignored."""
     fenced = _FENCED.search(text)
     lines = [line.rstrip() for line in (fenced[1] if fenced else text).splitlines()]
     return "\n".join(lines).strip() or None
@@ -126,18 +126,18 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "choice": _choice,
     "code": _code,
 }
-"""Name -> what it takes out of a text. `json` and `json:FIELD` stand beside these."""
+"""Name -> function that extracts from a text. `json` and `json:FIELD` exist in addition."""
 
 
 def _json(text: str, path: str) -> str | None:
-    """The first JSON object or list in the text, or what it has under `path` (`answer`, `result.0.name`)."""
+    """The first JSON object or list in the text, or its value at `path` (`answer`, `result.0.name`)."""
     decoder = json.JSONDecoder()
     for start in re.finditer(r"[{\[]", text):
         try:
             value, _ = decoder.raw_decode(text, start.start())
         except ValueError:  # no JSON begins here, or only half of it
             continue
-        except RecursionError:  # nobody's answer, and each further bracket would take as long
+        except RecursionError:  # not a real answer, and each further bracket would take as long
             return None
         for step in filter(None, path.split(".")):
             if isinstance(value, dict) and step in value:
@@ -151,7 +151,7 @@ def _json(text: str, path: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """The value with 1.0 as 1, wherever it stands."""
+    """The value with every 1.0 written as 1."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""`_target_` names in YAML become objects: only from the packages listed here, with keys checked before the call."""
+"""Creates objects from `_target_` names in YAML: only from the packages listed here, with arguments checked first."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ ALLOWED_PACKAGES = (
     *("left_bench.methods", "left_bench.fivebit", "left_bench.hqq", "peft", "transformers", "torchao"),
     *("torch.optim", "bitsandbytes.optim", "galore_torch", "apollo_torch"),
 )
-"""The one place that says whose classes a configuration may name, beside packages that were installed as extensions of
-left_bench. Other classes of these libraries start processes, unpickle files or fetch code when they are made."""
-_SETTINGS_ALONE = ("left_bench.", "peft.", "transformers.", "torchao.")
-"""Of these packages only classes that hold settings: those whose name ends in `Config`; the others hold optimizers."""
+"""The packages whose classes a configuration may name, in addition to installed extensions of left_bench. Other classes
+of these libraries start processes, unpickle files or fetch code when they are created."""
+_ONLY_CONFIGS = ("left_bench.", "peft.", "transformers.", "torchao.")
+"""From these packages, only configuration classes (names that end in `Config`); the others contain optimizers."""
 
 
 def instantiate(target: str, arguments: dict[str, Any], *, key: str) -> Any:
     """Call the class that `target` names with keyword arguments.
 
     Raises:
-        UserError: the package is not allowed, the name does not exist, or an argument is not one of the callee's or is
-            refused by it; `key` is the configuration group to name.
+        UserError: the package is not allowed, the name does not exist, or an argument is unknown or refused; `key` is
+        the configuration group to name in the message.
     """
     callee = locate(target, key=key)
     arguments = {name: _nested(value, key=f"{key}.config.{name}") for name, value in arguments.items()}
@@ -40,26 +40,26 @@ def instantiate(target: str, arguments: dict[str, Any], *, key: str) -> Any:
     except (TypeError, ValueError) as error:
         raise UserError(f"{key}.config: {target} refuses it ({' '.join(str(error).split())[:300]})") from error
     for name in unknown:
-        if not _keeps(made, name):  # some classes take any keyword and drop what they do not know
+        if not _keeps(made, name):  # some classes accept any keyword and drop unknown ones
             hint = nearest(name, parameters) or f"; it takes {', '.join(parameters)}"
             raise UserError(f"{key}.config.{name}: {target} has no such argument{hint}")
     return made
 
 
 def _nested(value: Any, *, key: str) -> Any:
-    """An argument that names a class of its own (`{_target_: ..., argument: ...}`) is made first."""
+    """An argument that is itself a class (`{_target_: ..., argument: ...}`) is created first."""
     if not isinstance(value, dict) or "_target_" not in value:
         return value
     return instantiate(value["_target_"], {name: item for name, item in value.items() if name != "_target_"}, key=key)
 
 
 def _keeps(made: Any, name: str) -> bool:
-    kept = vars(made) if hasattr(made, "__dict__") else {}
-    return name in kept or any(isinstance(value, dict) and name in value for value in kept.values())
+    attributes = vars(made) if hasattr(made, "__dict__") else {}
+    return name in attributes or any(isinstance(value, dict) and name in value for value in attributes.values())
 
 
 def check_targets(section: Any, *, key: str) -> None:
-    """Refuse a `_target_` anywhere in a section that names no allowed package; nothing is imported for it.
+    """Refuse a `_target_` anywhere in a section that names no allowed package, without importing anything.
 
     Raises:
         UserError: naming the key and the packages that are allowed.
@@ -75,8 +75,8 @@ def check_targets(section: Any, *, key: str) -> None:
 
 
 def _check_package(target: str, *, key: str) -> None:
-    # a slip in the ending is answered by `locate`, with the nearest name
-    if not _allowed(target) or (_holds_settings_alone(target) and "Conf" not in target.rpartition(".")[2]):
+    # `locate` handles a misspelled ending and suggests the nearest name
+    if not _allowed(target) or (_allows_only_configs(target) and "Conf" not in target.rpartition(".")[2]):
         raise _refused(target, key=key)
 
 
@@ -84,9 +84,9 @@ def _allowed(target: str) -> bool:
     return any(target.startswith(f"{package}.") for package in (*ALLOWED_PACKAGES, *extension_packages()))
 
 
-def _holds_settings_alone(target: str) -> bool:
+def _allows_only_configs(target: str) -> bool:
     others = tuple(f"{package}." for package in extension_packages())
-    return target.startswith((*_SETTINGS_ALONE, *others))
+    return target.startswith((*_ONLY_CONFIGS, *others))
 
 
 def _refused(target: str, *, key: str) -> UserError:
@@ -97,7 +97,7 @@ def _refused(target: str, *, key: str) -> UserError:
 
 
 def takes_argument(target: str, name: str, *, key: str = "peft") -> bool:
-    """Whether the class that `target` names has such an argument."""
+    """Whether the class that `target` names has this argument."""
     try:
         return name in inspect.signature(locate(target, key=key)).parameters
     except ValueError:  # a built-in without a signature
@@ -105,7 +105,7 @@ def takes_argument(target: str, name: str, *, key: str = "peft") -> bool:
 
 
 def locate(target: str, *, key: str) -> Any:
-    """The object behind a dotted name, from an allowed package alone."""
+    """The object behind a dotted name, from allowed packages only."""
     package, _, _ = target.partition(".")
     if not _allowed(target):
         raise _refused(target, key=key)
@@ -122,7 +122,7 @@ def locate(target: str, *, key: str) -> Any:
         raise UserError(f"{key}._target_={target!r}: no such class{hint}") from error
     if not inspect.isclass(result):
         raise UserError(f"{key}._target_={target!r}: not a class")
-    own = f"{result.__module__}.{result.__name__}"  # it may be an import of theirs
-    if not _allowed(own) or (_holds_settings_alone(own) and not own.endswith("Config")):
+    own = f"{result.__module__}.{result.__name__}"  # the module may have imported it from elsewhere
+    if not _allowed(own) or (_allows_only_configs(own) and not own.endswith("Config")):
         raise _refused(target, key=key)
     return result

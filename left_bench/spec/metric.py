@@ -1,4 +1,4 @@
-"""Metric: how one number of a record is read, and how it is worked out where it is a score of answers."""
+"""Metric: how to read one number of a record, and how to compute it if it is a score of answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple
 
 
 class Metric(NamedTuple):
-    """How one number of a record is read; its name is its key in `spec.record.METRICS`."""
+    """How to read one number of a record; its name is its key in `spec.record.METRICS`."""
 
     unit: str
-    """Decides how it is written (`report.values`): bytes, seconds, tokens/s, params, bits, nats, fraction, count,
+    """Decides how it is formatted (`report.values`): bytes, seconds, tokens/s, params, bits, nats, fraction, count,
     samples/s, joules, watts, money; empty: a plain number."""
     better: Literal["lower", "higher", "none"]
     kind: Literal["quality", "memory", "speed", "energy", "cost", "size", "fact"]
@@ -18,15 +18,15 @@ class Metric(NamedTuple):
     of_answer: Callable[..., float] | None = None
     """Score of one answer, `(prediction, reference)`, where the metric is the mean over held-out rows."""
     of_answers: Callable[[Sequence[str], Sequence[str]], float] | None = None
-    """Score of all answers together, `(predictions, references)`, where it is no mean over rows."""
+    """Score of all answers together, `(predictions, references)`, where it is not a mean over rows."""
     extracts: bool = False
-    """`of_answer` takes `extractor=` too: what of an answer counts (`eval.extractor`)."""
+    """`of_answer` also takes `extractor=`: which part of an answer counts (`eval.extractor`)."""
     needs: str | None = None
-    """A module that scoring imports and this package does not bring."""
+    """A module that scoring imports and that left_bench does not depend on."""
     extra: str | None = None
     """The extra that installs it: `pip install 'left-bench[extra]'`."""
 
     @property
     def scores_answers(self) -> bool:
-        """Whether it is worked out of answers and references alone, and may be named in `eval.metrics`."""
+        """Whether it is computed from answers and references alone, and may be named in `eval.metrics`."""
         return self.of_answer is not None or self.of_answers is not None

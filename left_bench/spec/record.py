@@ -1,4 +1,4 @@
-"""Record: what came of one cell, as one JSON file; and METRICS, the meaning of every number in it."""
+"""Record: the result of one cell, as one JSON file; and METRICS, the meaning of every number in it."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ _LOWER_IS_BETTER = re.compile(r"_(?:\w*perplexity|bits_per_byte|brier_score|ter|
 
 
 def find_metric(name: str) -> Metric | None:
-    """How a metric is read: one of METRICS, of a scorer of the user's own, or of a task; `base_<name>` as `<name>`.
+    """The metric: one of METRICS, of the user's own scorer, or of a task; `base_<name>` is read as `<name>`.
 
     None: there is no such metric.
     """
@@ -166,7 +166,7 @@ RECORDED_PACKAGES = (
     *("left-bench", "torch", "transformers", "peft", "bitsandbytes", "accelerate"),
     *("datasets", "evaluate", "tokenizers", "safetensors", "numpy", "llvmlite", "lm-eval"),
 )
-"""Packages whose versions a record holds (`environment.versions`), where they are installed."""
+"""Packages whose versions are recorded (`environment.versions`) if they are installed."""
 
 
 class _Frozen(BaseModel):
@@ -174,7 +174,7 @@ class _Frozen(BaseModel):
 
 
 class Phase(_Frozen):
-    """A measured stretch of a run."""
+    """A measured part of a run."""
 
     name: str
     seconds: float
@@ -182,7 +182,7 @@ class Phase(_Frozen):
     tokens: int | None = None
     """Non-padding tokens that went through the model in the phase."""
     peak_memory_bytes: int | None = None
-    """Highest memory in the phase, over the baseline after imports."""
+    """Highest memory in the phase, above the baseline after imports."""
     peak_reserved_bytes: int | None = None
     """The allocator's own peak, where the device has one."""
 
@@ -202,7 +202,7 @@ class Score(_Frozen):
 
 
 class Sample(_Frozen):
-    """One held-out row as the model answered it."""
+    """One held-out row with the model's answer."""
 
     prompt: str
     reference: str
@@ -211,12 +211,12 @@ class Sample(_Frozen):
 
 
 class CurvePoint(_Frozen):
-    """What the model had learned at one moment of its training, and what that had taken."""
+    """The model's quality at one moment of training, and what it had cost so far."""
 
     step: int
     """Optimizer steps so far."""
     seconds: float
-    """Of the steps so far alone: no evaluation, no checkpoint, no compiling."""
+    """Time of the steps so far, without evaluation, checkpoints and compilation."""
     tokens: int
     """Non-padding tokens so far."""
     joules: float | None = None
@@ -228,7 +228,7 @@ class CurvePoint(_Frozen):
 
 
 class Record(_Frozen):
-    """What came of one cell, whatever happened."""
+    """The result of one cell, whatever happened."""
 
     schema_version: int = SCHEMA_VERSION
     cell_id: str
@@ -244,7 +244,7 @@ class Record(_Frozen):
     config: dict[str, Any]
     """The resolved cell, section by section, with `seed`."""
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Flat, name -> number; see METRICS. What was not measured is absent."""
+    """Flat, name -> number; see METRICS. Metrics that were not measured are absent."""
     phases: list[Phase] = Field(default_factory=list)
     memory_breakdown: dict[str, int] = Field(default_factory=dict)
     """Part -> bytes: weights, adapter, adapter_frozen, gradients, optimizer, activations_and_workspace."""
@@ -253,13 +253,13 @@ class Record(_Frozen):
     curve: list[CurvePoint] = Field(default_factory=list)
     """Validation loss along training; empty where there were no validation rows, and in older records."""
     environment: dict[str, Any] = Field(default_factory=dict)
-    """Machine and versions, from an allow-list; `effective` holds what was found after loading."""
+    """Machine and versions, from an allow-list; `effective` holds the settings in effect after loading."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """sweep, command, overrides, notes (list of confounders), splits (which rows were used for what), training_ended
-    (why, after how many steps, and of which step the weights are), log_tail of a failed cell."""
+    (why, after how many steps, and from which step the weights are), log_tail of a failed cell."""
 
     def write(self, run_dir: Path) -> Path:
-        """Write `record.json` into `run_dir` whole or not at all."""
+        """Write `record.json` into `run_dir` atomically."""
         return write_atomically(run_dir / RECORD_NAME, self.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
@@ -272,14 +272,14 @@ def not_started(cell: Cell, status: Status, reason: str) -> Record:
 def ended_without_outcome(
     cell: Cell, status: Status, reason: str, *, started_at: str, phases: Sequence[Phase] = ()
 ) -> Record:
-    """The record of a cell whose worker left none, by what was seen of it from outside."""
+    """The record of a cell whose worker left none, from what was observed from outside."""
     return _record_of(cell, status, reason, started_at=started_at, phases=list(phases))
 
 
 def outcome_of(
     cell: Cell, status: Status, reason: str | None, *, started_at: str, measured: Mapping[str, Any]
 ) -> Record:
-    """The record that a worker leaves; `measured` are the fields of `Record` that it has come to fill."""
+    """The record that a worker writes; `measured` holds the fields of `Record` that it was able to fill."""
     return _record_of(cell, status, reason, started_at=started_at, **measured)
 
 
@@ -289,23 +289,23 @@ def _record_of(cell: Cell, status: Status, reason: str | None, **more: Any) -> R
 
 
 class NewerSchema(ValueError):
-    """A record that a newer left_bench has written."""
+    """A record written by a newer left_bench."""
 
 
 KnownParts: TypeAlias = dict[tuple[type, str], Any]
-"""Parts of records by type and text, so that equal ones become one object."""
+"""Parts of records by type and text, so that equal ones share one object."""
 
 
 def read_record(path: Path, *, known: KnownParts | None = None) -> Record:
     """Read one record.
 
     Args:
-        known: parts of the records read before, and filled with this one's. Ten thousand records hold a few dozen
-            different sections, versions and prompts between them; each for itself would be 1 GiB. None: share nothing.
+        known: parts of the records read before; this record's parts are added. Ten thousand records contain only a few
+            dozen different sections, versions and prompts; without sharing they would take 1 GiB. None: share nothing.
 
     Raises:
-        NewerSchema: it was written by a newer left_bench; a ValueError too.
-        ValueError: the file is no record of this schema; the message is one line with the file's name.
+        NewerSchema: it was written by a newer left_bench; a subclass of ValueError.
+        ValueError: the file is not a record of this schema; the message is one line with the file's name.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -315,7 +315,7 @@ def read_record(path: Path, *, known: KnownParts | None = None) -> Record:
 
 
 def parse_record(raw: Any, path: Path, *, known: KnownParts | None = None) -> Record:
-    """A record from its JSON; `path` is what its errors name, else as `read_record`."""
+    """A record from its JSON; `path` is named in errors. Otherwise as `read_record`."""
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         kind = NewerSchema if isinstance(version, int) and version > SCHEMA_VERSION else ValueError
@@ -330,18 +330,18 @@ def parse_record(raw: Any, path: Path, *, known: KnownParts | None = None) -> Re
 
 
 def _without_impossible(record: Record) -> Record:
-    """The record without a utilization above 1: earlier versions kept a peak that was measured beside other load."""
+    """The record without a utilization above 1: earlier versions kept peaks that were measured under other load."""
     utilization = record.metrics.get("model_flops_utilization", 0.0)
     if utilization <= 1:
         return record
     metrics = {name: value for name, value in record.metrics.items() if name != "model_flops_utilization"}
-    told = {"utilization_withheld": f"the steps came to {utilization:.2f} times the measured peak, which must be wrong"}
-    environment = record.environment | {"effective": record.environment.get("effective", {}) | told}
+    note = {"utilization_withheld": f"the steps came to {utilization:.2f} times the measured peak, which must be wrong"}
+    environment = record.environment | {"effective": record.environment.get("effective", {}) | note}
     return record.model_copy(update={"metrics": metrics, "environment": environment})
 
 
 def _share(raw: dict[str, Any], known: KnownParts) -> None:
-    """Put what is known already in the place of its equals; the texts tell 1 from 1.0 and keep the order of keys."""
+    """Replace parts by equal ones already known. Comparing JSON text distinguishes 1 from 1.0 and keeps key order."""
 
     def same(value: Any) -> Any:
         if isinstance(value, (dict, list)):

@@ -1,7 +1,7 @@
-"""Secrets stay out of records, reports, logs and trackers: refused in a configuration, cut out of what a cell printed.
+"""Keeps secrets out of records, reports, logs and trackers: refuses them in configurations, removes them from output.
 
-What is recorded of the environment is an allow-list (`device.describe_machine`), so that a secret can only come in
-through what a person writes into an override or a file, or through what a library prints.
+Only an allow-list of the environment is recorded (`device.describe_machine`), so a secret can only enter through an
+override, a configuration file, or what a library prints.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 _URL_PASSWORD = re.compile(r"://[^/\s:@'\"]+:[^/\s@'\"]+@")
-_SHORTEST = 8  # a shorter value stands in too many words that are no secret
+_SHORTEST = 8  # shorter values occur in too many ordinary words
 
 
 def secret_values(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Value -> name of every environment variable that is named like a secret."""
+    """Value -> name of every environment variable whose name suggests a secret."""
     return {
         value: name
         for name, value in environment.items()
@@ -35,14 +35,14 @@ def secret_values(environment: Mapping[str, str] = os.environ) -> dict[str, str]
 
 
 def refuse_secrets(*, overrides: Iterable[str], config: str) -> None:
-    """Refuse a configuration that a secret stands in, for it is written into every record.
+    """Refuse a configuration that contains a secret, because it is written into every record.
 
     Args:
         overrides: as on the command line.
         config: the composed cell, as JSON.
 
     Raises:
-        UserError: naming the place and never the value.
+        UserError: names the key, never the value.
     """
     fix = "leave it out: libraries read it from the environment (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_TOKEN)"
     secrets = secret_values()
@@ -63,7 +63,7 @@ def refuse_secrets(*, overrides: Iterable[str], config: str) -> None:
 
 
 def _spellings(value: str) -> list[str]:
-    """A value as it is, and as JSON writes it: quotes, backslashes and line breaks are others there."""
+    """A value as it is and as JSON escapes it (quotes, backslashes, line breaks)."""
     return list(dict.fromkeys([value, *(json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True))]))
 
 
@@ -76,14 +76,14 @@ def redacted(text: str) -> str:
 
 
 def redacted_record(record: Record) -> Record:
-    """The record, its texts redacted: an error's message or a log's tail may quote what a library was given."""
+    """The record with its texts redacted: an error message or the end of a log may quote a library's arguments."""
     plain = record.model_dump_json()
     safe = redacted(plain)
     return record if safe == plain else Record.model_validate_json(safe)
 
 
 def redact_file(path: Path) -> None:
-    """A log in place, where it needs it."""
+    """Redact a log file in place if it contains a secret."""
     if not path.is_file():
         return
     plain = path.read_text(encoding="utf-8", errors="surrogateescape")

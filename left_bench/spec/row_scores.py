@@ -15,11 +15,11 @@ from left_bench.spec.metric import Metric
 
 
 def exact_match(prediction: str, reference: str, *, extractor: str | None = None) -> float:
-    """1 where the answer equals the reference but for surrounding white space.
+    """1 if the answer equals the reference apart from surrounding white space.
 
     Args:
-        extractor: compare what it takes out of both, numbers as numbers (see `spec.extract`). An answer in which
-            it finds nothing is wrong; a reference in which it finds nothing is the bare answer already.
+        extractor: compare what it extracts from both, numbers as numbers (see `spec.extract`). An answer in which it
+            finds nothing is wrong; a reference in which it finds nothing is used unchanged.
     """
     if extractor is None:
         return float(prediction.strip() == reference.strip())
@@ -35,11 +35,11 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def number_match(prediction: str, reference: str) -> float:
-    """1 where the answer comes to the reference's number, compared as numbers: `1,000` is `1000.0`."""
+    """1 if the answer has the reference's number, compared as numbers: `1,000` equals `1000.0`."""
     return exact_match(prediction, reference, extractor="number")
 
 
-@lru_cache(maxsize=2**16)  # a report holds the same answers against those of every other cell
+@lru_cache(maxsize=2**16)  # a report compares the same answers with those of every other cell
 def rouge_l(prediction: str, reference: str) -> float:
     """F1 of the longest common subsequence of words (Lin 2004), by Google's rouge-score with stemming."""
     return float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
@@ -66,7 +66,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """F1 of each class that is there or was answered, its mean: a rare class weighs as much as a frequent one."""
+    """Mean F1 over the classes that occur or were predicted: a rare class weighs as much as a frequent one."""
     pairs = Counter(zip(predictions, references, strict=True))
     answered, there = Counter(predictions), Counter(references)
     classes = answered.keys() | there.keys()
@@ -74,8 +74,8 @@ def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def matthews(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Matthews' correlation of answered and right classes, of any number of them (Gorodkin 2004); 0 where either is
-    one class alone."""
+    """Matthews correlation of predicted and right classes, for any number of classes (Gorodkin 2004); 0 if either has
+    only one class."""
     rows = len(references)
     right = sum(map(str.__eq__, predictions, references))
     answered, there = Counter(predictions), Counter(references)
@@ -109,27 +109,27 @@ ANSWER_METRICS: dict[str, Metric] = {
         of_answer=number_match,
     ),
 }
-"""Metrics that `eval.metrics` may name: adding one is adding it here, with the function that works it out."""
+"""Metrics that `eval.metrics` may name. A new one is added here, with the function that computes it."""
 for _name, _point in added("left_bench.metrics").items():
     ANSWER_METRICS.setdefault(_name, load(_point))
 
 SCORES_OF_A_ROW: dict[str, Callable[..., float]] = {
     name: metric.of_answer for name, metric in ANSWER_METRICS.items() if metric.of_answer is not None
 }
-"""Metric -> score of (prediction, reference), the metric being the mean over rows. BLEU counts over a whole corpus."""
+"""Metric -> score of (prediction, reference), for metrics that are a mean over rows (BLEU is of a whole corpus)."""
 
 SCORES_OF_A_PAIR: dict[str, Callable[[float], float]] = {
     "preference_accuracy": lambda margin: float(margin > 0),
     "preference_margin_nats": float,
 }
-"""Metric -> score of the worse answer's loss less the right one's, nats, the metric being the mean over rows."""
+"""Metric -> score of the margin (the worse answer's loss minus the right one's, nats); the metric is the mean."""
 
 
 def check_installed(names: Iterable[str]) -> None:
     """Refuse a metric whose package is not installed, before anything runs.
 
     Raises:
-        UserError: naming the metric and what to install.
+        UserError: names the metric and what to install.
     """
     for name in names:
         metric = ANSWER_METRICS[name]

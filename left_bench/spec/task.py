@@ -1,7 +1,7 @@
-"""Task: a kind of model to fine-tune, and everything that differs between kinds; all else is one path for all.
+"""Task: a kind of model to fine-tune, and everything that differs between kinds; all other code is shared.
 
-A task is one object, `TASK` in a module of `tasks/` (or an entry point of another package). The launching process asks
-it too, so what needs torch is named in it, as `module:function`, and imported where it is called.
+A task is one object, `TASK` in a module of `tasks/` (or an entry point of another package). The launching process uses
+it too, so functions that need torch are given as `module:function` and imported only when called.
 """
 
 from __future__ import annotations
@@ -20,73 +20,73 @@ DEFAULT_TASK = "causal_lm"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A kind of model. Functions are named `module:function`; each says here what it is called with."""
+    """A kind of model. Functions are given as `module:function`; each field states the arguments."""
 
     auto_class: str
-    """The class of `transformers` that loads it."""
+    """The `transformers` class that loads it."""
     peft_type: str | None = None
-    """`peft.TaskType`; None: peft has no word for it and wraps the model as it is."""
+    """`peft.TaskType`; None: peft has no such type and wraps the model unchanged."""
     reads: Literal["text", "pictures"] = "text"
-    """What a row shows the model."""
+    """What the model reads."""
     writes: bool = True
-    """Whether it answers by writing text; else it names one of the data's classes."""
+    """Whether it generates text; otherwise it predicts one of the data's classes."""
     has_encoder: bool = False
-    """Whether an encoder reads the prompt for a decoder that writes: each is padded on its own."""
+    """Whether an encoder reads the prompt and a decoder writes the answer; each is padded separately."""
     reader: str = "AutoTokenizer"
-    """The class of `transformers` that makes inputs of a row."""
+    """The `transformers` class that turns a row into inputs."""
     open_reader: str = "left_bench.pretrained:load_tokenizer"
     """(folder, model section) -> the reader."""
     load_rows: str = "left_bench.model.rows:decoder_rows"
-    """(cell, reader, folder=) -> `data.Splits`. A row has `length`, `labels`, `prompt`, `reference` and `identity`; one
-    that is no `data.Example` has a static `collate(rows, pad_id=)` too, whose batch has what `data.ClassBatch` has: the
-    loss needs to know no task."""
+    """(cell, reader, folder=) -> `data.Splits`. A row has `length`, `labels`, `prompt`, `reference` and `identity`; a
+    row that is not a `data.Example` also has a static `collate(rows, pad_id=)`, whose batch has the attributes of
+    `data.ClassBatch`, so that the loss is independent of the task."""
     save_random: str = "left_bench.pretrained.make:save_random_writer"
-    """(architecture, folder, dtype=, task=): write a model with random weights, and its reader, into the folder."""
+    """(architecture, folder, dtype=, task=): write a model with random weights and its reader into the folder."""
     predict: str = "left_bench.evaluation.evaluate:written_answers"
-    """(model, reader, rows, cell, device=, shared=, tell=) -> an answer for each row, or None where none is asked for;
-    `shared` is what the prompts begin with, where that has been read (`evaluation.shared_prompt`). Metrics
-    (`eval.metrics`) score them against the rows' references."""
+    """(model, reader, rows, cell, device=, shared=, tell=) -> an answer for each row, or None where none is requested;
+    `shared` is the prompts' common prefix if it has been processed (`evaluation.shared_prompt`). Metrics
+    (`eval.metrics`) score the answers against the rows' references."""
     probe: str | None = None
-    """(model, tokens=) -> arguments of a forward pass over little that means nothing; None: a few tokens."""
+    """(model, tokens=) -> arguments of a small forward pass over dummy inputs; None: a few tokens."""
     hub_task: tuple[str, str] = ("text-generation", "Text Generation")
-    """The hub's task and its name, for model cards."""
+    """The hub's task id and its name, for model cards."""
     rules: tuple[tuple[Callable[[Cell], bool], str], ...] = ()
-    """What does not go together with it, each with the reason; asked of this task's cells alone."""
+    """What cannot be combined with it, each with the reason; applied only to cells of this task."""
 
     @property
     def new_output(self) -> bool:
-        """Whether the output layer is made new for the data's classes: the base model knows nothing of them yet, and
-        every method trains that layer whole."""
+        """Whether a new output layer is created for the data's classes: the base model has not learned them, and every
+        method trains this layer in full."""
         return not self.writes
 
     @property
     def is_decoder(self) -> bool:
-        """Whether it is a decoder alone, which goes on with a text."""
+        """Whether it is a decoder-only model."""
         return self.writes and not self.has_encoder
 
     def is_of(self, model: Any) -> bool:
-        """Whether a model of `transformers` is of this kind, by its class."""
+        """Whether a `transformers` model is of this kind, judged by its class."""
         return self.auto_class.removeprefix("AutoModel") in type(model).__name__
 
 
 TASKS: Registry[Task] = Registry("left_bench.spec.tasks", "TASK", group="left_bench.tasks")
-"""`model.task` -> what differs."""
+"""`model.task` -> its task object."""
 
 
 def rules() -> Iterator[tuple[Callable[[Cell], bool], str]]:
-    """Every task's rules, each refusing cells of that task alone."""
+    """Every task's rules, each of which refuses only cells of that task."""
     for task in TASKS.values():
-        yield from ((_asked_of(task, refuses), reason) for refuses, reason in task.rules)
+        yield from ((_only_for(task, refuses), reason) for refuses, reason in task.rules)
 
 
-def _asked_of(task: Task, refuses: Callable[[Cell], bool]) -> Callable[[Cell], bool]:
+def _only_for(task: Task, refuses: Callable[[Cell], bool]) -> Callable[[Cell], bool]:
     return lambda cell: cell.task is task and refuses(cell)
 
 
 def new_layers_of(model: Any) -> list[str]:
-    """Names of the layers that the data's classes come from, new for every set of them; none for a model that writes.
+    """Names of the new layers that predict the data's classes; none for a model that generates text.
 
-    They are what stands beside the pretrained body: one linear layer (`classifier`, `score`) or a few.
+    They are the layers next to the pretrained body: one linear layer (`classifier`, `score`) or a few.
     """
     import torch
 
@@ -106,7 +106,7 @@ def is_within(name: str, layers: Iterable[str]) -> bool:
 
 
 def probe_inputs(model: Any, *, tokens: int = 2) -> dict[str, Any]:
-    """Arguments of a forward pass over little that means nothing: to see what a model does, not what it says."""
+    """Arguments of a small forward pass over dummy inputs, to test how a model behaves."""
     import torch
 
     own = next((task.probe for task in TASKS.values() if task.probe is not None and task.is_of(base_of(model))), None)
@@ -121,5 +121,5 @@ def probe_inputs(model: Any, *, tokens: int = 2) -> dict[str, Any]:
 
 
 def base_of(model: Any) -> Any:
-    """The model of `transformers` below whatever is attached to it."""
+    """The `transformers` model without whatever is attached to it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,9 +1,9 @@
-"""Checkpoints inside a cell: a killed run goes on where it was, and ends with the numbers it would have had.
+"""Checkpoints within a cell: a killed run resumes where it was, and ends with the same numbers.
 
-What training changes is saved: trainable tensors, optimizer, schedule, loss scaling, AdaLoRA's rank budget, random
-state, and the steps as they were measured. The order of the rows needs no saving: it follows from the seed. Tensors go
-into one safetensors file and everything else into JSON beside it; nothing is pickled, so nothing that lies in a runs
-folder can run code. A checkpoint is a folder that appears by a rename, whole or not at all.
+Everything that training changes is saved: trainable tensors, optimizer, schedule, loss scaling, AdaLoRA's rank budget,
+random state, and the measured steps. The order of the rows follows from the seed. Tensors are in one safetensors file,
+everything else is JSON; nothing is pickled, so no file in a runs folder can run code. A checkpoint is a folder that is
+renamed into place when it is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CHECKPOINTS_NAME = "checkpoints"
 _STATE, _TENSORS = "state.json", "tensors.safetensors"
 _SAME = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-"""Packages whose other version could compute other numbers: a checkpoint is not gone on from across one."""
+"""Packages whose versions affect the numbers: a checkpoint of another version is not resumed."""
 
 
 def forget_checkpoints(run_dir: Path) -> None:
@@ -37,7 +37,7 @@ def forget_checkpoints(run_dir: Path) -> None:
 
 
 class Checkpoint:
-    """Saves and restores one training loop, beside its events; does nothing where `checkpoint_every` is null."""
+    """Saves and restores one training loop, next to its events; does nothing if `checkpoint_every` is null."""
 
     def __init__(
         self,
@@ -57,27 +57,27 @@ class Checkpoint:
         self._meter, self._curve = meter, curve
 
     def resume(self) -> int:
-        """Put back the newest state there is; returns how many steps it holds, 0 when there is none to go on from."""
+        """Restore the newest state; returns its number of steps, 0 if there is no usable checkpoint."""
         if self._every is None:
             return 0
         for folder in sorted(self._folder().glob("step-*[0-9]"), reverse=True):
             try:
                 state = _read(folder)
-            except (OSError, ValueError, LookupError) as error:  # not this package's writing, which is whole
-                print(f"checkpoint {folder.name} cannot be read ({error}); it is passed over", flush=True)
+            except (OSError, ValueError, LookupError) as error:  # not written by this package, which writes atomically
+                print(f"checkpoint {folder.name} cannot be read ({error}); it is skipped", flush=True)
                 continue
             if state["key"] != self._key:
-                print(f"checkpoint {folder.name} is of another cell or of other package versions; passed over")
+                print(f"checkpoint {folder.name} is of another cell or of other package versions; it is skipped")
                 continue
             self._restore(state)
             return int(state["step"])
         return 0
 
     def save(self, step: int) -> None:
-        """Save after every so many steps.
+        """Save if `step` is a multiple of `checkpoint_every`.
 
         Raises:
-            UserError: the optimizer keeps something that cannot be written without pickle.
+            UserError: the optimizer's state cannot be written without pickle.
         """
         if self._every is None or step % self._every != 0:
             return
@@ -133,14 +133,14 @@ class Checkpoint:
 
 
 def _optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """The states as the optimizer holds them, by their parameter's place; `state_dict` may wrap them (bitsandbytes)."""
+    """The optimizer's own states in the order of its parameters; `state_dict` may wrap them (bitsandbytes)."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     states = [dict(inner.state.get(parameter, {})) for parameter in _parameters(inner)]
     return {"groups": inner.state_dict()["param_groups"], "states": states}
 
 
 def _restore_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
-    """torch's own loading casts states to their parameter's dtype; here they keep the dtype they had."""
+    """Restore states in their own dtype; torch's `load_state_dict` casts them to their parameter's."""
     inner = getattr(optimizer, "optimizer", optimizer)
     inner.load_state_dict({"state": {}, "param_groups": saved["groups"]})
     for parameter, state in zip(_parameters(inner), saved["states"], strict=True):
@@ -186,16 +186,16 @@ def _step_lines(events: Path) -> list[str]:
 
 
 def _write(folder: Path, state: dict[str, Any], *, steps: list[str]) -> None:
-    """Write a checkpoint beside the earlier one, flush it to disk, rename it into place, and let the earlier one go."""
+    """Write a new checkpoint, flush it to disk, rename it into place, and remove the earlier one."""
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
     plain = _plain(state, tensors, {})
     unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)  # a killed attempt's
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed attempt
     unfinished.mkdir(parents=True)
     try:
-        # safetensors writes storages: a view or a shared one is copied first, and nothing else is
+        # safetensors writes storages, so only views and shared storages are copied first
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / _TENSORS)
         (unfinished / _STATE).write_text(json.dumps(plain), encoding="utf-8")
         (unfinished / "steps.jsonl").write_text("".join(f"{line}\n" for line in steps), encoding="utf-8")
@@ -236,10 +236,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any, tensors: dict[str, torch.Tensor], seen: dict[int, dict[str, Any]]) -> Any:
-    """JSON for `value`, its tensors taken out into `tensors`; one that is there twice is stored once.
+    """`value` as JSON, with its tensors moved to `tensors`; a tensor that occurs twice is stored once.
 
     Raises:
-        TypeError: something that is neither a tensor nor plain data; its class is named.
+        TypeError: a value is neither a tensor nor plain data; names its class.
     """
     import torch
 
@@ -262,12 +262,12 @@ def _plain(value: Any, tensors: dict[str, torch.Tensor], seen: dict[int, dict[st
 
 
 def _restored(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """What `_plain` was given."""
+    """The inverse of `_plain`."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         name = value["tensor"]
-        tensors[name] = tensors[name].to(value["device"])  # kept, so that what was one tensor is one again
+        tensors[name] = tensors[name].to(value["device"])  # stored back, so that a shared tensor is shared again
         return tensors[name]
     if "dict" in value:
         return {_restored(key, tensors): _restored(item, tensors) for key, item in value["dict"]}

@@ -1,4 +1,4 @@
-"""The curve: validation loss along training, taken beside the steps; early stopping by it; the best weights."""
+"""The curve: validation loss measured during training; early stopping by it; the best weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from left_bench.training.checkpoint import CHECKPOINTS_NAME
 from left_bench.training.objective import Objective
 
 Scores = Callable[[], Mapping[str, float]]
-"""The scores of the model's answers to the validation rows, as it is now."""
+"""Returns the current scores of the model's answers to the validation rows."""
 
 
 def check_curve(cell: Cell, *, rows: int) -> None:
-    """Refuse what needs validation rows where there are none.
+    """Refuse options that need validation rows if there are none.
 
     Raises:
-        UserError: naming the key and the fix.
+        UserError: names the key and the fix.
     """
     if rows or not cell.data.hold_out:
         return
@@ -36,18 +36,19 @@ def check_curve(cell: Cell, *, rows: int) -> None:
     for key, value in wanted.items():
         if value is not None:
             raise UserError(
-                f"{key}={value}: there are no validation rows to look at; set data.validation_rows=NUMBER, or"
+                f"{key}={value}: there are no validation rows; set data.validation_rows=NUMBER, or"
                 " data.validation_path=FILE"
             )
 
 
 class Curve:
-    """Takes a point of the curve where one is due; says when to stop, and keeps the best weights if asked to.
+    """Measures a point of the curve when one is due, decides about early stopping, and keeps the best weights if
+    wanted.
 
-    Every rank has one, and all of them the same points.
+    Every rank has one, all with the same points.
 
     Attributes:
-        points: those so far.
+        points: the points so far.
     """
 
     def __init__(
@@ -71,12 +72,12 @@ class Curve:
 
     @property
     def best(self) -> CurvePoint | None:
-        """The point of the lowest loss, the first of equals."""
+        """The point with the lowest loss; the first of several equal ones."""
         return min(self.points, key=lambda point: point.validation_loss, default=None)
 
     @property
     def kept(self) -> CurvePoint | None:
-        """The point whose weights the model has after `finish`; None where that is no point's."""
+        """The point whose weights the model has after `finish`; None if they belong to no point."""
         if self._patience is not None:
             return self.best
         last = self.points[-1] if self.points else None
@@ -92,13 +93,13 @@ class Curve:
         objective: Objective,
         last: bool,
     ) -> bool:
-        """Take the point of this step, if one is due; whether training is to stop for want of improvement.
+        """Measure a point after this step if one is due; returns whether to stop because the loss no longer improves.
 
         Args:
-            spent: seconds of training, by the clock that all ranks go by; of a cell with a time limit.
-            network: the model, wrapped as training has it.
-            objective: of `network`.
-            last: no step follows, whatever is answered.
+            spent: seconds of training by the ranks' common clock, for a cell with a time limit.
+            network: the model as wrapped for training.
+            objective: the objective of `network`.
+            last: no step follows, whatever is returned.
         """
         if not self._steps or not (self._is_due(step, spent) or last):
             return False
@@ -126,29 +127,29 @@ class Curve:
         return self._patience is not None and late >= self._patience
 
     def finish(self, model: torch.nn.Module) -> None:
-        """Give the model the best weights back, where they were kept; on the first rank, which goes on alone."""
+        """Restore the best weights if they were kept; only on rank 0, which alone continues after training."""
         best = self.best
         if self._patience is None or best is None or not self._team.first:
             return
         from safetensors.torch import load_file
 
         if best.step != len(self._meter.steps):
-            kept = load_file(self._file(best.step))
+            weights = load_file(self._file(best.step))
             parameters = dict(model.named_parameters())
             with torch.no_grad():
-                for name, weight in kept.items():
+                for name, weight in weights.items():
                     parameters[name].copy_(weight)
         for path in self._folder.glob("best-*"):
             path.unlink()
 
     def state(self) -> list[dict[str, Any]]:
-        """For a checkpoint."""
+        """The state to store in a checkpoint."""
         best = self.best
         self._kept_by_checkpoint = None if best is None else best.step
         return [point.model_dump() for point in self.points]
 
     def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from `state`; the points are told to the outside again."""
+        """Continue from `state`; the events of its points are written again."""
         self.points[:] = [CurvePoint.model_validate(item) for item in state]
         if self.points:
             self._crossed = self._count(self.points[-1].step, self.points[-1].seconds)
@@ -162,7 +163,7 @@ class Curve:
         return self._crossed > before
 
     def _count(self, step: int, spent: float) -> int:
-        """How many of the points have come by then, evenly over the steps or the time, whichever ends first."""
+        """How many points are due by then, evenly spaced over the steps or the time, whichever ends first."""
         training = self._cell.training
         share = step / training.steps
         if training.max_seconds is not None:
@@ -170,8 +171,8 @@ class Curve:
         return int(self._number * share)
 
     def _joules(self) -> float | None:
-        """The accelerators' of all ranks, or the CPU packages'; None where not all of them are known."""
-        if self._meter.starts[1:]:  # earlier attempts' are lost
+        """Joules of all ranks' accelerators, or of the CPU packages; None if some are unknown."""
+        if self._meter.starts[1:]:  # those of earlier attempts are lost
             return None
         own = self._meter.energy.of_training()
         if self._team.size == 1 or self._meter.device.kind == "cpu":
@@ -181,10 +182,10 @@ class Curve:
         return total if total == total else None
 
     def _loss(self, model: torch.nn.Module, network: torch.nn.Module, objective: Objective) -> float:
-        """Nats per answer token over the validation rows, which the ranks divide.
+        """Nats per answer token over the validation rows, which are divided among the ranks.
 
-        Passes are as large as those of training at most, and as many on each rank: where a model is sharded, every
-        rank takes part in every pass.
+        Passes are at most as large as in training, and equally many on each rank: if a model is sharded, every rank
+        takes part in every pass.
         """
         settings, device, size = self._cell.training, self._meter.device.kind, self._team.size
         order = sorted(range(len(self._rows)), key=lambda index: -self._rows[index].length)
@@ -217,7 +218,7 @@ class Curve:
         return self._folder / f"best-{step:09d}.safetensors"
 
     def _keep(self, model: torch.nn.Module, step: int) -> None:
-        """On disk: a copy in memory would be a part of the measured peak."""
+        """Save them to disk: a copy in memory would count towards the measured peak."""
         from safetensors.torch import save_file
 
         self._folder.mkdir(exist_ok=True)

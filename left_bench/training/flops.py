@@ -16,16 +16,16 @@ from left_bench.spec.task import probe_inputs
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """What a step costs for each thing it has; matrix products alone, as is usual (Chowdhery et al. 2022, app. B)."""
+    """FLOPs of a step per unit; only matrix products count, as is usual (Chowdhery et al. 2022, app. B)."""
 
     per_token: float
     per_label: float
     """Each labelled token goes through the output head."""
     per_pair: float
-    """For each row, its tokens squared: attention, of which a causal mask needs half."""
+    """Attention, per squared token count of each row; a causal mask needs half of the products."""
 
     def of(self, steps: Iterable[Step]) -> float:
-        """FLOPs of the steps; padding, recomputed activations and logits that nobody asked for are not counted."""
+        """FLOPs of the steps, without padding, recomputed activations and logits that are not needed."""
         return sum(
             step.tokens * self.per_token + step.answer_tokens * self.per_label + step.pairs * self.per_pair
             for step in steps
@@ -33,21 +33,21 @@ class StepFlops:
 
 
 def step_flops(model: Any) -> StepFlops | None:
-    """Count a model, with whatever is attached to it, by a pass over two tokens; None where that tells nothing.
+    """Count a model's FLOPs, including its adapter, by a pass over two tokens; None if that is not meaningful.
 
-    It is information, and no reason for a cell to fail. In an encoder with a decoder a token goes through one of the
-    two alone, and a step does not say how many went where; a picture has no tokens; a recurrence compares no pairs.
+    In an encoder-decoder a token passes through only one of the two, and a step does not record which; an image has no
+    tokens; a recurrent model compares no pairs of tokens.
 
-    A matrix product costs 2 FLOPs per weight and token forward; backward as many for the gradient of its input, where
-    one flows (not below the first trainable layer), and as many again for its weight's, where that is trained. That is
-    why LoRA's step costs two thirds of full fine-tuning's.
+    A matrix product costs 2 FLOPs per weight and token in the forward pass; in the backward pass as many for the
+    gradient of its input, if there is one (not below the first trainable layer), and as many for that of its weight, if
+    it is trained. That is why a LoRA step costs two thirds of a full fine-tuning step.
     """
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         return None
     layers = layers_of(model)
     if not getattr(config, "num_attention_heads", None) or len(layers) != config.num_hidden_layers:
-        return None  # a recurrence's work is no pairs of tokens; and where layers are not found, none can be counted
+        return None  # a recurrent model compares no pairs of tokens; without its layers nothing can be counted
     head = model.get_output_embeddings()
     in_head = {id(part) for part in head.modules()} if head is not None else set()
     cost = {"token": 0.0, "label": 0.0}
@@ -75,7 +75,7 @@ def step_flops(model: Any) -> StepFlops | None:
 
 
 def _weights(module: Any) -> int:
-    """Weights of a matrix product's own layer; 0 for what is none (embeddings, norms, wrappers around a layer)."""
+    """Number of weights of a layer that is a matrix product; 0 for others (embeddings, norms, wrappers)."""
     if isinstance(module, torch.nn.Embedding) or next(module.children(), None) is not None:
         return 0
     weight = getattr(module, "weight", None)

@@ -36,7 +36,7 @@ from left_bench.training.sharding import (
 )
 
 EXPLODED = 100.0
-"""Nats per token beyond which a finite loss has exploded too: a uniform guess over 50,000 tokens costs 11."""
+"""Loss, nats per token, above which training counts as diverged: a uniform guess over 50,000 tokens costs 11."""
 
 
 class Trained(NamedTuple):
@@ -65,19 +65,19 @@ def train(
     base: Modules | None = None,
     curve: Curve | None = None,
 ) -> Trained:
-    """Take `training.steps` optimizer steps, or as many as `max_seconds` and `stop_patience` let; measurements go into
+    """Take `training.steps` optimizer steps, or as many as `max_seconds` and `stop_patience` allow, measured by
     `meter`.
 
-    Every answer token of a step (every pair, in preference tuning) weighs the same, in whichever pass it comes: the
-    passes' summed losses are divided by the count of the whole step, that of all ranks.
+    Every answer token of a step (every pair, in preference tuning) has the same weight, whichever pass it is in: the
+    passes' summed losses are divided by the count of the whole step over all ranks.
 
     Args:
-        objective: of `model`.
-        compiling: of `compile_model`; what is compiled again in a step, for a shape not met before, is not the step's.
+        objective: the objective of `model`.
+        compiling: the result of `compile_model`; recompilation for a new shape is excluded from a step's time.
         earlier: another training of the same model follows.
-        base: the base model's modules, for what a method holds besides to be measured.
-        team: the processes that train together; what is measured is the same on each of them, but for memory.
-        curve: takes the validation loss along the steps.
+        base: the base model's modules, to measure the frozen tensors that a method adds.
+        team: the processes that train together; their measurements are equal, except for memory.
+        curve: measures the validation loss during training.
 
     Raises:
         Diverged: a loss or gradient that is not finite, or a loss that exploded, with the step.
@@ -96,11 +96,11 @@ def train(
     scaler = torch.amp.GradScaler(device, enabled=cell.precision.loss_scaling)
     network, optimizer = wrap(accelerator, model, optimizer)
     objective = objective.through(network)
-    parameters = trainable_parameters(model)  # sharding has put others in their place
+    parameters = trainable_parameters(model)  # sharding has replaced them
     if cell.hardware.sharding is not None:
         meter.memory_breakdown |= held_weights(model, attached=cell.peft.target is not None)
     network.train()
-    torch.manual_seed(cell.seed)  # dropout and noise are the seed's, whatever this process alone has drawn before
+    torch.manual_seed(cell.seed)  # so that dropout and noise depend only on the seed
 
     order = step_rows(
         len(rows),
@@ -113,7 +113,7 @@ def train(
         cell, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, meter=meter, curve=curve
     )
     done = checkpoint.resume()
-    team.check_alike("the step to go on from", [float(step) for (step,) in team.gather(done)])
+    team.check_alike("the step to resume from", [float(step) for (step,) in team.gather(done)])
     counts.steps = counts.tokens = 0
     spent = sum(step.seconds for step in meter.steps)
     ended: Literal["steps", "max_seconds", "stop_patience"] = "steps"
@@ -127,16 +127,16 @@ def train(
             [rows[index] for index in indices], batch_size=settings.batch_size, batching=settings.batching
         )
         batches = [objective.batch(team.share(examples)).to(accelerator.device) for examples in passes]
-        taken = [example for examples in passes for example in examples]  # by all ranks
+        taken = [example for examples in passes for example in examples]  # of all ranks
         read = objective.sequences(taken)
-        # asked where it is on alone: the answer waits for the device
+        # only read if it is enabled, because reading it waits for the device
         scale = float(scaler.scale(torch.ones((), device=accelerator.device))) if scaler.is_enabled() else 1.0
         gain = scale * team.size / objective.count(taken)  # gradients are averaged over the ranks
 
         total = torch.zeros((), device=accelerator.device)
         with team.own_draws(device, seed=cell.seed, step=step):
             for batch in batches:
-                # gradients go round once a step
+                # gradients are synchronized once per step
                 last = batch is batches[-1]
                 with contextlib.nullcontext() if last else gradients_kept_apart(accelerator, network):
                     with autocast(cell, device=device):
@@ -153,11 +153,11 @@ def train(
         learning_rate = schedule.learning_rate
         scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
         scaler.update() if scaler.is_enabled() else None
-        if scaler.is_enabled() and not math.isfinite(norm.item()):  # skipped: its gradients tell AdaLoRA nothing
+        if scaler.is_enabled() and not math.isfinite(norm.item()):  # skipped: AdaLoRA must not use its gradients
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.zero_()
-        # AdaLoRA's rank budget is of the last training alone: step 0 leaves it as it is
+        # AdaLoRA's rank budget belongs to the last training only: step 0 leaves it unchanged
         after_optimizer_step(model, 0 if earlier else step - 1)
         optimizer.zero_grad(set_to_none=True)
 
@@ -172,7 +172,7 @@ def train(
             pairs=sum(example.length**2 for example in read),
         )
         team.check_alike(f"the gradient's norm at step {step}", [norm for _, norm in parts])
-        if step == done + 1 and base is not None:  # the first step makes some of it; AdaLoRA's last ones drop theirs
+        if step == done + 1 and base is not None:  # the first step creates some of it; AdaLoRA's last steps drop theirs
             meter.memory_breakdown |= frozen_part(model, base=base)
         counts.steps += 1
         counts.tokens += measured.tokens
@@ -181,7 +181,7 @@ def train(
         finite = math.isfinite(measured.loss) and (math.isfinite(norm.item()) or scaler.is_enabled())
         if not finite or measured.loss > EXPLODED:
             raise Diverged(f"loss {measured.loss:g}, gradient norm {norm.item():g} at step {step} of {settings.steps}")
-        if settings.max_seconds is not None:  # the ranks' clocks differ, and all have to stop at one step
+        if settings.max_seconds is not None:  # the ranks' clocks differ, and all must stop at the same step
             spent += max(seconds for (seconds,) in team.gather(measured.seconds))
         schedule.step(seconds=spent)
         if settings.max_seconds is not None and spent >= settings.max_seconds and step < settings.steps:
@@ -190,7 +190,7 @@ def train(
         if last:
             meter.end_measured()
         stop = curve.after(step, spent=spent, model=model, network=network, objective=objective, last=last)
-        if team.first:  # all ranks hold the same
+        if team.first:  # all ranks have the same state
             checkpoint.save(step)
         if stop and not last:
             ended = "stop_patience"
@@ -198,7 +198,7 @@ def train(
         if last or stop:
             break
     if team.size > 1 and cell.hardware.sharding is None:
-        team.check_alike("what was trained", [item for (item,) in team.gather(fingerprint_of(parameters))])
+        team.check_alike("the trained weights' sum", [item for (item,) in team.gather(fingerprint_of(parameters))])
     states = state_tensors(optimizer)
     meter.memory_breakdown["optimizer"] = stored_bytes(state for state in states if not is_paged(state))
     if paged := stored_bytes(state for state in states if is_paged(state)):
@@ -214,7 +214,8 @@ def some_get_no_gradient(
     objective: Objective,
     device: str,
 ) -> bool:
-    """Whether a pass over one row leaves a trainable parameter without a gradient: DDP then has to look for such."""
+    """Whether a pass over one row leaves a trainable parameter without a gradient; DDP must then search for unused
+    ones."""
     model.train()
     with autocast(cell, device=device):
         objective.summed(objective.batch(rows[:1]).to(device), gain=1.0).backward()
@@ -224,7 +225,7 @@ def some_get_no_gradient(
 
 
 def held_weights(model: torch.nn.Module, *, attached: bool) -> dict[str, int]:
-    """The parts `weights` and `adapter` of the memory breakdown, as this rank holds them."""
+    """The parts `weights` and `adapter` of the memory breakdown, for this rank."""
     trained = trainable_parameters(model) if attached else []
     ids = {id(parameter) for parameter in trained}
     others = [tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in ids]
@@ -239,9 +240,10 @@ def compile_model(
     objective: Objective,
     device: str,
 ) -> Compiling:
-    """Compile the model's layers in place with dynamic shapes; run them both ways so that training compiles nothing.
+    """Compile the model's layers in place with dynamic shapes, and run them forward and backward so that training need
+    not.
 
-    Layer by layer: they are alike, so one is compiled and all are served, in a fraction of the whole model's time.
+    It works layer by layer: layers are alike, so one compilation serves all, in a fraction of the whole model's time.
     """
     compiling = Compiling()
     compiling.watch()
@@ -249,8 +251,8 @@ def compile_model(
         layer.compile(dynamic=True)
     model.train()
     count = cell.training.batch_size // cell.hardware.processes
-    with torch.random.fork_rng():  # the noise of training is what it would be without
-        for start in (0, count):  # another length shows what is still taken for a constant
+    with torch.random.fork_rng():  # leave training's random numbers unchanged
+        for start in (0, count):  # a second length makes sizes dynamic that were taken as constants
             batch = objective.batch([rows[index % len(rows)] for index in range(start, start + count)])
             with autocast(cell, device=device):
                 objective.summed(batch.to(device), gain=1.0).backward()
@@ -260,7 +262,7 @@ def compile_model(
 
 
 def uncompile(model: torch.nn.Module) -> None:
-    """Back to eager: generation would compile again for every length."""
+    """Return to eager mode: generation would recompile for every length."""
     for layer in layers_of(model):
         undo_compile(layer)
 
@@ -269,7 +271,7 @@ def uncompile(model: torch.nn.Module) -> None:
 def embedding_noise(model: torch.nn.Module, alpha: float | None) -> Iterator[None]:
     """NEFTune (Jain et al. 2023): uniform noise in +-alpha / sqrt(length x width) on the input embeddings.
 
-    The length is that of the pass's rows as they are padded; of packed rows each has its own.
+    The length is that of the padded rows of the pass; packed rows each have their own.
     """
     if alpha is None:
         yield
@@ -282,7 +284,7 @@ def embedding_noise(model: torch.nn.Module, alpha: float | None) -> Iterator[Non
         boundaries[0] = named.get("cu_seq_lens_q")
 
     def disturb(module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        if not module.training:  # the validation loss is without noise
+        if not module.training:  # no noise in the validation loss
             return output
         if boundaries[0] is None:
             size = alpha / math.sqrt(output.shape[1] * output.shape[2])
@@ -300,21 +302,21 @@ def embedding_noise(model: torch.nn.Module, alpha: float | None) -> Iterator[Non
 
 
 def optimizer_state_dtypes(optimizer: Any) -> str:
-    """The dtypes of the optimizer's states, step counters aside: `float32`, `uint8+float32`."""
+    """The dtypes of the optimizer's states, except step counters: `float32`, `uint8+float32`."""
     dtypes = {tensor.dtype for tensor in state_tensors(optimizer) if tensor.dim() > 0}
     return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
 
 
 def make_optimizer(model: torch.nn.Module, cell: Cell, *, device: str) -> torch.optim.Optimizer:
-    """The cell's optimizer at the learning rate in force.
+    """The cell's optimizer with the effective learning rate.
 
     Raises:
-        UserError: the class is not allowed, its package is not installed, or an argument is not one of its.
-        NotInForce: paged states were asked for where there is no paging (bitsandbytes would do without, silently).
+        UserError: the class is not allowed, its package is not installed, or it has no such argument.
+        NotInForce: paged states were requested where there is no paging (bitsandbytes would silently not page).
     """
     settings = cell.optimizer
     if ".Paged" in settings.target and device != "cuda":
-        raise NotInForce(f"optimizer={settings.name}: states are paged by CUDA alone, not on {device}")
+        raise NotInForce(f"optimizer={settings.name}: states can only be paged on CUDA, not on {device}")
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [parameter for _, parameter in named]}]
     if settings.b_ratio is not None:
@@ -336,10 +338,10 @@ def _without(group: dict[str, Any], taken: list[torch.nn.Parameter]) -> dict[str
 
 
 def is_paged(state: torch.Tensor) -> bool:
-    """Whether bitsandbytes keeps it in CUDA's managed memory, which no allocator of torch's counts."""
+    """Whether bitsandbytes keeps it in CUDA's managed memory, which torch's allocators do not count."""
     return bool(getattr(state, "is_paged", False))
 
 
 def state_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """Every tensor of the optimizer's states."""
+    """All tensors of the optimizer's states."""
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]

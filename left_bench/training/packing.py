@@ -1,4 +1,4 @@
-"""Packed batches: the rows of a pass end to end, each attending within itself, and nothing masked ever computed."""
+"""Packed batches: the rows of a pass end to end, each attending only to itself, without computing masked products."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ SEGMENTS = "segments"
 """The kernel's name for `set_attn_implementation`, and in a record's `effective.attention`."""
 
 
-# What the trial cannot see, for an adapter that has not learned yet changes nothing: peft's class, or its argument.
+# Methods that the trial cannot detect, because an untrained adapter changes nothing: peft's class, or its argument.
 _READS_WHOLE_ROWS = {
-    "alora_invocation_tokens": "an activated LoRA looks for its invocation once in a row of the pass",
+    "alora_invocation_tokens": "an activated LoRA looks for its invocation once per row of the pass",
     "LilyConfig": "Lily's router averages over the tokens of a pass",
 }
 
 
 class NotPackable(RuntimeError):
-    """The model's attention has something that segments do not provide."""
+    """The model's attention needs something that segments do not support."""
 
 
 def segment_attention(
@@ -51,10 +51,10 @@ def segment_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each of the rows that lie end to end.
+    """Causal attention within each of the concatenated rows.
 
-    A block-diagonal mask over the packed row, which is what transformers makes of restarting positions, computes the
-    products between all pairs of rows and then throws most of them away.
+    With a block-diagonal mask over the packed row, which transformers builds from restarting positions, the products
+    between all pairs of rows are computed and most of them discarded.
 
     Args:
         query: [1, heads, tokens, width]; `key` and `value` may have fewer heads (grouped-query attention).
@@ -65,21 +65,21 @@ def segment_attention(
         [1, tokens, heads, width], and no attention weights.
 
     Raises:
-        NotPackable: no row boundaries were given, or the layer wants a cache, a bias, soft-capping or sinks.
+        NotPackable: no row boundaries were given, or the layer needs a cache, a bias, soft-capping or sinks.
     """
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # rotary positions in float32 leave queries wider than values
         query, key, value = (part.to(torch.get_autocast_dtype(kind)) for part in (query, key, value))
     wanted = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if wanted or cu_seq_lens_q is None or attention_mask is not None or query.shape[2] != key.shape[2]:
-        raise NotPackable(f"attention with {wanted[0] if wanted else 'a mask or a cache'}, which segments do not have")
+        raise NotPackable(f"attention with {wanted[0] if wanted else 'a mask or a cache'}, which segments lack")
     if dropout == 0 and _one_kernel_for_all_rows(query, value):
         longest = query.shape[2] if max_length_q is None else max_length_q
         return _variable_length(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window), None
     return _row_by_row(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window), None
 
 
-@torch.compiler.disable  # the rows' lengths differ at every step: compiled, each would be a new graph
+@torch.compiler.disable  # the rows' lengths differ at every step, and each would be compiled as a new graph
 def _row_by_row(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -95,7 +95,7 @@ def _row_by_row(
         out: torch.Tensor = _Segments.apply(query, key, value, boundaries, scaling, sliding_window)
         return out
     lengths = [end - start for start, end in itertools.pairwise(boundaries)]
-    # `split`, not slices: a slice's gradient is a tensor of zeros as long as all rows together, one for each row
+    # `split` instead of slices: each slice's gradient would be a tensor of zeros as long as all rows together
     parts = [
         scaled_dot_product_attention(
             *part,
@@ -111,7 +111,7 @@ def _row_by_row(
 
 
 def _on_host(boundaries: torch.Tensor) -> list[int]:
-    """The boundaries as numbers; fetched from the device by a pass's first layer, which waits for it, and kept."""
+    """The boundaries as numbers; a pass's first layer fetches them from the device, waiting for it, and caches them."""
     known: list[int] | None = getattr(boundaries, "left_on_host", None)
     if known is None:
         known = boundaries.tolist()
@@ -120,11 +120,11 @@ def _on_host(boundaries: torch.Tensor) -> list[int]:
 
 
 class _Segments(torch.autograd.Function):
-    """Attention of each row as plain matrix products; the probabilities are computed again in the backward pass.
+    """Attention of each row as plain matrix products; the probabilities are recomputed in the backward pass.
 
-    torch's CPU FlashAttention spends three to five times as long on rows of 60 to 300 tokens in bfloat16, nearly all of
-    it in the backward pass (torch 2.13, AVX-512). Heads that share a key are rows of one product (grouped-query
-    attention needs no copies of keys and values).
+    torch's CPU FlashAttention takes three to five times as long on rows of 60 to 300 tokens in bfloat16, nearly all of
+    it in the backward pass (torch 2.13, AVX-512). Heads that share a key are rows of one product, so grouped-query
+    attention needs no copies of keys and values.
     """
 
     @staticmethod
@@ -171,7 +171,7 @@ class _Segments(torch.autograd.Function):
 
 
 def _by_key_head(tensor: torch.Tensor, groups: int) -> torch.Tensor:
-    """[heads, tokens, width] with the heads of one key below each other: [groups, heads / groups x tokens, width]."""
+    """[heads, tokens, width] with the heads of one key stacked: [groups, heads / groups x tokens, width]."""
     return tensor.reshape(groups, -1, tensor.shape[-1])
 
 
@@ -183,20 +183,20 @@ def _probabilities(query: torch.Tensor, key: torch.Tensor, scaling: float, windo
 
 
 def _causal_mask(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a token may look, minus infinity elsewhere: the corner of one kept mask, large enough for most rows."""
-    return _kept_mask(-(-length // 256) * 256, window, dtype)[:length, :length]
+    """0 where a token may attend, minus infinity elsewhere: a corner of a cached mask that fits most rows."""
+    return _cached_mask(-(-length // 256) * 256, window, dtype)[:length, :length]
 
 
 @functools.lru_cache(maxsize=8)
-def _kept_mask(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+def _cached_mask(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
     position = torch.arange(length)
     distance = position[:, None] - position[None, :]
-    seen = (distance >= 0) & (distance < (window or length))
-    return torch.zeros(length, length, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    visible = (distance >= 0) & (distance < (window or length))
+    return torch.zeros(length, length, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
 
 def _window(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """The mask of a row longer than the layer's window, else None."""
+    """The mask for a row longer than the layer's window, else None."""
     if sliding_window is None or length <= sliding_window:
         return None
     position = torch.arange(length, device=device)
@@ -205,10 +205,10 @@ def _window(length: int, sliding_window: int | None, device: torch.device) -> to
 
 
 def _one_kernel_for_all_rows(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch's variable-length FlashAttention takes these heads: 16 bits, on Ampere and later.
+    """Whether torch's variable-length FlashAttention supports these heads: 16 bits, on Ampere and later.
 
-    Its limits are those of the kernel itself (torch/nn/attention/varlen.py, aten's flash_api.cpp): widths are multiples
-    of 8 up to 256, the same for keys and values.
+    The limits are the kernel's (torch/nn/attention/varlen.py, aten's flash_api.cpp): widths are multiples of 8 up to
+    256, and equal for keys and values.
     """
     width = query.shape[-1]
     return (
@@ -246,7 +246,7 @@ def _variable_length(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """torch's variable-length FlashAttention: one kernel for all rows, and nothing fetched from the device."""
+    """torch's variable-length FlashAttention: one kernel for all rows, without waiting for the device."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped: dict[str, Any] = {}
@@ -273,21 +273,21 @@ def _variable_length(
 
 
 class Layout(NamedTuple):
-    """How the rows of a pass are laid out in training."""
+    """The layout of the rows of a pass in training."""
 
     packed: bool
     effective: dict[str, str]
-    """For the record: `batching` in force, `batching_fallback` where it is not what was asked for, `attention`."""
+    """For the record: the effective `batching`, `batching_fallback` if it is not the requested one, `attention`."""
 
 
 @contextmanager
 def laid_out(
     model: Any, loss: AnswerLoss, rows: Sequence[Example], cell: Cell, *, pad_id: int, device: str
 ) -> Iterator[Layout]:
-    """The layout the cell asks for, or `padded` where model or method cannot; attention is set accordingly."""
-    asked, kernel = cell.training.batching, cell.training.attention
-    if asked != "packed":
-        yield Layout(False, {"batching": asked})
+    """The requested layout, or `padded` if the model or method does not support it; sets attention accordingly."""
+    requested, kernel = cell.training.batching, cell.training.attention
+    if requested != "packed":
+        yield Layout(False, {"batching": requested})
         return
     with autocast(cell, device=device):
         reason = why_not_packed(model, loss, rows, kernel=kernel, pad_id=pad_id, device=device)
@@ -301,15 +301,15 @@ def laid_out(
 def why_not_packed(
     model: Any, loss: AnswerLoss, rows: Sequence[Example], *, kernel: str | None, pad_id: int, device: str
 ) -> str | None:
-    """Why this model, with its adapter, cannot take packed rows; None when two rows packed lose what they lose padded.
+    """Why this model, with its adapter, cannot use packed rows; None if two rows have the same loss packed and padded.
 
-    Tried, not looked up: whether restarting positions reach the positions' embedding, and whether every attention
-    layer takes its kernel from transformers' table, differs from architecture to architecture and method to method.
+    This is tried instead of looked up: whether restarting positions reach the position embedding, and whether every
+    attention layer takes its kernel from transformers' table, depends on the architecture and the method.
     """
-    if hasattr(rows[0], "collate"):  # a kind of its own
+    if hasattr(rows[0], "collate"):  # not an `Example`
         return str(getattr(rows[0], "not_packed", "rows of this task are not text"))
     if model.config.is_encoder_decoder:
-        return "an encoder and a decoder have rows of their own"
+        return "an encoder and a decoder have separate rows"
     if has_virtual_tokens(model):
         return "virtual tokens come before each row"
     settings = getattr(model, "active_peft_config", None)
@@ -318,7 +318,7 @@ def why_not_packed(
             return why
     pair = [_brief(rows[index % len(rows)]) for index in (0, 1)]
     in_training = [module for module in model.modules() if module.training]
-    model.eval()  # dropout would tell the two apart
+    model.eval()  # dropout would make the two differ
     padded = collate(pair, pad_id=pad_id).to(device)
     try:
         with torch.no_grad():
@@ -327,10 +327,10 @@ def why_not_packed(
             narrowed = torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if narrowed else next(model.parameters()).dtype
             in_float32 = dtype == torch.float32
-            # nats; a float32 model rounds far below it, and so does a 16-bit one by the same kernel
+            # nats; rounding is far smaller in float32, and in 16 bits with the same kernel
             allowed = 1e-3 if in_float32 else 0.2
             own = attention_kernel(model)
-            # one kernel's rounding against another's can cost a 16-bit model more: plain products on both sides first
+            # two kernels' rounding may differ by more in 16 bits, so compare with plain products on both sides first
             for beside in (own,) if in_float32 or kernel else ("eager", own):
                 with attending_in_segments(model, kernel=beside):
                     change = _largest(together, loss.of_tokens(padded))
@@ -356,7 +356,7 @@ def _brief(row: Example) -> Example:
 
 @contextmanager
 def attending_in_segments(model: Any, *, kernel: str | None) -> Iterator[None]:
-    """Let `model` attend in segments, or with `kernel` where one was asked for by name (it builds a block mask).
+    """Inside the context, `model` attends in segments, or with `kernel` if one was requested (it builds a block mask).
 
     Raises:
         NotPackable: the model's attention layers do not take their kernel from transformers' table.
@@ -371,8 +371,8 @@ def attending_in_segments(model: Any, *, kernel: str | None) -> Iterator[None]:
 
 def _set_kernel(model: Any, name: str) -> None:
     model.set_attn_implementation(name)
-    if attention_kernel(model) != name:  # transformers says so in its log, and goes on
-        raise NotPackable(f"{type(model).__name__} cannot be given another attention kernel")
+    if attention_kernel(model) != name:  # transformers only logs this and continues
+        raise NotPackable(f"{type(model).__name__} does not support another attention kernel")
 
 
-AttentionInterface.register(SEGMENTS, segment_attention)  # without a mask function of that name no mask is built
+AttentionInterface.register(SEGMENTS, segment_attention)  # has no mask function, so no mask is built

@@ -1,4 +1,4 @@
-"""The learning rate along training: over its steps, or over its seconds where `training.max_seconds` ends it."""
+"""The learning-rate schedule: over the steps, or over the seconds if `training.max_seconds` ends training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from left_bench.spec.cell import Training
 class Schedule:
     """transformers' schedules of warm-up and decay.
 
-    Under a time limit the place in the schedule is the share of the seconds that are used, so that the rate comes to
-    its end when training does, on a machine of any speed.
+    With a time limit, the position in the schedule is the share of seconds used, so that it ends when training does, on
+    a machine of any speed.
     """
 
     def __init__(self, optimizer: Any, training: Training) -> None:
-        # transformers' plain `constant` knows no warm-up
+        # transformers' plain `constant` has no warm-up
         shape = "constant_with_warmup" if training.schedule == "constant" else training.schedule
         self._inner: Any = get_scheduler(
             shape, optimizer, math.ceil(training.steps * training.warmup_ratio), training.steps
@@ -27,11 +27,11 @@ class Schedule:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return float(self._inner.optimizer.param_groups[0]["lr"])
 
     def step(self, *, seconds: float) -> None:
-        """A step has been taken; `seconds` of training so far."""
+        """Advance after a step; `seconds`: of training so far."""
         inner = self._inner
         inner.step()
         if self._max_seconds is None:

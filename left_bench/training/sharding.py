@@ -1,7 +1,7 @@
-"""One model on several ranks: whole on every rank (DDP), or sharded (torch's FSDP2).
+"""One model on several ranks: a full copy on every rank (DDP), or sharded (torch's FSDP2).
 
-accelerate wraps a model for DDP. It knows FSDP2 too, but on accelerators alone, and torch shards on a CPU as well: so
-its `fully_shard` is called here.
+accelerate wraps a model for DDP. It supports FSDP2 only on accelerators, while torch can also shard on a CPU, so
+torch's `fully_shard` is called directly.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from left_bench.processes.ranks import Team
 from left_bench.spec.cell import Cell
 
 _SHARDING_ARGUMENTS = ("reshard_after_forward",)
-"""Those of `fully_shard` that a configuration can hold."""
+"""Arguments of `fully_shard` that a configuration can contain."""
 
 
 def make_accelerator(model: torch.nn.Module, cell: Cell, *, team: Team, unused: Callable[[], bool]) -> Accelerator:
-    """accelerate as the cell's `hardware` section wants it; it is given model and optimizer together (`wrap`).
+    """The Accelerator for the cell's `hardware` section; `wrap` passes it model and optimizer together.
 
-    A model that FSDP2 shards is changed here, in place: its optimizer is made afterwards, of the shards.
+    A model that FSDP2 shards is changed here, in place; its optimizer is created afterwards, from the shards.
 
     Args:
-        unused: whether some trainable parameter gets no gradient in a pass; asked under DDP alone.
+        unused: returns whether some trainable parameter gets no gradient in a pass; only called for DDP.
 
     Raises:
-        UserError: an argument in `hardware.sharding_config` that there is not.
+        UserError: an unknown argument in `hardware.sharding_config`.
     """
     cpu, hardware = cell.device_type == "cpu", cell.hardware
     if hardware.processes != team.size:
         raise UserError(f"hardware.processes={hardware.processes}: this run has {team.size}; start it by its worker")
     if team.size == 1 and hardware.sharding is not None:
-        raise UserError(f"hardware.sharding={hardware.sharding}: one process has nothing to shard over; set processes")
+        raise UserError(f"hardware.sharding={hardware.sharding}: a single process cannot shard; set hardware.processes")
     if team.size == 1:
         return Accelerator(cpu=cpu)
     if hardware.sharding == "fsdp2":
         _check_names(hardware.sharding_config, _SHARDING_ARGUMENTS, whose="torch's fully_shard")
         accelerator = Accelerator(cpu=cpu)
-        if not isinstance(model, FSDPModule):  # else an earlier training of the cell has sharded it
+        if not isinstance(model, FSDPModule):  # an earlier training of the cell may have sharded it
             _shard(model, accelerator.device, ranks=team.size, **hardware.sharding_config)
         return accelerator
-    _leave_alone_what_is_frozen(model)
+    _exclude_frozen(model)
     handler = DistributedDataParallelKwargs(
-        broadcast_buffers=False,  # every rank has loaded the same
-        gradient_as_bucket_view=True,  # else each gradient is held twice
+        broadcast_buffers=False,  # every rank has loaded the same buffers
+        gradient_as_bucket_view=True,  # otherwise each gradient is stored twice
         find_unused_parameters=unused(),
     )
     return Accelerator(cpu=cpu, kwargs_handlers=[handler])
@@ -63,7 +63,7 @@ def make_accelerator(model: torch.nn.Module, cell: Cell, *, team: Team, unused: 
 def wrap(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The module to call in `model`'s place, and the optimizer of what it trains."""
+    """The module to call instead of `model`, and the optimizer for its parameters."""
     if isinstance(model, FSDPModule):
         return model, optimizer
     network, optimizer = accelerator.prepare(model, optimizer)
@@ -72,7 +72,7 @@ def wrap(
 
 @contextlib.contextmanager
 def gradients_kept_apart(accelerator: Accelerator, network: torch.nn.Module) -> Iterator[None]:
-    """Inside, a backward pass adds to this rank's own gradients and sends none of them round."""
+    """Inside the context, a backward pass only adds to this rank's gradients, without synchronizing them."""
     if not isinstance(network, FSDPModule):
         with accelerator.no_sync(network):
             yield
@@ -85,7 +85,7 @@ def gradients_kept_apart(accelerator: Accelerator, network: torch.nn.Module) -> 
 
 
 def clip_gradient(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Clip the gradient's 2-norm, over all shards; returns what it was before."""
+    """Clip the gradient's 2-norm over all shards; returns the norm before clipping."""
     norm: Any
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -93,7 +93,7 @@ def clip_gradient(accelerator: Accelerator, parameters: Sequence[torch.nn.Parame
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters, gathered from their shards; every rank must ask, and rank 0 is the one to use them."""
+    """The trained parameters, gathered from their shards; every rank must call it, and rank 0 uses the result."""
     results = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -103,7 +103,7 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def put_whole_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Give a model that was never sharded what `whole_weights` gathered."""
+    """Load the result of `whole_weights` into an unsharded model."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():
@@ -111,21 +111,21 @@ def put_whole_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) 
 
 
 def fingerprint_of(parameters: Sequence[torch.nn.Parameter]) -> float:
-    """One number that is the same where all parameters are."""
+    """One number that is equal if all parameters are equal."""
     return sum(float(parameter.detach().double().sum()) for parameter in parameters)
 
 
-def _leave_alone_what_is_frozen(model: torch.nn.Module) -> None:
-    """Keep DDP from sending what every rank has loaded itself; quantized storage it could not even send."""
+def _exclude_frozen(model: torch.nn.Module) -> None:
+    """Make DDP ignore frozen tensors, which every rank has loaded itself; quantized storage could not even be sent."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     frozen += [name for name, _ in model.named_buffers()]
     leave_out_of_ddp(model, frozen)
 
 
 def _shard(model: Any, device: torch.device, *, ranks: int, **arguments: Any) -> None:
-    """Divide each layer's parameters over the ranks, and what is in no layer as one more group.
+    """Shard each layer's parameters over the ranks, and everything outside the layers as one more group.
 
-    An embedding that is not the output head too is a group of its own: it is used at the beginning alone.
+    An embedding that is not tied to the output head is a separate group, because it is only used at the beginning.
     """
     shared: dict[str, Any] = {"mesh": init_device_mesh(device.type, (ranks,)), **arguments}
     if ignored := not_to_shard(model):
@@ -136,12 +136,12 @@ def _shard(model: Any, device: torch.device, *, ranks: int, **arguments: Any) ->
     for group in groups:
         if group is not model:
             fully_shard(group, **shared)
-    shared.pop("reshard_after_forward", None)  # by default not the outermost one's, which is wanted again at once
+    shared.pop("reshard_after_forward", None)  # the outermost group is needed again at once
     fully_shard(model, **shared)
     if device.type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no average
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no average reduction
 
 
 def _check_names(config: dict[str, Any], known: Sequence[str], *, whose: str) -> None:

@@ -1,4 +1,4 @@
-"""The README beside what a cell trained: the lines of Python that load it and ask it as it was trained to be asked."""
+"""The README next to a trained adapter or model: Python code that loads it and prompts it as in training."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def write_readme(folder: Path, cell: Cell, *, base: str, tokenizer: Any, ends: s
     """Write `README.md` into a folder that holds an adapter or a whole model; its code runs in that folder.
 
     Args:
-        base: what `from_pretrained` is given for the base model: a folder or a hub id.
-        ends: ids of the tokens that end an answer; None: it writes no answers.
-        card: the metadata of a model card, which stands at the top.
+        base: the base model for `from_pretrained`: a folder or a hub id.
+        ends: ids of the tokens that end an answer; None: it generates no answers.
+        card: the metadata of a model card, to put at the top.
     """
     text = f"{card}# {cell.model.name}, {cell.peft.name}\n\nTrained by left_bench, cell `{cell.id}`.\n"
     if (folder / START_NAME).is_file():
@@ -64,7 +64,7 @@ def _loading(folder: Path, cell: Cell, *, base: str) -> str:
     imports.append("from left_bench.methods.attach import load_trained" if ours else "from peft import PeftModel")
     if ours:
         imports.insert(0, "from pathlib import Path\n")
-    # an export has its own tokenizer beside the adapter, a run's folder has not
+    # an export includes the tokenizer, a run's folder does not
     own = any(folder.glob("tokenizer*")) or any(folder.glob("preprocessor_config.json"))
     attach = 'load_trained(base, Path("."))' if ours else 'PeftModel.from_pretrained(base, ".")'
     place = '"."' if own else f"{base!r}{revision}"
@@ -80,7 +80,7 @@ def _loading(folder: Path, cell: Cell, *, base: str) -> str:
 
 
 def _asking(cell: Cell, *, chat: bool, ends: set[int]) -> str:
-    # JSON writes every character as Python reads it, and no text ends the block of code
+    # JSON strings are valid Python, and cannot end the code block
     question, instruction = (json.dumps(text) for text in (filled(cell.data, _QUESTION), cell.data.instruction))
     lines = []
     if cell.task.has_encoder:

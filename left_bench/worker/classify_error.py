@@ -1,4 +1,4 @@
-"""What an exception makes of a run: its status and its reason."""
+"""Turns the exception that ended a run into its status and reason."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from left_bench.core.errors import Unsupported, UserError
 from left_bench.spec.record import Status
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# torch's CPU allocator raises a plain RuntimeError; its words differ between systems. On accelerators only torch's own
-# allocator raises OutOfMemoryError: CUDA itself, cuBLAS, NCCL and bitsandbytes say it in words.
+# torch's CPU allocator raises a plain RuntimeError with a system-dependent message. On accelerators only torch's own
+# allocator raises OutOfMemoryError; CUDA itself, cuBLAS, NCCL and bitsandbytes only say it in their messages.
 _NO_MEMORY = re.compile(
     r"not enough memory|can't allocate memory|Cannot allocate memory"
     r"|(CUDA|HIP|XPU|MPS backend) out of memory|(CUDA|HIP|XPU) error: out of memory"
@@ -22,22 +22,22 @@ _NO_MEMORY = re.compile(
     r"|^Error out of memory at line \d+ in file",  # bitsandbytes, which then exits
     re.MULTILINE,
 )
-# cuBLAS says no more than this when the card has no room for its handle
+# cuBLAS's message when the device has no memory for its handle
 _NO_HANDLE = "CUBLAS_STATUS_NOT_INITIALIZED"
 _ROOM_FOR_HANDLE = 256 * 2**20
 
 
 class NoRoomToCheck(RuntimeError):
-    """The second model that a check loads did not fit beside the first: no fault of what was to be checked."""
+    """A check's second model did not fit in memory next to the first: the check's result is unknown."""
 
 
 def says_out_of_memory(text: str) -> bool:
-    """Whether a message, or a process's last words, are those of an allocation that failed."""
+    """Whether a message or the end of a log reports a failed allocation."""
     return _NO_MEMORY.search(text) is not None
 
 
 def status_of(error: Exception, *, limit_bytes: int | None = None, device: str = "cpu") -> tuple[Status, str]:
-    """The status and the one-line reason of a run on `device` that ended in `error`."""
+    """The status and the one-line reason for a run on `device` that ended with `error`."""
     import torch
 
     from left_bench.training.loop import Diverged
@@ -58,25 +58,25 @@ def status_of(error: Exception, *, limit_bytes: int | None = None, device: str =
 
 
 def disk_full(error: Exception) -> bool:
-    """Whether writing failed for want of room; safetensors says so in words alone."""
+    """Whether writing failed because the disk is full; safetensors only says so in its message."""
     return getattr(error, "errno", None) in _NO_ROOM or "No space left on device" in str(error)
 
 
 def out_of_memory_reason(text: str, *, limit_bytes: int | None, device: str = "cpu") -> str:
-    """The allocator's words, with how much memory there was: the accelerator's where the run was on one."""
+    """The allocator's message, with the machine's memory, or the accelerator's if the run was on one."""
     import psutil
 
-    there_was = _on_accelerator(device)
-    if there_was is None:
-        there_was = f"machine memory {psutil.virtual_memory().total / 2**30:.1f} GiB"
+    memory = _on_accelerator(device)
+    if memory is None:
+        memory = f"machine memory {psutil.virtual_memory().total / 2**30:.1f} GiB"
     gc.collect()
     if limit_bytes is not None:
-        there_was = f"hardware.memory_limit={limit_bytes / 2**20:.0f}MiB, {there_was}"
-    return f"{text[:300]} ({there_was})"
+        memory = f"hardware.memory_limit={limit_bytes / 2**20:.0f}MiB, {memory}"
+    return f"{text[:300]} ({memory})"
 
 
 def _on_accelerator(device: str) -> str | None:
-    """What the device has, and what this run held of it at most; None for a CPU, or a device that no longer answers."""
+    """The device's memory and this run's highest use; None for a CPU or a device that no longer responds."""
     import torch
 
     module: Any = getattr(torch, device, None)

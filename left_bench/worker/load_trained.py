@@ -1,4 +1,4 @@
-"""The model of a run folder, loaded again: the base model as its cell has it, with what the cell trained."""
+"""Reload the model of a run folder: the cell's base model with what the cell trained."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def cell_of(run_dir: Path) -> Cell:
-    """The cell whose run left this folder.
+    """The cell whose run wrote this folder.
 
     Raises:
-        UserError: its `cell.json` is not there, or is none.
+        UserError: its `cell.json` is missing or invalid.
     """
     path = run_dir / CELL_NAME
     try:
@@ -32,15 +32,15 @@ def cell_of(run_dir: Path) -> Cell:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{path}: {where}: {first['msg']}; it was left by another version, run the cell again"
+            f"{path}: {where}: {first['msg']}; it was written by another version; run the cell again"
         ) from error
 
 
 def load_base(cell: Cell, *, folder: str, classes: Sequence[str] | None = None) -> PreTrainedModel:
-    """The cell's base model from `folder`, quantized as the cell has it.
+    """The cell's base model from `folder`, with the cell's quantization.
 
     Args:
-        classes: of pictures.
+        classes: class names, for a classifier.
     """
     from left_bench.model import load as models
     from left_bench.model import quantized_cache
@@ -52,7 +52,7 @@ def load_base(cell: Cell, *, folder: str, classes: Sequence[str] | None = None) 
 
 
 def with_adapter(base: PreTrainedModel, cell: Cell, adapter_folder: Path) -> torch.nn.Module:
-    """A fresh base model with what the cell trained, ready to be asked."""
+    """A fresh base model with what the cell trained, ready for inference."""
     from left_bench.methods import attach
     from left_bench.model import load as models
 

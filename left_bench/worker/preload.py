@@ -1,4 +1,4 @@
-"""What every run imports, for the fork server to import once. Importing computes nothing and starts no thread."""
+"""The imports of every run, which the fork server does once. Importing computes nothing and starts no thread."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import gc
 import left_bench.worker.reload_check
 import left_bench.worker.stages  # noqa: F401
 
-# what was imported stays: every later collection, one before each phase, would go through a million such objects
+# freeze the million imported objects, so that collections, one before each phase, need not traverse them
 gc.collect()
 gc.freeze()

@@ -1,4 +1,4 @@
-"""Does what was saved give back what was measured? Asked of a process that the run has not touched."""
+"""Checks in a separate process that the saved adapter reproduces the measured losses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EQUAL = "equal"
 
 
 def gives_the_same_loss(run_dir: Path) -> bool:
-    """Load base model and adapter in a new process; True when every held-out row's loss is bit for bit the recorded.
+    """Load base model and adapter in a new process; True if every held-out row's loss equals the recorded one exactly.
 
     Raises:
         NoRoomToCheck: the new process ran out of memory.
@@ -37,24 +37,24 @@ def gives_the_same_loss(run_dir: Path) -> bool:
 
 
 def start_reload_checker() -> Callable[[Path], bool]:
-    """The same check by a fork of this process, made now and asleep until it is asked.
+    """The same check by a fork of this process, which is created now and sleeps until it is needed.
 
-    For a worker that was itself forked with its imports done, before it has loaded anything or started a thread of
-    torch's: the fork then is as fresh as a new interpreter, and saves the ten seconds in which that one would import.
+    For a worker that was itself forked after the imports, before it has loaded anything or started a torch thread: the
+    fork is then as fresh as a new interpreter, and saves the ten seconds of its imports.
     """
-    question, ask = os.pipe()
+    request, send = os.pipe()
     answer, reply = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(ask)
+        os.close(send)
         os.close(answer)
-        _wait_and_reply(question, reply)
-    os.close(question)
+        _wait_and_reply(request, reply)
+    os.close(request)
     os.close(reply)
 
     def gives_the_same_loss(run_dir: Path) -> bool:
-        os.write(ask, f"{run_dir}\n".encode())
-        os.close(ask)
+        os.write(send, f"{run_dir}\n".encode())
+        os.close(send)
         with os.fdopen(answer, encoding="utf-8") as lines:
             result = lines.read().strip()
         os.waitpid(child, 0)
@@ -65,12 +65,12 @@ def start_reload_checker() -> Callable[[Path], bool]:
     return gives_the_same_loss
 
 
-def _wait_and_reply(question: int, reply: int) -> None:
+def _wait_and_reply(request: int, reply: int) -> None:
     try:
         die_with_parent()
-        with os.fdopen(question, encoding="utf-8") as lines:
+        with os.fdopen(request, encoding="utf-8") as lines:
             run_dir = lines.readline().strip()
-        if run_dir:  # else the run ended without asking
+        if run_dir:  # otherwise the run ended without a request
             os.write(reply, compare_losses(Path(run_dir)).encode())
     except BaseException as error:
         traceback.print_exc()
@@ -80,7 +80,7 @@ def _wait_and_reply(question: int, reply: int) -> None:
 
 
 def compare_losses(run_dir: Path) -> str:
-    """`equal`, or the largest difference of a row's loss between the saved adapter, loaded now, and `rows.jsonl`."""
+    """`equal`, or the largest difference between a row's loss with the reloaded adapter and in `rows.jsonl`."""
     import torch
 
     from left_bench.evaluation import evaluate
@@ -92,16 +92,16 @@ def compare_losses(run_dir: Path) -> str:
 
     cell = cell_of(run_dir)
     device = cell.device_type
-    set_threads(cell, Team(size=cell.hardware.processes))  # as many as the process had that evaluated
+    set_threads(cell, Team(size=cell.hardware.processes))  # the same number as in the evaluation
     folder, tokenizer = models.open_pretrained(cell)
     splits = models.load_rows_of(cell, tokenizer, folder=folder)
     test = splits.test
     test = test if cell.eval.rows is None else test[: cell.eval.rows]
     model = with_adapter(load_base(cell, folder=folder, classes=splits.classes), cell, run_dir / ADAPTER_NAME)
     with torch.no_grad(), models.autocast(cell, device=device):
-        asked: dict[str, Any] = {"pad_id": evaluate.pad_of(tokenizer), "device": device}
-        shared = read_shared_prompt(model, test, cell, **asked)
-        result = evaluate.row_losses(model, test, cell, shared=shared, **asked).nll
+        common: dict[str, Any] = {"pad_id": evaluate.pad_of(tokenizer), "device": device}
+        shared = read_shared_prompt(model, test, cell, **common)
+        result = evaluate.row_losses(model, test, cell, shared=shared, **common).nll
     lines = (run_dir / ROWS_NAME).read_text(encoding="utf-8").splitlines()
     recorded = [json.loads(line)["nll"] for line in lines]
     difference = max(abs(one - other) for one, other in zip(result, recorded, strict=True))
@@ -115,7 +115,7 @@ def _unusable(why: str) -> RuntimeError:
 
 
 def main(argv: list[str]) -> int:
-    """Print what `compare_losses` says of `RUN_DIR`."""
+    """Print the result of `compare_losses` for `RUN_DIR`."""
     print(compare_losses(Path(argv[0])))
     return 0
 

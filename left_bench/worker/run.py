@@ -1,7 +1,7 @@
-"""The measured run of one cell, in a process of its own: `python -m left_bench.worker.run RUN_DIR`.
+"""The measured run of one cell, in its own process: `python -m left_bench.worker.run RUN_DIR`.
 
-It reads `cell.json`, tells its parent about progress through `events.jsonl`, and leaves a record in `outcome.json`.
-Read `work` from top to bottom: that is the run.
+It reads `cell.json`, reports progress to its parent through `events.jsonl`, and writes a record to `outcome.json`. Read
+`work` from top to bottom: that is the run.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def work(
     reloads: Callable[[Path], bool] | None = None,
     team: Team = ranks.ALONE,
 ) -> None:
-    """Fine-tune and measure one cell; everything learned goes into `draft` as soon as it is known.
+    """Fine-tune and measure one cell; results go into `draft` as soon as they are known.
 
-    `exceeded` is told, from another thread, of memory in use beyond `hardware.memory_limit`. `reloads` says whether
-    the run's saved adapter gives back its losses, for `eval.check_reload`. Every rank of `team` runs this; the first
-    alone evaluates and saves.
+    `exceeded` is called from another thread if memory use exceeds `hardware.memory_limit`. `reloads` returns whether
+    the saved adapter reproduces its losses, for `eval.check_reload`. Every rank of `team` runs this; only the first
+    evaluates and saves.
 
     Raises:
-        Exception: whatever went wrong; `draft` then holds what was measured before.
+        Exception: any error; `draft` then holds what was measured before.
     """
     from left_bench.worker import stages
 
@@ -69,15 +69,15 @@ def work(
 
 
 def main(argv: list[str], *, forked: bool = False) -> int:
-    """Run the cell in `RUN_DIR` and leave its outcome, whatever its status; exit code NO_OUTCOME where that fails.
+    """Run the cell in `RUN_DIR` and write its outcome, whatever its status; exit code NO_OUTCOME if that fails.
 
-    `RUN_DIR RANK` is one of the other processes of a cell that has several. `forked`: this process came from the fork
+    `RUN_DIR RANK` starts another rank of a cell with several processes. `forked`: this process came from the fork
     server, or is a fork of one that did, and has done nothing yet.
     """
     run_dir, rank = Path(argv[0]), int(argv[1]) if len(argv) > 1 else 0
     faulthandler.enable()  # a segfault leaves its stack in worker.log
     if STACK_SIGNAL is not None:
-        faulthandler.register(STACK_SIGNAL)  # and so does a run that the parent finds hanging
+        faulthandler.register(STACK_SIGNAL)  # and so does a hanging run, when its parent asks
     die_with_parent()
     cell = Cell.model_validate_json((run_dir / CELL_NAME).read_text(encoding="utf-8"))
     team = Team(run_dir, rank=rank, size=cell.hardware.processes)
@@ -93,10 +93,10 @@ def main(argv: list[str], *, forked: bool = False) -> int:
     ended = threading.Lock()
 
     def end(status: Status, reason: str | None) -> None:
-        """Leave the outcome and go: the run itself or its memory watchdog, whichever comes first."""
+        """Write the outcome and exit; called by the run itself or its memory watchdog, whichever is first."""
         ended.acquire()
-        memory_limit.lift()  # a run that is out of memory needs some to say so
-        # JSON has no NaN, and a loss that is none is in the reason, not a number to compare
+        memory_limit.lift()  # a run that is out of memory needs some to report it
+        # JSON has no NaN; a loss that is not a number is given in the reason
         result["metrics"] = {name: value for name, value in dict(result.get("metrics", {})).items() if isfinite(value)}
         outcome = outcome_of(cell, status, reason, started_at=started, measured=result)
         try:
@@ -123,7 +123,7 @@ def main(argv: list[str], *, forked: bool = False) -> int:
         status, reason = team.why_lost(error) or status_of(
             error, limit_bytes=cell.hardware.memory_limit, device=cell.device_type
         )
-        if disk_full(error):  # half an adapter is of no use, and its room is wanted for the outcome
+        if disk_full(error):  # an incomplete adapter is useless, and the outcome needs its space
             shutil.rmtree(run_dir / ADAPTER_NAME, ignore_errors=True)
         traceback.print_exc()
     end(status, reason)

@@ -1,7 +1,7 @@
-"""The stages of a run, in the order in which `run.work` goes through them.
+"""The stages of a run, in the order in which `run.work` calls them.
 
-Each takes the run (`RunContext`) and the model as the stage before left it. What a stage learns goes into
-`RunContext.draft`, the draft of the record, as soon as it is known: a run that ends in the next stage keeps it.
+Each takes the run (`RunContext`) and the model from the stage before. Results go into `RunContext.draft`, the draft of
+the record, as soon as they are known, so that a run that fails in a later stage keeps them.
 """
 
 from __future__ import annotations
@@ -49,38 +49,38 @@ from left_bench.worker.classify_error import NoRoomToCheck, status_of
 
 @dataclass(kw_only=True)
 class RunContext:
-    """What the stages of one cell's run share."""
+    """The shared state of the stages of one cell's run."""
 
     cell: Cell
     run_dir: Path
     draft: dict[str, Any]
-    """The record to be: `environment`, `phases`, `metrics`, `memory_breakdown`, `provenance`, `scores`, `samples`."""
+    """The future record: `environment`, `phases`, `metrics`, `memory_breakdown`, `provenance`, `scores`, `samples`."""
     events: EventWriter
     team: Team
     device: Device
     gpu: Any
-    """The accelerator's counter of joules, which knows its clocks too."""
+    """The accelerator's energy counter, which also reads its clocks."""
     meter: Meter
     folder: str
-    """Of the base model's files."""
+    """The base model's files."""
     tokenizer: Any
     splits: Any
     test: Sequence[Any]
-    """The held-out rows that are scored: those of the data, or the first `eval.rows` of them."""
+    """The held-out rows to score: all, or the first `eval.rows` of them."""
     tasks: Any
-    """Of lm-evaluation-harness, loaded; None: none are asked."""
+    """Loaded tasks of lm-evaluation-harness; None: none."""
     base_modules: Any = field(default=None)
-    """The base model's modules as they were before a method was attached."""
+    """The base model's modules before a method was attached."""
 
     @property
     def effective(self) -> dict[str, Any]:
-        """What was in force, whatever was asked for: `environment.effective`."""
+        """The settings in effect, which may differ from the requested ones: `environment.effective`."""
         effective: dict[str, Any] = self.draft["environment"]["effective"]
         return effective
 
     @property
     def rows_at_hand(self) -> Sequence[Any]:
-        """Rows to time and to compare models on: held-out ones where there are any."""
+        """Rows for timing and comparing models: held-out ones if there are any."""
         return self.test or self.splits.train
 
     @property
@@ -97,13 +97,13 @@ def begin(
     exceeded: Callable[[int], None],
     team: Team,
 ) -> RunContext:
-    """Open device and counters, load tokenizer and rows, take the baseline and set the memory limit."""
+    """Open device and counters, load tokenizer and rows, take the memory baseline and set the memory limit."""
     team.meet(cell.hardware.device)
     device = open_device(cell.hardware.device)
     effective: dict[str, Any] = {}
     draft["environment"] = {"machine": describe_machine(device), "versions": versions_of(RECORDED_PACKAGES)}
     draft["environment"]["effective"] = effective
-    set_threads(cell, team)  # after the machine is described: a seat's cores are not all it has
+    set_threads(cell, team)  # after describing the machine, which has more cores than the seat
     load.apply_precision(cell, device=device.kind)
     liger.check(cell, device=device.kind)
     float8.check(cell, device=device.kind)
@@ -125,14 +125,14 @@ def begin(
         longest_prompt = max(len(row.prompt_ids) for row in test)
         check_generation(cell, load.config_of(cell, folder), longest_prompt=longest_prompt)
     check_curve(cell, rows=len(splits.validation))
-    tasks = harness.load_tasks(cell) if team.first else None  # what cannot be had shows now, and not after training
+    tasks = harness.load_tasks(cell) if team.first else None  # so that missing tasks fail now, not after training
 
     load.make_ready(cell, device=device.kind)
     meter = Meter(device, events, energy=joules)
     draft |= {"phases": meter.phases, "metrics": meter.metrics, "memory_breakdown": meter.memory_breakdown}
     meter.metrics |= counted_rows(splits, scored=len(test), cell=cell)
-    told = {name: meter.metrics[name] for name in (*ROW_COUNTS, *VALIDATION_COUNTS)}
-    events.write("data", shape=splits.shape, **told)
+    counts = {name: meter.metrics[name] for name in (*ROW_COUNTS, *VALIDATION_COUNTS)}
+    events.write("data", shape=splits.shape, **counts)
     draft["provenance"]["rows"] = splits.fingerprint
     draft["provenance"]["splits"] = used_for(splits, scored=len(test))
     if cell.hardware.memory_limit is not None:
@@ -162,7 +162,7 @@ def begin(
 
 
 def load_base(run: RunContext) -> Any:
-    """The base model, quantized as the cell has it; what its quantization cost, and whether it is causal."""
+    """Load and quantize the base model, measure its quantization error, and check that it is causal."""
     cell, meter, effective = run.cell, run.meter, run.effective
     circumstances = {"machine": run.draft["environment"]["machine"]["id"]}
     circumstances |= {key: effective[key] for key in ("threads", "concurrent_cells")}
@@ -184,15 +184,16 @@ def load_base(run: RunContext) -> Any:
             error = quantization_error(base_model, local_files(cell.model, run.folder))
         if error is not None:
             meter.metrics["quantization_error"] = error
-    # after it: with the first forward pass an int8 layer lets go of the scales that it reads
+    # afterwards, because an int8 layer's first forward pass drops the scales that it needs
     load.check_causal(base_model, cell, device=run.device.kind)
     return base_model
 
 
 def score_base(run: RunContext, base_model: Any) -> Any:
-    """The base model's evaluation, shared with other cells; None where it knows nothing yet, or no row is held out."""
+    """The base model's evaluation, shared with other cells; None if it is untrained for the task or no row is held
+    out."""
     cell = run.cell
-    # random weights and a new output layer know nothing yet
+    # random weights and a new output layer are untrained
     if not run.team.first or not run.test or cell.model.weights == "random" or run.splits.classes is not None:
         return None
     before, source = shared_baseline.evaluate_base(
@@ -203,7 +204,7 @@ def score_base(run: RunContext, base_model: Any) -> Any:
 
 
 def attach_method(run: RunContext, base_model: Any) -> Any:
-    """The model with the cell's method attached, its parts counted."""
+    """Attach the cell's method to the model, and count its parameters and bytes."""
     cell, meter, effective = run.cell, run.meter, run.effective
     of_base = [name for name, _ in base_model.named_parameters()]
     run.base_modules = method_buffers.modules_of(base_model)
@@ -212,7 +213,7 @@ def attach_method(run: RunContext, base_model: Any) -> Any:
     trainable = attach.trainable_parameters(model)
     meter.metrics["trainable_params"] = sum(logical_numel(parameter) for parameter in trainable)
     if cell.peft.target is not None:
-        # what a method trains in place is among the weights already
+        # base weights that a method trains in place are already counted among the weights
         meter.memory_breakdown["adapter"] = stored_bytes(attach.added_parameters(model, base=of_base))
     effective |= {
         "learning_rate": cell.learning_rate,
@@ -220,12 +221,12 @@ def attach_method(run: RunContext, base_model: Any) -> Any:
         "autocast": cell.precision.compute_dtype if cell.autocast else "off",
     }
     if cell.peft.init_text is not None and base_model.config.is_encoder_decoder:
-        effective["init_text"] = "not used by an encoder with a decoder"  # its prompt leaves no cache to start from
+        effective["init_text"] = "not used by an encoder with a decoder"  # its prompt produces no cache to start from
     return model
 
 
 def train(run: RunContext, model: Any) -> None:
-    """The cell's steps, after those before preference tuning, the reference's margins and compiling where asked for."""
+    """Train: optional supervised steps, reference margins and compilation first, then the cell's own steps."""
     cell, meter, effective, team, kind = run.cell, run.meter, run.effective, run.team, run.device.kind
     pad_id = evaluate.pad_of(run.tokenizer)
     measured_peak = partial(
@@ -236,7 +237,7 @@ def train(run: RunContext, model: Any) -> None:
         threads=threads_in_use(),
         at_once=effective["concurrent_cells"],
     )
-    # float8 products have another peak than those of the compute dtype, and it is not measured
+    # float8 products have a different peak than the compute dtype's, which is not measured
     peak = measured_peak() if team.first and not cell.training.float8 else None
     with load.autocast(cell, device=kind):
         verify.check_forward(model)
@@ -285,7 +286,8 @@ def train(run: RunContext, model: Any) -> None:
                     counts=counts,
                     compiling=compiling,
                     team=team,
-                    base=None if run.is_sharded else run.base_modules,  # sharded, frozen parts count among the weights
+                    # if sharded, frozen tensors count among the weights
+                    base=None if run.is_sharded else run.base_modules,
                     curve=curve,
                 )
                 curve.finish(model)
@@ -294,13 +296,13 @@ def train(run: RunContext, model: Any) -> None:
             if others is not None:
                 meter.metrics["other_cpu_share"] = others
             if facts := run.draft["environment"]["machine"].get("gpu"):
-                facts |= run.gpu.clocks()  # before they fall
+                facts |= run.gpu.clocks()  # before they drop
             if meter.starts[1:]:
                 run.draft["provenance"]["resumed_after_steps"] = meter.starts[1:]
             sum_up(peak)
     effective["optimizer_state_dtype"] = trained.optimizer_state_dtypes
     note_end(run, trained.ended, curve)
-    if meter.above_peak is not None:  # measured beside other load, most likely, and kept
+    if meter.above_peak is not None:  # the stored peak was probably measured under other load
         sum_up(measured_peak(doubted=True))
     if compiling is not None:
         meter.metrics |= {"compile_seconds": compiling.seconds, "compiled_graphs": compiling.graphs}
@@ -310,7 +312,7 @@ def train(run: RunContext, model: Any) -> None:
 
 
 def curve_of(run: RunContext, model: Any) -> Curve:
-    """What takes the validation loss along training, and with `eval.curve_scores` the score of answers."""
+    """The curve that measures the validation loss during training, and with `eval.curve_scores` answers' scores."""
     cell, rows, kind = run.cell, run.splits.validation, run.device.kind
 
     def scores() -> dict[str, float]:
@@ -328,7 +330,8 @@ def curve_of(run: RunContext, model: Any) -> Curve:
 
 
 def note_end(run: RunContext, ended: str, curve: Curve) -> None:
-    """Why training ended, and whose step the weights are; their validation loss; what was chosen on which rows."""
+    """Record why training ended, from which step the weights are, their validation loss, and how validation rows were
+    used."""
     meter, kept, splits = run.meter, curve.kept, run.draft["provenance"]["splits"]
     steps, rows_per_step = len(meter.steps), run.cell.training.batch_size * run.cell.training.gradient_accumulation
     meter.metrics["train_epochs"] = steps * rows_per_step / len(run.splits.train)
@@ -343,7 +346,7 @@ def note_end(run: RunContext, ended: str, curve: Curve) -> None:
 
 
 def gather_shards(run: RunContext, base_model: Any, model: Any) -> tuple[Any, Any]:
-    """Base and adapted model for what follows, which is the first rank's alone and wants a model that is no shard."""
+    """Base and adapted model for the remaining stages, which run on rank 0 only and need an unsharded model."""
     trained = whole_weights(model) if run.is_sharded else {}  # every rank takes part
     if not run.team.first:
         return base_model, model
@@ -358,7 +361,7 @@ def gather_shards(run: RunContext, base_model: Any, model: Any) -> tuple[Any, An
 
 
 def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
-    """Score the held-out rows, and with what else the cell names: tasks, a scorer, a judge."""
+    """Score the held-out rows, and run the cell's tasks, scorer and judge."""
     if not run.test:
         return
     cell, meter, test, effective, events = run.cell, run.meter, run.test, run.effective, run.events
@@ -382,7 +385,7 @@ def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
         if cell.generates:
             meter.metrics["generate_tokens_per_second"] = _generation_speed(run, model, cell)
     by_row = evaluate.row_scores(after, test, cell)
-    if cell.model.weights != "random":  # those have no quality worth a number
+    if cell.model.weights != "random":  # random weights have no meaningful quality
         scores = run.draft["scores"] = evaluate.scores(after, before, test, cell)
         run.draft["samples"] = evaluate.samples(after, before, test, cell)
         base_answers = before.predictions if before is not None else None
@@ -404,9 +407,9 @@ def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
 
 
 def save(run: RunContext, base_model: Any, model: Any) -> None:
-    """What was trained, in a folder that peft or transformers loads, with a README that says how."""
+    """Save what was trained in a folder that peft or transformers can load, with a README that shows how."""
     folder = run.run_dir / ADAPTER_NAME
-    # p-tuning saves what its encoder makes of the virtual tokens: by the same arithmetic as evaluated, or it is another
+    # p-tuning saves its encoder's output for the virtual tokens, which must be computed as in the evaluation
     with run.meter.phase("save"), load.autocast(run.cell, device=run.device.kind):
         run.meter.metrics["adapter_file_bytes"] = attach.save_trained(model, folder, tokenizer=run.tokenizer)
     ends = None if run.splits.classes else evaluate.end_tokens(base_model, run.tokenizer)
@@ -414,7 +417,7 @@ def save(run: RunContext, base_model: Any, model: Any) -> None:
 
 
 def check_reload(run: RunContext, reloads: Callable[[Path], bool] | None) -> None:
-    """Whether what was saved, loaded again, gives back the losses of the held-out rows."""
+    """Check that the saved adapter, reloaded, reproduces the losses of the held-out rows."""
     if reloads is None or not run.test:
         return
     with run.meter.phase("reload"):
@@ -425,7 +428,7 @@ def check_reload(run: RunContext, reloads: Callable[[Path], bool] | None) -> Non
 
 
 def check_merge(run: RunContext, model: Any) -> None:
-    """What merging the adapter into the base model changes; `model` must not be used afterwards."""
+    """Measure how merging the adapter changes the model; `model` must not be used afterwards."""
     cell, meter = run.cell, run.meter
     if cell.peft.target is None:
         return
@@ -447,9 +450,9 @@ def _generation_speed(run: RunContext, model: Any, cell: Cell) -> float:
 
 @contextmanager
 def costing_its_scores(key: str, effective: dict[str, Any], events: EventWriter) -> Iterator[None]:
-    """A fault of what `eval.<key>` names is noted and said, and ends no cell: its training is worth a record.
+    """An error of what `eval.<key>` names is recorded and reported, but does not end the cell, whose training is valid.
 
-    Running out of memory is a fault of the cell.
+    Running out of memory still ends the cell.
     """
     try:
         yield
@@ -464,7 +467,7 @@ def costing_its_scores(key: str, effective: dict[str, Any], events: EventWriter)
 
 
 def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
-    """What became of the data's rows, by the names of METRICS."""
+    """The numbers of rows used, dropped and truncated, under the names in METRICS."""
     rows_per_step = cell.training.batch_size * cell.training.gradient_accumulation
     return {
         "train_rows": len(splits.train),
@@ -480,7 +483,7 @@ def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
 
 
 def used_for(splits: Any, *, scored: int) -> dict[str, dict[str, Any]]:
-    """Which rows were used for what: split -> how many rows, and the use made of them."""
+    """Split -> number of rows, and what they were used for."""
     result: dict[str, dict[str, Any]] = {"train": {"rows": len(splits.train), "used_for": ["training"]}}
     if splits.validation:
         result["validation"] = {"rows": len(splits.validation), "used_for": ["validation_loss"]}
@@ -490,7 +493,7 @@ def used_for(splits: Any, *, scored: int) -> dict[str, dict[str, Any]]:
 
 
 def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> None:
-    """What the peak holds beyond the parts that were counted: activations, temporary copies, allocator slack."""
+    """Add the part of the peak beyond the counted ones: activations, temporary copies, allocator slack."""
     peak = metrics.get("peak_memory_bytes")
     if peak is not None:
         breakdown["activations_and_workspace"] = max(0, int(peak) - sum(breakdown.values()))
@@ -500,7 +503,7 @@ def write_rows(path: Path, after: Any, before: Any, rows: Any, by_row: Mapping[s
     """Per-row results, for paired comparisons between cells.
 
     Args:
-        by_row: metric -> the score of each row, where it cannot be told from answer and reference alone.
+        by_row: metric -> the score of each row, for metrics that need more than answer and reference.
     """
     answers = after.predictions or [None] * len(rows)
     base_answers = (before and before.predictions) or [None] * len(rows)
@@ -524,9 +527,9 @@ def write_rows(path: Path, after: Any, before: Any, rows: Any, by_row: Mapping[s
 
 
 def set_threads(cell: Cell, team: Team = ranks.ALONE) -> None:
-    """Take the threads the cell names, else one for each core of its seat, else torch's choice: all it may use.
+    """Set the number of threads: the cell's, else one per core of its seat, else torch's default (all it may use).
 
-    Ranks divide them, and the seat's cores.
+    Threads and the seat's cores are divided among the ranks.
     """
     cores = assigned_cores(os.environ)
     if cores and hasattr(os, "sched_setaffinity"):
@@ -534,7 +537,7 @@ def set_threads(cell: Cell, team: Team = ranks.ALONE) -> None:
     threads = cell.hardware.threads or len(cores)
     if team.size > 1:
         threads = max(1, (threads or torch.get_num_threads()) // team.size)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate sets another number
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise accelerate sets another number
     if threads:
         torch.set_num_threads(threads)
 

@@ -1,8 +1,8 @@
-"""What a launch will take, told before its first cell runs.
+"""The estimate of a launch's duration, shown before its first cell runs.
 
-`calibrate` times a base model on this machine and counts the rows' tokens, once, in a process of its own; `arithmetic`
-adds a cell's seconds up from that; `experience` corrects them by the cells that have run here before; `tell` puts it
-into a line. Nothing of it is imported by a worker, and nothing but the calibrating process imports torch.
+`calibrate` times a base model on this machine and counts the rows' tokens, once, in a separate process; `arithmetic`
+computes a cell's seconds from that; `experience` corrects them by cells that have run here before; `tell` prints the
+result. Workers import none of it, and only the calibrating process imports torch.
 """
 
 from __future__ import annotations

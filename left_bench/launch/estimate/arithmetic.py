@@ -1,4 +1,4 @@
-"""A cell's seconds, added up from what a base model's passes take and what the cell asks for. No torch, no file."""
+"""A cell's estimated seconds, from the timed passes of a base model and the cell's settings. No torch, no files."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from left_bench.spec.cell import Cell
 
 _SIMULATED_STEPS = 64
 _SPEED_ROWS, _SPEED_PASSES, _SPEED_STEPS = 16, 2, 16
-"""What `evaluate.generation_speed` does: two prompts passes over so many rows, and so many single tokens after them."""
+"""The work of `evaluate.generation_speed`: rows, passes over their prompts, and single tokens after them."""
 _CHECKED_ROWS, _MERGE_ROWS, _TRIED_ROWS = 4, 8, 2
 _AROUND_SECONDS = 1.0
-"""Starting a forked worker, reading its rows, attaching and saving: 0.5 to 1.3 s, by method, in the records of
-reports/peft_methods.md (wall time less the phases that are added up here)."""
+"""Starting a forked worker, reading its rows, attaching and saving: 0.5 to 1.3 s, depending on the method, in the
+records of reports/peft_methods.md (wall time minus the phases computed here)."""
 PEAK_SECONDS = 2.0
-"""Measuring the peak of matrix products, which a runs folder's first cell does: up to three times a second or less."""
+"""Measuring the peak of matrix products in a runs folder's first cell: up to three times, about a second each."""
 # How much longer a method's steps and evaluation take than those of a base model through which the gradient flows.
-# Medians of three seeds in the records of reports/peft_methods.md, over those of `ln_tuning`, which adds no product;
-# `pfeiffer` from reports/quantization_x_peft.md. A method that is not here is taken for LoRA.
+# Medians of three seeds in the records of reports/peft_methods.md, relative to `ln_tuning`, which adds no product;
+# `pfeiffer` from reports/quantization_x_peft.md. Other methods are assumed to be like LoRA.
 _OF_METHODS: Mapping[str, tuple[float, float]] = {
     "adalora": (1.75, 1.58),
     "dora": (2.13, 2.49),
-    "full": (1.0, 1.13),  # its weights' gradients are added up apart
+    "full": (1.0, 1.13),  # its weights' gradients are added separately
     "ia3": (1.13, 1.24),
     "llama_adapter": (1.19, 1.29),
     "ln_tuning": (1.0, 1.0),
@@ -37,8 +37,8 @@ _OF_METHODS: Mapping[str, tuple[float, float]] = {
     "prompt_tuning": (1.19, 1.28),
     "vera": (1.55, 1.95),
 }
-# The same of a quantization over the unquantized model: medians over the seven methods of
-# reports/quantization_x_peft.md, all of them in bfloat16 on a CPU that has instructions for it.
+# The same for a quantization relative to the unquantized model: medians over the seven methods of
+# reports/quantization_x_peft.md, in bfloat16 on a CPU with instructions for it.
 _OF_QUANTIZATIONS: Mapping[str, tuple[float, float]] = {
     "fp4": (1.15, 1.20),
     "int5": (1.11, 1.15),
@@ -50,7 +50,7 @@ _OF_QUANTIZATIONS: Mapping[str, tuple[float, float]] = {
 
 
 class Line(NamedTuple):
-    """Seconds of work that has a size: so many whatever the size, and so many for each unit of it."""
+    """Seconds as a linear function of the work's size: a fixed part and a part per unit."""
 
     fixed: float
     each: float
@@ -63,7 +63,8 @@ class Line(NamedTuple):
 
     @classmethod
     def through(cls, points: Sequence[tuple[int, float]]) -> Line:
-        """That of measured (size, seconds), the smallest first; what noise has turned upside down is proportional."""
+        """The line through measured (size, seconds), smallest first; proportional if noise makes the slope or offset
+        negative."""
         (small, quick), (large, slow) = points[0], points[-1]
         each = (slow - quick) / (large - small) if large > small else 0.0
         fixed = quick - each * small
@@ -73,29 +74,29 @@ class Line(NamedTuple):
 
 
 class Rates(BaseModel):
-    """What a base model's work takes on this machine, seconds."""
+    """The speed of a base model on this machine, in seconds."""
 
     model_config = ConfigDict(frozen=True)
 
     load: float
     forward: Line
-    """Of a pass without gradients, by its tokens, padding included; the head runs where a row is labelled."""
+    """A pass without gradients, by its tokens including padding; the head runs at labelled positions."""
     step: Line
-    """Of a pass forward and backward, through activations alone, by its tokens, padding included."""
+    """A forward and backward pass, through activations only, by its tokens including padding."""
     decode: Line
-    """Of one generated token for each of so many rows."""
+    """One generated token per row, by the number of rows."""
     update: float
-    """Of an optimizer's step, for each trained parameter."""
+    """An optimizer step, per trained parameter."""
     parameters: int
     threads: int
     start: float = 0.0
-    """Until the process that measured had begun: its imports, where no other had made them."""
+    """Until the measuring process had started: its imports, if no other process had done them."""
     disturbed_by: float | None = None
-    """Share of the machine's CPU time that others took of the cores measured on; None: not enough to matter."""
+    """Share of the machine's CPU time that others took from the measured cores; None: negligible."""
 
 
 class Row(NamedTuple):
-    """Tokens of a row; of a picture its patches."""
+    """Tokens of a row; patches of an image."""
 
     prompt: int
     answer: int
@@ -110,7 +111,7 @@ class Row(NamedTuple):
 
 
 class Rows(BaseModel):
-    """How long the rows are; of very many a part that stands for all."""
+    """The lengths of the rows; a sample if there are very many."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -118,15 +119,15 @@ class Rows(BaseModel):
     test: list[Row]
     test_rows: int
     validation_rows: int = 0
-    """They are taken to be as long as the test rows."""
+    """They are assumed to be as long as the test rows."""
     general: list[int]
     """Tokens of the passages of general text."""
     shared: int = 0
-    """Tokens that the test rows' prompts all begin with, which an evaluation reads once."""
+    """Length of the test prompts' common prefix, which an evaluation processes once."""
 
 
 class Measured(NamedTuple):
-    """What the seconds of a cell are added up from."""
+    """The measurements from which a cell's seconds are computed."""
 
     rates: Rates
     rows: Rows
@@ -143,20 +144,20 @@ NOTHING_MORE = Factors()
 
 
 def of_method(cell: Cell) -> Factors:
-    """What the cell's method adds to the base model's work."""
+    """The slowdown by the cell's method relative to the base model."""
     return Factors(*_OF_METHODS.get(cell.peft.name, _OF_METHODS["lora"]))
 
 
 def of_quantization(name: str) -> Factors | None:
-    """What a quantization adds on a CPU that multiplies bfloat16; None where nothing was measured."""
+    """The slowdown by a quantization on a CPU with bfloat16 products; None if it was not measured."""
     result = _OF_QUANTIZATIONS.get(name)
     return None if result is None else Factors(*result)
 
 
 def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_MORE) -> dict[str, float]:
-    """A cell's seconds by phase, by the names that a record gives them; `around` is what is in none.
+    """A cell's seconds by phase, under the record's names; `around` is the time outside phases.
 
-    `evaluate_base` is what the first of several cells that share a base model's scores spends on them.
+    `evaluate_base` is only spent by the first of several cells that share a base model's scores.
     """
     training, result = cell.training, {"load": rates.load, "around": _AROUND_SECONDS}
     if cell.model.weights != "random" and not cell.task.new_output:
@@ -183,13 +184,13 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
 
 
 def _points(cell: Cell, validation_rows: int) -> int:
-    """Times that the validation rows are gone over along training."""
+    """How many times the validation loss is measured during training."""
     steps, every = cell.training.steps, cell.eval.every
     return cell.curve_points(validation_rows) if every is None else -(-steps // every)
 
 
 def _steps(cell: Cell, rates: Rates, rows: Rows) -> float:
-    """The optimizer's steps: some are gone through, with the very rows that they will see, and stand for all."""
+    """The optimizer steps, extrapolated from some of them with their actual rows."""
     training = cell.training
     taken = min(training.steps, _SIMULATED_STEPS)
     order = step_rows(
@@ -210,7 +211,7 @@ def _steps(cell: Cell, rates: Rates, rows: Rows) -> float:
             if training.objective == "dpo":
                 read = [*read, *(row.with_worse_answer() for row in read)]
             size = sum(row.length for row in read) if training.batching == "packed" else _padded(read, cell)
-            again = training.activation_checkpointing + (cell.peft.target is None)  # one more product for each weight
+            again = training.activation_checkpointing + (cell.peft.target is None)  # one more product per weight
             seconds += rates.step.of(size) + again * rates.forward.of(size)
         if cell.peft.target is None:
             seconds += rates.update * rates.parameters
@@ -218,7 +219,7 @@ def _steps(cell: Cell, rates: Rates, rows: Rows) -> float:
 
 
 def _evaluation(cell: Cell, rates: Rates, rows: Rows) -> float:
-    """Losses, answers and general text; answers are taken to be as long as they may."""
+    """Losses, answers and general text; answers are assumed to have the maximum length."""
     scored, batch = _scored(cell, rows), cell.eval.batch_size
     seconds = 0.0
     if rows.shared and not virtual_tokens(cell):
@@ -230,7 +231,7 @@ def _evaluation(cell: Cell, rates: Rates, rows: Rows) -> float:
     if cell.data.pairs:
         seconds += _passes(cell, rates.forward, [row.with_worse_answer() for row in scored], batch)
     if not cell.task.writes:
-        seconds *= 2  # the classes are told by a pass of their own
+        seconds *= 2  # predicting the classes takes a second pass
     if cell.generates:
         tokens = cell.eval.max_new_tokens or 1
         for prompts in _in_batches([Row(row.prompt, 0) for row in scored], batch):
@@ -243,12 +244,12 @@ def _evaluation(cell: Cell, rates: Rates, rows: Rows) -> float:
 
 
 def _speed(cell: Cell, rates: Rates, rows: Rows) -> float:
-    """The rate of generation, measured."""
+    """Measuring the generation speed."""
     if not cell.generates:
         return 0.0
-    asked = [Row(row.prompt, 0) for row in _scored(cell, rows)[:_SPEED_ROWS]]
-    prompts = rates.forward.of(_padded(asked, cell))
-    return _SPEED_PASSES * prompts + _SPEED_STEPS * rates.decode.of(len(asked))
+    timed = [Row(row.prompt, 0) for row in _scored(cell, rows)[:_SPEED_ROWS]]
+    prompts = rates.forward.of(_padded(timed, cell))
+    return _SPEED_PASSES * prompts + _SPEED_STEPS * rates.decode.of(len(timed))
 
 
 def _scored(cell: Cell, rows: Rows) -> list[Row]:
@@ -256,7 +257,7 @@ def _scored(cell: Cell, rows: Rows) -> list[Row]:
 
 
 def _is_merged(cell: Cell) -> bool:
-    """Whether the method is one of peft's that go into the weights: it has no virtual tokens, nor prompts in layers."""
+    """Whether the method is a mergeable peft method: without virtual tokens and without prompts in layers."""
     target = cell.peft.target or ""
     return target.startswith("peft.") and not virtual_tokens(cell) and "Prompt" not in target
 
@@ -266,13 +267,13 @@ def _passes(cell: Cell, forward: Line, rows: Sequence[Row], batch_size: int) -> 
 
 
 def _in_batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
-    """As `evaluate.batches_by_length` has them."""
+    """As in `evaluate.batches_by_length`."""
     ordered = sorted(rows, key=lambda row: -row.length)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
 def _padded(rows: Sequence[Row], cell: Cell) -> int:
-    """Tokens of one pass over the rows, padding included; encoder and decoder are padded each on its own."""
+    """Tokens of one pass over the rows, including padding; encoder and decoder are padded separately."""
     if not rows:
         return 0
     if cell.task.has_encoder:
@@ -281,6 +282,6 @@ def _padded(rows: Sequence[Row], cell: Cell) -> int:
 
 
 def total_of(parts: Mapping[str, float], *, cells: int, bases: int) -> float:
-    """Seconds of so many cells that cost the same, so many of which score the base model."""
+    """Seconds of `cells` equal cells, of which `bases` score the base model."""
     once = parts.get("evaluate_base", 0.0)
     return cells * (sum(parts.values()) - once) + bases * once

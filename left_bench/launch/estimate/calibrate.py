@@ -1,7 +1,8 @@
-"""A base model timed on this machine and its rows counted: at most five seconds of passes, kept in the user's cache.
+"""Times a base model on this machine and counts its rows: at most five seconds of passes, cached for the user.
 
-The launching process has no torch, so a process of its own does it (`main`): it loads the model as the cells will,
-unquantized, and times a few passes of growing size. What it imports, fetches and tokenizes is the first cell's as well.
+The launching process has no torch, so a separate process does it (`main`): it loads the model as the cells will,
+unquantized, and times a few passes of growing size. Its imports, downloads and tokenized rows also serve the first
+cell.
 """
 
 from __future__ import annotations
@@ -33,25 +34,26 @@ from left_bench.processes.resources import Seat, available_cores, share_of
 from left_bench.spec.cell import Cell, Quantization, fingerprint
 
 SECONDS = 5.0
-"""For loading and timing all models of a launch, each of which has at least `_LEAST_SECONDS` of it."""
+"""Time for loading and timing all models of a launch; each gets at least `_LEAST_SECONDS`."""
 _LEAST_SECONDS = 1.5
 _LONGEST = 4.0
-"""Times as long as that, where others take the processor."""
+"""Factor by which it may take longer if other processes use the processor."""
 _LARGEST_WEIGHTS = 2**31
-"""Bytes of files: loading more would take the seconds that there are."""
+"""Largest size of the weight files, bytes: loading more would use up the time."""
 _PATIENCE_SECONDS = 180.0
-"""Imports and tokenizing included, which the cells have to do as well."""
+"""Time limit, including imports and tokenization, which the cells need anyway."""
 _MOST_ROWS = 2000
 _ORDER, _ROWS, _RATES = "order.json", "rows.json", "rates.json"
 _SHORT_PROMPT, _SHORTEST_PROMPT, _SHORT_ANSWER = 28, 4, 4
 _SHARES = {"forward": 0.5, "decode": 0.4, "step": 1.0}
-"""Of the time that is left for each kind of work, in this order; the others lean on the first."""
+"""Share of the remaining time for each kind of work, in this order; the others build on the first."""
 _STEPS, _UPDATED = 4, 2**22
 _Kept = TypeVar("_Kept", bound=BaseModel)
 
 
 def rates_path(cell: Cell, *, at_once: int) -> Path:
-    """Where a model's rates on this machine are kept: the cell's but for its method, quantization, data and steps."""
+    """The cache file of a model's rates on this machine, independent of the cell's method, quantization, data and
+    steps."""
     facts = [what_makes_it_fast(), versions_of(["torch", "transformers"]), len(available_cores()), at_once]
     hardware = [cell.hardware.device, cell.hardware.threads]
     kernels = [cell.training.attention, cell.training.kernels, cell.training.output_head == "all"]
@@ -60,25 +62,25 @@ def rates_path(cell: Cell, *, at_once: int) -> Path:
 
 
 def rows_path(cell: Cell) -> Path:
-    """Where it is kept how long the rows are."""
+    """The cache file of the rows' lengths."""
     decides = [cell.identity["model"], cell.identity["data"], cell.training.max_length]
     return cache_dir() / "speeds" / f"rows-{fingerprint([*decides, versions_of(['transformers'])])}.json"
 
 
 def kept(cell: Cell, *, at_once: int) -> Measured | None:
-    """What an earlier launch has left in the cache; None where something is missing or damaged."""
+    """The measurements in the cache; None if something is missing or damaged."""
     rates, rows = _read(rates_path(cell, at_once=at_once), Rates), _read(rows_path(cell), Rows)
     return None if rates is None or rows is None else Measured(rates, rows)
 
 
 def why_not(cell: Cell) -> str | None:
-    """Why a cell's model is not timed beforehand, to be said after "because"; None where it can be."""
+    """Why a cell's model is not timed beforehand, as a clause after "because"; None if it can be."""
     if cell.device_type != "cpu":
-        return f"nothing is timed on {cell.hardware.device} beforehand"
+        return f"{cell.hardware.device} is not timed beforehand"
     if cell.hardware.processes > 1:
         return "a cell has several processes"
     if cell.quantization.checkpoint_method is not None:
-        return f"{cell.model.name} comes quantized"
+        return f"{cell.model.name} is already quantized"
     from left_bench.pretrained import fetch, fetched, local_files, source
 
     try:
@@ -92,33 +94,33 @@ def why_not(cell: Cell) -> str | None:
             return f"{cell.model.name} is not on this machine yet"
         if sum(path.stat().st_size for path in files.glob("*.safetensors")) > _LARGEST_WEIGHTS:
             return f"the weights of {cell.model.name} take more than {_LARGEST_WEIGHTS >> 30} GiB"
-    except (UserError, MemoryError, RuntimeError, OSError):  # the cell's record will say what is wrong
-        return f"{cell.model.name} cannot be had"
+    except (UserError, MemoryError, RuntimeError, OSError):  # the cell's record will report the error
+        return f"{cell.model.name} is not available"
     return None
 
 
 def calibrate(cells: Iterable[Cell], *, at_once: int, cells_follow: bool) -> bool:
-    """Measure what the cache lacks of these cells; what cannot be measured in time is left out.
+    """Measure what is missing in the cache for these cells, as far as time allows.
 
-    What others disturbed is measured again, once a launch, until it was quiet.
+    Disturbed measurements are repeated, once per launch, until one is undisturbed.
 
     Args:
         at_once: cells that will run at the same time on this machine.
-        cells_follow: the cells are started from this process too, so the imports made here are theirs as well.
+        cells_follow: the cells are started from this process too, so they can use its fork server's imports.
 
     Returns:
-        Whether that was so: a process was started, and the first cell's will find its imports made.
+        Whether a process was started whose imports the first cell can use.
     """
     cells = list(cells)
     rates = {path: cell for cell in cells if _is_wanted(path := rates_path(cell, at_once=at_once))}
     rows = {path: cell for cell in cells if not (path := rows_path(cell)).exists()}
     seconds = SECONDS / max(1, len(rates))
     for path, cell in rates.items():
-        _ask(cell, {_RATES: path, _ROWS: rows_path(cell)}, seconds=seconds, at_once=at_once, fork=cells_follow)
+        _delegate(cell, {_RATES: path, _ROWS: rows_path(cell)}, seconds=seconds, at_once=at_once, fork=cells_follow)
     of_others = {rows_path(cell) for cell in rates.values()}
     for path, cell in rows.items():
         if path not in of_others:
-            _ask(cell, {_ROWS: path}, seconds=None, at_once=at_once, fork=cells_follow)
+            _delegate(cell, {_ROWS: path}, seconds=None, at_once=at_once, fork=cells_follow)
     return cells_follow and bool(rates or rows)
 
 
@@ -127,7 +129,7 @@ def _is_wanted(path: Path) -> bool:
     return rates is None or rates.disturbed_by is not None
 
 
-def _ask(cell: Cell, answers: dict[str, Path], *, seconds: float | None, at_once: int, fork: bool) -> None:
+def _delegate(cell: Cell, answers: dict[str, Path], *, seconds: float | None, at_once: int, fork: bool) -> None:
     with contextlib.suppress(OSError, EOFError), tempfile.TemporaryDirectory() as name:  # no room, no process
         folder = Path(name)
         order = {"cell": cell.model_dump(mode="json", by_alias=True), "seconds": seconds, "at": time.time()}
@@ -145,7 +147,7 @@ def _ask(cell: Cell, answers: dict[str, Path], *, seconds: float | None, at_once
         for file, path in answers.items():
             if (folder / file).exists():
                 write_atomically(path, (folder / file).read_text(encoding="utf-8"))
-    interrupt.check()  # a terminal's Ctrl-C ends a fork server that is still importing
+    interrupt.check()  # a terminal's Ctrl-C also ends a fork server that is still importing
 
 
 def _read(path: Path, kind: type[_Kept]) -> _Kept | None:
@@ -154,11 +156,11 @@ def _read(path: Path, kind: type[_Kept]) -> _Kept | None:
     return None
 
 
-# --- in the process of its own ---
+# --- in the separate process ---
 
 
 def main(argv: Sequence[str], *, forked: bool = False) -> int:
-    """Carry out the order that lies in a folder, and leave the answers there."""
+    """Carry out the order in a folder, and write the results there."""
     from left_bench.processes.start_process import die_with_parent
     from left_bench.worker.stages import set_threads
 
@@ -181,22 +183,22 @@ def main(argv: Sequence[str], *, forked: bool = False) -> int:
         write_atomically(folder / _RATES, started.model_dump_json())
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the answers are there; tearing down torch's threads takes a second
+    os._exit(0)  # the results are written; tearing down torch's threads takes a second
 
 
 def count_rows(cell: Cell, splits: Any, tokenizer: Any) -> Rows:
-    """How long the rows are, of at most `_MOST_ROWS` of each kind."""
+    """The lengths of at most `_MOST_ROWS` rows of each kind."""
     from left_bench.evaluation.evaluate import general_passages
     from left_bench.evaluation.shared_prompt import common_beginning
 
     def counted(rows: Sequence[Any]) -> list[Row]:
-        if splits.classes is not None:  # pictures are all alike, and long to read
+        if splits.classes is not None:  # images are all of one size, and slow to read
             return [Row(rows[0].length, 0)] * min(len(rows), _MOST_ROWS)
         places = range(0, len(rows), -(-len(rows) // _MOST_ROWS))
         read = (rows[place] for place in places)
         return [Row(len(row.prompt_ids), len(row.answer_ids), len(row.rejected_ids or [])) for row in read]
 
-    # the first test rows are scored where `eval.rows` asks for a part
+    # with `eval.rows`, the first test rows are scored
     test = splits.test[:_MOST_ROWS]
     general = [row.length for row in general_passages(tokenizer)] if cell.task.is_decoder else []
     return Rows(
@@ -210,7 +212,7 @@ def count_rows(cell: Cell, splits: Any, tokenizer: Any) -> Rows:
 
 
 def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: float) -> Rates:
-    """Time the cell's base model, unquantized, for about so long; a pass that has begun is finished."""
+    """Time the cell's unquantized base model for about `seconds`; a running pass is finished."""
     import torch
     from transformers import StoppingCriteriaList
 
@@ -231,7 +233,7 @@ def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: fl
     pad = evaluate.pad_of(tokenizer)
     with models.autocast(base, device=device.kind):
         loss = AnswerLoss(model, everywhere=base.training.output_head == "all")
-    # beside others as much is done in a longer time; less would be no measurement
+    # under other load the same work takes longer; with less work the measurement would be useless
     elapsed = time.perf_counter() - begun
     longer = min(_LONGEST, max(1.0, elapsed / max(1e-9, time.process_time() - spent)))
     end = begun + elapsed + longer * max(_LEAST_SECONDS, seconds - elapsed / longer)
@@ -257,14 +259,14 @@ def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: fl
         prompts = [_short(row, prompt=_SHORTEST_PROMPT) for row in rows]
         inputs, _ = evaluate.prompt_inputs(prompts, pad, device=device.kind)
         clock = _Clock(device, until=until)
-        asked: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": pad}
-        asked |= {
+        options: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": pad}
+        options |= {
             "min_new_tokens": _STEPS,
             "max_new_tokens": _STEPS,
             "stopping_criteria": StoppingCriteriaList([clock]),
         }
         with torch.no_grad(), models.autocast(base, device=device.kind):
-            model.generate(**inputs, **asked)
+            model.generate(**inputs, **options)
         return len(rows), clock.seconds
 
     def share(of: str) -> float:
@@ -281,12 +283,12 @@ def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: fl
         return _STEPS * line.of(count) + of_forward.of(count * _SHORTEST_PROMPT)
 
     def from_a_short(size: int, took: float) -> Line:
-        """Between a pass that takes as long for any size, and one that takes as much longer as it is larger."""
+        """A line halfway between a constant and a proportional cost."""
         return Line(took / 2, took / 2 / size)
 
     of_forward = ladder(forward, test, guess=from_a_short, cost=of_rows, until=share("forward"))
     until, of_decode = share("decode"), Line(0.0, 0.0)
-    if splits.classes is None:  # a row more is one more token of a pass
+    if splits.classes is None:  # one more row is one more token of a pass
         more = of_forward.each
         of_decode = ladder(
             decode, test, guess=lambda _, took: Line(max(0.0, took - more), more), cost=of_answers, until=until
@@ -296,7 +298,7 @@ def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: fl
         model.get_input_embeddings(),
         *(module for module in model.modules() if isinstance(module, torch.nn.Embedding)),
     }
-    for entrance in entrances:  # so that a gradient flows through the activations, and to no weight
+    for entrance in entrances:  # so that gradients flow through activations but to no weight
         entrance.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     of_step = ladder(
         step,
@@ -305,7 +307,7 @@ def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: fl
         cost=of_rows,
         until=share("step"),
     )
-    beside = max(0.0, (neighbours.share() or 0.0) - max(0.0, 1 - threads / (os.cpu_count() or 1)))
+    others = max(0.0, (neighbours.share() or 0.0) - max(0.0, 1 - threads / (os.cpu_count() or 1)))
     return Rates(
         load=load,
         forward=of_forward,
@@ -314,7 +316,7 @@ def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: fl
         update=_update(models.DTYPES[base.precision.weights_dtype], device),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         threads=threads,
-        disturbed_by=beside if beside > DISTURBED else None,
+        disturbed_by=others if others > DISTURBED else None,
     )
 
 
@@ -326,15 +328,15 @@ def ladder(
     cost: Callable[[Line, int], float],
     until: float,
 ) -> Line:
-    """Seconds by size, from a short row and from as many whole ones as there is time for.
+    """Seconds as a line over size, from a short row and from as many whole rows as time allows.
 
     Args:
-        take: does the work on rows; its size and its seconds.
-        guess: the line, where a short row's size and seconds are all that is known.
-        cost: seconds that all of the work on so many rows will take, by a line.
-        until: of `time.perf_counter`.
+        take: does the work on rows and returns its size and seconds.
+        guess: the line from a short row's size and seconds only.
+        cost: seconds of the whole work on a number of rows, by a line.
+        until: end, in `time.perf_counter`'s time.
     """
-    points = [take([_short(rows[0])])]  # chooses kernels and reads the weights: counts where there is no time at all
+    points = [take([_short(rows[0])])]  # selects kernels and reads the weights; only used if there is no time for more
     if time.perf_counter() + cost(guess(*points[0]), 1) < until:
         points = [take([_short(rows[0])])]
     line, taken = guess(*points[0]), 0
@@ -346,7 +348,8 @@ def ladder(
             break
         points.append(take(rows[:count]))
         line, taken = Line.through([points[0], points[-1]]), count
-    # kernels are chosen by now, and others come and go; more seconds a unit than a short row's cannot be the machine's
+    # kernels are selected by now, and other load varies; more seconds per unit than for a short row must be a
+    # disturbance
     odd = points[-1][1] / points[-1][0] > points[0][1] / points[0][0]
     if taken and (odd or time.perf_counter() + cost(line, taken) < until):
         largest = min(points[-1], take(rows[:taken]), key=lambda point: point[1])
@@ -355,7 +358,7 @@ def ladder(
 
 
 class _Clock:
-    """What `generate` asks after every token whether to stop; it notes when that was."""
+    """A stopping criterion that records the time of every token."""
 
     def __init__(self, device: Any, *, until: float) -> None:
         self._device, self._until, self._ticks = device, until, list[float]()
@@ -370,7 +373,7 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
-        """Between two tokens; the first comes with the prompt."""
+        """Median seconds between two tokens; the first comes with the prompt."""
         return statistics.median(after - before for before, after in itertools.pairwise(self._ticks))
 
 
@@ -382,19 +385,19 @@ def _short(row: Any, *, prompt: int = _SHORT_PROMPT) -> Any:
 
 
 def _size(batch: Any) -> int:
-    """Tokens that are computed, padding included; of pictures their patches."""
+    """Number of computed tokens, including padding; for images, of patches."""
     parts = [getattr(batch, name, None) for name in ("input_ids", "decoder_input_ids")]
     return sum(part.numel() for part in parts if part is not None) or int(batch.tokens)
 
 
 def _update(dtype: Any, device: Any) -> float:
-    """Seconds of a step of AdamW for each parameter, of parameters too many for the processor's caches."""
+    """Seconds of an AdamW step per parameter, for more parameters than fit in the processor's caches."""
     import torch
 
     parameter = torch.nn.Parameter(torch.zeros(_UPDATED, dtype=dtype, device=device.kind))
     parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.AdamW([parameter])
-    optimizer.step()  # makes the states
+    optimizer.step()  # creates the states
     device.synchronize()
     start = time.perf_counter()
     optimizer.step()

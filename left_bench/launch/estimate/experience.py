@@ -1,4 +1,4 @@
-"""What the cells that have run here say of those to come: what they took over what the arithmetic makes of them."""
+"""Corrections from cells that have run here: the ratio of their measured to their computed seconds."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from left_bench.spec.cell import Cell, fingerprint
 from left_bench.spec.record import RECORD_NAME, Record, read_record
 
 _LATEST = 64
-"""Records that are read: of thousands the others would say the same, and take seconds."""
+"""Number of records to read; more would take seconds without changing the result."""
 _DECIDING = ("torch", "transformers")
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What earlier cells of this machine have shown."""
+    """Results of earlier cells on this machine."""
 
     bases: frozenset[str] = frozenset()
-    """Base models, by `base_of`, whose scores an earlier cell has left."""
+    """Base models, by `base_of`, whose scores an earlier cell has stored."""
     of_kinds: Mapping[str, Factors] = field(default_factory=dict)
     of_weights: Mapping[str, Factors] = field(default_factory=dict)
-    """The same for cells of any method, with what their methods add taken out."""
+    """The same for cells of any method, divided by the method's own factor."""
 
     def factors(self, cell: Cell) -> tuple[Factors, bool]:
-        """How many times longer than the base model's passes a cell's take, and whether that is all of it."""
+        """How many times longer a cell's passes take than the base model's, and whether all contributions are known."""
         if (result := self.of_kinds.get(_kind(cell))) is not None:
             return result, True
         whole, weights = True, self.of_weights.get(_weights(cell))
@@ -51,7 +51,7 @@ def base_of(cell: Cell) -> str:
 
 
 def gathered(runs_dir: Path, *, at_once: int) -> Experience:
-    """What the latest records of a runs folder show, of those made on this machine as it is now.
+    """The experience from a runs folder's latest records that were made on this machine in its current state.
 
     Args:
         at_once: cells that will run at the same time.
@@ -60,7 +60,7 @@ def gathered(runs_dir: Path, *, at_once: int) -> Experience:
     kinds: dict[str, list[Factors]] = defaultdict(list)
     weights: dict[str, list[Factors]] = defaultdict(list)
     for record in _latest(runs_dir):
-        # of another left_bench, whose cells had other keys and values
+        # records of another left_bench version may have other keys and values
         with contextlib.suppress(UserError, ValueError, KeyError, TypeError, ZeroDivisionError):
             cell = Cell.model_validate({"choices": record.choices, **record.config})
             if "base_scores_from" in record.provenance:
@@ -74,7 +74,7 @@ def gathered(runs_dir: Path, *, at_once: int) -> Experience:
 
 
 def _compared(record: Record, cell: Cell, *, at_once: int) -> Factors | None:
-    """Measured over added up; None for a cell that cannot be compared."""
+    """Measured divided by computed seconds; None for a cell that cannot be compared."""
     known, effective = kept(cell, at_once=at_once), record.environment.get("effective", {})
     if known is None or not _made_here(record) or "resumed_after_steps" in record.provenance:
         return None
@@ -87,7 +87,7 @@ def _compared(record: Record, cell: Cell, *, at_once: int) -> Factors | None:
 
 def _made_here(record: Record) -> bool:
     now, machine = what_makes_it_fast(), record.environment.get("machine", {})
-    if set(now["limits"]) - {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:  # a record does not tell whether it had them
+    if set(now["limits"]) - {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:  # records do not contain these limits
         return False
     versions = {name: record.environment.get("versions", {}).get(name) for name in _DECIDING}
     same = machine.get("cpu") == now["cpu"] and machine.get("instruction_sets") == list(now["sets"] or ())
@@ -99,7 +99,7 @@ def _latest(runs_dir: Path) -> list[Record]:
     with contextlib.suppress(OSError):
         paths = sorted(runs_dir.glob(f"*/{RECORD_NAME}"), key=lambda path: path.stat().st_mtime)[-_LATEST:]
         for path in paths:
-            with contextlib.suppress(ValueError):  # damaged: whoever needs it will say so
+            with contextlib.suppress(ValueError):  # damaged: reported where it is needed
                 results.append(read_record(path))
     return [record for record in results if record.status == "ok"]
 

@@ -1,4 +1,4 @@
-"""The line before a launch's first cell, and on a terminal the one that says how to make it shorter."""
+"""The line printed before a launch's first cell, and on a terminal the one that says how to shorten the launch."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from left_bench.launch.estimate.experience import Experience, base_of, gathered
 from left_bench.launch.progress import rounded_time
 from left_bench.spec.cell import Cell
 
-_ELSEWHERE = "the launcher may take them to other machines"
+_ELSEWHERE = "the launcher may run them on other machines"
 _NOT_TIMED = "the model could not be timed"
 _TOO_DISTURBED = 0.25
-"""Share of the processor that others took while a model was timed, from which on its rates tell nothing: two threads
-that wait for each other's cores were seen to take ten times as long at 0.5."""
+"""Share of the processor used by others during timing above which the rates are useless: at 0.5, two threads waiting
+for each other's cores took ten times as long."""
 
 
 class Planned(NamedTuple):
-    """Cells that are to run and cost the same: one of them, and how many they are."""
+    """Cells to run that cost the same: one of them, and their number."""
 
     cell: Cell
     cells: int
 
 
 class Estimate(NamedTuple):
-    """What a launch will take."""
+    """The estimated duration of a launch."""
 
     cells: int
     seconds: float | None
-    """None: nothing of it is known."""
+    """None: unknown."""
     lacking: list[str]
-    """Why the seconds are a lower bound, or why there are none."""
+    """Why the seconds are only a lower bound, or unknown."""
     disturbed_by: float = 0.0
-    """Share of the processor that other programs took while it was measured: without them it takes less."""
+    """Share of the processor used by other programs during the measurement; without them it takes less."""
 
     def __str__(self) -> str:
         cells = "1 cell" if self.cells == 1 else f"{self.cells:,} cells"
         why = "; ".join(self.lacking)
         if self.seconds is None:
-            return f"{cells}; how long will be known after the first, because {why}"
+            return f"{cells}; the duration will be known after the first, because {why}"
         measured = "measured"
         if self.disturbed_by:
             measured += f" while other programs took {self.disturbed_by:.0%} of the processor"
@@ -61,12 +61,12 @@ def say_estimate(
     cells_follow: bool = True,
     console: Console | None = None,
 ) -> None:
-    """Say what the cells will take on this machine, timed now where no earlier launch has done so.
+    """Print how long the cells will take on this machine, timing the model now if no earlier launch has.
 
     Args:
-        planned: what is to run; nothing is said or timed where that is nothing.
+        planned: the cells to run; if empty, nothing is printed or timed.
         at_once: cells that run at the same time.
-        elsewhere: a launcher may carry them to other machines, of which nothing is known here.
+        elsewhere: the launcher may run them on other machines, which are unknown here.
         cells_follow: the cells are started from this process too.
     """
     if not planned:
@@ -101,7 +101,7 @@ def _estimated(planned: Sequence[Planned], runs_dir: Path, *, at_once: int, cell
 
 
 def _usable(measured: Measured | None) -> Measured | str:
-    """What was measured, or why it tells nothing."""
+    """The measurement, or why it is useless."""
     if measured is None:
         return _NOT_TIMED
     others = measured.rates.disturbed_by or 0.0
@@ -111,10 +111,10 @@ def _usable(measured: Measured | None) -> Measured | str:
 
 
 def added_up(planned: Sequence[tuple[Planned, Measured | str]], experience: Experience) -> Estimate:
-    """Seconds of all cells, one after the other; what cannot be told of some makes it a lower bound.
+    """Seconds of all cells in sequence; a lower bound if some contributions are unknown.
 
     Args:
-        planned: with what is measured of each, or why nothing is.
+        planned: cells with their measurements, or with the reason why there are none.
     """
     seconds: float | None = None
     lacking: dict[str, None] = {}
@@ -127,18 +127,18 @@ def added_up(planned: Sequence[tuple[Planned, Measured | str]], experience: Expe
         others = max(others, known.rates.disturbed_by or 0.0)
         factors, whole = experience.factors(cell)
         if not whole:
-            lacking[f"what quantization={cell.quantization.name} adds is known after its first cell"] = None
+            lacking[f"the slowdown by quantization={cell.quantization.name} is known after its first cell"] = None
         if cell.training.compile:
-            lacking["compiling comes on top"] = None
+            lacking["compilation is not included"] = None
         base = base_of(cell)
         parts = seconds_of(cell, known.rates, known.rows, factors)
         seconds = (seconds or 0.0) + total_of(parts, cells=cells, bases=base not in scored)
         scored.add(base)
-    return Estimate(sum(one.cells for one, _ in planned), seconds, list(lacking), others)
+    return Estimate(sum(item.cells for item, _ in planned), seconds, list(lacking), others)
 
 
 def how_to_narrow(planned: Sequence[Planned], *, limit: float) -> str:
-    """What of these cells can be made less, with the keys to type."""
+    """How these cells can be reduced, with the keys to set."""
     cells = [item.cell for item in planned]
     ways = [
         f"fewer {named} ({key}=, {len(values)} now)"

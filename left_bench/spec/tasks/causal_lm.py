@@ -1,4 +1,4 @@
-"""A decoder: goes on with what it reads."""
+"""A decoder-only language model."""
 
 from left_bench.spec.task import Task
 

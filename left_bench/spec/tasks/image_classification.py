@@ -1,4 +1,4 @@
-"""A model that tells a picture's class, with an output layer made new for the data's classes."""
+"""A model that predicts an image's class, with a new output layer for the data's classes."""
 
 from left_bench.spec.task import Task
 
@@ -19,11 +19,11 @@ TASK = Task(
     rules=(
         (
             lambda cell: cell.peft.is_one_of(*_FOR_TEXT),
-            "this method puts virtual tokens before a text or attends to them, and pictures have none",
+            "this method adds virtual tokens to a text or attends to them, and images have none",
         ),
         (
             lambda cell: cell.peft.is_one_of("IA3", "Lora") and cell.peft.config.get("target_modules") is None,
-            "peft knows no usual modules of this method in a model of pictures; name peft.config.target_modules "
+            "peft has no default target modules for this method in an image model; set peft.config.target_modules "
             f"{_SEEN}",
         ),
     ),

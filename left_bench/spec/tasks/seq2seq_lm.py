@@ -1,4 +1,4 @@
-"""An encoder that reads the prompt with a decoder that writes the answer."""
+"""An encoder-decoder model: the encoder reads the prompt, the decoder writes the answer."""
 
 from left_bench.spec.task import Task
 
@@ -10,12 +10,11 @@ TASK = Task(
     rules=(
         (
             lambda cell: cell.data.shape == "text",
-            "plain text is for models that go on with it: an encoder with a decoder wants questions and answers",
+            "plain text is for decoder-only models; an encoder-decoder needs questions and answers",
         ),
         (
             lambda cell: cell.data.train_on == "all",
-            "an encoder's prompt carries no loss, so there is nothing but answers to train on; leave out "
-            "data.train_on=all",
+            "an encoder's prompt carries no loss, so only answers can be trained on; leave out data.train_on=all",
         ),
     ),
 )

@@ -1,6 +1,6 @@
-"""A model that reads a text and names its class, with an output layer made new for the data's classes.
+"""A model that reads a text and predicts its class, with a new output layer for the data's classes.
 
-Encoders (BERT, RoBERTa, DeBERTa) and decoders, which answer from their last token's state.
+Encoders (BERT, RoBERTa, DeBERTa) and decoders, which classify from the last token's hidden state.
 """
 
 from left_bench.spec.task import Task
@@ -16,7 +16,7 @@ TASK = Task(
     rules=(
         (
             lambda cell: cell.data.shape == "text" or cell.data.pairs,
-            "a class is told of one text: neither plain text nor pairs of answers have one",
+            "a class belongs to one text; plain text and pairs of answers have no classes",
         ),
     ),
 )
