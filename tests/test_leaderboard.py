@@ -95,7 +95,7 @@ def test_what_is_the_same_in_every_row_is_told_once(page: str) -> None:
     text = section(page, "By peft")
     assert "trainable params" in tables(text)[0][0] and "precision" not in tables(text)[0][0]
     runs = rows_of(make_record(), make_record(changes=peft("lora"), peak_mib=800))
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
     from left_bench.report.document import write_document
     from left_bench.report.tables import Report
 
@@ -126,7 +126,7 @@ def test_qlora_is_held_against_lora() -> None:
     nf4 = {"name": "nf4_dq", "_target_": "x", "nominal_bits": 4, "config": {}}
     qlora = make_record(changes=peft("lora") | {"quantization": nf4}, choices={"peft": "qlora"})
     rows = rows_of(make_record(), make_record(changes=peft("lora")), qlora)
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
     from left_bench.report.leaderboard import axis_tables
     from left_bench.report.tables import Report
 
@@ -150,7 +150,7 @@ def test_confounders_stand_under_the_table_they_touch() -> None:
         make_record(),
         make_record(changes=peft("lora") | {"hardware.threads": 2}, effective={"threads": 2, "attention": "eager"}),
     )
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
     from left_bench.report.document import write_document
     from left_bench.report.tables import Report
 
@@ -169,7 +169,7 @@ def test_what_the_noise_covers_is_not_resolved_and_no_rank() -> None:
             for i, score in enumerate(scores)
         )
     )
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
     from left_bench.report.document import write_document
     from left_bench.report.tables import Report
 
@@ -375,7 +375,7 @@ def test_a_crowded_scatter_names_the_unbeaten_and_tells_the_others_when_pointed_
 
 
 def test_no_names_overlap_in_the_plots_of_seeds(grid: Path) -> None:
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
     from left_bench.report.load import read_runs
     from left_bench.report.placement import overlap
     from left_bench.report.plots import parameters_figure, pareto_figure, plot_style, steps_figure

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded.build import LAPTOP, make_record, peft
 
-from left_bench.report.cells import Row, find_baseline, row_of, sweep_rows
+from left_bench.report.baseline import find_baseline
+from left_bench.report.cells import Row, row_of, sweep_rows
 from left_bench.report.load import Problem, read_runs, read_sweeps
 from left_bench.report.page import _SCRIPTS, _asset, as_json, write_page
 from left_bench.report.page.data import CURVE_POINTS, status_of, thin_out

@@ -17,7 +17,9 @@ import pytest
 from recorded.build import make_record, peft
 from test_page import HOSTILE, hostile_record, recorded_rows
 
-from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.baseline import find_baseline
+from left_bench.report.cells import Row, row_of
 from left_bench.report.page import write_page
 from left_bench.report.page.data import status_of
 from left_bench.report.ranking import pareto_front, standing

@@ -28,7 +28,9 @@ from left_bench.report import (
     read_sweeps,
     write_report,
 )
-from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.baseline import find_baseline
+from left_bench.report.cells import Row, row_of, sweep_rows
 from left_bench.report.command import Wanted, write_reports
 from left_bench.report.document import write_document
 from left_bench.report.load import read_losses

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.report.cells import Row, find_axes, labels
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.cells import Row
 from left_bench.report.command import add_margin_option, plans_of
 from left_bench.report.cost import add_price_options, check_prices, prices_of
 from left_bench.report.judgement import take_margins

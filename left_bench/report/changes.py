@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.report.cells import Row, find_axes, labels, row_of
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.cells import Row, row_of
 from left_bench.report.load import Problem, Run, choose, deciding, flatten, read_runs
 from left_bench.report.ranking import own_metrics
 from left_bench.report.seeds import pool

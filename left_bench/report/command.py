@@ -14,7 +14,9 @@ from pathlib import Path
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
 from left_bench.report.archive import is_archive
-from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.baseline import find_baseline
+from left_bench.report.cells import Row, row_of, sweep_rows
 from left_bench.report.cost import NO_PRICES, Prices, add_price_options, check_prices, prices_of, with_costs
 from left_bench.report.curves import Target, check_target, parse_target
 from left_bench.report.document import write_document

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.report.cells import Axis, Row, option, settings
+from left_bench.report.axes import Axis
+from left_bench.report.cells import Row, option, settings
 from left_bench.report.judgement import TOLD_RATE
 from left_bench.report.markdown import code, escape, table
 from left_bench.report.ranking import (

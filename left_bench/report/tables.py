@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from left_bench.report.cells import Axis, Row
+from left_bench.report.axes import Axis
+from left_bench.report.cells import Row
 from left_bench.report.cost import NO_PRICES, Prices
 from left_bench.report.judgement import TOLD_RATE, Family, Judged, Margins
 from left_bench.report.load import Problem, Sweep

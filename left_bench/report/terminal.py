@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from left_bench.report.cells import Row, find_axes, labels, row_of
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.cells import Row, row_of
 from left_bench.report.ranking import headline_quality
 from left_bench.report.tables import ROWS_SHOWN, heading
 from left_bench.report.values import ABSENT, format_error, format_share, format_value, one_line

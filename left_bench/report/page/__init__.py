@@ -17,8 +17,10 @@ from string import Template
 from typing import Any
 
 from left_bench.core.files import write_atomically
-from left_bench.report.cells import Axis, Row, find_axes, find_baseline
-from left_bench.report.cells import labels as name_rows
+from left_bench.report.axes import Axis, find_axes
+from left_bench.report.axes import labels as name_rows
+from left_bench.report.baseline import find_baseline
+from left_bench.report.cells import Row
 from left_bench.report.curves import Target
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import page_data

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from left_bench.report.cells import Axis, Row, settings
+from left_bench.report.axes import Axis
+from left_bench.report.cells import Row, settings
 from left_bench.report.judgement import Family
 from left_bench.report.leaderboard import axis_blocks, reference_of
 from left_bench.report.ranking import (
