@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from left_bench.report.cells import Row, machines_of
-from left_bench.report.load import FlatSections, flat_section
+from left_bench.report.frame import FlatSections, flat_section
 from left_bench.report.values import ABSENT, format_setting, one_line
 from left_bench.spec.cell import GROUPS, slugify
 

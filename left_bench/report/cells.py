@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from left_bench.report.load import Problem, Run, Sweep, flatten, score_of
+from left_bench.report.frame import flatten
+from left_bench.report.load import Problem, Run, Sweep, score_of
 from left_bench.report.uncertainty import Scored, crossed_spread, scored_rows, seeds_spread
 from left_bench.report.values import format_flops, format_value, one_line
 from left_bench.spec.record import METRICS, Record

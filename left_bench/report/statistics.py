@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.report.cells import Row
-from left_bench.report.load import read_losses, read_steps
+from left_bench.report.steps_and_rows import read_losses, read_steps
 from left_bench.report.uncertainty import (
     CONFIDENCE,
     Scored,
