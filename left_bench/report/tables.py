@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from left_bench.report.axes import Axis
 from left_bench.report.cells import Row
+from left_bench.report.confounders import confounders, touching
 from left_bench.report.cost import NO_PRICES, Prices
 from left_bench.report.judgement import TOLD_RATE, Family, Judged, Margins
 from left_bench.report.load import Problem, Sweep
@@ -20,14 +21,12 @@ from left_bench.report.ranking import (
     SPEED,
     best_and_second,
     comparable,
-    confounders,
     family_of,
     headline_quality,
     present,
     qualities,
     rankable,
     standing,
-    touching,
 )
 from left_bench.report.statistics import mean_interval, seed_values
 from left_bench.report.values import (

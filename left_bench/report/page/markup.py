@@ -9,10 +9,10 @@ from typing import Any
 
 from left_bench import __version__
 from left_bench.report.cells import Row, machine_line, machines_of, so_far
+from left_bench.report.confounders import confounders
 from left_bench.report.curves import Target, equal_cost, to_target
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
-from left_bench.report.ranking import confounders
 from left_bench.report.values import ABSENT, metric_of, one_line
 from left_bench.spec.cell import GROUPS
 from left_bench.spec.record import find_metric
