@@ -344,8 +344,10 @@ def test_the_command_refuses_in_one_sentence(
 
 
 def test_a_crowded_scatter_names_the_unbeaten_and_tells_the_others_when_pointed_at(tmp_path: Path) -> None:
-    from left_bench.report.plots import pareto_figure, plot_style, write_plots
+    from left_bench.report.figure_style import plot_style
+    from left_bench.report.plots import write_plots
     from left_bench.report.ranking import pareto_front
+    from left_bench.report.scatter_plot import pareto_figure
 
     rows = rows_of(
         *(
@@ -376,9 +378,11 @@ def test_a_crowded_scatter_names_the_unbeaten_and_tells_the_others_when_pointed_
 
 def test_no_names_overlap_in_the_plots_of_seeds(grid: Path) -> None:
     from left_bench.report.axes import find_axes, labels
+    from left_bench.report.figure_style import plot_style
     from left_bench.report.load import read_runs
     from left_bench.report.placement import overlap
-    from left_bench.report.plots import parameters_figure, pareto_figure, plot_style, steps_figure
+    from left_bench.report.scatter_plot import parameters_figure, pareto_figure
+    from left_bench.report.steps_plot import steps_figure
 
     rows = pool([row_of(run) for run in read_runs(grid)[0]])
     names = labels(rows, find_axes(rows))

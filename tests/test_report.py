@@ -34,10 +34,12 @@ from left_bench.report.cells import Row, row_of, sweep_rows
 from left_bench.report.command import Wanted, write_reports
 from left_bench.report.confounders import confounders
 from left_bench.report.document import write_document
+from left_bench.report.figure_style import plot_style
 from left_bench.report.markdown import code, escape, fence, table
 from left_bench.report.placement import overlap
-from left_bench.report.plots import pareto_figure, plot_style, write_plots
+from left_bench.report.plots import write_plots
 from left_bench.report.ranking import best_rows, family_of, pareto_front, places, standing
+from left_bench.report.scatter_plot import pareto_figure
 from left_bench.report.seeds import pool
 from left_bench.report.steps_and_rows import read_losses
 from left_bench.report.tables import Report

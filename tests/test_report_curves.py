@@ -21,7 +21,7 @@ from left_bench.report.curves import (
     to_target,
     value_at,
 )
-from left_bench.report.plots import plot_style
+from left_bench.report.figure_style import plot_style
 from left_bench.report.seeds import pool
 from left_bench.spec.record import CurvePoint, Record
 

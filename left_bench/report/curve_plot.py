@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from left_bench.report.cells import Row
 from left_bench.report.curves import LOSS, Axis, Curve, curves_of, measured_alike, value_at
-from left_bench.report.plots import _new_figure
+from left_bench.report.figure_style import new_figure
 from left_bench.report.styles import COLOURS, DASHES, MARKERS, row_styles
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def curve_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     more = len(lines) - _DRAWN
     if more > 0:  # the lowest ends are named
         lines = sorted(lines, key=lambda line: line[1][-1])[:_DRAWN]
-    figure, axes = _new_figure(7.2, 4.2)
+    figure, axes = new_figure(7.2, 4.2)
     for x, y, low, high, label, style in lines:
         colour = COLOURS[style.colour]
         if low != high:

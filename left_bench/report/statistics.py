@@ -86,6 +86,14 @@ def mean_interval(row: Row, metric: str) -> Interval | None:
     return None if spread is None else around(value, spread)
 
 
+def reach_of(row: Row, metric: str) -> float:
+    """Half the width of a mean's 95 % interval; of one run two standard errors, 0 where there are none."""
+    interval = mean_interval(row, metric)
+    if interval is not None:
+        return (interval.high - interval.low) / 2
+    return 2 * (row.stderr(metric) or 0.0)
+
+
 def seed_values(row: Row, metric: str) -> dict[Any, float]:
     """Seed -> value of the row's ok runs."""
     return row.by_seed(metric)
