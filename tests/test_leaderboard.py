@@ -97,7 +97,7 @@ def test_what_is_the_same_in_every_row_is_told_once(page: str) -> None:
     runs = rows_of(make_record(), make_record(changes=peft("lora"), peak_mib=800))
     from left_bench.report.axes import find_axes, labels
     from left_bench.report.document import write_document
-    from left_bench.report.tables import Report
+    from left_bench.report.report import Report
 
     axes = find_axes(runs)
     text = write_document(Report(name="x", rows=runs, axes=axes, labels=labels(runs, axes), baseline=runs[0]))
@@ -128,7 +128,7 @@ def test_qlora_is_held_against_lora() -> None:
     rows = rows_of(make_record(), make_record(changes=peft("lora")), qlora)
     from left_bench.report.axes import find_axes, labels
     from left_bench.report.leaderboard import axis_tables
-    from left_bench.report.tables import Report
+    from left_bench.report.report import Report
 
     axes = find_axes(rows)
     text = "\n\n".join(axis_tables(Report(name="x", rows=rows, axes=axes, labels=labels(rows, axes), baseline=rows[0])))
@@ -152,7 +152,7 @@ def test_confounders_stand_under_the_table_they_touch() -> None:
     )
     from left_bench.report.axes import find_axes, labels
     from left_bench.report.document import write_document
-    from left_bench.report.tables import Report
+    from left_bench.report.report import Report
 
     axes = find_axes(rows)
     text = write_document(Report(name="x", rows=rows, axes=axes, labels=labels(rows, axes), baseline=rows[0]))
@@ -171,7 +171,7 @@ def test_what_the_noise_covers_is_not_resolved_and_no_rank() -> None:
     )
     from left_bench.report.axes import find_axes, labels
     from left_bench.report.document import write_document
-    from left_bench.report.tables import Report
+    from left_bench.report.report import Report
 
     axes = find_axes(rows)
     text = write_document(Report(name="x", rows=rows, axes=axes, labels=labels(rows, axes), baseline=rows[0]))

@@ -39,10 +39,10 @@ from left_bench.report.markdown import code, escape, fence, table
 from left_bench.report.placement import overlap
 from left_bench.report.plots import write_plots
 from left_bench.report.ranking import best_rows, family_of, pareto_front, places, standing
+from left_bench.report.report import Report
 from left_bench.report.scatter_plot import pareto_figure
 from left_bench.report.seeds import pool
 from left_bench.report.steps_and_rows import read_losses
-from left_bench.report.tables import Report
 from left_bench.report.values import format_against, format_error, format_share, significant
 from left_bench.spec.record import METRICS, Record, Sample
 

@@ -27,8 +27,8 @@ from left_bench.report.leaderboard import check_group_by
 from left_bench.report.load import PathLike, Problem, Run, Sweep, read_runs, read_sweeps, write_records
 from left_bench.report.ranking import headline_quality
 from left_bench.report.recommend import BOUNDS_HELP, Need, how_sure, named_margins, recommend, sentence, take_needs
+from left_bench.report.report import Report
 from left_bench.report.seeds import pool
-from left_bench.report.tables import Report
 from left_bench.spec.cell import slugify
 
 LOOSE_NAME = "cells"

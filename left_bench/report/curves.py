@@ -13,9 +13,11 @@ from typing import Literal, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.report.cells import Row
+from left_bench.report.headings import heading
 from left_bench.report.markdown import details, escape, table
 from left_bench.report.ranking import yardstick
-from left_bench.report.tables import ROWS_SHOWN, Report, cut_line, heading
+from left_bench.report.report import Report
+from left_bench.report.tables import ROWS_SHOWN, cut_line
 from left_bench.report.uncertainty import seeds_spread
 from left_bench.report.values import ABSENT, format_error, format_value, metric_of, significant
 from left_bench.spec.record import METRICS, CurvePoint, find_metric

@@ -11,19 +11,12 @@ from left_bench import __version__
 from left_bench.report.archive import ENDING
 from left_bench.report.cells import Row, machine_line, so_far
 from left_bench.report.curves import curves_section
+from left_bench.report.headings import heading
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, SPEED, present, qualities
-from left_bench.report.tables import (
-    ROWS_SHOWN,
-    Report,
-    cells_tables,
-    cut_line,
-    heading,
-    phases_table,
-    seeds_table,
-    status_word,
-)
+from left_bench.report.report import Report
+from left_bench.report.tables import ROWS_SHOWN, cells_tables, cut_line, phases_table, seeds_table, status_word
 from left_bench.report.values import ABSENT, format_setting, metric_of, one_line
 from left_bench.report.verdicts import claims_section
 from left_bench.spec.cell import GROUPS

@@ -10,17 +10,17 @@ from left_bench.core.errors import UserError, nearest
 from left_bench.report.axes import Axis
 from left_bench.report.cells import Row, option, settings
 from left_bench.report.confounders import confounders
+from left_bench.report.headings import heading
 from left_bench.report.judgement import TOLD_RATE
 from left_bench.report.markdown import code, escape, table
 from left_bench.report.ranking import Standing, best_and_second, headline_quality, present, standing
 from left_bench.report.recommend import Recommendation, how_sure, recommend, sentence
+from left_bench.report.report import Report
 from left_bench.report.tables import (
     CELLS_NAMED,
     ROWS_SHOWN,
-    Report,
     constant,
     cut_line,
-    heading,
     how_to_read,
     label_cells,
     label_headings,

@@ -13,12 +13,12 @@ from left_bench.core.files import write_atomically
 from left_bench.report.cells import Row
 from left_bench.report.curve_plot import curve_figure
 from left_bench.report.figure_style import cut_label, plot_style
+from left_bench.report.headings import heading
 from left_bench.report.loss_plot import loss_figure
 from left_bench.report.memory_plot import memory_figure
 from left_bench.report.ranking import headline_quality
 from left_bench.report.scatter_plot import parameters_figure, pareto_figure
 from left_bench.report.steps_plot import steps_figure
-from left_bench.report.tables import heading
 from left_bench.report.values import format_error, format_value, one_line
 
 if TYPE_CHECKING:

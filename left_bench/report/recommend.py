@@ -12,11 +12,11 @@ from typing import NamedTuple
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.units import parse_bytes, parse_joules, parse_seconds
 from left_bench.report.cells import Row
+from left_bench.report.headings import heading
 from left_bench.report.judgement import TOLD_RATE, Judged, Margins, in_order
 from left_bench.report.ranking import Standing, headline_quality, pareto_front, rankable, standing
 from left_bench.report.settle import what_would_settle
 from left_bench.report.statistics import best_shares, front_shares
-from left_bench.report.tables import heading
 from left_bench.report.values import format_difference, format_interval, format_value, is_number, metric_of
 from left_bench.spec.record import METRICS, find_metric
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from left_bench.report.cells import Row, option
 from left_bench.report.figure_style import INK, byte_scale, cut_label, new_figure
+from left_bench.report.headings import heading
 from left_bench.report.placement import place_labels
 from left_bench.report.ranking import headline_quality, pareto_front, rankable
 from left_bench.report.recommend import pareto_set
 from left_bench.report.statistics import reach_of
 from left_bench.report.styles import COLOURS, FILLS, MARKERS, Style, quantizations, row_styles
-from left_bench.report.tables import heading
 from left_bench.report.values import format_value, is_number, metric_of
 
 if TYPE_CHECKING:

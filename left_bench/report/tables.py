@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
 
-from left_bench.report.axes import Axis
 from left_bench.report.cells import Row
-from left_bench.report.confounders import confounders, touching
-from left_bench.report.cost import NO_PRICES, Prices
-from left_bench.report.judgement import TOLD_RATE, Family, Judged, Margins
-from left_bench.report.load import Problem, Sweep
+from left_bench.report.confounders import touching
+from left_bench.report.headings import heading
+from left_bench.report.judgement import TOLD_RATE, Family, Judged
 from left_bench.report.markdown import details, escape, table
 from left_bench.report.ranking import (
     COST,
@@ -21,13 +16,13 @@ from left_bench.report.ranking import (
     SPEED,
     best_and_second,
     comparable,
-    family_of,
     headline_quality,
     present,
     qualities,
     rankable,
     standing,
 )
+from left_bench.report.report import Report
 from left_bench.report.statistics import mean_interval, seed_values
 from left_bench.report.values import (
     ABSENT,
@@ -42,11 +37,6 @@ from left_bench.report.values import (
     format_value,
     metric_of,
 )
-from left_bench.spec.record import SCORER_PREFIX, TASK_PREFIX
-
-if TYPE_CHECKING:
-    from left_bench.report.curves import Target
-    from left_bench.report.recommend import Need
 
 ROWS_SHOWN = 200
 """Rows of a table that a person may still read."""
@@ -60,125 +50,6 @@ _HOW = {
 }
 
 PHASES = ("load", "load_cached", "attach", "evaluate_base", "train", "validate", "evaluate", "save", "merge")
-_HEADINGS = {
-    "exact_match": "exact match",
-    "eval_loss": "eval loss (nats)",
-    "eval_perplexity": "perplexity",
-    "rouge_l": "ROUGE-L",
-    "bleu": "BLEU",
-    "f1": "F1",
-    "number_match": "number match",
-    "judge_win_rate": "judge prefers it to the base",
-    "preference_accuracy": "prefers the right answer",
-    "preference_margin_nats": "preference margin (nats)",
-    "validation_loss": "validation loss",
-    "forgetting_nats": "forgetting (nats)",
-    "quantization_error": "quantization error",
-    "peak_memory_bytes": "peak memory",
-    "weights_bytes": "base weights",
-    "stored_bits_per_param": "bits/param",
-    "quantized_bits_per_param": "bits/quantized param",
-    "trainable_params": "trainable params",
-    "adapter_file_bytes": "adapter file",
-    "train_tokens_per_second": "train tokens/s",
-    "generate_tokens_per_second": "generate tokens/s",
-    "merged_generate_tokens_per_second": "merged generate tokens/s",
-    "model_flops_utilization": "FLOPs utilization",
-    "wall_seconds": "wall time",
-    "train_joules": "training energy",
-    "joules_per_1000_tokens": "energy/1,000 tokens",
-    "train_watts": "training power",
-    "cell_joules": "cell's energy",
-    "cpu_train_joules": "CPUs' training energy",
-    "cpu_joules_per_1000_tokens": "CPUs' energy/1,000 tokens",
-    "cpu_train_watts": "CPUs' training power",
-    "cpu_cell_joules": "CPUs' energy",
-    "cell_cost": "cost",
-    "cost_per_point": "cost of a point",
-    "cell_energy_cost": "cost of energy",
-    "cell_hours_cost": "cost of hours",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """All that a report is made from; `rows`, `labels` and every axis' values run parallel."""
-
-    name: str
-    rows: Sequence[Row]
-    axes: Sequence[Axis]
-    labels: Sequence[str]
-    baseline: Row | None
-    sweep: Sweep | None = None
-    problems: Sequence[Problem] = ()
-    plots: Sequence[tuple[str, str]] = field(default=())
-    """(file name, what it shows)."""
-    needs: Sequence[Need] = ()
-    """What a recommended cell has to fulfil."""
-    group_by: str | None = None
-    """The setting whose every value gets a leaderboard of its own."""
-    claims: bool = False
-    """Whether the field's usual sentences are put beside the rows."""
-    where: str | None = None
-    """The condition that chose the rows."""
-    prices: Prices = NO_PRICES
-    """What energy and hours cost."""
-    target: Target | None = None
-    """A quality, and when each row reached it along training."""
-    margins: Margins = field(default_factory=dict)
-    """Metric -> how far apart two values still count as equal."""
-
-    @cached_property
-    def records(self) -> list[Row]:
-        """The rows that have a record."""
-        return [row for row in self.rows if row.record]
-
-    @cached_property
-    def runs(self) -> list[tuple[Row, str]]:
-        """Every single run with its name, the seeds of one row after another."""
-        return [
-            (run, label if not row.members else f"{label} seed {_seed(run)}")
-            for row, label in zip(self.rows, self.labels, strict=True)
-            for run in row.runs
-        ]
-
-    @cached_property
-    def names(self) -> Mapping[int, str]:
-        """`id(row)` -> label."""
-        return {id(row): label for row, label in zip(self.rows, self.labels, strict=True)}
-
-    @cached_property
-    def places(self) -> Mapping[int, int]:
-        """`id(row)` -> its place in `rows` and in every axis."""
-        return {id(row): i for i, row in enumerate(self.rows)}
-
-    def family(self, metric: str) -> Family:
-        """What judges the differences between the rows in a metric: the same in every table."""
-        if metric not in self._families:
-            self._families[metric] = family_of(self.rows, metric, self.margins)
-        return self._families[metric]
-
-    @cached_property
-    def _families(self) -> dict[str, Family]:
-        return {}
-
-    @cached_property
-    def confounders(self) -> list[tuple[str, str]]:
-        return confounders(self.rows, self.names)
-
-
-def _seed(run: Row) -> str:
-    """The run's seed; of a run without a record, what its id says."""
-    return format_setting(run.seed) if run.record else run.cell_id.split("-")[-2].removeprefix("s")
-
-
-def heading(metric: str) -> str:
-    """A metric's column heading."""
-    if metric.startswith(SCORER_PREFIX):
-        return f"{metric.removeprefix(SCORER_PREFIX).replace('_', ' ')} (own scorer)"
-    if metric.startswith(TASK_PREFIX):
-        return f"{metric.removeprefix(TASK_PREFIX).replace('_', ' ')} (lm-eval)"
-    return _HEADINGS.get(metric, metric)
 
 
 def cells_tables(report: Report) -> Iterator[str]:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from left_bench.report.cells import Row, option
 from left_bench.report.claims import CLAIMS, DEFAULT, NOT_MEASURED, Claim, Evidence, Missing, Verdict
 from left_bench.report.frame import deciding, flatten
+from left_bench.report.headings import heading
 from left_bench.report.judgement import judge
 from left_bench.report.markdown import code, escape, table
-from left_bench.report.tables import heading, told_against
+from left_bench.report.tables import told_against
 from left_bench.report.values import ABSENT, format_error, format_value
 
 _GROUPS = ("quantization", "peft", "precision", "training")

@@ -7,6 +7,7 @@ from typing import Any
 
 from left_bench.report.axes import Axis
 from left_bench.report.cells import Row, settings
+from left_bench.report.headings import heading
 from left_bench.report.judgement import Family
 from left_bench.report.leaderboard import axis_blocks, reference_of
 from left_bench.report.ranking import (
@@ -26,9 +27,10 @@ from left_bench.report.ranking import (
     yardstick,
 )
 from left_bench.report.recommend import recommend
+from left_bench.report.report import Report
 from left_bench.report.statistics import seed_losses
 from left_bench.report.styles import row_styles
-from left_bench.report.tables import Report, heading, told_against
+from left_bench.report.tables import told_against
 from left_bench.report.values import (
     clean,
     format_against,
