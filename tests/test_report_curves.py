@@ -110,7 +110,7 @@ def test_time_is_not_compared_across_machines():
     assert told is not None and not any(name.endswith(" s") for name in told.header)
     assert any("Not at equal time" in remark for remark in told.remarks)
     figure = curve_figure(rows, ["lora", "full"])
-    assert figure is not None and figure.axes[0].get_xlabel().startswith("tokens")
+    assert figure is not None and figure.get_supxlabel().startswith("tokens")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def check_target(rows: Sequence[Row], target: Target) -> None:
     Raises:
         UserError: no record has the metric along training.
     """
-    results = {name for row in rows for curve in curves_of(row) for point in curve for name in _metrics(point)}
+    results = {name for row in rows for curve in curves_of(row) for point in curve for name in metrics_at(point)}
     if target.metric not in results:
         has = (
             f"they have {', '.join(sorted(results))}" if results else "they have no curve, which takes validation rows"
@@ -110,7 +110,7 @@ def measured_alike(rows: Sequence[Row], metric: str) -> bool:
 def value_at(curve: Curve, axis: Axis, budget: float, metric: str = LOSS) -> float | None:
     """The metric when so much of `axis` was spent, on a straight line between points; None outside of them."""
     result: list[tuple[float | None, float | None]] = [
-        (getattr(point, axis), _metrics(point).get(metric)) for point in curve
+        (getattr(point, axis), metrics_at(point).get(metric)) for point in curve
     ]
     known = [(x, y) for x, y in result if x is not None and y is not None]
     for x, y in known:
@@ -130,7 +130,7 @@ def spent_until(curve: Curve, target: Target, axis: Axis) -> float | None:
     last: tuple[float, float] | None = None
     for point in curve:
         x: float | None = getattr(point, axis)
-        y = _metrics(point).get(target.metric)
+        y = metrics_at(point).get(target.metric)
         if x is None or y is None:
             continue
         if target.met(y):
@@ -212,7 +212,7 @@ def to_target(rows: Sequence[Row], labels: Sequence[str], target: Target) -> Tol
             continue
         met = [curve for curve in curves if spent_until(curve, target, "step") is not None]
         best = [
-            value for curve in curves for point in curve if (value := _metrics(point).get(target.metric)) is not None
+            value for curve in curves for point in curve if (value := metrics_at(point).get(target.metric)) is not None
         ]
         pick = min if metric_of(target.metric).better == "lower" else max
         reached = f"{len(met)} of {len(curves)} seeds" if len(curves) > 1 else "yes" if met else "no"
@@ -249,7 +249,8 @@ def _as_markdown(told: Told) -> str:
     return table([*map(escape, told.header)], [[*map(escape, line)] for line in told.lines[:ROWS_SHOWN]])
 
 
-def _metrics(point: CurvePoint) -> dict[str, float]:
+def metrics_at(point: CurvePoint) -> dict[str, float]:
+    """The validation loss and the scores of a point."""
     return {LOSS: point.validation_loss} | (point.scores or {})
 
 

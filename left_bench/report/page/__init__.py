@@ -40,7 +40,17 @@ from left_bench.report.values import one_line
 
 _STYLE = "page.css"
 # One script, in this order: each part uses what stands above it.
-_SCRIPTS = ("core.js", "address.js", "table.js", "axes.js", "detail.js", "scatter.js", "charts.js", "start.js")
+_SCRIPTS = (
+    "core.js",
+    "address.js",
+    "table.js",
+    "axes.js",
+    "detail.js",
+    "scatter.js",
+    "bars.js",
+    "lines.js",
+    "start.js",
+)
 # What could end the block early, or a line of the script that some parsers take the block for.
 _IN_JSON = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
