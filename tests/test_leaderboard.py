@@ -246,8 +246,8 @@ def test_the_best_is_taken_and_with_a_margin_the_cheapest_shown_to_be_within_it(
     result = recommend(rows)
     assert result is not None and result.chosen is rows[0] and set(result.front) == set(map(id, rows))
     assert sentence(result, [], names, rows) == (
-        "Take full (0.600 exact match, 1.37 GiB peak memory, 800 training tokens/s): of 3 cells, it has the best exact "
-        "match, from which 2 others are not resolved."
+        "Take full (0.600 exact match, 1.37 GiB peak memory, 800 training tokens/s): it has the best exact match of 3 "
+        "cells; 2 others are not resolved from it."
     )
     sure = " ".join(how_sure(result, names))
     assert "Not resolved from full: lora −0.020 [−0.140, +0.100] with less memory (900 MiB)" in sure
@@ -261,7 +261,7 @@ def test_the_best_is_taken_and_with_a_margin_the_cheapest_shown_to_be_within_it(
     )
     result = recommend(rows, margins=take_margins(["exact_match=0.05"]))
     assert result is not None and result.chosen is rows[0]
-    assert "none that costs less is shown to be within 0.050 exact match" in sentence(result, [], names, rows)
+    assert "no cheaper cell is shown to be within 0.050 exact match" in sentence(result, [], names, rows)
     needs = [Need("peak_memory_bytes", False, 800 * MIB)]
     result = recommend(rows, needs)
     assert result is not None and result.chosen is rows[2]
@@ -278,7 +278,7 @@ def test_what_would_settle_a_choice_is_said(tmp_path: Path) -> None:
     score = {id(row): row.scored_rows("exact_match").values.mean() for row in rows}  # type: ignore[union-attr]
     assert len(rows) == 2 and len(set(score.values())) == 2
     told = what_would_settle(rows[0], rows[1], "exact_match", margin=None, confidence=0.95)
-    assert told is not None and "in place of" in told and "with a chance of 80 %" in told
+    assert told is not None and "instead of" in told and "with a probability of 80 %" in told
     assert what_would_settle(rows[0], rows[0], "exact_match", margin=None, confidence=0.95) is None
 
 
@@ -317,7 +317,7 @@ def test_the_command_writes_every_format_and_recommends(
     assert list(frame["exact_match"]) == pytest.approx(list(same["exact_match"]))
     text = (tmp_path / "grid.md").read_text(encoding="utf-8")
     assert section(text, "Leaderboard").count("### `quantization`") == 2
-    assert "Chosen by `--where`" in text and "unsupported" not in text
+    assert "(`--where`)" in text and "unsupported" not in text
     assert "**Take lora" in section(text, "Recommendation")
 
 

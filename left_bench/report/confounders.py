@@ -106,12 +106,12 @@ def confounders(rows: Sequence[Row], names: Mapping[int, str]) -> list[tuple[str
     if disturbed:
         shares = "; ".join(f"{100 * share:.0f} %: {names[id(run)]}" for run, share in disturbed[:_LISTED])
         shares += f"; and {len(disturbed) - _LISTED:,} more" if len(disturbed) > _LISTED else ""
-        how = f"took CPU time while a cell trained, and its speed is not its own ({shares})"
+        how = f"took CPU time while a cell trained, which makes its speed too low ({shares})"
         result.append(("other processes", how))
     result += [("peak", how) for how in _unlike_peaks(done, names)]
     withheld = [(run, one_line(why)) for run in runs if (why := run.noted("effective").get("utilization_withheld"))]
     for why, group in _grouped([run for run, _ in withheld], [why for _, why in withheld]):
-        result.append(("model_flops_utilization", f"not told, for {why} ({_listed(group, names)})"))
+        result.append(("model_flops_utilization", f"left out, because {why} ({_listed(group, names)})"))
     rows = [row for row in rows if row.record]
     scores = [name for name in present(rows, qualities(rows)) if not rankable(rows, name)]
     if any(name not in PER_TOKEN for name in scores):
@@ -132,9 +132,9 @@ def _unlike_peaks(runs: Sequence[Row], names: Mapping[int, str]) -> Iterator[str
         (lowest, slow), (highest, fast) = (pick(peaks, key=lambda peak: peak[0]) for pick in (min, max))
         if highest > _PEAKS_APART * lowest:
             yield (
-                f"{dtype} products came to {format_flops(highest, highest)} for {names[id(fast)]} and to "
-                f"{format_flops(lowest, lowest)} for {names[id(slow)]}: a machine that was not equally "
-                f"fast for all, {highest / lowest:.2g} times at most"
+                f"matrix products in {dtype} ran at {format_flops(highest, highest)} for {names[id(fast)]} and at "
+                f"{format_flops(lowest, lowest)} for {names[id(slow)]}: the machine was not equally fast for all cells "
+                f"(up to {highest / lowest:.2g} times)"
             )
 
 
@@ -164,7 +164,7 @@ def _unfulfilled(rows: list[Row], whole: Mapping[int, Row], names: Mapping[int, 
                 None,
             )
             if asked is not None and not _same(asked, effective):
-                result.append((row, f"{key}: asked for {format_setting(asked)}, found {format_setting(effective)}"))
+                result.append((row, f"{key}: asked for {format_setting(asked)}, got {format_setting(effective)}"))
     groups = _grouped([row for row, _ in result], [text for _, text in result])
     return [("not as asked", f"{text} ({_listed(_rejoined(group, rows, whole), names)})") for text, group in groups]
 

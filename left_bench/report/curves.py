@@ -28,7 +28,7 @@ _STILL_FALLING = 0.05
 _LEAST_FALL = 0.01  # nats
 _CLOCK = (
     "Seconds, tokens and joules are those of the optimizer steps alone, warm-up steps included: no loading, compiling,"
-    " checkpoint or evaluation is in them. Between two points the line is straight."
+    " checkpoint or evaluation is in them. Values between two points are interpolated."
 )
 Curve = Sequence[CurvePoint]
 Axis = Literal["step", "seconds", "tokens", "joules"]
@@ -174,13 +174,13 @@ def equal_cost(rows: Sequence[Row], labels: Sequence[str]) -> Told | None:
             continue
         if clock is not None and not measured_alike(drawn, clock):
             remarks.append(
-                f"Not at equal {'time' if axis == 'seconds' else 'energy'}: the cells are of several machines."
+                f"No column at equal {'time' if axis == 'seconds' else 'energy'}: the cells come from several machines."
             )
             continue
         columns.append((f"at {_spent(axis, min(known))}", axis, min(known)))
     memory = measured_alike(drawn, "peak_memory_bytes") and all(row.value("peak_memory_bytes") for row in drawn)
     header = ["cell", "at its end", *(name for name, _, _ in columns)]
-    header += ["lowest in its memory"] if memory else []
+    header += ["lowest within its memory"] if memory else []
     lines = []
     for row, label in named:
         falling = " ↘" if still_falling(row) else ""
@@ -190,16 +190,18 @@ def equal_cost(rows: Sequence[Row], labels: Sequence[str]) -> Told | None:
         if memory:
             line.append(_lowest_within(row, named))
         lines.append(line)
-    marks = ["the lowest that all of them spent", "± is one standard error over the seeds"]
-    first = f"Validation loss, nats per answer token; each budget is {marks[0]}"
+    marks = ["the largest that all cells spent", "± is one standard error over the seeds"]
+    first = f"Validation loss, in nats per answer token; each budget is {marks[0]}"
     first += f", and {marks[1]}." if any(len(curves_of(row)) > 1 for row in drawn) else "."
     remarks = [first, _CLOCK, *remarks]
     if memory:
-        remarks.append("In its memory: of all cells whose training peak is no higher, the one with the lowest loss.")
+        remarks.append(
+            "Within its memory: of the cells whose training peak is no higher, the one with the lowest loss."
+        )
     if any(still_falling(row) for row in drawn):
         remarks.append(
             "↘: still falling at its end, by more than a twentieth of the whole fall in the last quarter of its steps."
-            " More steps would lower it, and its place here says less."
+            " More steps would lower it, so its place here says less."
         )
     return Told("Validation loss at equal steps, time, energy and memory", header, lines, remarks)
 
@@ -220,11 +222,11 @@ def to_target(rows: Sequence[Row], labels: Sequence[str], target: Target) -> Tol
         results = [_until(met, target, axis) for axis in axes]
         lines.append([label, reached, *results, format_value(target.metric, pick(best)) if best else ABSENT])
     header = ["cell", "met", "steps", "time", "tokens", "energy", "best on the way"]
-    remarks = [f"Of the validation rows. {_CLOCK}"]
+    remarks = [f"On the validation rows. {_CLOCK}"]
     if any(len(curves_of(row)) > 1 for row in rows):
         remarks.append("Means over the seeds that met it.")
     if not measured_alike([row for row in rows if curves_of(row)], "train_seconds"):
-        remarks.append("The cells are of several machines: their seconds are not comparable.")
+        remarks.append("The cells come from several machines: their seconds are not comparable.")
     return Told(f"Time and tokens to {target}", header, lines, remarks)
 
 

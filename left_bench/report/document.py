@@ -89,9 +89,9 @@ def _what_this_is(report: Report) -> Iterator[str]:
     parts = [f"{len(runs):,} {'cell' if len(runs) == 1 else 'cells'} ({tally}){when}"]
     parts[0] = escape(parts[0]) + (f" on {where}." if where else ".")
     if len(runs) > len(report.rows):
-        parts.append(f"{len(report.rows):,} rows: cells that differ in the seed alone are one.")
+        parts.append(f"{len(report.rows):,} rows: cells that differ only in their seed are pooled.")
     if report.where:
-        parts.append(f"Chosen by `--where`: {code(report.where)}.")
+        parts.append(f"Only records for which {code(report.where)} (`--where`).")
     if report.sweep and report.sweep.finished_at is None:
         parts.append(f"**{so_far(runs, report.sweep)}**")
     yield " ".join(parts)
@@ -192,7 +192,7 @@ def _failures(report: Report) -> Iterator[str]:
                 yield details(f"{name}: end of the log", fence(tail, "text"))
     if problems:
         files = "1 file" if len(problems) == 1 else f"{len(problems)} files"
-        yield f"{files} could not be read and so left out of the tables:"
+        yield f"{files} could not be read and is left out of the tables:"
         told = problems[:ROWS_SHOWN]
         yield "\n".join(f"- {code(_short(problem.path))}: {escape(problem.message)}" for problem in told)
         yield from cut_line(len(problems))
@@ -254,7 +254,7 @@ def _glossary(report: Report) -> Iterator[str]:
     ]
     yield "## Metrics"
     yield details(
-        "What each column is", table(["column", "name in the record", "unit", "better", "meaning"], lines, labels=5)
+        "What each column means", table(["column", "name in the record", "unit", "better", "meaning"], lines, labels=5)
     )
 
 

@@ -64,7 +64,7 @@ def cells_tables(report: Report) -> Iterator[str]:
     yield from _metrics_table(report, SPEED)
     if not all(rankable(report.rows, metric) for metric in present(report.rows, SPEED)):
         yield (
-            "The cells come from different machines: speed is neither ranked nor set against a baseline on another one."
+            "The cells come from different machines: speed is not ranked, nor compared with a baseline on another one."
         )
     yield from confounders_of(report, "speed")
     if present(report.rows, ENERGY):
@@ -81,8 +81,8 @@ def _energy(report: Report) -> Iterator[str]:
     sources = [str(source) for run, _ in report.runs if (source := run.noted("effective").get("energy"))]
     told = f" ({escape('; '.join(dict.fromkeys(sources)))})" if sources else ""
     yield (
-        f"Joules as the hardware's own counters tell them{told}: of the device that trains, over the steps that count "
-        "for speed and over the whole cell. The CPUs' beside a GPU stand apart and are in none of the others."
+        f"Joules from the hardware's own counters{told}: of the device that trains, over the steps that count for "
+        "speed and over the whole cell. The energy of the CPUs beside a GPU is listed separately, in no other column."
     )
     yield from _metrics_table(report, ENERGY)
     yield from confounders_of(report, "energy")
@@ -94,7 +94,9 @@ def confounders_of(report: Report, kind: str) -> Iterator[str]:
     if result:
         listed = ", ".join(dict.fromkeys(what for what, _ in result))
         told = "\n".join(f"- **{escape(what)}**: {escape(how)}" for what, how in result)
-        yield details(f"Confounders: the cells also differ in {listed}; a difference in {kind} may come from it", told)
+        yield details(
+            f"Confounders: the cells also differ in {listed}; a difference in {kind} may come from that", told
+        )
 
 
 def how_to_read(report: Report) -> Iterator[str]:
@@ -105,12 +107,12 @@ def how_to_read(report: Report) -> Iterator[str]:
     if report.baseline is not None:
         name = escape(report.names[id(report.baseline)])
         parts.append(
-            f"In brackets: against the baseline **{name}**; `not resolved`, with the 95 % interval of the difference "
-            "or the ratio, where it may be none; `same` where the values print alike."
+            f"In brackets: the difference from the baseline **{name}**, or the ratio to it; `not resolved`, with the "
+            "95 % interval, where there may be no difference; `same` where both values print alike."
         )
         parts.append(
             f"All pairs of cells are judged together, metric by metric (false-discovery rate {TOLD_RATE}, "
-            "Benjamini and Hochberg): an interval that leaves none out alone may be unresolved among so many."
+            "Benjamini and Hochberg), so a difference may be unresolved although its own interval excludes zero."
         )
     if report.margins:
         told = ", ".join(
@@ -118,17 +120,21 @@ def how_to_read(report: Report) -> Iterator[str]:
             for name, margin in report.margins.items()
         )
         parts.append(f"`equal`: the interval lies within the margin given ({escape(told)}).")
-    parts.append("**Bold**: the best value of a column, <u>underlined</u>: the second, resolved or not.")
+    parts.append(
+        "**Bold**: the best value of a column; <u>underlined</u>: the second best; whether or not it is resolved."
+    )
     repeated = sorted({len(seeds) for row in report.rows if len(seeds := {run.seed for run in row.runs if run.ok}) > 1})
     if repeated:
         of = " or ".join(map(str, repeated))
-        parts.append(f"± is one standard error: of scores over held-out rows and {of} seeds, of the rest over seeds.")
+        parts.append(
+            f"± is one standard error: over held-out rows and {of} seeds for scores, over seeds for everything else."
+        )
     elif any(
         row.stderr(metric) is not None for row in report.rows for metric in present(report.rows, qualities(report.rows))
     ):
         parts.append("± is one standard error of the score over the held-out rows.")
     if not repeated and any(row.value("peak_memory_bytes") is not None for row in report.rows):
-        parts.append("Each cell was run once: nothing tells how far another run's memory would lie from these.")
+        parts.append("Each cell was run once, so how much memory varies from run to run is not known.")
     yield " ".join(parts)
 
 
@@ -154,8 +160,8 @@ def seeds_table(report: Report) -> Iterator[str]:
             cells.append(text)
         lines.append([escape(report.names[id(row)]), escape(", ".join(seeds)), *cells])
     what = (
-        "Mean over the seeds, its 95 % interval by Student's t in brackets (of scores over held-out rows and seeds "
-        "crossed, of the rest over the seeds), and the seeds one by one."
+        "The mean, its 95 % interval by Student's t in brackets (over held-out rows and seeds, crossed, for scores; "
+        "over seeds for everything else), and the value of each seed."
     )
     listed = table(["cell", "seeds", *map(heading, metrics)], lines, labels=2)
     yield details("Every seed's own values", f"{what}\n\n{listed}")
@@ -226,7 +232,7 @@ def _unresolved(report: Report, metrics: Sequence[str]) -> Iterator[str]:
         how |= dict.fromkeys(result.family.how)
     if lines:
         told = "; ".join(_HOW[one] for one in how if one in _HOW)
-        lines.append(f"\nThe intervals are {told}.")
+        lines.append(f"\nWhat the intervals are based on: {told}.")
         yield "\n".join(lines)
     seeds = {run.seed for row in report.records for run in row.runs if run.record}
     if (
@@ -235,8 +241,8 @@ def _unresolved(report: Report, metrics: Sequence[str]) -> Iterator[str]:
         and any(row.stderr(metric) is not None for row in report.records for metric in metrics)
     ):
         yield (
-            "**One seed only**: the intervals tell of the held-out rows, not of other seeds, under which order and "
-            "initialization differ. Repeat with `seed=0,1,2` before a small difference is taken for one."
+            "**One seed only**: the intervals cover the held-out rows, not other seeds, whose row order and "
+            "initialization differ. Repeat with `seed=0,1,2` before trusting a small difference."
         )
 
 
