@@ -33,13 +33,16 @@ def write_plots(rows: Sequence[Row], labels: Sequence[str], *, out: Path, name: 
     Returns:
         (file name, what it shows), plot by plot.
     """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     written = []
     tips = [_tip(row, label, headline_quality(rows)) for row, label in zip(rows, labels, strict=True)]
     with plot_style():
         for plot, figure, shown in figures(rows, [cut_label(label) for label in labels]):
             drawn = io.StringIO()
             _settle(figure)
-            figure.savefig(drawn, format="svg", metadata={"Date": None})
+            # not `savefig`, which draws everything once more beforehand
+            FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None})
             write_atomically(out / f"{name}_{plot}.svg", _with_tips(drawn.getvalue(), tips))
             written.append((f"{name}_{plot}.svg", shown))
     return written

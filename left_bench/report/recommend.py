@@ -295,7 +295,8 @@ def _nearest_miss(rows: Sequence[Row], needs: Sequence[Need], names: Mapping[int
     for need in needs:
         known = [row for row in rows if is_number(row.value(need.metric))]
         if not known:
-            told.append(f"{heading(need.metric)} was not measured in any cell")
+            why = "; a price per kWh needs joules" if metric_of(need.metric).unit == "money" else ""
+            told.append(f"{heading(need.metric)} was not measured in any cell{why}")
             continue
         pick = max if need.at_least else min
         row = pick(known, key=lambda row: row.value(need.metric) or 0.0)

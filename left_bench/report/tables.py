@@ -73,6 +73,8 @@ def cells_tables(report: Report) -> Iterator[str]:
     if present(report.rows, COST):
         yield "## Cost"
         yield report.prices.told()
+        if "cell_cost" not in present(report.rows, COST):
+            yield "No total: no cell has all that is priced. Joules were not measured; leave the price of a kWh out."
         yield from _metrics_table(report, COST)
         yield from confounders_of(report, "cost")
 
