@@ -34,8 +34,9 @@ from left_bench.measure.meter import Meter, Step
 from left_bench.processes.resources import AT_ONCE, SHARED, Seat
 from left_bench.report import load_records, main, write_report
 from left_bench.report.cells import row_of
+from left_bench.report.confounders import confounders, touching
 from left_bench.report.cost import Prices
-from left_bench.report.ranking import confounders, rankable, touching
+from left_bench.report.ranking import rankable
 from left_bench.spec.events import EVENTS_NAME, EventWriter
 
 UUID = "8b1f0c5e-0000-1111-2222-333344445555"

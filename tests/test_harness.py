@@ -337,8 +337,8 @@ def test_the_better_direction_of_a_tasks_metric(name, better):
 
 def test_a_report_shows_tasks_after_the_held_out_rows_scores():
     from left_bench.report.cells import row_of
+    from left_bench.report.headings import heading
     from left_bench.report.ranking import headline_quality, qualities
-    from left_bench.report.tables import heading
 
     scores = [Score(task="arc_easy", metric="lm_eval_arc_easy_acc", value=0.5, stderr=0.1, n=9, base_value=0.4)]
     record = Record(

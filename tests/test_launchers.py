@@ -103,7 +103,7 @@ def lasting(record: Record) -> dict[str, Any]:
         for name, value in record.metrics.items()
         if kinds[name] != "speed" and not name.endswith("memory_bytes") and name not in _CHANCE
     }
-    plain["memory_breakdown"].pop("activations_and_workspace", None)
+    plain["memory_breakdown"].pop("workspace", None)
     plain["phases"] = [phase.name for phase in record.phases if phase.name != "peak"] if record.status == "ok" else []
     for point in plain["curve"] or ():
         point.pop("seconds")

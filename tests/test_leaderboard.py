@@ -95,9 +95,9 @@ def test_what_is_the_same_in_every_row_is_told_once(page: str) -> None:
     text = section(page, "By peft")
     assert "trainable params" in tables(text)[0][0] and "precision" not in tables(text)[0][0]
     runs = rows_of(make_record(), make_record(changes=peft("lora"), peak_mib=800))
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
     from left_bench.report.document import write_document
-    from left_bench.report.tables import Report
+    from left_bench.report.report import Report
 
     axes = find_axes(runs)
     text = write_document(Report(name="x", rows=runs, axes=axes, labels=labels(runs, axes), baseline=runs[0]))
@@ -126,9 +126,9 @@ def test_qlora_is_held_against_lora() -> None:
     nf4 = {"name": "nf4_dq", "_target_": "x", "nominal_bits": 4, "config": {}}
     qlora = make_record(changes=peft("lora") | {"quantization": nf4}, choices={"peft": "qlora"})
     rows = rows_of(make_record(), make_record(changes=peft("lora")), qlora)
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
     from left_bench.report.leaderboard import axis_tables
-    from left_bench.report.tables import Report
+    from left_bench.report.report import Report
 
     axes = find_axes(rows)
     text = "\n\n".join(axis_tables(Report(name="x", rows=rows, axes=axes, labels=labels(rows, axes), baseline=rows[0])))
@@ -150,9 +150,9 @@ def test_confounders_stand_under_the_table_they_touch() -> None:
         make_record(),
         make_record(changes=peft("lora") | {"hardware.threads": 2}, effective={"threads": 2, "attention": "eager"}),
     )
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
     from left_bench.report.document import write_document
-    from left_bench.report.tables import Report
+    from left_bench.report.report import Report
 
     axes = find_axes(rows)
     text = write_document(Report(name="x", rows=rows, axes=axes, labels=labels(rows, axes), baseline=rows[0]))
@@ -169,9 +169,9 @@ def test_what_the_noise_covers_is_not_resolved_and_no_rank() -> None:
             for i, score in enumerate(scores)
         )
     )
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
     from left_bench.report.document import write_document
-    from left_bench.report.tables import Report
+    from left_bench.report.report import Report
 
     axes = find_axes(rows)
     text = write_document(Report(name="x", rows=rows, axes=axes, labels=labels(rows, axes), baseline=rows[0]))
@@ -246,8 +246,8 @@ def test_the_best_is_taken_and_with_a_margin_the_cheapest_shown_to_be_within_it(
     result = recommend(rows)
     assert result is not None and result.chosen is rows[0] and set(result.front) == set(map(id, rows))
     assert sentence(result, [], names, rows) == (
-        "Take full (0.600 exact match, 1.37 GiB peak memory, 800 training tokens/s): of 3 cells, it has the best exact "
-        "match, from which 2 others are not resolved."
+        "Take full (0.600 exact match, 1.37 GiB peak memory, 800 training tokens/s): it has the best exact match of 3 "
+        "cells; 2 others are not resolved from it."
     )
     sure = " ".join(how_sure(result, names))
     assert "Not resolved from full: lora −0.020 [−0.140, +0.100] with less memory (900 MiB)" in sure
@@ -261,7 +261,7 @@ def test_the_best_is_taken_and_with_a_margin_the_cheapest_shown_to_be_within_it(
     )
     result = recommend(rows, margins=take_margins(["exact_match=0.05"]))
     assert result is not None and result.chosen is rows[0]
-    assert "none that costs less is shown to be within 0.050 exact match" in sentence(result, [], names, rows)
+    assert "no cheaper cell is shown to be within 0.050 exact match" in sentence(result, [], names, rows)
     needs = [Need("peak_memory_bytes", False, 800 * MIB)]
     result = recommend(rows, needs)
     assert result is not None and result.chosen is rows[2]
@@ -278,7 +278,7 @@ def test_what_would_settle_a_choice_is_said(tmp_path: Path) -> None:
     score = {id(row): row.scored_rows("exact_match").values.mean() for row in rows}  # type: ignore[union-attr]
     assert len(rows) == 2 and len(set(score.values())) == 2
     told = what_would_settle(rows[0], rows[1], "exact_match", margin=None, confidence=0.95)
-    assert told is not None and "in place of" in told and "with a chance of 80 %" in told
+    assert told is not None and "instead of" in told and "with a probability of 80 %" in told
     assert what_would_settle(rows[0], rows[0], "exact_match", margin=None, confidence=0.95) is None
 
 
@@ -317,7 +317,7 @@ def test_the_command_writes_every_format_and_recommends(
     assert list(frame["exact_match"]) == pytest.approx(list(same["exact_match"]))
     text = (tmp_path / "grid.md").read_text(encoding="utf-8")
     assert section(text, "Leaderboard").count("### `quantization`") == 2
-    assert "Chosen by `--where`" in text and "unsupported" not in text
+    assert "(`--where`)" in text and "unsupported" not in text
     assert "**Take lora" in section(text, "Recommendation")
 
 
@@ -344,8 +344,10 @@ def test_the_command_refuses_in_one_sentence(
 
 
 def test_a_crowded_scatter_names_the_unbeaten_and_tells_the_others_when_pointed_at(tmp_path: Path) -> None:
-    from left_bench.report.plots import pareto_figure, plot_style, write_plots
+    from left_bench.report.figure_style import plot_style
+    from left_bench.report.plots import write_plots
     from left_bench.report.ranking import pareto_front
+    from left_bench.report.scatter_plot import pareto_figure
 
     rows = rows_of(
         *(
@@ -375,10 +377,12 @@ def test_a_crowded_scatter_names_the_unbeaten_and_tells_the_others_when_pointed_
 
 
 def test_no_names_overlap_in_the_plots_of_seeds(grid: Path) -> None:
-    from left_bench.report.cells import find_axes, labels
+    from left_bench.report.axes import find_axes, labels
+    from left_bench.report.figure_style import plot_style
     from left_bench.report.load import read_runs
     from left_bench.report.placement import overlap
-    from left_bench.report.plots import parameters_figure, pareto_figure, plot_style, steps_figure
+    from left_bench.report.scatter_plot import parameters_figure, pareto_figure
+    from left_bench.report.steps_plot import steps_figure
 
     rows = pool([row_of(run) for run in read_runs(grid)[0]])
     names = labels(rows, find_axes(rows))

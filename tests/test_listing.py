@@ -10,6 +10,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from left_bench.cli import list_options
+from left_bench.cli.doctor import main as doctor
 from left_bench.cli.list_options import main
 from left_bench.core.errors import UserError, nearest
 from left_bench.grid import command_line
@@ -66,6 +67,20 @@ def test_auto_says_what_it_is_here(flags, told, capsys, monkeypatch):
 def test_a_group_that_is_none():
     with pytest.raises(UserError, match="unknown group 'pft'"):
         main(["pft"])
+
+
+def test_a_group_that_is_nearly_right_is_suggested_and_help_is_no_group(capsys):
+    with pytest.raises(UserError, match="unknown group 'quantisation'; did you mean 'quantization'"):
+        main(["quantisation"])
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: left-bench list")
+
+
+def test_the_doctor_takes_no_other_option_than_json(capsys):
+    with pytest.raises(UserError, match="--jsn: the only option is --json"):
+        doctor(["--jsn"])
+    assert doctor(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: left-bench doctor")
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -17,12 +17,16 @@ import pytest
 from recorded.build import make_record, peft
 from test_page import HOSTILE, hostile_record, recorded_rows
 
-from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.baseline import find_baseline
+from left_bench.report.cells import Row, row_of
 from left_bench.report.page import write_page
 from left_bench.report.page.data import status_of
 from left_bench.report.ranking import pareto_front, standing
 from left_bench.report.recommend import recommend
+from left_bench.report.seeds import pool
 from left_bench.report.values import one_line
+from left_bench.spec.record import CurvePoint
 
 pytest.importorskip("selenium", reason="selenium is not installed (pip install -e '.[test]')")
 
@@ -188,7 +192,7 @@ def test_filters_narrow_table_and_plots(page: Browser) -> None:
     chosen = [METHODS[i].record.choices["peft"] for i in page.rows() if METHODS[i].record]
     assert sorted(chosen) == ["dora", "lora"]
     assert menu.find_element(By.TAG_NAME, "summary").text.startswith("peft:")
-    assert len(page.all("#scatter .point")) == len(page.all("#bars .bar")) == len(page.all("#loss .line")) == 2
+    assert len(page.all("#scatter .point")) == len(page.all("#bars .bar")) == len(page.all("#loss .series")) == 2
     menu.find_element(By.TAG_NAME, "summary").send_keys(Keys.ESCAPE)
     assert menu.get_attribute("open") is None
 
@@ -379,7 +383,55 @@ def test_curves_are_read_by_keyboard(page: Browser) -> None:
     assert second != first and second.partition(":")[0] == first.partition(":")[0]
     page.one("#loss svg").send_keys(Keys.ARROW_DOWN)
     assert page.one("#loss-readout").text.partition(":")[0] != first.partition(":")[0]
-    assert len(page.all("#loss .line.mark")) == 1
+    assert len(page.all("#loss .series.mark")) == 1
+
+
+def curve_rows() -> list[Row]:
+    """Three methods, two seeds each, whose validation loss and score along training are known."""
+    records = []
+    for n, method in enumerate(("lora", "ia3", "full")):
+        for seed in (0, 1):
+            made = make_record(changes=peft(method) | {"seed": seed}, minute=seed)
+            points = [
+                CurvePoint(
+                    step=5 * k,
+                    seconds=(n + 1.0) * 5 * k,
+                    tokens=500 * k,
+                    validation_loss=3 / k + n / 10 + seed / 20,
+                    scores={"exact_match": k / 10},
+                )
+                for k in range(1, 5)
+            ]
+            records.append(made.model_copy(update={"curve": points}))
+    return pool([row_of(record) for record in records])
+
+
+def test_quality_along_training_is_drawn_over_what_is_chosen_and_read_by_keyboard(
+    browser: Browser, tmp_path: Path
+) -> None:
+    rows = curve_rows()
+    browser.open(written(rows, tmp_path))
+    assert len(browser.all("#along .series")) == 3 == len(browser.all("#along .band"))
+    over = [option.get_attribute("value") for option in Select(browser.one("#along-over")).options]
+    assert over == ["seconds", "tokens", "step"]  # no joules were measured
+    assert "seconds of training" in browser.one("#along").text
+    Select(browser.one("#along-over")).select_by_value("tokens")
+    Select(browser.one("#along-metric")).select_by_value("exact_match")
+    chart = browser.one("#along svg")
+    browser.run("arguments[0].focus()", chart)
+    chart.send_keys(Keys.END)
+    name = labels(rows, find_axes(rows))[0]
+    assert browser.one("#along-readout").text.startswith(f"{name}: 2,000 tokens of training, exact match 0.4")
+    Select(browser.one("#along-metric")).select_by_value("validation_loss")
+    browser.run("arguments[0].focus()", browser.one("#along svg"))
+    browser.one("#along svg").send_keys(Keys.ARROW_DOWN)
+    readout = browser.one("#along-readout").text
+    assert readout.endswith("validation loss 3.125 (seeds 3.1 to 3.15)")
+    address = browser.run("return location.href")
+    browser.driver.get("about:blank")
+    browser.driver.get(address)
+    assert browser.one("#along-over").get_attribute("value") == "tokens"
+    assert not browser.complaints()
 
 
 def test_tables_by_axis_hold_the_blocks_of_the_report(browser: Browser, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from left_bench.measure.instruction_sets import FLAGS_VARIABLE
 from left_bench.measure.meter import Meter
 from left_bench.report import load_records
 from left_bench.report.cells import machine_line, row_of
-from left_bench.report.ranking import best_rows, comparable, confounders, places, rankable
+from left_bench.report.confounders import confounders
+from left_bench.report.ranking import best_rows, comparable, places, rankable
 from left_bench.spec.events import EventWriter
 from left_bench.spec.record import Record, read_record
 

@@ -30,7 +30,8 @@ from left_bench.measure.cpu_contention import _own_seconds
 from left_bench.processes import start_process as process
 from left_bench.processes.ranks import ALONE, RankLost, Team
 from left_bench.report.cells import row_of
-from left_bench.report.ranking import confounders, rankable, touching
+from left_bench.report.confounders import confounders, touching
+from left_bench.report.ranking import rankable
 from left_bench.spec.cell import Cell
 from left_bench.spec.events import EVENTS_NAME
 from left_bench.spec.record import Record

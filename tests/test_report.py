@@ -28,16 +28,21 @@ from left_bench.report import (
     read_sweeps,
     write_report,
 )
-from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.baseline import find_baseline
+from left_bench.report.cells import Row, row_of, sweep_rows
 from left_bench.report.command import Wanted, write_reports
+from left_bench.report.confounders import confounders
 from left_bench.report.document import write_document
-from left_bench.report.load import read_losses
+from left_bench.report.figure_style import plot_style
 from left_bench.report.markdown import code, escape, fence, table
 from left_bench.report.placement import overlap
-from left_bench.report.plots import pareto_figure, plot_style, write_plots
-from left_bench.report.ranking import best_rows, confounders, family_of, pareto_front, places, standing
+from left_bench.report.plots import write_plots
+from left_bench.report.ranking import best_rows, family_of, pareto_front, places, standing
+from left_bench.report.report import Report
+from left_bench.report.scatter_plot import pareto_figure
 from left_bench.report.seeds import pool
-from left_bench.report.tables import Report
+from left_bench.report.steps_and_rows import read_losses
 from left_bench.report.values import format_against, format_error, format_share, significant
 from left_bench.spec.record import METRICS, Record, Sample
 
@@ -480,7 +485,7 @@ def test_speed_is_not_ranked_across_machines(tmp_path: Path) -> None:
     assert speed["lora"]["train tokens/s"] == "655 (1.59\u00d7)"  # the baseline's machine
     assert speed["ia3"]["train tokens/s"] == "2,301"  # another one: no ratio
     assert "**" in "".join(row["exact match"] for row in table_rows(text, "Quality"))  # quality does not depend on it
-    assert "speed is neither ranked nor" in text and SERVER["cpu"] in text and LAPTOP["cpu"] in text
+    assert "speed is not ranked, nor" in text and SERVER["cpu"] in text and LAPTOP["cpu"] in text
 
 
 def test_scores_on_different_rows_are_not_ranked() -> None:
@@ -510,8 +515,8 @@ def test_confounders_are_named_with_their_cells() -> None:
     assert "training.batch_size: 8: full; 2: lora" in told
     assert "training.batching: padded: full; grouped: lora" in told
     assert "attention: sdpa: full; eager: lora" in told
-    assert "not as asked: threads: asked for 2, found 4 (lora)" in told
-    assert "not as asked: batching: asked for grouped, found padded (lora)" in told
+    assert "not as asked: threads: asked for 2, got 4 (lora)" in told
+    assert "not as asked: batching: asked for grouped, got padded (lora)" in told
     assert "note: both (all cells)" in told and "note: one (full)" in told
 
 

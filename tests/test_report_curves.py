@@ -21,7 +21,7 @@ from left_bench.report.curves import (
     to_target,
     value_at,
 )
-from left_bench.report.plots import plot_style
+from left_bench.report.figure_style import plot_style
 from left_bench.report.seeds import pool
 from left_bench.spec.record import CurvePoint, Record
 
@@ -82,7 +82,7 @@ def test_equal_costs_are_the_lowest_that_all_rows_spent():
     )
     told = equal_cost(rows, ["lora", "full", "ia3"])
     assert told is not None
-    assert told.header == ["cell", "at its end", "at 10 steps", "at 10.0 s", "at 100 J", "lowest in its memory"]
+    assert told.header == ["cell", "at its end", "at 10 steps", "at 10.0 s", "at 100 J", "lowest within its memory"]
     by_name = {name: cells for name, *cells in told.lines}
     assert by_name["lora"] == ["0.750", "1.000", "1.000", "1.000", "0.750 lora"]
     # 10 seconds are three of its steps, and its first point came after five
@@ -108,9 +108,9 @@ def test_time_is_not_compared_across_machines():
     rows = rows_of(record("lora", [2.0, 1.0]), record("full", [1.0, 0.5], machine=SERVER))
     told = equal_cost(rows, ["lora", "full"])
     assert told is not None and not any(name.endswith(" s") for name in told.header)
-    assert any("Not at equal time" in remark for remark in told.remarks)
+    assert any("No column at equal time" in remark for remark in told.remarks)
     figure = curve_figure(rows, ["lora", "full"])
-    assert figure is not None and figure.axes[0].get_xlabel().startswith("tokens")
+    assert figure is not None and figure.get_supxlabel().startswith("tokens")
 
 
 @pytest.mark.parametrize(

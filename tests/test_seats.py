@@ -166,7 +166,8 @@ def test_a_report_ranks_no_speed_of_cells_that_ran_beside_others_with_that_of_lo
     from recorded.build import make_record
 
     from left_bench.report.cells import row_of
-    from left_bench.report.ranking import confounders, rankable
+    from left_bench.report.confounders import confounders
+    from left_bench.report.ranking import rankable
 
     told = [{"concurrent_cells": 1}, {"concurrent_cells": 4}, {}, {"concurrent_cells": 4}]
     lone, beside, before, too = (row_of(make_record(effective=effective)) for effective in told)

@@ -16,7 +16,7 @@ from recorded.build import LAPTOP, SERVER, make_record, peft, seeded, write_rows
 from left_bench.core.errors import UserError
 from left_bench.report.cells import Row, row_of
 from left_bench.report.judgement import judge, take_margins
-from left_bench.report.load import read_row_results, read_runs, read_steps
+from left_bench.report.load import read_runs
 from left_bench.report.ranking import pareto_front, places, standing
 from left_bench.report.seeds import pool
 from left_bench.report.statistics import (
@@ -29,6 +29,7 @@ from left_bench.report.statistics import (
     seed_values,
     speed_ratio,
 )
+from left_bench.report.steps_and_rows import read_row_results, read_steps
 from left_bench.report.uncertainty import Components, components, crossed_spread
 from left_bench.spec.record import Record
 

@@ -23,7 +23,7 @@ from test_tracker import contents
 PROGRAM = """
 import pathlib, sys, urllib.request
 from left_bench.spec.record import Record
-from left_bench.tracker import Attempt, open_tracker
+from left_bench.tracker import Attempt, Comparison, open_tracker
 
 store = pathlib.Path(sys.argv[1])
 
@@ -38,6 +38,17 @@ def tell(number, loses_server=False):
         urllib.request.urlopen(f"{sys.argv[2]}/stop").read()
     tracker.finish(record)
     print("told", number, flush=True)
+
+def save_workspace():
+    # What `report` does beside its tables, which are artifacts, and those the stand-in does not take
+    import types
+    from left_bench.tracker.kinds.wandb import WandbTracker
+
+    tracker = WandbTracker(store=store, project="p", entity=None, artifacts=False)
+    tracker._run = types.SimpleNamespace(entity="me", project="p")
+    tracker._save_workspace(Comparison(sweep="online", launch="20260101T120000", command="left-bench", plots=[],
+        markdown=store / "online.md", columns=["cell", "run", "axis.peft", "exact_match"],
+        rows=[["lora", "abc-1-20260101T120000", "lora", 0.5]]))
 
 """
 
@@ -90,6 +101,14 @@ class Answers(BaseHTTPRequestHandler):
             self._answer({"data": {"upsertBucket": told}})
         elif "viewer" in query:
             self._answer({"data": {"viewer": {"id": "u", "username": "me", "entity": "me", "flags": "{}"}}})
+        elif "upsertView" in query:
+            seen.append(("view", given))
+            view = {"id": given.get("id") or "v1", "name": given["name"]}
+            self._answer({"data": {"upsertView": {"view": view, "inserted": "id" not in given}}})
+        elif "allViews" in query:
+            kept = [told for kind, told in seen if kind == "view" and told["name"] == given["viewName"]]
+            nodes = [{"node": {"id": "v1", "displayName": told["displayName"], "spec": told["spec"]}} for told in kept]
+            self._answer({"data": {"project": {"allViews": {"edges": nodes[-1:]}}}})
         elif "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"http://{self.headers['Host']}/put"} for name in given["files"]]
             self._answer({"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}})
@@ -137,6 +156,20 @@ def test_a_run_told_twice_is_one_run_and_its_address_is_said_once(server, tmp_pa
     sent = json.dumps([told for kind, told in server.seen if kind == path])
     assert sent.count("train/loss") >= 2 and "eval_loss" in sent
     assert done.stdout.count("/groups/online-20260101T120000") == 1
+
+
+def test_a_sweeps_workspace_is_saved_once_and_changed_when_the_sweep_is_told_again(server, tmp_path):
+    pytest.importorskip("wandb_workspaces", reason="pip install 'left-bench[dashboard]' for workspaces")
+    done = run("save_workspace(); save_workspace()", tmp_path, server.address)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    first, second = [given for kind, given in server.seen if kind == "view"]
+    assert "id" not in first and (second["id"], second["name"]) == ("v1", first["name"])
+    assert (first["entityName"], first["projectName"], first["displayName"]) == ("me", "p", "left_bench online")
+    for view in (first, second):
+        assert "eval/validation_loss" in view["spec"] and "summary:exact_match" in view["spec"]
+        assert "abc-1-20260101T120000" in view["spec"]  # its method's colour
+    assert done.stdout.count("nw=") == 1
 
 
 def test_a_connection_lost_on_the_way_ends_the_wait_and_the_rest_is_kept_offline(server, tmp_path):

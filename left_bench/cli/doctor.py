@@ -9,21 +9,26 @@ import netrc
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 from rich.console import Console
 from rich.table import Table
 
+from left_bench.core.errors import UserError
 from left_bench.core.paths import cache_dir, config_root
+
+_MEASURED_SECONDS = 0.1
+"""At each size of matrix products: a run measures its own peak, and longer."""
 
 
 def main(argv: list[str]) -> int:
     """Print machine, versions, files and what works; 1 when something that every run needs does not."""
-    if argv not in ([], ["--json"]):
+    if {"-h", "--help"} & set(argv):
         print("usage: left-bench doctor [--json]")
-        return 0 if argv[0] in ("-h", "--help") else 2
+        return 0
+    if argv not in ([], ["--json"]):
+        raise UserError(f"doctor: {' '.join(argv)}: the only option is --json")
     result, healthy = examine()
     if argv:
         print(json.dumps({"healthy": healthy, **result}, indent=1))
@@ -43,7 +48,6 @@ def examine() -> tuple[dict[str, str], bool]:
     from left_bench.spec.record import RECORDED_PACKAGES
 
     device = open_device(find_device("auto"))
-    aside = _begun_aside(device.kind)
     machine = describe_machine(device)
     results = {"machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB"}
     if sets := machine.get("instruction_sets"):
@@ -67,7 +71,7 @@ def examine() -> tuple[dict[str, str], bool]:
     healthy = True
     for name, check in _CHECKS.items():
         try:
-            results[name] = aside[name].result() if name in aside else check(device.kind)
+            results[name] = check(device.kind)
         except Exception as error:
             results[name], healthy = f"does not work: {type(error).__name__}: {error}", False
     return results, healthy
@@ -137,12 +141,14 @@ def _precision(device: str) -> str:
 def _speeds(device: str) -> dict[str, float]:
     from left_bench.measure.device import matrix_product_peak
 
-    return {name: matrix_product_peak(device, name) for name in ("float32", "bfloat16")}
+    return {name: matrix_product_peak(device, name, seconds=_MEASURED_SECONDS) for name in ("float32", "bfloat16")}
 
 
 def _bitsandbytes(device: str) -> str:
-    import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    # it would import torch's compiler, a quarter of what its import takes, and quantizing needs none of that
+    with mock.patch.dict(os.environ, TORCH_COMPILE_DISABLE="1"):
+        import torch
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn(64, 64, device=device)
     packed, state = quantize_4bit(weight, quant_type="nf4")
@@ -150,17 +156,6 @@ def _bitsandbytes(device: str) -> str:
     return f"nf4 on {device}: relative error {error:.3f}"
 
 
-def _begun_aside(device: str) -> dict[str, Future[str]]:
-    """Checks that mostly import, begun in a process of their own: one core imports while the other does too."""
-    if "bitsandbytes" not in _CHECKS:
-        return {}
-    pool = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
-    begun = pool.submit(_bitsandbytes, device)
-    pool.shutdown(wait=False)
-    return {"bitsandbytes": begun}
-
-
-# bitsandbytes first: the speeds are to be measured when nothing else runs
 _CHECKS: dict[str, Callable[[str], str]] = {
     "bitsandbytes": _bitsandbytes,
     "matrix products": _matrix_product,

@@ -11,7 +11,8 @@ from pathlib import Path
 from left_bench.core.errors import UserError
 from left_bench.core.files import write_atomically
 from left_bench.report.export import FORMATS, check_format, csv_text, model_card, only_run, write_parquet
-from left_bench.report.load import choose, find_runs, frame_of
+from left_bench.report.frame import choose, frame_of
+from left_bench.report.load import find_runs
 
 
 def main(argv: list[str]) -> int:

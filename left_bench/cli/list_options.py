@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from left_bench.core.errors import UserError
+from left_bench.core.errors import UserError, nearest
 from left_bench.core.paths import config_root
 from left_bench.grid import command_line
 from left_bench.grid.compose import compose, compose_option
@@ -20,11 +20,14 @@ from left_bench.spec.cell import GROUPS, Cell
 
 def main(argv: list[str]) -> int:
     """Print all groups, or the ones named; with `--json` for a program."""
-    as_json, argv = "--json" in argv, [name for name in argv if name != "--json"]
     groups = ("sweep", "recipe", *GROUPS, "tracker")
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: left-bench list [GROUP...] [--json]\n\ngroups: {', '.join(groups)}")
+        return 0
+    as_json, argv = "--json" in argv, [name for name in argv if name != "--json"]
     for name in argv:
         if name not in groups:
-            raise UserError(f"unknown group '{name}'; groups are {', '.join(groups)}")
+            raise UserError(f"list: unknown group '{name}'{nearest(name, groups)} (there are {', '.join(groups)})")
     command_line.register_resolvers()
     if as_json:
         results = [_as_data(group, option) for group in argv or groups for option in command_line.options(group)]

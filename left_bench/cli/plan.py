@@ -288,7 +288,8 @@ def answers_of(questions: list[Question], *, tell: Callable[[str], None]) -> Ite
 
 def _names(cells: list[Cell]) -> list[str]:
     """What sets the cells apart, as the reports have it."""
-    from left_bench.report.cells import find_axes, labels, row_of
+    from left_bench.report.axes import find_axes, labels
+    from left_bench.report.cells import row_of
     from left_bench.spec.record import not_started
 
     rows = [row_of(not_started(cell, "unsupported", "planned")) for cell in cells]

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.report.cells import Row, find_axes, labels
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.cells import Row
 from left_bench.report.command import add_margin_option, plans_of
 from left_bench.report.cost import add_price_options, check_prices, prices_of
+from left_bench.report.headings import heading
 from left_bench.report.judgement import take_margins
 from left_bench.report.ranking import QUALITY
 from left_bench.report.recommend import (
@@ -23,7 +25,6 @@ from left_bench.report.recommend import (
     sentence,
     take_needs,
 )
-from left_bench.report.tables import heading
 from left_bench.report.values import format_error, format_value
 from left_bench.spec.record import METRICS
 

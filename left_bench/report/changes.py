@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.report.cells import Row, find_axes, labels, row_of
-from left_bench.report.load import Problem, Run, choose, deciding, flatten, read_runs
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.cells import Row, row_of
+from left_bench.report.frame import choose, deciding, flatten
+from left_bench.report.load import Problem, Run, read_runs
 from left_bench.report.ranking import own_metrics
 from left_bench.report.seeds import pool
 from left_bench.report.statistics import Interval, difference, speed_ratio

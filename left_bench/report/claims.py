@@ -122,7 +122,7 @@ def _stored(of: str, *, whole: float) -> Callable[[Evidence], Verdict]:
 def _quality_rule(of: str, reference: str) -> str:
     """What `_keeps_quality` does, in words."""
     return (
-        f"Holds: the 95 % interval of {of} exact match less {reference} lies above −{QUALITY_MARGIN}. Does not: the "
+        f"Holds: the 95 % interval of {of} exact match minus {reference} lies above −{QUALITY_MARGIN}. Does not: the "
         "whole interval is below zero. In part: anything between."
     )
 
@@ -134,7 +134,7 @@ def _keeps_quality(of: str, reference: str) -> Callable[[Evidence], Verdict]:
         if all(evidence.row(name).value("eval_loss") is not None for name in (of, reference)):
             told += f"; held-out loss by {_told(evidence.difference(of, reference, 'eval_loss'))}"
         if apart.interval is None:
-            raise Missing(f"{told}, with nothing to tell how far the noise reaches")
+            raise Missing(f"{told}, without a measure of the noise")
         if apart.interval.low >= -QUALITY_MARGIN:
             return Verdict(HOLDS, told)
         if apart.interval.high < 0:
@@ -194,7 +194,7 @@ def _fewest_parameters(evidence: Evidence) -> Verdict:
         and all(option(row, group) == DEFAULT[group] for group in ("quantization", "precision", "training"))
     }
     if len(counts) < 4 or not {"ia3", "prompt_tuning"} <= set(counts):
-        raise Missing(f"it wants IA3, prompt tuning and two other methods; there are {', '.join(counts) or 'none'}")
+        raise Missing(f"this needs IA3, prompt tuning and two other methods; there are {', '.join(counts) or 'none'}")
     order = sorted(counts, key=lambda name: counts[name])
     told = "fewest first: " + ", ".join(f"{name} {format_value('trainable_params', counts[name])}" for name in order)
     named = {"ia3", "prompt_tuning"} & set(order[:2])
@@ -245,7 +245,8 @@ CLAIMS: tuple[Claim, ...] = (
         cells={"float32": {"precision": "fp32"}, "bfloat16": {}, "8-bit": {"quantization": "int8"}},
         metrics=_STORED,
         rule="Holds: the stored weights of the whole model are at least 3.6 times smaller than in float32. In part: at "
-        "least 1.5 times. Embeddings and norms are not quantized; a large vocabulary on a small model keeps much.",
+        "least 1.5 times. Embeddings and norms are not quantized; with a large vocabulary they are much of a small "
+        "model.",
         judge=_stored("8-bit", whole=3.6),
     ),
     Claim(
@@ -273,9 +274,9 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="LoRA adds no inference latency once merged",
         cells={"no adapter": {"peft": "full"}, "LoRA": {}},
         metrics=("generate_tokens_per_second", "merged_generate_tokens_per_second"),
-        rule="Holds: the merged model generates at no less than 0.95 the speed of the same model that never had an "
-        "adapter (the fully fine-tuned one), the whole interval where there is one. In part: the interval reaches "
-        "below, or it is slower and yet at least 1.05 times as fast as attached.",
+        rule="Holds: the merged model generates at no less than 0.95 times the speed of the same model that never had "
+        "an adapter (the fully fine-tuned one), the whole interval where there is one. In part: the interval reaches "
+        "below, or it is slower than that but at least 1.05 times as fast as with the adapter attached.",
         judge=_merged_latency,
     ),
     Claim(

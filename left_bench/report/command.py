@@ -14,28 +14,21 @@ from pathlib import Path
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.files import write_atomically
 from left_bench.report.archive import is_archive
-from left_bench.report.cells import Row, find_axes, find_baseline, labels, row_of, sweep_rows
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.baseline import find_baseline
+from left_bench.report.cells import Row, row_of, sweep_rows
 from left_bench.report.cost import NO_PRICES, Prices, add_price_options, check_prices, prices_of, with_costs
 from left_bench.report.curves import Target, check_target, parse_target
 from left_bench.report.document import write_document
 from left_bench.report.export import csv_text, write_parquet
+from left_bench.report.frame import choose, frame_of
 from left_bench.report.judgement import Margins, take_margins
 from left_bench.report.leaderboard import check_group_by
-from left_bench.report.load import (
-    PathLike,
-    Problem,
-    Run,
-    Sweep,
-    choose,
-    frame_of,
-    read_runs,
-    read_sweeps,
-    write_records,
-)
+from left_bench.report.load import PathLike, Problem, Run, Sweep, read_runs, read_sweeps, write_records
 from left_bench.report.ranking import headline_quality
 from left_bench.report.recommend import BOUNDS_HELP, Need, how_sure, named_margins, recommend, sentence, take_needs
+from left_bench.report.report import Report
 from left_bench.report.seeds import pool
-from left_bench.report.tables import Report
 from left_bench.spec.cell import slugify
 
 LOOSE_NAME = "cells"

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from left_bench.core.errors import UserError
 from left_bench.report.changes import UNCHANGED, Change, Comparison, compare
 from left_bench.report.gate import MISSING, Gate, parse_gate
+from left_bench.report.headings import heading
 from left_bench.report.markdown import escape, table
-from left_bench.report.tables import heading
 from left_bench.report.values import format_difference, format_value, metric_of, one_line, significant
 
 _ROWS_PRINTED = 200

@@ -47,10 +47,12 @@ class Prices:
         """The prices in words, as a report says them."""
         parts = []
         if self.per_kwh is not None:
-            parts.append(f"{significant(self.per_kwh)} per kWh of the device and of the CPUs, as far as they were read")
+            parts.append(f"{significant(self.per_kwh)} per kWh (of the device and the CPUs, as far as they were read)")
         if self.per_hour is not None:
-            parts.append(f"{significant(self.per_hour)} per hour of an accelerator, or of the machine without one")
-        return f"By the prices given: {' and '.join(parts)}, in whichever currency. Loading and scoring are in it."
+            parts.append(
+                f"{significant(self.per_hour)} per hour (of an accelerator, or of the machine where there is none)"
+            )
+        return f"At the prices given, in their currency: {' and '.join(parts)}. Loading and scoring are included."
 
 
 NO_PRICES = Prices()

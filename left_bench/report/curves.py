@@ -13,9 +13,11 @@ from typing import Literal, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.report.cells import Row
+from left_bench.report.headings import heading
 from left_bench.report.markdown import details, escape, table
 from left_bench.report.ranking import yardstick
-from left_bench.report.tables import ROWS_SHOWN, Report, cut_line, heading
+from left_bench.report.report import Report
+from left_bench.report.tables import ROWS_SHOWN, cut_line
 from left_bench.report.uncertainty import seeds_spread
 from left_bench.report.values import ABSENT, format_error, format_value, metric_of, significant
 from left_bench.spec.record import METRICS, CurvePoint, find_metric
@@ -26,7 +28,7 @@ _STILL_FALLING = 0.05
 _LEAST_FALL = 0.01  # nats
 _CLOCK = (
     "Seconds, tokens and joules are those of the optimizer steps alone, warm-up steps included: no loading, compiling,"
-    " checkpoint or evaluation is in them. Between two points the line is straight."
+    " checkpoint or evaluation is in them. Values between two points are interpolated."
 )
 Curve = Sequence[CurvePoint]
 Axis = Literal["step", "seconds", "tokens", "joules"]
@@ -82,7 +84,7 @@ def check_target(rows: Sequence[Row], target: Target) -> None:
     Raises:
         UserError: no record has the metric along training.
     """
-    results = {name for row in rows for curve in curves_of(row) for point in curve for name in _metrics(point)}
+    results = {name for row in rows for curve in curves_of(row) for point in curve for name in metrics_at(point)}
     if target.metric not in results:
         has = (
             f"they have {', '.join(sorted(results))}" if results else "they have no curve, which takes validation rows"
@@ -108,7 +110,7 @@ def measured_alike(rows: Sequence[Row], metric: str) -> bool:
 def value_at(curve: Curve, axis: Axis, budget: float, metric: str = LOSS) -> float | None:
     """The metric when so much of `axis` was spent, on a straight line between points; None outside of them."""
     result: list[tuple[float | None, float | None]] = [
-        (getattr(point, axis), _metrics(point).get(metric)) for point in curve
+        (getattr(point, axis), metrics_at(point).get(metric)) for point in curve
     ]
     known = [(x, y) for x, y in result if x is not None and y is not None]
     for x, y in known:
@@ -128,7 +130,7 @@ def spent_until(curve: Curve, target: Target, axis: Axis) -> float | None:
     last: tuple[float, float] | None = None
     for point in curve:
         x: float | None = getattr(point, axis)
-        y = _metrics(point).get(target.metric)
+        y = metrics_at(point).get(target.metric)
         if x is None or y is None:
             continue
         if target.met(y):
@@ -172,13 +174,13 @@ def equal_cost(rows: Sequence[Row], labels: Sequence[str]) -> Told | None:
             continue
         if clock is not None and not measured_alike(drawn, clock):
             remarks.append(
-                f"Not at equal {'time' if axis == 'seconds' else 'energy'}: the cells are of several machines."
+                f"No column at equal {'time' if axis == 'seconds' else 'energy'}: the cells come from several machines."
             )
             continue
         columns.append((f"at {_spent(axis, min(known))}", axis, min(known)))
     memory = measured_alike(drawn, "peak_memory_bytes") and all(row.value("peak_memory_bytes") for row in drawn)
     header = ["cell", "at its end", *(name for name, _, _ in columns)]
-    header += ["lowest in its memory"] if memory else []
+    header += ["lowest within its memory"] if memory else []
     lines = []
     for row, label in named:
         falling = " ↘" if still_falling(row) else ""
@@ -188,16 +190,18 @@ def equal_cost(rows: Sequence[Row], labels: Sequence[str]) -> Told | None:
         if memory:
             line.append(_lowest_within(row, named))
         lines.append(line)
-    marks = ["the lowest that all of them spent", "± is one standard error over the seeds"]
-    first = f"Validation loss, nats per answer token; each budget is {marks[0]}"
+    marks = ["the largest that all cells spent", "± is one standard error over the seeds"]
+    first = f"Validation loss, in nats per answer token; each budget is {marks[0]}"
     first += f", and {marks[1]}." if any(len(curves_of(row)) > 1 for row in drawn) else "."
     remarks = [first, _CLOCK, *remarks]
     if memory:
-        remarks.append("In its memory: of all cells whose training peak is no higher, the one with the lowest loss.")
+        remarks.append(
+            "Within its memory: of the cells whose training peak is no higher, the one with the lowest loss."
+        )
     if any(still_falling(row) for row in drawn):
         remarks.append(
             "↘: still falling at its end, by more than a twentieth of the whole fall in the last quarter of its steps."
-            " More steps would lower it, and its place here says less."
+            " More steps would lower it, so its place here says less."
         )
     return Told("Validation loss at equal steps, time, energy and memory", header, lines, remarks)
 
@@ -210,7 +214,7 @@ def to_target(rows: Sequence[Row], labels: Sequence[str], target: Target) -> Tol
             continue
         met = [curve for curve in curves if spent_until(curve, target, "step") is not None]
         best = [
-            value for curve in curves for point in curve if (value := _metrics(point).get(target.metric)) is not None
+            value for curve in curves for point in curve if (value := metrics_at(point).get(target.metric)) is not None
         ]
         pick = min if metric_of(target.metric).better == "lower" else max
         reached = f"{len(met)} of {len(curves)} seeds" if len(curves) > 1 else "yes" if met else "no"
@@ -218,11 +222,11 @@ def to_target(rows: Sequence[Row], labels: Sequence[str], target: Target) -> Tol
         results = [_until(met, target, axis) for axis in axes]
         lines.append([label, reached, *results, format_value(target.metric, pick(best)) if best else ABSENT])
     header = ["cell", "met", "steps", "time", "tokens", "energy", "best on the way"]
-    remarks = [f"Of the validation rows. {_CLOCK}"]
+    remarks = [f"On the validation rows. {_CLOCK}"]
     if any(len(curves_of(row)) > 1 for row in rows):
         remarks.append("Means over the seeds that met it.")
     if not measured_alike([row for row in rows if curves_of(row)], "train_seconds"):
-        remarks.append("The cells are of several machines: their seconds are not comparable.")
+        remarks.append("The cells come from several machines: their seconds are not comparable.")
     return Told(f"Time and tokens to {target}", header, lines, remarks)
 
 
@@ -247,7 +251,8 @@ def _as_markdown(told: Told) -> str:
     return table([*map(escape, told.header)], [[*map(escape, line)] for line in told.lines[:ROWS_SHOWN]])
 
 
-def _metrics(point: CurvePoint) -> dict[str, float]:
+def metrics_at(point: CurvePoint) -> dict[str, float]:
+    """The validation loss and the scores of a point."""
     return {LOSS: point.validation_loss} | (point.scores or {})
 
 

@@ -11,19 +11,12 @@ from left_bench import __version__
 from left_bench.report.archive import ENDING
 from left_bench.report.cells import Row, machine_line, so_far
 from left_bench.report.curves import curves_section
+from left_bench.report.headings import heading
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, SPEED, present, qualities
-from left_bench.report.tables import (
-    ROWS_SHOWN,
-    Report,
-    cells_tables,
-    cut_line,
-    heading,
-    phases_table,
-    seeds_table,
-    status_word,
-)
+from left_bench.report.report import Report
+from left_bench.report.tables import ROWS_SHOWN, cells_tables, cut_line, phases_table, seeds_table, status_word
 from left_bench.report.values import ABSENT, format_setting, metric_of, one_line
 from left_bench.report.verdicts import claims_section
 from left_bench.spec.cell import GROUPS
@@ -96,9 +89,9 @@ def _what_this_is(report: Report) -> Iterator[str]:
     parts = [f"{len(runs):,} {'cell' if len(runs) == 1 else 'cells'} ({tally}){when}"]
     parts[0] = escape(parts[0]) + (f" on {where}." if where else ".")
     if len(runs) > len(report.rows):
-        parts.append(f"{len(report.rows):,} rows: cells that differ in the seed alone are one.")
+        parts.append(f"{len(report.rows):,} rows: cells that differ only in their seed are pooled.")
     if report.where:
-        parts.append(f"Chosen by `--where`: {code(report.where)}.")
+        parts.append(f"Only records for which {code(report.where)} (`--where`).")
     if report.sweep and report.sweep.finished_at is None:
         parts.append(f"**{so_far(runs, report.sweep)}**")
     yield " ".join(parts)
@@ -199,7 +192,7 @@ def _failures(report: Report) -> Iterator[str]:
                 yield details(f"{name}: end of the log", fence(tail, "text"))
     if problems:
         files = "1 file" if len(problems) == 1 else f"{len(problems)} files"
-        yield f"{files} could not be read and so left out of the tables:"
+        yield f"{files} could not be read and is left out of the tables:"
         told = problems[:ROWS_SHOWN]
         yield "\n".join(f"- {code(_short(problem.path))}: {escape(problem.message)}" for problem in told)
         yield from cut_line(len(problems))
@@ -261,7 +254,7 @@ def _glossary(report: Report) -> Iterator[str]:
     ]
     yield "## Metrics"
     yield details(
-        "What each column is", table(["column", "name in the record", "unit", "better", "meaning"], lines, labels=5)
+        "What each column means", table(["column", "name in the record", "unit", "better", "meaning"], lines, labels=5)
     )
 
 

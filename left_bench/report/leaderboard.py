@@ -7,25 +7,20 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.report.cells import Axis, Row, option, settings
+from left_bench.report.axes import Axis
+from left_bench.report.cells import Row, option, settings
+from left_bench.report.confounders import confounders
+from left_bench.report.headings import heading
 from left_bench.report.judgement import TOLD_RATE
 from left_bench.report.markdown import code, escape, table
-from left_bench.report.ranking import (
-    Standing,
-    best_and_second,
-    confounders,
-    headline_quality,
-    present,
-    standing,
-)
+from left_bench.report.ranking import Standing, best_and_second, headline_quality, present, standing
 from left_bench.report.recommend import Recommendation, how_sure, recommend, sentence
+from left_bench.report.report import Report
 from left_bench.report.tables import (
     CELLS_NAMED,
     ROWS_SHOWN,
-    Report,
     constant,
     cut_line,
-    heading,
     how_to_read,
     label_cells,
     label_headings,
@@ -90,10 +85,10 @@ def _pareto_table(report: Report, found: Recommendation) -> Iterator[str]:
     over = ", ".join(heading(metric) for metric in found.metrics)
     fit = " among those that fit" if report.needs else ""
     yield (
-        f"The Pareto set: with held-out rows and seeds drawn anew, each of these is beaten by no other{fit} in {over} "
-        "at once in at least 5 % of the draws."
+        f"The Pareto set: no other cell{fit} beats these in {over} at once, in at least 5 % of resamples of held-out "
+        "rows and seeds."
         if drawn
-        else f"The Pareto set: by their values as measured, no cell beats these in {over} at once{fit}."
+        else f"The Pareto set, by the values as measured: no other cell{fit} beats these in {over} at once."
     )
     by_id = {id(row): row for row in found.fitting}
     lines = []
@@ -253,8 +248,8 @@ def _axis_table(
             cells += [_beside(row, m, marks[m], text) for m, text in zip(metrics[1:], told[1:], strict=True)]
             lines.append([*labels, *cells])
     header = [*(escape(axis.heading) for axis in (*varying, *own)), *map(heading, metrics)]
-    of = "each block of rows that differ in nothing else" if varying else "these rows, which differ in nothing else"
-    yield f"In brackets: against the reference of {of}."
+    of = "its block, whose rows differ in nothing else" if varying else "these rows, which differ in nothing else"
+    yield f"In brackets: compared with the reference of {of}."
     yield table(header, lines[:ROWS_SHOWN], labels=len(varying) + len(own))
     yield from cut_line(len(rows))
     yield from _other_differences(report, rows, (group,))
@@ -265,7 +260,7 @@ def _other_differences(report: Report, rows: Sequence[Row], compared: Sequence[s
     results = [what for what, _ in confounders(rows, report.names) if what.partition(".")[0] not in compared]
     if results:
         names = ", ".join(code(what) for what in dict.fromkeys(results))
-        yield f"Confounders: the rows also differ in {names}, see under *Quality*, *Memory and size* and *Speed*."
+        yield f"Confounders: the rows also differ in {names}; see *Quality*, *Memory and size* and *Speed*."
 
 
 def _about_places(report: Report, found: Standing, metric: str) -> str:
@@ -280,8 +275,9 @@ def _about_places(report: Report, found: Standing, metric: str) -> str:
         else f"every other cell is resolved from the best, {first}"
     )
     return (
-        f"`#`: cells share a place with the first of them unless the paired difference in {heading(metric)} is "
-        f"resolved ({found.family.size:,} pairs judged together, false-discovery rate {TOLD_RATE}); {told}."
+        f"`#`: the place. A cell shares the place above it unless its paired difference in {heading(metric)} from the "
+        f"first cell of that place is resolved ({found.family.size:,} pairs judged together, false-discovery rate "
+        f"{TOLD_RATE}); {told}."
     )
 
 

@@ -1,30 +1,22 @@
-"""Runs folders -> records, sweeps and a table; nothing here needs torch."""
+"""Runs folders and files of records -> records and sweeps; nothing here needs torch."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.report.archive import ENDING, is_archive, lines_beside, member, open_archive, paths_in, write_archive
-from left_bench.report.where import parse_where
+from left_bench.report.archive import ENDING, is_archive, member, open_archive, paths_in, write_archive
 from left_bench.spec.events import EVENTS_NAME
-from left_bench.spec.record import METRICS, RECORD_NAME, KnownParts, Record, Score, parse_record, read_record
+from left_bench.spec.record import RECORD_NAME, KnownParts, Record, Score, parse_record, read_record
 from left_bench.spec.run_files import ROWS_NAME
 
-if TYPE_CHECKING:
-    import pandas
-
 SWEEPS_FOLDER = "sweeps"
-_PROBLEMS_LISTED = 20
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 
@@ -43,32 +35,6 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
-
-
-class RowResult(NamedTuple):
-    """One held-out row as a cell answered it (`rows.jsonl`)."""
-
-    reference: str
-    answer_tokens: int
-    nll: float
-    """Summed over the answer's tokens, nats."""
-    prediction: str | None
-    """None: nothing was generated."""
-    rejected_nll: float | None = None
-    """The worse answer's, summed likewise; None: the row has none."""
-    scores: tuple[tuple[str, float], ...] = ()
-    """(metric, score) of what cannot be told from answer and reference alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steps:
-    """Optimizer steps as `events.jsonl` has them; the lists run parallel."""
-
-    steps: list[int]
-    losses: list[float]
-    """Finite ones only: a step whose loss is none is left out."""
-    seconds: list[float]
-    tokens: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,158 +115,6 @@ def write_records(path: Path, runs: Sequence[Run], sweep: Sweep | None) -> Path:
     raw = [_raw(run) for run in runs]
     noted = None if sweep is None else {name: value for name, value in vars(sweep).items() if value is not None}
     return write_archive(path, [(item, run.path) for item, run in zip(raw, runs, strict=True)], noted)
-
-
-def load_records(path: PathLike | Iterable[PathLike], *, where: str | None = None) -> pandas.DataFrame:
-    """Records as a table, one row each, oldest first.
-
-    Columns: `cell_id, status, reason, attempt, seed, started_at, finished_at` (UTC times), `choices.<group>`, every
-    metric by its own name with `<metric>_stderr` where it has one, `config.<section>.<key>`, `machine.<key>`, `path`.
-    What differed in fact (batch layout, threads, dtypes as they were found) is in `effective.<key>`, the notes on what
-    confounds a comparison in `notes`. What was not measured is NaN. Records that cannot be read, or are of another
-    schema, are named in `frame.attrs["unreadable"]` and in a warning.
-
-    Args:
-        path: a runs folder, a cell folder, a record file, or several of them.
-        where: only the records that fulfil this condition, as `left-bench report --where` takes it.
-
-    Raises:
-        UserError: a path does not exist, or the condition cannot be used.
-    """
-    runs, problems = read_runs(path)
-    if where is not None:
-        runs = choose(runs, where)
-    return frame_of(runs, problems)
-
-
-def frame_of(runs: Sequence[Run], problems: Sequence[Problem] = ()) -> pandas.DataFrame:
-    """The table of `load_records`, of runs already read."""
-    import pandas
-
-    frame = pandas.DataFrame.from_records([flat_row(run) for run in runs])
-    for column in ("started_at", "finished_at"):
-        if column in frame:
-            frame[column] = pandas.to_datetime(frame[column], utc=True, errors="coerce", format="ISO8601")
-    frame.attrs["unreadable"] = [str(problem) for problem in problems]
-    if problems:
-        listed = "; ".join(map(str, problems[:_PROBLEMS_LISTED]))
-        listed += f"; and {len(problems) - _PROBLEMS_LISTED} more" if len(problems) > _PROBLEMS_LISTED else ""
-        warnings.warn(f"{len(problems)} records could not be read and are not in the table: {listed}", stacklevel=3)
-    return frame
-
-
-def choose(runs: Sequence[Run], where: str) -> list[Run]:
-    """The runs that fulfil a condition.
-
-    Raises:
-        UserError: the condition cannot be read, or names a field that no record has.
-    """
-    condition = parse_where(where)
-    flat = [flat_row(run) for run in runs]
-    if flat:
-        condition.check(METRICS.keys() | {key for row in flat for key in row})
-    return [run for run, row in zip(runs, flat, strict=True) if condition.matches(row)]
-
-
-def read_steps(record_path: Path) -> Steps:
-    """The training steps in `events.jsonl` beside a record; broken lines are passed over.
-
-    Where the steps start anew (another attempt appended to the file), the last attempt counts.
-    """
-    result = Steps(steps=[], losses=[], seconds=[], tokens=[])
-    for event in lines_beside(record_path.with_name(EVENTS_NAME)):
-        if event.get("event") != "step":
-            continue
-        step, loss = event.get("step"), event.get("loss")
-        if type(step) is not int or not _finite(loss):
-            continue
-        if result.steps and step <= result.steps[-1]:
-            result = Steps(steps=[], losses=[], seconds=[], tokens=[])
-        result.steps.append(step)
-        result.losses.append(float(loss))
-        seconds, tokens = event.get("seconds"), event.get("tokens")
-        if _finite(seconds) and _finite(tokens) and seconds > 0:
-            result.seconds.append(float(seconds))
-            result.tokens.append(float(tokens))
-    return result
-
-
-def read_losses(record_path: Path) -> tuple[list[int], list[float]]:
-    """Steps and training losses from `events.jsonl` beside a record."""
-    steps = read_steps(record_path)
-    return steps.steps, steps.losses
-
-
-def read_row_results(record_path: Path) -> tuple[RowResult, ...] | None:
-    """The held-out rows in `rows.jsonl` beside a record, in their order; None where there is no whole file of them."""
-    path = record_path.with_name(ROWS_NAME)
-    file = path if member(path) is None else path.parent.parent
-    try:
-        changed = file.stat().st_mtime_ns
-    except OSError:
-        return None
-    return _row_results(path, changed)
-
-
-@lru_cache(maxsize=512)
-def _row_results(path: Path, _changed: int) -> tuple[RowResult, ...] | None:
-    results = []
-    for line in lines_beside(path):
-        reference, tokens, nll, prediction = (line.get(k) for k in ("reference", "answer_tokens", "nll", "prediction"))
-        if not (isinstance(reference, str) and type(tokens) is int and _finite(nll)):
-            return None
-        rejected = line.get("rejected_nll")
-        if not isinstance(prediction, (str, type(None))) or not (rejected is None or _finite(rejected)):
-            return None
-        scores = line.get("scores") or {}
-        if not isinstance(scores, dict) or not all(map(_finite, scores.values())):
-            return None
-        results.append(RowResult(reference, tokens, float(nll), prediction, rejected, tuple(scores.items())))
-    return tuple(results) or None
-
-
-def _finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists become tuples, so that every value can be compared and counted."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[sys.intern(f"{prefix}{key}")] = _hashable(value)  # ten thousand records share a hundred keys
-    return flat
-
-
-FlatSections: TypeAlias = dict[tuple[str, int], dict[str, Any]]
-
-
-def flat_section(name: str, section: Any, known: FlatSections) -> dict[str, Any]:
-    """One section of a configuration, flat and not to be changed; records that were read together share theirs.
-
-    Args:
-        known: what was flattened before, by the section's identity; good as long as those records are alive.
-    """
-    key = name, id(section)
-    if key not in known:
-        known[key] = flatten({name: section})
-    return known[key]
-
-
-def deciding(flat: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Flat settings without the path of what has its content among them: rows, weights and scorers are the same
-    elsewhere."""
-    moved = {
-        path
-        for content, path in (("data.content", "data.path"), ("model.content", "model.name_or_path"))
-        if flat.get(content) is not None
-    }
-    kept = {key: value for key, value in flat.items() if key not in moved} if moved else flat
-    if flat.get("eval.scorer_content") is None:
-        return kept
-    return {**kept, "eval.scorer": str(flat.get("eval.scorer")).rpartition(":")[2]}
 
 
 def score_of(record: Record, metric: str) -> Score | None:
@@ -413,39 +227,3 @@ def _joined(first: Sweep, second: Sweep) -> Sweep:
         started_at=first.started_at,
         finished_at=second.finished_at if first.finished_at else None,
     )
-
-
-def flat_row(run: Run) -> dict[str, Any]:
-    """One record as the columns of `load_records`."""
-    record = run.record
-    row: dict[str, Any] = {
-        "cell_id": record.cell_id,
-        "status": record.status,
-        "reason": record.reason,
-        "attempt": record.attempt,
-        "seed": record.config.get("seed"),
-        "started_at": record.started_at,
-        "finished_at": record.finished_at,
-    }
-    row |= {f"choices.{group}": option for group, option in record.choices.items()}
-    for name, value in record.metrics.items():
-        row.setdefault(name, value)  # a metric never takes the place of a field
-        score = score_of(record, name)
-        if score is not None and score.stderr is not None:
-            row[f"{name}_stderr"] = score.stderr
-    row |= flatten(record.config, "config.")
-    for part, prefix in (("machine", "machine."), ("effective", "effective."), ("versions", "versions.")):
-        noted = record.environment.get(part)
-        if isinstance(noted, dict):
-            row |= flatten(noted, prefix)
-    notes = record.provenance.get("notes")
-    if isinstance(notes, list) and notes:
-        row["notes"] = tuple(map(str, notes))
-    row |= {f"memory.{part}": size for part, size in record.memory_breakdown.items()}
-    return row | {"sweep": record.provenance.get("sweep"), "path": str(run.path)}
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_hashable(part) for part in value)
-    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value

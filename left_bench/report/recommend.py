@@ -12,11 +12,11 @@ from typing import NamedTuple
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.units import parse_bytes, parse_joules, parse_seconds
 from left_bench.report.cells import Row
+from left_bench.report.headings import heading
 from left_bench.report.judgement import TOLD_RATE, Judged, Margins, in_order
 from left_bench.report.ranking import Standing, headline_quality, pareto_front, rankable, standing
 from left_bench.report.settle import what_would_settle
 from left_bench.report.statistics import best_shares, front_shares
-from left_bench.report.tables import heading
 from left_bench.report.values import format_difference, format_interval, format_value, is_number, metric_of
 from left_bench.spec.record import METRICS, find_metric
 
@@ -199,27 +199,25 @@ def sentence(
     if len(recommendation.fitting) == 1:
         return taken + (f"the only one of {len(done)} cells that fits {asked}." if needs else "it is the only one.")
     among = (
-        f"of the {len(recommendation.fitting)} of {len(done)} cells that fit {asked}"
-        if needs
-        else f"of {len(done)} cells"
+        f"the {len(recommendation.fitting)} of {len(done)} cells that fit {asked}" if needs else f"{len(done)} cells"
     )
     if chosen is not best:
         told = f"{_name(best, names)}, {format_value(quality, best.value(quality))}"
         as_good = _those(len(recommendation.as_good) + 1)
         cheapest = "needs the least memory" if MEMORY in recommendation.metrics else "trains the fastest"
         return (
-            f"{taken}{among}, {as_good} within {_margin(recommendation)} of the best ({told}), and of "
+            f"{taken}of {among}, {as_good} within {_margin(recommendation)} of the best ({told}), and of "
             f"these it {cheapest}."
         )
-    why = f"it has the best {heading(quality)}"
+    why = f"it has the best {heading(quality)} of {among}"
     if recommendation.margin is not None:
-        why += f", and none that costs less is shown to be within {_margin(recommendation)} of it"
+        why += f", and no cheaper cell is shown to be within {_margin(recommendation)} of it"
     elif recommendation.standing.unresolved:
         others = len(recommendation.standing.unresolved)
-        why += f", from which {others} other{'s are' if others > 1 else ' is'} not resolved"
+        why += f"; {others} other{'s are' if others > 1 else ' is'} not resolved from it"
     else:
-        why += ", and every other is resolved from it"
-    return f"{taken}{among}, {why}."
+        why += "; every other is resolved from it"
+    return f"{taken}{why}."
 
 
 def how_sure(recommendation: Recommendation, names: Mapping[int, str]) -> Iterator[str]:
@@ -232,7 +230,7 @@ def how_sure(recommendation: Recommendation, names: Mapping[int, str]) -> Iterat
     if shares is not None:
         told = sorted(shares.items(), key=lambda item: -item[1])
         kept = [f"{names.get(id_, '?')} {share:.2f}" for id_, share in told if share >= _LEAST_SHARE]
-        yield f"P(best) in {heading(quality)}, held-out rows and seeds drawn anew: {', '.join(kept)}."
+        yield f"P(best) in {heading(quality)}, with held-out rows and seeds resampled: {', '.join(kept)}."
     family, rivals = recommendation.standing.family, recommendation.standing.unresolved
     if not rivals:
         return
@@ -241,8 +239,8 @@ def how_sure(recommendation: Recommendation, names: Mapping[int, str]) -> Iterat
     named = ", ".join(_rival(recommendation, *rival, names) for rival in rivals[:_RIVALS_NAMED])
     yield f"Not resolved from {_name(recommendation.best, names)}: {named}{f', and {more} more' if more > 0 else ''}."
     yield (
-        f"The brackets hold the 95 % interval of each difference alone. All {family.size:,} pairs are "
-        f"judged together: of the differences called resolved at most {TOLD_RATE} are expected to be none "
+        f"The brackets hold each difference's own 95 % interval. All {family.size:,} pairs are judged together: at "
+        f"most {TOLD_RATE} of the differences called resolved are expected to be false "
         f"(false-discovery rate, Benjamini and Hochberg; here p ≤ {family.threshold:.2g})."
     )
     best, (rival, _) = recommendation.best, rivals[0]
@@ -297,7 +295,8 @@ def _nearest_miss(rows: Sequence[Row], needs: Sequence[Need], names: Mapping[int
     for need in needs:
         known = [row for row in rows if is_number(row.value(need.metric))]
         if not known:
-            told.append(f"{heading(need.metric)} was not measured in any cell")
+            why = "; a price per kWh needs joules" if metric_of(need.metric).unit == "money" else ""
+            told.append(f"{heading(need.metric)} was not measured in any cell{why}")
             continue
         pick = max if need.at_least else min
         row = pick(known, key=lambda row: row.value(need.metric) or 0.0)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from left_bench.report.cells import Row
-from left_bench.report.load import FlatSections, deciding, flat_section
+from left_bench.report.frame import FlatSections, deciding, flat_section
 
 
 def pool(rows: Sequence[Row]) -> list[Row]:

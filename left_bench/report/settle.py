@@ -44,9 +44,9 @@ def what_would_settle(a: Row, b: Row, metric: str, *, margin: float | None, conf
 
     told = _told(enough, seeds, rows, _rows_of_a_seed(a, rows))
     where = f" ({format_difference(gap)} from the margin)" if margin is not None else ""
-    beside = "; one seed tells nothing of others, so begin with `seed=0,1,2`" if seeds == 1 else ""
+    beside = "; one seed says nothing about others, so begin with `seed=0,1,2`" if seeds == 1 else ""
     return (
-        f"if the true difference is the {apart:.3f} measured{where}, {told} resolve it with a chance of "
+        f"if the true difference is the measured {apart:.3f}{where}, {told} resolve it with a probability of "
         f"{100 * CHANCE:.0f} %{beside}"
     )
 
@@ -61,8 +61,8 @@ def _told(enough: Callable[[int, int], bool], seeds: int, rows: int, rows_of_a_s
     """What is enough: more of the one, more of the other, or the cheapest of both."""
     of_seeds = next((n for n in range(seeds + 1, _MOST_SEEDS + 1) if enough(n, rows)), None) if seeds > 1 else None
     of_rows = _fewest(partial(enough, seeds), rows)
-    by_seeds = f"{of_seeds} seeds in place of {seeds}" if of_seeds else None
-    by_rows = f"{of_rows:,} held-out rows in place of {rows}" if of_rows else None
+    by_seeds = f"{of_seeds} seeds instead of {seeds}" if of_seeds else None
+    by_rows = f"{of_rows:,} held-out rows instead of {rows}" if of_rows else None
     if by_seeds or by_rows:
         return " or ".join(filter(None, (by_seeds, by_rows))) + " would"
     both = ((n, _fewest(partial(enough, n), rows)) for n in range(seeds + 1, _MOST_SEEDS + 1))
@@ -70,7 +70,7 @@ def _told(enough: Callable[[int, int], bool], seeds: int, rows: int, rows_of_a_s
     if not pairs or seeds == 1:
         return f"neither {_MOST_SEEDS} seeds nor {_MOST_ROWS:,} rows would"
     n, m = min(pairs, key=lambda pair: pair[0] * (pair[1] + rows_of_a_seed))
-    return f"{n} seeds and {m:,} held-out rows in place of {seeds} and {rows} would"
+    return f"{n} seeds and {m:,} held-out rows instead of {seeds} and {rows} would"
 
 
 def _fewest(enough: Callable[[int], bool], rows: int) -> int | None:

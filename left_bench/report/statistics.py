@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.report.cells import Row
-from left_bench.report.load import read_losses, read_steps
+from left_bench.report.steps_and_rows import read_losses, read_steps
 from left_bench.report.uncertainty import (
     CONFIDENCE,
     Scored,
@@ -84,6 +84,14 @@ def mean_interval(row: Row, metric: str) -> Interval | None:
     if spread is None:
         spread = seeds_spread([*seed_values(row, metric).values()])
     return None if spread is None else around(value, spread)
+
+
+def reach_of(row: Row, metric: str) -> float:
+    """Half the width of a mean's 95 % interval; of one run two standard errors, 0 where there are none."""
+    interval = mean_interval(row, metric)
+    if interval is not None:
+        return (interval.high - interval.low) / 2
+    return 2 * (row.stderr(metric) or 0.0)
 
 
 def seed_values(row: Row, metric: str) -> dict[Any, float]:

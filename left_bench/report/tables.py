@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
 
-from left_bench.report.cells import Axis, Row
-from left_bench.report.cost import NO_PRICES, Prices
-from left_bench.report.judgement import TOLD_RATE, Family, Judged, Margins
-from left_bench.report.load import Problem, Sweep
+from left_bench.report.cells import Row
+from left_bench.report.confounders import touching
+from left_bench.report.headings import heading
+from left_bench.report.judgement import TOLD_RATE, Family, Judged
 from left_bench.report.markdown import details, escape, table
 from left_bench.report.ranking import (
     COST,
@@ -19,15 +16,13 @@ from left_bench.report.ranking import (
     SPEED,
     best_and_second,
     comparable,
-    confounders,
-    family_of,
     headline_quality,
     present,
     qualities,
     rankable,
     standing,
-    touching,
 )
+from left_bench.report.report import Report
 from left_bench.report.statistics import mean_interval, seed_values
 from left_bench.report.values import (
     ABSENT,
@@ -42,11 +37,6 @@ from left_bench.report.values import (
     format_value,
     metric_of,
 )
-from left_bench.spec.record import SCORER_PREFIX, TASK_PREFIX
-
-if TYPE_CHECKING:
-    from left_bench.report.curves import Target
-    from left_bench.report.recommend import Need
 
 ROWS_SHOWN = 200
 """Rows of a table that a person may still read."""
@@ -60,125 +50,6 @@ _HOW = {
 }
 
 PHASES = ("load", "load_cached", "attach", "evaluate_base", "train", "validate", "evaluate", "save", "merge")
-_HEADINGS = {
-    "exact_match": "exact match",
-    "eval_loss": "eval loss (nats)",
-    "eval_perplexity": "perplexity",
-    "rouge_l": "ROUGE-L",
-    "bleu": "BLEU",
-    "f1": "F1",
-    "number_match": "number match",
-    "judge_win_rate": "judge prefers it to the base",
-    "preference_accuracy": "prefers the right answer",
-    "preference_margin_nats": "preference margin (nats)",
-    "validation_loss": "validation loss",
-    "forgetting_nats": "forgetting (nats)",
-    "quantization_error": "quantization error",
-    "peak_memory_bytes": "peak memory",
-    "weights_bytes": "base weights",
-    "stored_bits_per_param": "bits/param",
-    "quantized_bits_per_param": "bits/quantized param",
-    "trainable_params": "trainable params",
-    "adapter_file_bytes": "adapter file",
-    "train_tokens_per_second": "train tokens/s",
-    "generate_tokens_per_second": "generate tokens/s",
-    "merged_generate_tokens_per_second": "merged generate tokens/s",
-    "model_flops_utilization": "FLOPs utilization",
-    "wall_seconds": "wall time",
-    "train_joules": "training energy",
-    "joules_per_1000_tokens": "energy/1,000 tokens",
-    "train_watts": "training power",
-    "cell_joules": "cell's energy",
-    "cpu_train_joules": "CPUs' training energy",
-    "cpu_joules_per_1000_tokens": "CPUs' energy/1,000 tokens",
-    "cpu_train_watts": "CPUs' training power",
-    "cpu_cell_joules": "CPUs' energy",
-    "cell_cost": "cost",
-    "cost_per_point": "cost of a point",
-    "cell_energy_cost": "cost of energy",
-    "cell_hours_cost": "cost of hours",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """All that a report is made from; `rows`, `labels` and every axis' values run parallel."""
-
-    name: str
-    rows: Sequence[Row]
-    axes: Sequence[Axis]
-    labels: Sequence[str]
-    baseline: Row | None
-    sweep: Sweep | None = None
-    problems: Sequence[Problem] = ()
-    plots: Sequence[tuple[str, str]] = field(default=())
-    """(file name, what it shows)."""
-    needs: Sequence[Need] = ()
-    """What a recommended cell has to fulfil."""
-    group_by: str | None = None
-    """The setting whose every value gets a leaderboard of its own."""
-    claims: bool = False
-    """Whether the field's usual sentences are put beside the rows."""
-    where: str | None = None
-    """The condition that chose the rows."""
-    prices: Prices = NO_PRICES
-    """What energy and hours cost."""
-    target: Target | None = None
-    """A quality, and when each row reached it along training."""
-    margins: Margins = field(default_factory=dict)
-    """Metric -> how far apart two values still count as equal."""
-
-    @cached_property
-    def records(self) -> list[Row]:
-        """The rows that have a record."""
-        return [row for row in self.rows if row.record]
-
-    @cached_property
-    def runs(self) -> list[tuple[Row, str]]:
-        """Every single run with its name, the seeds of one row after another."""
-        return [
-            (run, label if not row.members else f"{label} seed {_seed(run)}")
-            for row, label in zip(self.rows, self.labels, strict=True)
-            for run in row.runs
-        ]
-
-    @cached_property
-    def names(self) -> Mapping[int, str]:
-        """`id(row)` -> label."""
-        return {id(row): label for row, label in zip(self.rows, self.labels, strict=True)}
-
-    @cached_property
-    def places(self) -> Mapping[int, int]:
-        """`id(row)` -> its place in `rows` and in every axis."""
-        return {id(row): i for i, row in enumerate(self.rows)}
-
-    def family(self, metric: str) -> Family:
-        """What judges the differences between the rows in a metric: the same in every table."""
-        if metric not in self._families:
-            self._families[metric] = family_of(self.rows, metric, self.margins)
-        return self._families[metric]
-
-    @cached_property
-    def _families(self) -> dict[str, Family]:
-        return {}
-
-    @cached_property
-    def confounders(self) -> list[tuple[str, str]]:
-        return confounders(self.rows, self.names)
-
-
-def _seed(run: Row) -> str:
-    """The run's seed; of a run without a record, what its id says."""
-    return format_setting(run.seed) if run.record else run.cell_id.split("-")[-2].removeprefix("s")
-
-
-def heading(metric: str) -> str:
-    """A metric's column heading."""
-    if metric.startswith(SCORER_PREFIX):
-        return f"{metric.removeprefix(SCORER_PREFIX).replace('_', ' ')} (own scorer)"
-    if metric.startswith(TASK_PREFIX):
-        return f"{metric.removeprefix(TASK_PREFIX).replace('_', ' ')} (lm-eval)"
-    return _HEADINGS.get(metric, metric)
 
 
 def cells_tables(report: Report) -> Iterator[str]:
@@ -193,7 +64,7 @@ def cells_tables(report: Report) -> Iterator[str]:
     yield from _metrics_table(report, SPEED)
     if not all(rankable(report.rows, metric) for metric in present(report.rows, SPEED)):
         yield (
-            "The cells come from different machines: speed is neither ranked nor set against a baseline on another one."
+            "The cells come from different machines: speed is not ranked, nor compared with a baseline on another one."
         )
     yield from confounders_of(report, "speed")
     if present(report.rows, ENERGY):
@@ -202,6 +73,8 @@ def cells_tables(report: Report) -> Iterator[str]:
     if present(report.rows, COST):
         yield "## Cost"
         yield report.prices.told()
+        if "cell_cost" not in present(report.rows, COST):
+            yield "No total: no cell has all that is priced. Joules were not measured; leave the price of a kWh out."
         yield from _metrics_table(report, COST)
         yield from confounders_of(report, "cost")
 
@@ -210,8 +83,8 @@ def _energy(report: Report) -> Iterator[str]:
     sources = [str(source) for run, _ in report.runs if (source := run.noted("effective").get("energy"))]
     told = f" ({escape('; '.join(dict.fromkeys(sources)))})" if sources else ""
     yield (
-        f"Joules as the hardware's own counters tell them{told}: of the device that trains, over the steps that count "
-        "for speed and over the whole cell. The CPUs' beside a GPU stand apart and are in none of the others."
+        f"Joules from the hardware's own counters{told}: of the device that trains, over the steps that count for "
+        "speed and over the whole cell. The energy of the CPUs beside a GPU is listed separately, in no other column."
     )
     yield from _metrics_table(report, ENERGY)
     yield from confounders_of(report, "energy")
@@ -223,7 +96,9 @@ def confounders_of(report: Report, kind: str) -> Iterator[str]:
     if result:
         listed = ", ".join(dict.fromkeys(what for what, _ in result))
         told = "\n".join(f"- **{escape(what)}**: {escape(how)}" for what, how in result)
-        yield details(f"Confounders: the cells also differ in {listed}; a difference in {kind} may come from it", told)
+        yield details(
+            f"Confounders: the cells also differ in {listed}; a difference in {kind} may come from that", told
+        )
 
 
 def how_to_read(report: Report) -> Iterator[str]:
@@ -234,12 +109,12 @@ def how_to_read(report: Report) -> Iterator[str]:
     if report.baseline is not None:
         name = escape(report.names[id(report.baseline)])
         parts.append(
-            f"In brackets: against the baseline **{name}**; `not resolved`, with the 95 % interval of the difference "
-            "or the ratio, where it may be none; `same` where the values print alike."
+            f"In brackets: the difference from the baseline **{name}**, or the ratio to it; `not resolved`, with the "
+            "95 % interval, where there may be no difference; `same` where both values print alike."
         )
         parts.append(
             f"All pairs of cells are judged together, metric by metric (false-discovery rate {TOLD_RATE}, "
-            "Benjamini and Hochberg): an interval that leaves none out alone may be unresolved among so many."
+            "Benjamini and Hochberg), so a difference may be unresolved although its own interval excludes zero."
         )
     if report.margins:
         told = ", ".join(
@@ -247,17 +122,21 @@ def how_to_read(report: Report) -> Iterator[str]:
             for name, margin in report.margins.items()
         )
         parts.append(f"`equal`: the interval lies within the margin given ({escape(told)}).")
-    parts.append("**Bold**: the best value of a column, <u>underlined</u>: the second, resolved or not.")
+    parts.append(
+        "**Bold**: the best value of a column; <u>underlined</u>: the second best; whether or not it is resolved."
+    )
     repeated = sorted({len(seeds) for row in report.rows if len(seeds := {run.seed for run in row.runs if run.ok}) > 1})
     if repeated:
         of = " or ".join(map(str, repeated))
-        parts.append(f"± is one standard error: of scores over held-out rows and {of} seeds, of the rest over seeds.")
+        parts.append(
+            f"± is one standard error: over held-out rows and {of} seeds for scores, over seeds for everything else."
+        )
     elif any(
         row.stderr(metric) is not None for row in report.rows for metric in present(report.rows, qualities(report.rows))
     ):
         parts.append("± is one standard error of the score over the held-out rows.")
     if not repeated and any(row.value("peak_memory_bytes") is not None for row in report.rows):
-        parts.append("Each cell was run once: nothing tells how far another run's memory would lie from these.")
+        parts.append("Each cell was run once, so how much memory varies from run to run is not known.")
     yield " ".join(parts)
 
 
@@ -283,8 +162,8 @@ def seeds_table(report: Report) -> Iterator[str]:
             cells.append(text)
         lines.append([escape(report.names[id(row)]), escape(", ".join(seeds)), *cells])
     what = (
-        "Mean over the seeds, its 95 % interval by Student's t in brackets (of scores over held-out rows and seeds "
-        "crossed, of the rest over the seeds), and the seeds one by one."
+        "The mean, its 95 % interval by Student's t in brackets (over held-out rows and seeds, crossed, for scores; "
+        "over seeds for everything else), and the value of each seed."
     )
     listed = table(["cell", "seeds", *map(heading, metrics)], lines, labels=2)
     yield details("Every seed's own values", f"{what}\n\n{listed}")
@@ -355,7 +234,7 @@ def _unresolved(report: Report, metrics: Sequence[str]) -> Iterator[str]:
         how |= dict.fromkeys(result.family.how)
     if lines:
         told = "; ".join(_HOW[one] for one in how if one in _HOW)
-        lines.append(f"\nThe intervals are {told}.")
+        lines.append(f"\nWhat the intervals are based on: {told}.")
         yield "\n".join(lines)
     seeds = {run.seed for row in report.records for run in row.runs if run.record}
     if (
@@ -364,8 +243,8 @@ def _unresolved(report: Report, metrics: Sequence[str]) -> Iterator[str]:
         and any(row.stderr(metric) is not None for row in report.records for metric in metrics)
     ):
         yield (
-            "**One seed only**: the intervals tell of the held-out rows, not of other seeds, under which order and "
-            "initialization differ. Repeat with `seed=0,1,2` before a small difference is taken for one."
+            "**One seed only**: the intervals cover the held-out rows, not other seeds, whose row order and "
+            "initialization differ. Repeat with `seed=0,1,2` before trusting a small difference."
         )
 
 

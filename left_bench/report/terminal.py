@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from left_bench.report.cells import Row, find_axes, labels, row_of
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.cells import Row, row_of
+from left_bench.report.headings import heading
 from left_bench.report.ranking import headline_quality
-from left_bench.report.tables import ROWS_SHOWN, heading
+from left_bench.report.tables import ROWS_SHOWN
 from left_bench.report.values import ABSENT, format_error, format_share, format_value, one_line
 from left_bench.spec.record import Record
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from left_bench.report.load import RowResult, read_row_results
+from left_bench.report.steps_and_rows import RowResult, read_row_results
 from left_bench.spec.record import SCORER_PREFIX
 from left_bench.spec.row_scores import SCORES_OF_A_PAIR, SCORES_OF_A_ROW
 

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from left_bench.report.cells import Row, option
 from left_bench.report.claims import CLAIMS, DEFAULT, NOT_MEASURED, Claim, Evidence, Missing, Verdict
+from left_bench.report.frame import deciding, flatten
+from left_bench.report.headings import heading
 from left_bench.report.judgement import judge
-from left_bench.report.load import deciding, flatten
 from left_bench.report.markdown import code, escape, table
-from left_bench.report.tables import heading, told_against
+from left_bench.report.tables import told_against
 from left_bench.report.values import ABSENT, format_error, format_value
 
 _GROUPS = ("quantization", "peft", "precision", "training")
@@ -81,10 +82,10 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
     findings = judge_claims(rows)
     yield "## Claims"
     yield (
-        "Sentences that are often read, beside what was measured here: this model, this data, this machine and so few "
-        "steps. A verdict follows from its rule by the numbers; a sentence that does not hold here "
-        "may hold elsewhere. Square brackets hold 95 % intervals. Each claim was written down before it was measured, "
-        "so its comparisons are judged alone."
+        "Common claims, beside what was measured here: with this model, this data, this machine and so few steps. A "
+        "verdict follows from the numbers by the claim's rule; a claim that does not hold here may hold elsewhere. "
+        "Square brackets hold 95 % intervals. Each claim was written down before it was measured, so its comparisons "
+        "are judged on their own."
     )
     lines = [
         [
@@ -102,11 +103,11 @@ def claims_section(rows: Sequence[Row]) -> Iterator[str]:
         if measured:
             yield _claim_table(claim, cells)
         compared = "; ".join(
-            f"{escape(name)}: {_options(options) or 'as it is'}" for name, options in claim.cells.items()
+            f"{escape(name)}: {_options(options) or 'unchanged'}" for name, options in claim.cells.items()
         )
         rates = {row.section("training").get("learning_rate") for row in cells.values()}
-        but = " but for the learning rate, which is each method's own" if len(rates) > 1 else ""
-        yield f"Compared, against {_options(DEFAULT)}: {compared}. All that is set besides is equal{but}."
+        but = " except the learning rate, which is each method's own" if len(rates) > 1 else ""
+        yield f"Compared, as changes to {_options(DEFAULT)}: {compared}. All other settings are equal{but}."
 
 
 def _claim_table(claim: Claim, cells: Mapping[str, Row]) -> str:

@@ -247,7 +247,8 @@ class Record(_Frozen):
     """Flat, name -> number; see METRICS. Metrics that were not measured are absent."""
     phases: list[Phase] = Field(default_factory=list)
     memory_breakdown: dict[str, int] = Field(default_factory=dict)
-    """Part -> bytes: weights, adapter, adapter_frozen, gradients, optimizer, activations_and_workspace."""
+    """Part -> bytes: weights, adapter, adapter_frozen, gradients, optimizer, activations and workspace; the last two
+    are one, `activations_and_workspace`, where activations were not counted."""
     scores: list[Score] = Field(default_factory=list)
     samples: list[Sample] = Field(default_factory=list)
     curve: list[CurvePoint] = Field(default_factory=list)

@@ -13,6 +13,8 @@ from left_bench.spec.cell import fingerprint
 from left_bench.spec.record import Record
 
 CURVE_METRICS = ("validation_loss", "tokens", "seconds", "joules")
+SPENT = ("tokens", "seconds")
+"""What a point of the curve had spent, below which it is drawn beside steps."""
 # of a step's event as they are; its `tokens` are added up, for they are an axis
 GIB = 2**30
 STEP_METRICS = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds")
@@ -185,6 +187,17 @@ class Feed:
             self._tokens += event["tokens"]
             metrics["tokens"] = self._tokens
         self._tracker.log(event["step"], time=event.get("time") or time.time(), **metrics)
+
+
+def curve_copies(metrics: Mapping[str, float]) -> list[tuple[str, float, str]]:
+    """The qualities of a point of the curve once for each axis, as (name, value, axis): `validation_loss_over_tokens`.
+
+    Charts of most trackers have one axis to a name.
+    """
+    qualities = {name: value for name, value in metrics.items() if name not in (*SPENT, "joules")}
+    return [
+        (f"{name}_over_{axis}", value, axis) for axis in SPENT if axis in metrics for name, value in qualities.items()
+    ]
 
 
 def launch_id(started_at: str) -> str:

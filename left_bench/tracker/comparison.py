@@ -56,7 +56,8 @@ def compare(
 
 def images_of(runs: Sequence[Run], *, name: str, out: Path) -> list[Path]:
     """The plots of a report over these runs, as PNG files."""
-    from left_bench.report.cells import find_axes, labels, row_of
+    from left_bench.report.axes import find_axes, labels
+    from left_bench.report.cells import row_of
     from left_bench.report.plots import write_images
     from left_bench.report.seeds import pool
 

@@ -9,6 +9,7 @@ app expects; the flat `axis.peft` beside it is for filters and exports.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -175,6 +176,29 @@ def build_workspace(*, sweep: str, project: str, metric: str, colors: Mapping[st
             pinned_columns=["run:displayName", "summary:status", f"summary:{metric}", "summary:peak_memory_gib"],
         ),
     )
+
+
+def save_workspace(*, kept: Path, entity: str, project: str, sweep: str, **named: Any) -> str:
+    """Save the sweep's workspace and return its address; one that was saved before is changed in place.
+
+    Args:
+        kept: a JSON file of addresses by entity, project and sweep; written anew.
+    """
+    import wandb_workspaces.workspaces as ws
+
+    built = build_workspace(entity=entity, project=project, sweep=sweep, **named)
+    key = f"{entity}/{project}/{sweep}"
+    addresses: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        addresses = dict(json.loads(kept.read_text(encoding="utf-8")))
+    if key in addresses:
+        with contextlib.suppress(Exception):  # deleted since, or out of reach: a new one is made
+            before = ws.Workspace.from_url(addresses[key])
+            before.sections, before.runset_settings = built.sections, built.runset_settings
+            built = before
+    address = str(built.save().url)
+    write_atomically(kept, json.dumps(addresses | {key: address}, indent=1) + "\n")
+    return address
 
 
 def build_report(*, sweep: str, project: str, metric: str, colors: Mapping[str, str], entity: str = "") -> Any:

@@ -14,6 +14,7 @@ import torch
 from left_bench.compat.torch import uncompile as undo_compile
 from left_bench.core.errors import NotInForce, UserError
 from left_bench.data import Example, split_passes, step_rows
+from left_bench.measure.activations import Activations
 from left_bench.measure.compile_timer import Compiling
 from left_bench.measure.meter import Meter, PhaseCounts, Step, stored_bytes, warm_up
 from left_bench.measure.method_buffers import Modules, frozen_part
@@ -114,6 +115,9 @@ def train(
     )
     done = checkpoint.resume()
     team.check_alike("the step to resume from", [float(step) for (step,) in team.gather(done)])
+    # hooks on what is saved make compiled code compile anew; shards are gathered for a pass, and are weights
+    unwatched = earlier or cell.training.compile or cell.hardware.sharding is not None
+    activations = None if unwatched else Activations(model)
     counts.steps = counts.tokens = 0
     spent = sum(step.seconds for step in meter.steps)
     ended: Literal["steps", "max_seconds", "stop_patience"] = "steps"
@@ -139,7 +143,10 @@ def train(
                 # gradients are synchronized once per step
                 last = batch is batches[-1]
                 with contextlib.nullcontext() if last else gradients_kept_apart(accelerator, network):
-                    with autocast(cell, device=device):
+                    with (
+                        activations.of_pass(batch.inputs()) if activations else contextlib.nullcontext(),
+                        autocast(cell, device=device),
+                    ):
                         part = objective.summed(batch, gain=gain)
                     total += part.detach() / (scale * team.size)
                     penalty = regularization(model)
@@ -199,6 +206,9 @@ def train(
             break
     if team.size > 1 and cell.hardware.sharding is None:
         team.check_alike("the trained weights' sum", [item for (item,) in team.gather(fingerprint_of(parameters))])
+    if activations is not None and activations.bytes is not None:
+        before = meter.memory_breakdown.get("activations", 0)  # of the steps of an earlier attempt
+        meter.memory_breakdown["activations"] = max(before, activations.bytes)
     states = state_tensors(optimizer)
     meter.memory_breakdown["optimizer"] = stored_bytes(state for state in states if not is_paged(state))
     if paged := stored_bytes(state for state in states if is_paged(state)):

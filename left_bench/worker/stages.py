@@ -493,10 +493,12 @@ def used_for(splits: Any, *, scored: int) -> dict[str, dict[str, Any]]:
 
 
 def account_for_peak(breakdown: dict[str, int], metrics: dict[str, float]) -> None:
-    """Add the part of the peak beyond the counted ones: activations, temporary copies, allocator slack."""
+    """Add the part of the peak beyond the counted ones: temporary copies, kernels' workspace, allocator slack; and
+    activations where they were not counted."""
     peak = metrics.get("peak_memory_bytes")
     if peak is not None:
-        breakdown["activations_and_workspace"] = max(0, int(peak) - sum(breakdown.values()))
+        rest = "workspace" if "activations" in breakdown else "activations_and_workspace"
+        breakdown[rest] = max(0, int(peak) - sum(breakdown.values()))
 
 
 def write_rows(path: Path, after: Any, before: Any, rows: Any, by_row: Mapping[str, Sequence[float]]) -> None:

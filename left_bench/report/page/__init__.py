@@ -17,8 +17,10 @@ from string import Template
 from typing import Any
 
 from left_bench.core.files import write_atomically
-from left_bench.report.cells import Axis, Row, find_axes, find_baseline
-from left_bench.report.cells import labels as name_rows
+from left_bench.report.axes import Axis, find_axes
+from left_bench.report.axes import labels as name_rows
+from left_bench.report.baseline import find_baseline
+from left_bench.report.cells import Row
 from left_bench.report.curves import Target
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import page_data
@@ -38,7 +40,17 @@ from left_bench.report.values import one_line
 
 _STYLE = "page.css"
 # One script, in this order: each part uses what stands above it.
-_SCRIPTS = ("core.js", "address.js", "table.js", "axes.js", "detail.js", "scatter.js", "charts.js", "start.js")
+_SCRIPTS = (
+    "core.js",
+    "address.js",
+    "table.js",
+    "axes.js",
+    "detail.js",
+    "scatter.js",
+    "bars.js",
+    "lines.js",
+    "start.js",
+)
 # What could end the block early, or a line of the script that some parsers take the block for.
 _IN_JSON = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 

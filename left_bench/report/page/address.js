@@ -2,6 +2,7 @@
 
 const SCATTER_KEYS = ["x", "y", "colour"];
 const LOG_KEYS = ["logX", "logY"];
+const ALONG_KEYS = { metric: "along", over: "over" }; // the view's own names: what the chart along training shows
 let viewIsKnown = false; // until the page has been drawn its defaults are not worth an address
 
 function addressOfView() {
@@ -19,11 +20,14 @@ function addressOfView() {
   for (const key of [...SCATTER_KEYS, ...LOG_KEYS]) {
     if (String(state.scatter[key]) !== firstView.scatter[key]) told.set(key, state.scatter[key]);
   }
+  for (const [key, name] of Object.entries(ALONG_KEYS)) {
+    if (state.along[key] !== (firstView.along[key] ?? null)) told.set(name, state.along[key]);
+  }
   return told.toString();
 }
 
 /** What the page shows without an address; taken once, before one is read. */
-const firstView = { shown: data.metrics.filter((metric) => state.shown.has(metric.name)).map((metric) => metric.name).join(), axes: state.axes, scatter: {} };
+const firstView = { shown: data.metrics.filter((metric) => state.shown.has(metric.name)).map((metric) => metric.name).join(), axes: state.axes, scatter: {}, along: {} };
 
 function keepAddress() {
   if (!viewIsKnown) return;
@@ -56,5 +60,6 @@ function readAddress() {
   const { scatter } = state;
   for (const axis of ["x", "y"]) if (metricOf(told.get(axis))) scatter[axis] = told.get(axis);
   if (told.has("colour")) scatter.colour = told.get("colour");
+  for (const [key, name] of Object.entries(ALONG_KEYS)) state.along[key] = told.get(name);
   scatter.asked = new Map(LOG_KEYS.filter((log) => told.has(log)).map((log) => [log, told.get(log) === "true"]));
 }

@@ -5,7 +5,7 @@ function drawAxisSection(section) {
   for (const { axis, blocks } of data.by_axis) {
     section.append(
       el("h2", {}, `By ${say(axis)}`),
-      el("p", { class: "hint" }, "Each block of cells differs in this alone; the small text is against its reference."),
+      el("p", { class: "hint" }, "The cells of a block differ in nothing else; small text compares with its reference."),
       el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Cells by ${say(axis)}` },
         el("table", { class: "plain by-axis" },
           el("thead", {}, el("tr", {}, ["cell", ...metrics.map((metric) => metric.heading)].map((name, n) => el("th", { scope: "col", class: n ? "number" : null }, name)))),

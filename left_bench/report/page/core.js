@@ -41,6 +41,7 @@ const state = {
   shown: new Set(window.innerWidth > 640 ? data.shown : data.main), // a phone has room for three metrics
   axes: data.axes.length > 1 && window.innerWidth > 640, // a phone has the names, which say the same
   scatter: { x: null, y: null, logX: false, logY: false, colour: null },
+  along: { metric: null, over: null }, // quality along training: what, and over what
 };
 let view = []; // the rows that pass the filters, in the order of the table
 

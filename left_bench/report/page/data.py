@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from left_bench.report.cells import Axis, Row, settings
+from left_bench.report.axes import Axis
+from left_bench.report.bands import AXIS_NAMES, Band, axes_told, band_of, loss_band, metrics_told
+from left_bench.report.cells import Row, settings
+from left_bench.report.curves import curves_of
+from left_bench.report.headings import heading
 from left_bench.report.judgement import Family
 from left_bench.report.leaderboard import axis_blocks, reference_of
 from left_bench.report.ranking import (
@@ -25,9 +29,9 @@ from left_bench.report.ranking import (
     yardstick,
 )
 from left_bench.report.recommend import recommend
-from left_bench.report.statistics import seed_losses
+from left_bench.report.report import Report
 from left_bench.report.styles import row_styles
-from left_bench.report.tables import Report, heading, told_against
+from left_bench.report.tables import told_against
 from left_bench.report.values import (
     clean,
     format_against,
@@ -54,7 +58,10 @@ _SCALES = {
     "money": ((1, ""),),
     "params": ((10**9, "billion"), (10**6, "million"), (10**3, "thousand"), (1, "")),
 }
-_PARTS = ("weights", "adapter", "adapter_frozen", "gradients", "optimizer", "activations_and_workspace")
+_PARTS = (
+    *("weights", "adapter", "adapter_frozen", "gradients", "optimizer", "activations", "workspace"),
+    "activations_and_workspace",
+)
 
 
 class _Strings(dict[str, int]):
@@ -101,11 +108,12 @@ def page_data(
         "shown": shown,
         "main": main,
         **_standing(rows, main, put),
-        "styles": [list(style[:2]) for style in row_styles(rows)],
+        "styles": [list(style) for style in row_styles(rows)],
         "by_axis": _by_axis(report, main, put) if len(rows) <= DETAILED_CELLS else [],
         "parts": [put(part.replace("_", " ")) for part in parts],
         "memory": [_memory(row, parts, put) for row in rows],
         "curves": _curves(rows),
+        "along": _along(rows, put),
         "constants": [[put(key), put(format_setting(value))] for key, value in same.items()],
         "details": [
             _detail(row, own, put, strings, full=i < DETAILED_CELLS, main=main)
@@ -295,19 +303,43 @@ def _by_axis(report: Report, main: Sequence[str], put: Callable[[object], int]) 
 
 
 def _curves(rows: Sequence[Row]) -> list[list[Any]]:
-    """(row, steps, mean loss, lowest and highest of the seeds) of the first cells that have a curve."""
+    """(row, steps, smoothed training loss, lowest and highest of the seeds) of the first cells that have a curve."""
     result: list[list[Any]] = []
     for i, row in enumerate(rows):
         if len(result) == CURVES:
             break
-        steps, losses = seed_losses(row)
-        if len(steps) < 2:
-            continue
-        by_step = [*zip(*losses, strict=True)]
-        thinned, means = thin_out(steps, [sum(values) / len(values) for values in by_step])
-        bands = [thin_out(steps, [pick(values) for values in by_step])[1] for pick in (min, max)]
-        result.append([i, thinned, means, *(bands if len(losses) > 1 else [])])
+        band = loss_band(row)
+        if band is not None:
+            steps = [*map(int, band.at)]
+            thinned, means = thin_out(steps, band.mean)
+            ends = [thin_out(steps, values)[1] for values in (band.low, band.high)] if band.is_wide else []
+            result.append([i, thinned, means, *ends])
     return result
+
+
+def _along(rows: Sequence[Row], put: Callable[[object], int]) -> dict[str, Any] | None:
+    """Validation loss and scores along training, by each axis that may be compared; None where no cell has a curve."""
+    drawn = [(i, row) for i, row in enumerate(rows) if any(len(curve) > 1 for curve in curves_of(row))][:CURVES]
+    told = [row for _, row in drawn]
+    axes, metrics = axes_told(told), metrics_told(told)
+    if not drawn or not metrics:
+        return None
+    lines = [
+        [[i, *_line(band)] for i, row in drawn if (band := band_of(row, axis, metric)) is not None]
+        for metric in metrics
+        for axis in axes
+    ]
+    return {
+        "metrics": [[metric, put(_heading(metric)), metric_of(metric).better] for metric in metrics],
+        "axes": [[axis, put(AXIS_NAMES[axis])] for axis in axes],
+        "lines": lines,
+    }
+
+
+def _line(band: Band) -> list[list[float]]:
+    """Places, means and, where the seeds differ, the lowest and the highest."""
+    kept = (band.at, band.mean, *((band.low, band.high) if band.is_wide else ()))
+    return [[float(f"{value:.5g}") for value in values] for values in kept]
 
 
 def thin_out(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[int], list[float]]:

@@ -41,14 +41,14 @@ function parts(detail, i) {
     memory[place][0] ? el("tr", {}, el("th", { scope: "row" }, part === null ? "together" : say(part)), el("td", { class: "number" }, say(memory[place][1]))) : null);
   return [
     detail.runs ? fold("Every seed", seedsTable(detail.runs), true) : null,
-    detail.runs ? el("p", { class: "hint" }, `What follows is of seed ${say(detail.seed)}.`) : null,
+    detail.runs ? el("p", { class: "hint" }, `Everything below is from seed ${say(detail.seed)}.`) : null,
     detail.samples?.length ? fold(`Answers (${detail.samples.length})`, detail.samples.map(sample), true) : null,
     detail.log === undefined ? null : fold("End of the log", el("pre", {}, say(detail.log)), true),
     phases.length ? fold("Phases", plainTable(["phase", "time", "peak memory"], phases)) : null,
     sizes ? fold("What the memory peak is made of", plainTable(["part", "size"], sizes)) : null,
     detail.settings.length ? fold("Settings that not all cells share", plainTable(["setting", "value"], rowsOf(detail.settings))) : null,
     data.constants.length ? fold("Settings that all cells share", plainTable(["setting", "value"], rowsOf(data.constants))) : null,
-    detail.effective.length ? fold("Found after loading", plainTable(["what", "value"], rowsOf(detail.effective))) : null,
+    detail.effective.length ? fold("In force", plainTable(["what", "value"], rowsOf(detail.effective))) : null,
     el("p", { class: "hint" }, `${say(detail.when)}${detail.machine === undefined ? "" : `, on ${say(detail.machine)}`}`),
   ].filter(Boolean);
 }

@@ -9,10 +9,10 @@ from typing import Any
 
 from left_bench import __version__
 from left_bench.report.cells import Row, machine_line, machines_of, so_far
+from left_bench.report.confounders import confounders
 from left_bench.report.curves import Target, equal_cost, to_target
 from left_bench.report.load import Problem, Sweep
 from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
-from left_bench.report.ranking import confounders
 from left_bench.report.values import ABSENT, metric_of, one_line
 from left_bench.spec.cell import GROUPS
 from left_bench.spec.record import find_metric
@@ -38,7 +38,7 @@ def introduction(rows: Sequence[Row], sweep: Sweep | None) -> str:
     several = len(machines_of(rows)) > 1
     where = list(dict.fromkeys(machine_line(row, rows, several=several) for row in rows if row.machine))
     counted = f"{len(rows):,} {'cell' if len(rows) == 1 else 'cells'} ({tally})"
-    seeds = f" {pooled:,} rows: cells that differ in the seed alone are one." if pooled < len(rows) else ""
+    seeds = f" {pooled:,} rows: cells that differ only in their seed are pooled." if pooled < len(rows) else ""
     lines = [f"<p>{text(counted + when)}.{seeds}</p>"]
     lines += [f"<p><b>Machine:</b> {text('; '.join(where))}</p>"] if where else []
     if sweep and sweep.finished_at is None:
@@ -90,19 +90,23 @@ def notices(rows: Sequence[Row], labels: Sequence[str], notes: Sequence[str], da
         those = "" if len(drawn) == len(records) else f" in {_listed(drawn)}"
         lines.append(f"Random weights: no quality is scored{those}.")
     if any("groups" in metric and metric["kind"] == "speed" for metric in data["metrics"]):
-        lines.append("The cells come from different machines: speed is sorted within each machine and has no best.")
+        lines.append(
+            "The cells come from different machines: speed is sorted within each machine, and no cell is the fastest."
+        )
     seeds = {run.record.config.get("seed") for row, _ in records for run in runs_of(row) if run.record}
     if any("errors" in metric for metric in data["metrics"]):
         if len(rows) > 1 and len(seeds) == 1:
             lines.append(
-                "One seed only: ± is one standard error over the held-out rows and tells nothing of other seeds."
+                "One seed only: ± is one standard error over the held-out rows and does not cover other seeds."
             )
         elif any(len(runs_of(row)) > 1 for row in rows):
-            lines.append("± is one standard error: of scores over held-out rows and seeds, of the rest over seeds.")
+            lines.append(
+                "± is one standard error: over held-out rows and seeds for scores, over seeds for everything else."
+            )
     if len(rows) > DETAILED_CELLS:
         lines.append(f"Answers and logs are in this page for the first {DETAILED_CELLS:,} cells only.")
     if len(data["curves"]) == CURVES:
-        lines.append(f"Loss curves are in this page for the first {CURVES} cells that have one.")
+        lines.append(f"Loss curves are in this page for the first {CURVES} cells that have one only.")
     listed = "\n".join(f"<p>{text(line)}</p>" for line in lines)
     return f'<div class="notices">\n{listed}\n</div>' if lines else ""
 
@@ -159,7 +163,7 @@ def confounding(rows: Sequence[Row], labels: Sequence[str]) -> str:
         return ""
     listed = "\n".join(f"<li><b>{text(what)}</b>: {text(how)}</li>" for what, how in result)
     return (
-        "<h2>Confounders</h2>\n<p>The cells also differ in what follows; a difference between them may come from it."
+        "<h2>Confounders</h2>\n<p>The cells also differ in the following; a difference between them may come from it."
         f"</p>\n<ul>\n{listed}\n</ul>"
     )
 
@@ -192,7 +196,7 @@ def failures(rows: Sequence[Row], labels: Sequence[str], problems: Sequence[Prob
             f"<li><code>{text('/'.join(problem.path.parts[-3:]))}</code>: {text(problem.message)}</li>"
             for problem in problems
         )
-        parts.append(f"<p>{count} could not be read and so left out of the tables:</p>\n<ul>\n{listed}\n</ul>")
+        parts.append(f"<p>{count} could not be read and is left out of the tables:</p>\n<ul>\n{listed}\n</ul>")
     return "\n".join(["<h2>What did not run, and why</h2>", *parts]) if parts else ""
 
 

@@ -154,20 +154,23 @@ function drawScatter() {
   const width = Math.max(280, chart.clientWidth - 14);
   const height = Math.round(Math.min(460, Math.max(300, width * 0.6)));
   const value = { x: (i) => x.numbers[i] / x.scale, y: (i) => y.numbers[i] / y.scale };
-  const reach = (i, sign) => value.y(i) + (sign * (y.errors?.[i] ?? 0)) / y.scale;
-  const bars = drawn.length <= MAX_BARRED ? drawn.filter((i) => y.errors?.[i]) : [];
+  const reach = (metric, axis) => (i, sign) => value[axis](i) + (sign * (metric.errors?.[i] ?? 0)) / metric.scale;
+  const [reachX, reachY] = [reach(x, "x"), reach(y, "y")];
+  const bars = drawn.length <= MAX_BARRED ? drawn.filter((i) => y.errors?.[i] || x.errors?.[i]) : [];
   noteScatter(having, drawn, { front, bars, refused: [logX !== state.scatter.logX, logY !== state.scatter.logY] });
-  const ends = [...drawn.map(value.y), ...bars.flatMap((i) => [reach(i, 1), reach(i, -1)])].filter((end) => !logY || end > 0);
-  const down = makeScale(ends, { log: logY, from: height - 42, to: 30, steps: 6 });
+  const ends = (of, reached, log) => [...drawn.map(of), ...bars.flatMap((i) => [reached(i, 1), reached(i, -1)])].filter((end) => !log || end > 0);
+  const down = makeScale(ends(value.y, reachY, logY), { log: logY, from: height - 42, to: 30, steps: 6 });
   const left = 14 + 6.6 * Math.max(...down.ticks.map((tick) => tickText(tick).length));
-  const across = makeScale(drawn.map(value.x), { log: logX, from: left, to: width - 12, steps: Math.max(2, Math.floor(width / 85)) });
+  const across = makeScale(ends(value.x, reachX, logX), { log: logX, from: left, to: width - 12, steps: Math.max(2, Math.floor(width / 85)) });
   const place = new Map(drawn.map((i) => [i, { x: across.at(value.x(i)), y: down.at(value.y(i)) }]));
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `${y.heading} against ${x.heading}: ${drawn.length} cells; the arrow keys go from one to the next` },
     ...frame({ across, down, left, width, height }),
     svg("text", { x: 4, y: 14 }, `↑ ${axisName(y)}${logY ? ", log" : ""}${better(y, "down", "up")}`),
     svg("text", { x: width - 8, y: height - 4, "text-anchor": "end" }, `${axisName(x)}${logX ? ", log" : ""}${better(x, "left", "right")} →`),
     ...(front.length > 1 ? [svg("path", { class: "front", d: stair(front.map((i) => place.get(i))) })] : []),
-    ...bars.map((i) => errorBar(place.get(i), down.at(reach(i, 1)), logY && reach(i, -1) <= 0 ? null : down.at(reach(i, -1)))),
+    ...bars.map((i) => errorBars(place.get(i),
+      [-1, 1].map((sign) => (logX && reachX(i, sign) <= 0 ? place.get(i).x : across.at(reachX(i, sign)))),
+      [-1, 1].map((sign) => (logY && reachY(i, sign) <= 0 ? place.get(i).y : down.at(reachY(i, sign)))))),
   );
   const order = [...drawn].sort((a, b) => place.get(a).x - place.get(b).x || place.get(a).y - place.get(b).y);
   const marks = new Map();
@@ -200,7 +203,7 @@ function frame({ across, down, left, width, height }) {
 /** Along the front the next better value in y is reached only at its own x: a stair. */
 const stair = (points) => points.map((point, n) => (n === 0 ? `M${point.x},${point.y}` : `H${point.x}V${point.y}`)).join("");
 
-const errorBar = (at, top, bottom) => svg("line", { class: "range", x1: at.x, x2: at.x, y1: top, y2: bottom ?? at.y });
+const errorBars = (at, [left, right], [low, high]) => svg("path", { class: "range", d: `M${left},${at.y}H${right}M${at.x},${low}V${high}` });
 
 /** Row -> its mark; the legend is written on the way. */
 function colouring(rows) {
@@ -227,10 +230,10 @@ function colouring(rows) {
 function noteScatter(having, drawn, { front, bars, refused }) {
   const told = [];
   if (front.length) told.push("Dashed line and thick outline: the Pareto front, the cells that none of those shown beats in both metrics.");
-  else if (having.length > 1) told.push("No Pareto front: one of the metrics has no better and worse, or not all of these cells may be ranked with each other.");
+  else if (having.length > 1) told.push("No Pareto front: one of the metrics is neither better nor worse when it is higher, or these cells may not all be ranked together.");
   if (drawn.length < having.length) told.push(`${drawn.length.toLocaleString("en")} of ${having.length.toLocaleString("en")} cells are drawn; filter the table to see the others.`);
   if (refused.some(Boolean)) told.push("An axis with values that are not above zero stays linear.");
-  if (bars.length) told.push("Vertical bars: ± one standard error.");
+  if (bars.length) told.push("Bars: ± one standard error.");
   byId("scatter-note").textContent = told.join(" ");
 }
 

@@ -53,6 +53,7 @@ view = passing();
 const answer = byId("answer");
 answer.hidden = !drawScatterControls(answer);
 byId("by-axis").hidden = !drawAxisSection(byId("by-axis"));
+drawAlongSection(plots);
 drawMemorySection(plots);
 drawLossSection(plots);
 const tip = byId("tip");

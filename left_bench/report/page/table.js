@@ -99,7 +99,7 @@ function drawCount(start, number, shown) {
   const column = state.sort && shown.find((one) => one.key === state.sort.key);
   if (column) {
     parts.push(`sorted by ${column.heading}, ${state.sort.descending ? "highest" : "lowest"} first`);
-    if (column.metric?.groups) parts.push("cells that were measured differently are kept apart");
+    if (column.metric?.groups) parts.push("cells that were measured differently are sorted separately");
   }
   byId("count").textContent = `${parts.join(", ")}.`;
 }

@@ -17,6 +17,7 @@ from left_bench.tracker.base import (
     Attempt,
     Comparison,
     TrackerKind,
+    curve_copies,
     ended_well,
     flat_environment,
     numbers_of,
@@ -46,8 +47,9 @@ class MlflowTracker:
 
     def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
         self._metrics({f"eval/{name}": value for name, value in metrics.items()} | {"eval/step": step}, step, time)
-        # a chart of MLflow has steps or the clock below it: this one has tokens
-        self._metrics({"eval/validation_loss_over_tokens": metrics["validation_loss"]}, int(metrics["tokens"]), time)
+        # a chart of MLflow has steps or the clock below it: these have tokens and seconds of training
+        for name, value, axis in curve_copies(metrics):
+            self._metrics({f"eval/{name}": value}, int(metrics[axis]), time)
 
     def finish(self, record: Record) -> None:
         assert self._attempt is not None

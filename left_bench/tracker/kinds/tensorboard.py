@@ -13,6 +13,7 @@ from left_bench.tracker.base import (
     Attempt,
     Comparison,
     TrackerKind,
+    curve_copies,
     file_name,
     flat_environment,
     markdown_table,
@@ -22,7 +23,7 @@ from left_bench.tracker.base import (
 
 # five of each are what TensorBoard's HPARAMS opens with
 _FIRST_AXES = ("axis.model", "axis.peft", "axis.precision", "axis.quantization", "status")
-_HEADLINES = ("eval_loss", "exact_match", "peak_memory_bytes", "train_tokens_per_second", "trainable_params")
+_HEADLINES = ("eval_loss", "exact_match", "peak_memory_gib", "train_tokens_per_second", "trainable_params")
 
 
 class TensorboardTracker:
@@ -46,9 +47,10 @@ class TensorboardTracker:
     def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
         self._last = (step, time)
         self._scalars({f"eval/{name}": value for name, value in metrics.items()})
-        # a chart of TensorBoard has steps or the clock below it: this one has tokens
-        self._last = (int(metrics["tokens"]), time)
-        self._scalars({"eval/validation_loss_over_tokens": metrics["validation_loss"]})
+        # a chart of TensorBoard has steps or the clock below it: these have tokens and seconds of training
+        for name, value, axis in curve_copies(metrics):
+            self._last = (int(metrics[axis]), time)
+            self._scalars({f"eval/{name}": value})
         self._last = (step, time)
 
     def finish(self, record: Record) -> None:

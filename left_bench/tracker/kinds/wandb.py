@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import importlib.util
 import io
 import os
 import shutil
@@ -18,9 +19,11 @@ from left_bench.spec.record import RECORD_NAME, Record
 from left_bench.spec.run_files import ADAPTER_NAME
 from left_bench.tracker.base import (
     SAMPLE_COLUMNS,
+    SPENT,
     Attempt,
     Comparison,
     TrackerKind,
+    curve_copies,
     ended_well,
     flat_environment,
     sample_rows,
@@ -28,6 +31,8 @@ from left_bench.tracker.base import (
 )
 
 _LONGEST_TAG = 64
+_VIEWS = "left_bench_views.json"
+"""Where the addresses of saved workspaces are kept, so that a sweep run again changes its view and adds none."""
 # wandb waits for ever at a run's end, and then the sweep does; its own variables decide over these
 _WAITS_SECONDS = {"init_timeout": 30.0, "finish_timeout": 300.0}
 
@@ -43,9 +48,11 @@ class WandbTracker:
         self._store, self._project, self._entity, self._artifacts = store, project, entity, artifacts
         self._run: Any = None
         self._attempt: Attempt | None = None
+        self._defined: set[str] = set()
+        """Names of the curve whose axis the run was told."""
 
     def start(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+        self._attempt, self._defined = attempt, set()
         self._run = self._open(
             run_id=attempt.id,
             name=attempt.name,
@@ -54,10 +61,10 @@ class WandbTracker:
             tags=attempt.tags,
             config=attempt.configuration(),
         )
-        for axis in ("train/step", "train/tokens", "eval/step", "eval/tokens", "eval/seconds"):
-            self._run.define_metric(axis)
+        for axis in ("train/step", "train/tokens", "eval/step", *(f"eval/{axis}" for axis in (*SPENT, "joules"))):
+            self._run.define_metric(axis, hidden=True)  # what is below a chart needs none of its own
         self._run.define_metric("eval/*", step_metric="eval/step")
-        self._run.define_metric("eval/validation_loss", step_metric="eval/tokens", summary="min")
+        self._run.define_metric("eval/validation_loss", step_metric="eval/step", summary="min")
         self._run.define_metric("train/*", step_metric="train/step")
         self._run.define_metric("train/loss", step_metric="train/tokens", summary="min")
         self._run.define_metric("train/memory_gib", step_metric="train/step", summary="max")
@@ -67,7 +74,14 @@ class WandbTracker:
         self._run.log({"train/step": step, "_timestamp": time} | row)
 
     def log_validation(self, step: int, *, time: float, **metrics: float) -> None:
-        row = {f"eval/{name}": value for name, value in metrics.items()}
+        copies = curve_copies(metrics)
+        for name, _, axis in copies:
+            if name not in self._defined:
+                self._run.define_metric(f"eval/{name}", step_metric=f"eval/{axis}")
+                self._defined.add(name)
+        row = {
+            f"eval/{name}": value for name, value in (*metrics.items(), *((name, value) for name, value, _ in copies))
+        }
         self._run.log({"eval/step": step, "_timestamp": time} | row)
 
     def finish(self, record: Record) -> None:
@@ -109,7 +123,37 @@ class WandbTracker:
             for path in (comparison.markdown, *comparison.plots):
                 artifact.add_file(str(path))
             self._run.log_artifact(artifact)
+        if not self._run.offline:
+            self._save_workspace(comparison)
         self._close(failed=False)
+
+    def _save_workspace(self, comparison: Comparison) -> None:
+        """The sweep's panels as a saved view, where wandb-workspaces is installed; a view that cannot be saved is one
+        warning, for the runs are there without it."""
+        if importlib.util.find_spec("wandb_workspaces") is None:
+            return
+        from left_bench.tracker.dashboard import method_colors, quality_metric, save_workspace
+
+        runs = [dict(zip(comparison.columns, row, strict=True)) for row in comparison.rows]
+        methods = {str(run["run"]): str(run.get("axis.peft") or "") for run in runs}
+        try:
+            with _unsaid():
+                address = save_workspace(
+                    kept=self._store / "wandb" / _VIEWS,
+                    entity=self._run.entity,
+                    project=self._run.project,
+                    sweep=comparison.sweep,
+                    metric=quality_metric(comparison.columns),
+                    colors=method_colors(methods),
+                )
+        except Exception as error:
+            print(
+                f"warning: tracker=wandb: the workspace of {comparison.sweep} was not saved "
+                f"({type(error).__name__}: {error}); `left-bench dashboard --sweep {comparison.sweep}` tries again",
+                file=sys.stderr,
+            )
+        else:
+            _say_once(address)
 
     def _open(self, *, run_id: str, **named: Any) -> Any:
         """The run; offline where the server does not answer, in a new session where wandb's own process has died."""
