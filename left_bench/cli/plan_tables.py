@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from left_bench.launch.fit import Fit, Remedy
-from left_bench.plan.peak import measured_range, room_needed
+from left_bench.plan.peak import measured_range, room_needed, verdict
 from left_bench.plan.result import Pass, Plan, Rows
 from left_bench.spec.cell import Cell
 
@@ -44,21 +44,6 @@ class Answer:
     def range_bytes(self) -> tuple[int, int] | None:
         """Between what a run's measured peak may be expected; None where that is not known."""
         return None if self.plan is None else measured_range(self.plan, self.cell)
-
-
-def verdict(plan: Plan, limit: int | None, *, cell: Cell) -> str:
-    """`yes`, `no`, `perhaps` where it depends on what lies beside the tensors, `?` where peak or limit is not known.
-
-    What is known can be too much already.
-    """
-    if limit is None:
-        return "?"
-    if sum(plan.parts.values()) > limit:
-        return "no"
-    needed = room_needed(plan, cell)
-    if needed is None:
-        return "?"
-    return "yes" if needed <= limit else "perhaps"
 
 
 def print_answers(answers: Sequence[Answer]) -> int:

@@ -21,6 +21,7 @@ from left_bench.report.tables import (
     cut_line,
     heading,
     phases_table,
+    predictions_table,
     seeds_table,
     status_word,
 )
@@ -74,6 +75,7 @@ def write_document(report: Report) -> str:
         *_failures(report),
         *_plots(plots),
         *_settings(report),
+        *predictions_table(report),
         *seeds_table(report),
         *phases_table(report),
         *_samples(report),

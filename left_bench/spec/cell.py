@@ -355,6 +355,8 @@ class Hardware(_Section):
     phase_timeout: float | None = Field(default=None, gt=0)
     """Seconds without a finished step, evaluated rows or a new phase before a cell counts as hanging and is ended as
     `timeout`."""
+    plan_first: bool = False
+    """Whether memory is planned before the cell runs: what cannot fit is `unsupported`, and nothing of it is loaded."""
     patience: float | None = Field(default=1800, gt=0)
     """Seconds that a launch may be expected to take before it is said, on a terminal, how to make it shorter; None:
     never. Nothing is ended by it."""
@@ -397,7 +399,7 @@ _NOT_IDENTITY = {
     "training": {"checkpoint_every", "learning_rate_scale"},
     "data": {"metrics", "max_new_tokens", "extractor"},
     "eval": {"judge_key_from"},
-    "hardware": {"timeout", "phase_timeout", "patience"},
+    "hardware": {"timeout", "phase_timeout", "patience", "plan_first"},
 }
 
 

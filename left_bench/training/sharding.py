@@ -7,7 +7,7 @@ its `fully_shard` is called here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ def make_accelerator(model: torch.nn.Module, cell: Cell, *, team: Team, unused: 
         _check_names(hardware.sharding_config, _SHARDING_ARGUMENTS, whose="torch's fully_shard")
         accelerator = Accelerator(cpu=cpu)
         if not isinstance(model, FSDPModule):  # else an earlier training of the cell has sharded it
-            _shard(model, accelerator.device, ranks=team.size, **hardware.sharding_config)
+            whole = not_to_shard(model)
+            shard(model, accelerator.device, ranks=team.size, left_whole=whole, **hardware.sharding_config)
         return accelerator
     _leave_alone_what_is_frozen(model)
     handler = DistributedDataParallelKwargs(
@@ -122,14 +123,20 @@ def _leave_alone_what_is_frozen(model: torch.nn.Module) -> None:
     leave_out_of_ddp(model, frozen)
 
 
-def _shard(model: Any, device: torch.device, *, ranks: int, **arguments: Any) -> None:
+def shard(
+    model: Any, device: torch.device, *, ranks: int, left_whole: Collection[torch.nn.Parameter] = (), **arguments: Any
+) -> None:
     """Divide each layer's parameters over the ranks, and what is in no layer as one more group.
 
     An embedding that is not the output head too is a group of its own: it is used at the beginning alone.
+
+    Args:
+        left_whole: parameters of which every rank keeps all.
+        arguments: of `fully_shard`.
     """
     shared: dict[str, Any] = {"mesh": init_device_mesh(device.type, (ranks,)), **arguments}
-    if ignored := not_to_shard(model):
-        shared["ignored_params"] = ignored
+    if left_whole:
+        shared["ignored_params"] = set(left_whole)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
     groups = [*layers_of(model), *([] if tied or embedding is None else [embedding])]
