@@ -23,8 +23,8 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
     """The tensors that a method has added to the modules in `base` and does not train.
 
     Methods keep them as parameters, as buffers and as plain attributes (SHiRA's indices, AdaLoRA's importance scores);
-    what is a view of the base model's or of a trained tensor is not the method's own. Nor is what lies on the host beside
-    a model on an accelerator (BOFT's permutations) part of that one's memory.
+    what is a view of the base model's or of a trained tensor is not the method's own. What lies on the host, beside a
+    model on an accelerator (BOFT's permutations), is no part of that one's memory.
     """
     others = list(_others(model, base))
     known = {storage_key(part.untyped_storage()) for tensor in others for part in plain_parts(tensor)}

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from left_bench.compat.torch import (
@@ -337,13 +338,14 @@ def _take_step(
     with contextlib.ExitStack() as stack:
         if sharded:
             stack.enter_context(one_of_many(cell.hardware.processes))
+            mesh = init_device_mesh("cpu", (cell.hardware.processes,))  # which is made of numbers
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         storages = stack.enter_context(Storages())
         # autocast passes by tensors on the meta device
         replace_tensors(model, _fake)
         if sharded:
             stack.enter_context(watch_resizing(storages.resized))
-            _shard(model, cell)
+            _shard(model, cell, mesh)
             amounts |= _bytes_of_shards(model, attached=cell.peft.target is not None)
         left_on_host = _leave_on_host(model) if cell.device_type != "cpu" else 0
         trained = trainable_parameters(model)
@@ -401,17 +403,10 @@ def _take_step(
     walk.peaks = storages.peaks
 
 
-def _shard(model: Any, cell: Cell) -> None:
+def _shard(model: Any, cell: Cell, mesh: DeviceMesh) -> None:
     """Divide the model over the cell's processes, of which this one holds the first part."""
     quantized = [layer.weight for layer in quantizable(model).values() if not layer.weight.requires_grad]
-    whole = quantized if _stays_whole(cell) else []
-    shard(
-        model,
-        torch.device("cpu"),
-        ranks=cell.hardware.processes,
-        left_whole=whole,
-        **cell.hardware.sharding_config,
-    )
+    shard(model, mesh, left_whole=quantized if _stays_whole(cell) else (), **cell.hardware.sharding_config)
 
 
 def _bytes_of_shards(model: Any, *, attached: bool) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from left_bench.compat.bitsandbytes import not_to_shard
@@ -49,8 +49,8 @@ def make_accelerator(model: torch.nn.Module, cell: Cell, *, team: Team, unused: 
         _check_names(hardware.sharding_config, _SHARDING_ARGUMENTS, whose="torch's fully_shard")
         accelerator = Accelerator(cpu=cpu)
         if not isinstance(model, FSDPModule):  # else an earlier training of the cell has sharded it
-            whole = not_to_shard(model)
-            shard(model, accelerator.device, ranks=team.size, left_whole=whole, **hardware.sharding_config)
+            mesh = init_device_mesh(accelerator.device.type, (team.size,))
+            shard(model, mesh, left_whole=not_to_shard(model), **hardware.sharding_config)
         return accelerator
     _leave_alone_what_is_frozen(model)
     handler = DistributedDataParallelKwargs(
@@ -123,10 +123,8 @@ def _leave_alone_what_is_frozen(model: torch.nn.Module) -> None:
     leave_out_of_ddp(model, frozen)
 
 
-def shard(
-    model: Any, device: torch.device, *, ranks: int, left_whole: Collection[torch.nn.Parameter] = (), **arguments: Any
-) -> None:
-    """Divide each layer's parameters over the ranks, and what is in no layer as one more group.
+def shard(model: Any, mesh: DeviceMesh, *, left_whole: Collection[torch.nn.Parameter] = (), **arguments: Any) -> None:
+    """Divide each layer's parameters over the mesh's ranks, and what is in no layer as one more group.
 
     An embedding that is not the output head too is a group of its own: it is used at the beginning alone.
 
@@ -134,7 +132,7 @@ def shard(
         left_whole: parameters of which every rank keeps all.
         arguments: of `fully_shard`.
     """
-    shared: dict[str, Any] = {"mesh": init_device_mesh(device.type, (ranks,)), **arguments}
+    shared: dict[str, Any] = {"mesh": mesh, **arguments}
     if left_whole:
         shared["ignored_params"] = set(left_whole)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -145,7 +143,7 @@ def shard(
             fully_shard(group, **shared)
     shared.pop("reshard_after_forward", None)  # by default not the outermost one's, which is wanted again at once
     fully_shard(model, **shared)
-    if device.type == "cpu":
+    if mesh.device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no average
