@@ -145,7 +145,7 @@ NO_RESULT = {
     "training": {"checkpoint_every", "learning_rate_scale"},
     "data": {"metrics", "max_new_tokens", "extractor"},
     "eval": {"judge_key_from"},
-    "hardware": {"timeout", "phase_timeout", "patience"},
+    "hardware": {"timeout", "phase_timeout", "patience", "plan_first"},
 }
 
 
@@ -207,6 +207,7 @@ def test_a_name_changes_only_the_slug(group):
 def test_what_does_not_change_the_result_keeps_the_id():
     assert build(hardware__timeout=5, hardware__phase_timeout=5, training__checkpoint_every=1).id == build().id
     assert build(hardware__patience=5).id == build(hardware__patience=None).id == build().id
+    assert build(hardware__plan_first=True).id == build().id
     assert build(quantization__cache=False).id == build().id
     moved = {"data__content": "a" * 64}
     assert build(**moved, data__path="here.jsonl").id == build(**moved, data__path="there.jsonl").id

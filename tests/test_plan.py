@@ -15,7 +15,7 @@ from recorded.committed import committed_runs
 from test_train import SMALLER
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from left_bench.cli.plan_tables import NOT_KNOWN, on_card, verdict
+from left_bench.cli.plan_tables import NOT_KNOWN, on_card
 from left_bench.core.paths import config_root, is_installed
 from left_bench.grid.compose import compose
 from left_bench.grid.rules import why_unsupported
@@ -24,7 +24,7 @@ from left_bench.measure.method_buffers import frozen_tensors, modules_of
 from left_bench.methods.attach import after_optimizer_step, attach_adapter, trainable_parameters
 from left_bench.plan import predict as predicting
 from left_bench.plan.follow import Storages
-from left_bench.plan.peak import measured_range
+from left_bench.plan.peak import measured_range, verdict
 from left_bench.plan.predict import Known, largest_pass, predict
 from left_bench.plan.result import Pass, Plan
 from left_bench.spec.cell import Cell

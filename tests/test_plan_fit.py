@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from dataclasses import replace
 
@@ -66,10 +68,14 @@ def test_the_short_way_holds_for_other_models_and_options(overrides, tiny_cell, 
 
 @pytest.mark.parametrize(
     "config",
-    ["+peft.config.layers_to_transform=[1,3]", "peft.config.target_modules=[layers.3.mlp.up_proj]"],
+    [
+        ("+peft.config.layers_to_transform=[1,3]", "peft.config.target_modules=[q_proj]"),
+        ("peft.config.target_modules=[layers.3.mlp.up_proj]",),
+    ],
+    ids=" ".join,
 )
 def test_a_method_on_some_layers_is_followed_whole(config, tiny_cell, monkeypatch):
-    _, taken, _ = planned_both_ways(tiny_cell("peft=lora", config, *NINE_LAYERS), monkeypatch)
+    _, taken, _ = planned_both_ways(tiny_cell("peft=lora", *config, *NINE_LAYERS), monkeypatch)
     assert not taken
 
 
@@ -164,13 +170,17 @@ TINY_PLAN = ("model=tiny_llama", "precision=fp32", "hardware=cpu")
 
 
 def test_the_command_says_the_largest_batch_and_length(left_bench):
-    answer = left_bench("plan", *TINY_PLAN, "peft=lora", "hardware.memory_limit=1GiB", "--fit", "batch", "--json")
+    asked = ("plan", *TINY_PLAN, "peft=lora", "hardware.memory_limit=1GiB", "--length", "64")
+    answer = left_bench(*asked, "--fit", "batch", "--json")
     assert answer.code == 0, answer.err
-    [cell] = json.loads(answer.out)["cells"] if isinstance(json.loads(answer.out), dict) else json.loads(answer.out)
-    [batch] = cell["fits"]
-    assert batch["value"] == 8 and batch["bounded"]
-    answer = left_bench("plan", *TINY_PLAN, "peft=lora", "hardware.memory_limit=1GiB", "--fit", "length")
+    [cell] = json.loads(answer.out)
+    [batch] = cell["largest"]
+    assert (batch["limit_bytes"], batch["value"], batch["bounded"]) == (2**30, 8, True)
+    assert batch["needed_bytes"] <= 2**30
+    answer = left_bench(*asked, "--fit", "length", "--csv")
     assert answer.code == 0, answer.err
+    [row] = csv.DictReader(io.StringIO(answer.out))
+    assert 64 < int(row[f"largest_for_{2**30}_value"]) <= 512
 
 
 def test_the_command_plans_a_configuration_file_without_weights(left_bench, tmp_path):
@@ -192,12 +202,14 @@ def test_a_length_that_is_none_is_refused(length, left_bench):
     assert "--length" in answer.err
 
 
-def test_remedies_are_printed_for_what_does_not_fit(left_bench):
-    answer = left_bench(
-        *("plan", *TINY_PLAN, "peft=full", "hardware.memory_limit=1MiB", "--remedies", "--length", "64"),
-    )
-    assert answer.code == 0, answer.err
+def test_remedies_are_told_for_what_does_not_fit(left_bench):
+    asked = ("plan", *TINY_PLAN, "peft=full", "hardware.memory_limit=1MiB", "--remedies", "--length", "64")
+    answer = left_bench(*asked)
+    assert answer.code == 1, answer.err
     assert "training.activation_checkpointing=true" in answer.out
+    [cell] = json.loads(left_bench(*asked, "--json").out)
+    assert cell["remedies"][0]["overrides"] == ["training.activation_checkpointing=true"]
+    assert not any(remedy["fits"] for remedy in cell["remedies"])
 
 
 def test_rows_that_are_told_are_not_read(tiny_cell, monkeypatch):

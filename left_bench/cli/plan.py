@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from left_bench.cli.plan_tables import CARDS_GB, Answer, print_answers, print_cards, print_fits, print_rows, verdict
+from left_bench.cli.plan_tables import CARDS_GB, Answer, print_answers, print_cards, print_fits, print_rows
 from left_bench.core.errors import UserError, in_one_sentence
+from left_bench.launch import planning
 from left_bench.launch.planning import Question, get_ready, outcomes
 from left_bench.launch.progress import still_at_work
 from left_bench.measure.device import find_device
 from left_bench.model.positions import check_positions
+from left_bench.plan.peak import verdict
 from left_bench.plan.result import Rows
 from left_bench.processes.start_process import output_discarded
 from left_bench.spec.cell import Cell, Model, fingerprint, slugify
@@ -298,14 +300,9 @@ def _names(cells: list[Cell]) -> list[str]:
 
 def limit_of(cell: Cell) -> int | None:
     """Bytes there are: `hardware.memory_limit`, else the machine's memory or the first accelerator's."""
-    if cell.hardware.memory_limit is not None:
-        return cell.hardware.memory_limit
-    if cell.device_type == "cpu":
-        import psutil
-
-        return int(psutil.virtual_memory().total)
-    if find_device("auto") == "cpu":  # asking torch takes seconds
-        return None
+    known = planning.limit_of(cell)
+    if known is not None or find_device("auto") == "cpu":  # asking torch takes seconds
+        return known
     import torch
 
     module: Any = getattr(torch, cell.device_type, None)

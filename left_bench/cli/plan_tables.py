@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from left_bench.launch.fit import Fit, Remedy
-from left_bench.plan.peak import measured_range, room_needed
+from left_bench.plan.peak import measured_range, room_needed, verdict
 from left_bench.plan.result import Pass, Plan, Rows
 from left_bench.spec.cell import Cell
 
@@ -44,21 +44,6 @@ class Answer:
     def range_bytes(self) -> tuple[int, int] | None:
         """Between what a run's measured peak may be expected; None where that is not known."""
         return None if self.plan is None else measured_range(self.plan, self.cell)
-
-
-def verdict(plan: Plan, limit: int | None, *, cell: Cell) -> str:
-    """`yes`, `no`, `perhaps` where it depends on what lies beside the tensors, `?` where peak or limit is not known.
-
-    What is known can be too much already.
-    """
-    if limit is None:
-        return "?"
-    if sum(plan.parts.values()) > limit:
-        return "no"
-    needed = room_needed(plan, cell)
-    if needed is None:
-        return "?"
-    return "yes" if needed <= limit else "perhaps"
 
 
 def print_answers(answers: Sequence[Answer]) -> int:
@@ -201,11 +186,18 @@ def row_of(answer: Answer) -> dict[str, Any]:
         row |= {f"largest_pass_{name}": value for name, value in asdict(plan.largest).items()}
         if plan.mean is not None:
             row |= {"mean_bytes": plan.mean_bytes, "mean_pass_tokens": plan.mean.rows * plan.mean.length}
-    for item in answer.largest:
-        row |= {f"fits_{item.limit_bytes}_{key}": value for key, value in asdict(item).items() if key != "limit_bytes"}
-    for remedy in answer.remedies:
-        row[f"needs_bytes_with {' '.join(remedy.overrides)}"] = remedy.needed_bytes
+    row |= {"largest": [asdict(item) for item in answer.largest]} if answer.largest else {}
+    row |= {"remedies": [asdict(remedy) for remedy in answer.remedies]} if answer.remedies else {}
     return row
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for CSV: of each limit, and of each remedy, a column of its own."""
+    largest, changes = row.pop("largest", []), row.pop("remedies", [])
+    for item in largest:
+        limit = item.pop("limit_bytes")
+        row |= {f"largest_for_{limit}_{key}": value for key, value in item.items()}
+    return row | {f"needed_bytes with {' '.join(one['overrides'])}": one["needed_bytes"] for one in changes}
 
 
 def print_rows(answers: Sequence[Answer], *, form: str) -> int:
@@ -214,6 +206,7 @@ def print_rows(answers: Sequence[Answer], *, form: str) -> int:
     if form == "json":
         print(json.dumps(rows, indent=1))
     else:
+        rows = list(map(_flat, rows))
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
         writer.writeheader()

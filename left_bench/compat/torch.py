@@ -5,6 +5,10 @@
 - `TorchDispatchMode`: torch's own guide to extending it imports it from a private module.
 - `storage_key`: identifies a storage on any device; `data_ptr` is 0 on the meta device and for fake tensors.
 - `sparse_parts`, `sparse_like`: `indices()` and `values()` require a coalesced tensor.
+- `one_of_many`: a process group of one process that stands for many and sends nothing is torch's own means of testing
+  (torch/testing/_internal/distributed/fake_pg.py; torchtitan estimates memory with it).
+- `watch_resizing`: a dispatch mode is not called when a storage is resized, which is how FSDP2 frees gathered weights
+  (torch/distributed/_tools/mem_tracker.py replaces the same method).
 - `watch_compiling`: `torch.compiler` has no callbacks for compilations; those of torch._dynamo are used
   (pytorch/pytorch#120764).
 - `uncompile`, `run_eagerly`: `nn.Module.compile` has no undo (torch/nn/modules/module.py).
@@ -38,12 +42,14 @@ __all__ = [
     "TorchDispatchMode",
     "UnsupportedFakeTensorException",
     "leave_out_of_ddp",
+    "one_of_many",
     "run_eagerly",
     "sparse_like",
     "sparse_parts",
     "storage_key",
     "uncompile",
     "watch_compiling",
+    "watch_resizing",
 ]
 
 
@@ -71,6 +77,37 @@ def sparse_like(mask: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
         dtype=dtype,
     )
     return result
+
+
+@contextmanager
+def one_of_many(ranks: int) -> Iterator[None]:
+    """Inside, this process is the first of so many to torch.distributed; what it sends or waits for goes nowhere."""
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def watch_resizing(resized: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Inside, `resized` is called with every storage that has been given another size."""
+    resize = torch.UntypedStorage.resize_
+
+    def watched(storage: Any, size: int) -> Any:
+        result = resize(storage, size)
+        resized(storage)
+        return result
+
+    owner: Any = torch.UntypedStorage
+    owner.resize_ = watched
+    try:
+        yield
+    finally:
+        owner.resize_ = resize
 
 
 def watch_compiling(begin: Callable[[Any], None], end: Callable[[Any], None]) -> None:

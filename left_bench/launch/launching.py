@@ -50,6 +50,7 @@ from left_bench.launch.estimate import Planned, say_estimate
 from left_bench.launch.job import ELSEWHERE, Ended, Job, OwnFiles, for_launchers, run_job, take
 from left_bench.launch.notes import say_automatic_precision, say_what_is_emulated, say_what_leaves
 from left_bench.launch.partial_report import begin_partial
+from left_bench.launch.plan_first import plan_ahead
 from left_bench.launch.preflight import Trial, has_user_values, rehearse
 from left_bench.launch.run_cell import Pace, note_records, previous_record, store_received
 from left_bench.measure.auto_precision import AUTO
@@ -221,6 +222,8 @@ class Launch:
                 elsewhere=self._elsewhere,
                 cells_follow=here,
             )
+        if not self._elsewhere and not self._searches:  # after the estimate, which has fetched what is local
+            plan_ahead([job.cell for job in allowed if job.cell.hardware.plan_first])
 
     def _open_manifest(self, config: DictConfig) -> None:
         hydra, runs_dir = config.hydra, self._settings.runs_dir

@@ -20,7 +20,7 @@ from left_bench.core import interrupt
 from left_bench.core.errors import Unsupported, UserError
 from left_bench.launch.fit import Fit, Planner, Remedy, largest_batch, largest_length, remedies
 from left_bench.launch.supervise import log_tail
-from left_bench.measure.device import find_device
+from left_bench.measure.device import find_device, gpu_memory_bytes
 from left_bench.plan.kept import keep, kept_plan
 from left_bench.plan.peak import room_needed
 from left_bench.plan.result import Plan, Rows
@@ -62,6 +62,17 @@ class Outcome:
     """Whether the refusal is of something mistyped, and not of what does not go together."""
     fits: tuple[Fit, ...] = ()
     remedies: tuple[Remedy, ...] = ()
+
+
+def limit_of(cell: Cell) -> int | None:
+    """Bytes there are, told without torch: `hardware.memory_limit`, else the machine's memory or an NVIDIA GPU's."""
+    if cell.hardware.memory_limit is not None:
+        return cell.hardware.memory_limit
+    if cell.device_type == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+    return gpu_memory_bytes() if cell.device_type == "cuda" else None
 
 
 def get_ready() -> None:

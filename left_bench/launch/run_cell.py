@@ -17,8 +17,10 @@ from left_bench.core.errors import UserError
 from left_bench.grid.compose import Settings
 from left_bench.grid.rules import why_unsupported
 from left_bench.launch.cell_lock import claim, next_attempt
+from left_bench.launch.plan_first import Prediction, predicted
 from left_bench.launch.progress import say_end, watch
 from left_bench.launch.supervise import LOG_NAME, run_isolated
+from left_bench.pretrained import source
 from left_bench.spec.cell import Cell
 from left_bench.spec.record import RECORD_NAME, KnownParts, NewerSchema, Record, not_started, read_record
 from left_bench.spec.redact import redact_file, redacted_record
@@ -171,11 +173,19 @@ def _run_claimed(
     tracker = open_tracker(settings.tracker, store=settings.runs_dir)
     tracker.start(attempt)
     feed = Feed(tracker)
-    refusal = None if settings.force_unsupported else why_unsupported(cell)
+    forced = settings.force_unsupported
+    refusal = None if forced else why_unsupported(cell)
+    prediction = None
+    wanting = _fetch_model(cell) if refusal is None and source(cell.model) != "hub" else None
+    if cell.hardware.plan_first and refusal is None and wanting is None:  # before a large model is downloaded
+        prediction = predicted(cell)
+        refusal = None if forced or prediction is None else prediction.refusal
+    if refusal is None and wanting is None and source(cell.model) == "hub":
+        wanting = _fetch_model(cell)
     if refusal is not None:
         record = not_started(cell, "unsupported", refusal)
-    elif (missing := _fetch_model(cell)) is not None:
-        record = not_started(cell, "failed", missing)
+    elif wanting is not None:
+        record = not_started(cell, "failed", wanting)
     else:
         try:
             with take_seat(cell.hardware.device), watch(cell, number=number, total=total, bars=bars) as view:
@@ -191,11 +201,19 @@ def _run_claimed(
         interrupt.check()
     facts = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command}
     provenance = record.provenance | facts
-    record = redacted_record(record.model_copy(update={"attempt": attempt.number, "provenance": provenance}))
+    record = record.model_copy(update={"attempt": attempt.number, "provenance": provenance})
+    record = redacted_record(record if prediction is None else _beside(record, prediction))
     redact_file(run_dir / LOG_NAME)
     record.write(run_dir)
     tracker.finish(record)
     return record
+
+
+def _beside(record: Record, prediction: Prediction) -> Record:
+    """The record with what was predicted before the cell ran."""
+    facts = {"prediction": prediction.facts}
+    changes = {"metrics": record.metrics | prediction.metrics, "provenance": record.provenance | facts}
+    return record.model_copy(update=changes)
 
 
 def _fetch_model(cell: Cell) -> str | None:

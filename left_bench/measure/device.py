@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from left_bench.core.extensions import named
+from left_bench.measure.energy import is_divided
 from left_bench.measure.instruction_sets import cpu_model, instruction_sets
 from left_bench.processes import memory_limit
 from left_bench.spec.device import DEVICES
@@ -27,6 +28,22 @@ def find_device(requested: str) -> str:
     if requested != "auto":
         return requested
     return next((name for name, kind in DEVICES.items() if kind.is_here()), "cpu")
+
+
+def gpu_memory_bytes() -> int | None:
+    """Memory of the largest NVIDIA GPU here, told by its driver and without torch; None where it does not say."""
+    try:
+        import pynvml as nvml
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        if any(is_divided(nvml, handle) for handle in handles):  # a slice has a part of it
+            return None
+        return max((int(nvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles), default=None)
+    except nvml.NVMLError:
+        return None
 
 
 class Device(Protocol):

@@ -167,7 +167,7 @@ def open_gpu(kind: str) -> NvmlGpu | NoCounter:
     try:
         nvml.nvmlInit()
         handle = _handle(nvml)
-        if _is_divided(nvml, handle):
+        if is_divided(nvml, handle):
             return NoCounter("MIG: the counter covers the whole GPU, not the slice")
         return NvmlGpu(nvml, handle)
     except (nvml.NVMLError, LookupError) as error:
@@ -231,7 +231,8 @@ def _handle(nvml: Any) -> Any:
     raise LookupError(f"cannot tell which of its {count} GPUs is CUDA's '{name}'; set CUDA_DEVICE_ORDER=PCI_BUS_ID")
 
 
-def _is_divided(nvml: Any, handle: Any) -> bool:
+def is_divided(nvml: Any, handle: Any) -> bool:
+    """Whether a GPU is divided into slices (MIG)."""
     try:
         return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
     except nvml.NVMLError:  # a GPU without MIG

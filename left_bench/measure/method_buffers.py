@@ -23,9 +23,12 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
     """The tensors that a method has added to the modules in `base` and does not train.
 
     Methods keep them as parameters, as buffers and as plain attributes (SHiRA's indices, AdaLoRA's importance scores);
-    views of the base model's or of trained tensors do not count.
+    views of the base model's or of trained tensors do not count. For a model on an accelerator, tensors on the host
+    (BOFT's permutations) are not part of its memory.
     """
-    known = {storage_key(part.untyped_storage()) for tensor in _others(model, base) for part in plain_parts(tensor)}
+    others = list(_others(model, base))
+    known = {storage_key(part.untyped_storage()) for tensor in others for part in plain_parts(tensor)}
+    places = {tensor.device.type for tensor in others}
     results = {
         id(tensor): tensor
         for module in model.modules()
@@ -33,6 +36,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
         for tensor in _tensors_in([vars(module)], set())
         if not tensor.requires_grad  # not an activation that a layer keeps for its next pass
         and tensor.layout == torch.strided
+        and (tensor.device.type in places or not places)
         and storage_key(tensor.untyped_storage()) not in known
     }
     return list(results.values())

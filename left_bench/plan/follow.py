@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from left_bench.compat.torch import FakeTensor, TorchDispatchMode, sparse_like, sparse_parts, storage_key
@@ -51,6 +52,8 @@ class Storages(TorchDispatchMode):
         self.peaks[place] = max(self.peaks.get(place, 0), self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its own dispatch comes back with the local tensors
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # asked twice for every operation
             return args[0].fake_device
         out = self._answer(func, args) if self.answering and func in _ASKING else None
@@ -85,6 +88,15 @@ class Storages(TorchDispatchMode):
             if self._place in self.peaks:
                 self.peaks[self._place] = max(self.peaks[self._place], self.now)
             weakref.finalize(storage, self._end, key)
+
+    def resized(self, storage: Any) -> None:
+        """A storage has another size: FSDP2 lets go of gathered weights so, and gathers them again."""
+        key = storage_key(storage)
+        if key in self._alive:
+            self.now += storage.nbytes() - self._alive[key]
+            self._alive[key] = storage.nbytes()
+            if self._place in self.peaks:
+                self.peaks[self._place] = max(self.peaks[self._place], self.now)
 
     def _end(self, key: int) -> None:
         self.now -= self._alive.pop(key)

@@ -63,3 +63,24 @@ def room_needed(plan: Plan, cell: Cell) -> int | None:
     if cell.device_type == "cpu" or plan.peak_bytes is None:
         return between and between[1]
     return (between[1] if between else plan.peak_bytes) + _CUDA_CONTEXT_BYTES
+
+
+def certain_need(plan: Plan, cell: Cell) -> int:
+    """Bytes of memory that a cell surely needs, of what is known of it."""
+    between, held = measured_range(plan, cell), sum(plan.parts.values())
+    return held if between is None else min(held, between[0])
+
+
+def verdict(plan: Plan, limit: int | None, *, cell: Cell) -> str:
+    """`yes`, `no`, `perhaps` where it depends on what lies beside the tensors, `?` where peak or limit is not known.
+
+    What is known can be too much already.
+    """
+    if limit is None:
+        return "?"
+    if certain_need(plan, cell) > limit:
+        return "no"
+    needed = room_needed(plan, cell)
+    if needed is None:
+        return "?"
+    return "yes" if needed <= limit else "perhaps"

@@ -18,12 +18,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from left_bench.compat.torch import (
     DataDependentOutputException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
+    one_of_many,
     storage_key,
+    watch_resizing,
 )
 from left_bench.core.errors import Unsupported, UserError
 from left_bench.data import Example, load_data, split_passes, step_rows
@@ -50,10 +54,13 @@ from left_bench.quantization import stored_bytes_of
 from left_bench.spec.cell import Cell, fingerprint
 from left_bench.training.loop import make_optimizer, state_tensors
 from left_bench.training.loss import AnswerLoss
+from left_bench.training.sharding import shard
 
 _SHOWN_STEPS = 1000
 _FEW = 16
 _LARGEST_TRIED = 2**26
+_ON_HOST = "boft_P"
+"""BOFT's permutations: peft makes them on the host, and moves to the base layer's device what is trained alone."""
 _LEAST_PAGED = 100_000  # weights; bitsandbytes keeps the states of smaller parameters as they are (optim/optimizer.py)
 
 
@@ -79,24 +86,19 @@ def predict(cell: Cell, *, known: Known | None = None, rows: Rows | None = None)
     largest, mean = _passes(cell, rows, known)
     plan = Plan(largest)
     model = model_of_shapes(cell)
-    quantized = quantizable(model) if cell.quantization.target is not None else {}
-    dense = bytes_of(chain(model.parameters(), model.buffers()))
+    weights: int | None = bytes_of(chain(model.parameters(), model.buffers()))
     plan.total_params = sum(parameter.numel() for parameter in model.parameters())
-    stored = stored_bytes_of(cell)
-    workspace = 0
-    published = getattr(model.config, "quantization_config", None)
-    if published is not None and cell.quantization.checkpoint_method is None:
-        plan.unknown.append("weights: the checkpoint comes quantized, and how its layers are stored is not known here")
-    elif cell.quantization.checkpoint_method is not None or (quantized and stored is None):
-        plan.unknown.append(f"weights: how {cell.quantization.name} stores a layer is not known here")
-    else:
-        dequantized = sum(layer.weight.nbytes for layer in quantized.values())
-        kept = sum(stored(layer.out_features, layer.in_features) for layer in quantized.values()) if stored else 0
-        plan.parts["weights"] = dense - dequantized + kept
-        item = DTYPES[cell.precision.compute_dtype].itemsize
-        workspace = max((layer.weight.numel() * item for layer in quantized.values()), default=0)
+    saved, workspace = 0, 0
+    try:
+        saved, workspace = _by_quantizing(model, cell)
+    except ValueError as error:
+        plan.unknown.append(f"weights: {error}")
     method = _with_method(largest, model, cell, known)
-    plan.parts |= method.parts
+    if cell.hardware.sharding is not None:  # a step shows which part of them a process holds
+        weights = method.parts.get("weights")
+    if weights is not None and not plan.unknown:
+        plan.parts["weights"] = weights - saved
+    plan.parts |= {part: size for part, size in method.parts.items() if part != "weights"}
     if "activations_and_workspace" in plan.parts:
         plan.parts["activations_and_workspace"] += workspace
     plan.unknown += method.unknown
@@ -108,9 +110,36 @@ def predict(cell: Cell, *, known: Known | None = None, rows: Rows | None = None)
     return plan
 
 
+def _by_quantizing(model: Any, cell: Cell) -> tuple[int, int]:
+    """Bytes that quantizing takes off the weights, and those of the largest layer decoded.
+
+    Raises:
+        ValueError: they are not known, and why.
+    """
+    published = getattr(model.config, "quantization_config", None)
+    if published is not None and cell.quantization.checkpoint_method is None:
+        raise ValueError("the checkpoint comes quantized, and how its layers are stored is not known here")
+    if cell.quantization.target is None and cell.quantization.checkpoint_method is None:
+        return 0, 0
+    layers, stored = list(quantizable(model).values()), stored_bytes_of(cell)
+    if cell.quantization.checkpoint_method is not None or stored is None:
+        raise ValueError(f"how {cell.quantization.name} stores a layer is not known here")
+    if cell.hardware.sharding is not None and not _stays_whole(cell):
+        raise ValueError(f"how {cell.quantization.name} is divided over processes is not known here")
+    item = DTYPES[cell.precision.compute_dtype].itemsize
+    saved = sum(layer.weight.nbytes - stored(layer.out_features, layer.in_features) for layer in layers)
+    return saved, max((layer.weight.numel() * item for layer in layers), default=0)
+
+
+def _stays_whole(cell: Cell) -> bool:
+    """Whether FSDP2 leaves the cell's quantized weights whole on every process (`compat.bitsandbytes.not_to_shard`)."""
+    return bool(cell.quantization.config.get("load_in_4bit"))
+
+
 def _with_method(largest: Pass, model: Any, cell: Cell, known: Known) -> Plan:
     """The parts that the method, its optimizer and a step add to the base model's weights."""
-    alike = fingerprint([cell.identity | dict.fromkeys(("quantization", "eval", "seed")), asdict(largest)])
+    other = ("eval", "seed") if cell.hardware.sharding is not None else ("quantization", "eval", "seed")
+    alike = fingerprint([cell.identity | dict.fromkeys(other), asdict(largest)])
     if alike not in known.methods:
         walk = None
         with contextlib.suppress(Exception):  # whatever it is, the whole model tells it in its own words
@@ -154,8 +183,8 @@ def _plan_of(walk: Walk, largest: Pass) -> Plan:
     amounts = walk.amounts
     plan = Plan(largest, trainable_params=amounts.get("trainable_params", 0), unknown=walk.unknown)
     plan.paged_optimizer_bytes = amounts.get("paged_optimizer", 0)
-    named = {"adapter": "adapter", "gradients": "gradients", "optimizer": "optimizer", "frozen": "adapter_frozen"}
-    for key, part in named.items():
+    parts = ("weights", "adapter", "gradients", "optimizer")
+    for key, part in {**dict(zip(parts, parts, strict=True)), "frozen": "adapter_frozen"}.items():
         if key in amounts and (key != "frozen" or amounts[key]):
             plan.parts[part] = amounts[key]
     if walk.peaks:
@@ -182,8 +211,6 @@ def _walk(largest: Pass, model: Any, cell: Cell, *, into: Walk | None = None, pe
         walk.amounts["adapter"] = bytes_of(added_parameters(model, base=of_base))
     if not cell.task.is_decoder or cell.training.objective != "sft":
         walk.unknown.append("the step: only a decoder's supervised fine-tuning is followed")
-    elif cell.hardware.sharding is not None:
-        walk.unknown.append(f"the step: hardware.sharding={cell.hardware.sharding} is not followed")
     else:
         if period is not None and not are_alike(layers, period=period):
             raise ValueError(f"peft={cell.peft.name} makes the layers differ")
@@ -298,7 +325,8 @@ def quantizable(model: Any) -> dict[str, torch.nn.Linear]:
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind some tensors that hold nothing, shared ones once."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in local]
     return sum({storage_key(storage): storage.nbytes() for storage in storages}.values())
 
 
@@ -306,10 +334,20 @@ def _take_step(
     walk: Walk, model: Any, cell: Cell, *, largest: Pass, base: Modules, layers: Sequence[torch.nn.Module]
 ) -> None:
     """One optimizer step, every storage followed; fills in gradients, optimizer and the peak at each place."""
-    amounts = walk.amounts
-    with FakeTensorMode(allow_non_fake_inputs=True), Storages() as storages:
+    amounts, sharded = walk.amounts, cell.hardware.sharding is not None
+    with contextlib.ExitStack() as stack:
+        if sharded:
+            stack.enter_context(one_of_many(cell.hardware.processes))
+            mesh = init_device_mesh("cpu", (cell.hardware.processes,))  # which is made of numbers
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        storages = stack.enter_context(Storages())
         # autocast passes by tensors on the meta device
         replace_tensors(model, _fake)
+        if sharded:
+            stack.enter_context(watch_resizing(storages.resized))
+            _shard(model, cell, mesh)
+            amounts |= _bytes_of_shards(model, attached=cell.peft.target is not None)
+        left_on_host = _leave_on_host(model) if cell.device_type != "cpu" else 0
         trained = trainable_parameters(model)
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -326,12 +364,20 @@ def _take_step(
         model.zero_grad(set_to_none=True)
 
         everywhere = cell.training.output_head == "all"
-        loss = AnswerLoss(model, everywhere=True) if everywhere else AnswerLoss.assumed(model, kind=cell.device_type)
+        kind = cell.device_type
+        loss = (
+            AnswerLoss(model, everywhere=True)
+            if everywhere
+            else AnswerLoss.assumed(model, kind=kind, in_chunks=not sharded)
+        )
         amounts["held"] = storages.now
-        amounts["frozen_before"] = bytes_of(frozen_tensors(model, base=base))
+        amounts["frozen_before"] = bytes_of(frozen_tensors(model, base=base)) - left_on_host
         tell_layers(layers, storages)
         model.train()
-        for number in range(min(2, cell.training.gradient_accumulation)):  # the second has the first one's gradients
+        passes = min(2, cell.training.gradient_accumulation)
+        for number in range(passes):  # the second has the first one's gradients
+            if sharded:  # they go round once a step
+                model.set_requires_gradient_sync(number == passes - 1)
             storages.begin(f"forward {number}")
             with autocast(cell, device="cpu"), as_on(cell.device_type, autocasting=cell.autocast):
                 total = loss.summed(_batch(largest))
@@ -348,13 +394,38 @@ def _take_step(
         if optimizer is not None:
             storages.begin("optimizer")
             optimizer.step()
-    amounts["frozen"] = bytes_of(frozen_tensors(model, base=base))
+    amounts["frozen"] = bytes_of(frozen_tensors(model, base=base)) - left_on_host
     if optimizer is None:  # one whose states only numbers make
         amounts["optimizer"], _ = _states_by_trial(model, cell)
     if ".Paged" in cell.optimizer.target:  # counted apart, as a run does: the card's allocator does not hold them
         states, amounts["paged_optimizer"] = _states_by_trial(model, cell)
         amounts["optimizer"] = states - amounts["paged_optimizer"]
     walk.peaks = storages.peaks
+
+
+def _shard(model: Any, cell: Cell, mesh: DeviceMesh) -> None:
+    """Divide the model over the cell's processes, of which this one holds the first part."""
+    quantized = [layer.weight for layer in quantizable(model).values() if not layer.weight.requires_grad]
+    shard(model, mesh, left_whole=quantized if _stays_whole(cell) else (), **cell.hardware.sharding_config)
+
+
+def _bytes_of_shards(model: Any, *, attached: bool) -> dict[str, int]:
+    """The parts `weights` and `adapter` as a process holds them (`training.loop.held_weights`)."""
+    trained = trainable_parameters(model) if attached else []
+    own = {id(parameter) for parameter in trained}
+    others = [tensor for tensor in chain(model.parameters(), model.buffers()) if id(tensor) not in own]
+    return {"weights": bytes_of(others)} | ({"adapter": bytes_of(trained)} if attached else {})
+
+
+def _leave_on_host(model: torch.nn.Module) -> int:
+    """Bytes that a method leaves on the host beside an accelerator, which its layers copy to it in each pass.
+
+    A stand-in of a dtype that no layer computes in has them copied here too.
+    """
+    held = [module for module in model.modules() if isinstance(getattr(module, _ON_HOST, None), torch.Tensor)]
+    for module in held:
+        setattr(module, _ON_HOST, torch.empty_like(getattr(module, _ON_HOST), dtype=torch.float64))
+    return bytes_of(getattr(module, _ON_HOST) for module in held)
 
 
 def _take_in_gradients(amounts: dict[str, int], trained: Sequence[torch.Tensor], optimizer: Any) -> None:

@@ -16,7 +16,15 @@ from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboa
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, SPEED, present, qualities
 from left_bench.report.report import Report
-from left_bench.report.tables import ROWS_SHOWN, cells_tables, cut_line, phases_table, seeds_table, status_word
+from left_bench.report.tables import (
+    ROWS_SHOWN,
+    cells_tables,
+    cut_line,
+    phases_table,
+    predictions_table,
+    seeds_table,
+    status_word,
+)
 from left_bench.report.values import ABSENT, format_setting, metric_of, one_line
 from left_bench.report.verdicts import claims_section
 from left_bench.spec.cell import GROUPS
@@ -67,6 +75,7 @@ def write_document(report: Report) -> str:
         *_failures(report),
         *_plots(plots),
         *_settings(report),
+        *predictions_table(report),
         *seeds_table(report),
         *phases_table(report),
         *_samples(report),

@@ -50,6 +50,12 @@ _HOW = {
 }
 
 PHASES = ("load", "load_cached", "attach", "evaluate_base", "train", "validate", "evaluate", "save", "merge")
+_PREDICTED = (
+    "predicted_peak_memory_bytes",
+    "predicted_least_memory_bytes",
+    "predicted_most_memory_bytes",
+    "peak_memory_bytes",
+)
 
 
 def cells_tables(report: Report) -> Iterator[str]:
@@ -189,6 +195,31 @@ def phases_table(report: Report) -> Iterator[str]:
     header = [*label_headings(report), *map(escape, order), "outside phases"]
     yield "## Phases"
     yield details("Seconds of every phase", table(header, lines, labels=len(report.axes)))
+    yield from cut_line(len(rows))
+
+
+def predictions_table(report: Report) -> Iterator[str]:
+    """What was planned of each cell's memory before it ran, beside what was measured; nothing where nothing was."""
+    rows = [row for row in report.rows if row.value("predicted_peak_memory_bytes") is not None]
+    if not rows:
+        return
+    lines = []
+    for row in rows[:ROWS_SHOWN]:
+        planned, least, most, measured = (row.value(metric) for metric in _PREDICTED)
+        between = None if least is None or most is None else (least, most)
+        judged = ABSENT
+        if between is not None and measured is not None:
+            judged = "within" if between[0] <= measured <= between[1] else "**outside**"
+        expected = ABSENT if between is None else " to ".join(format_value("peak_memory_bytes", end) for end in between)
+        sizes = (format_value("peak_memory_bytes", size) for size in (planned, measured))
+        lines.append([*label_cells(report, row), next(sizes), expected, next(sizes), judged])
+    yield "## Memory, predicted and measured"
+    yield (
+        "Planned before each cell ran (`hardware.plan_first`): the most that the tensors of a step hold at once, and "
+        "between what the measured peak was expected. Means over the seeds."
+    )
+    header = [*label_headings(report), "tensors of a step", "expected peak", "measured peak", ""]
+    yield table(header, lines, labels=len(report.axes))
     yield from cut_line(len(rows))
 
 

@@ -358,6 +358,9 @@ class Hardware(_Section):
     phase_timeout: float | None = Field(default=None, gt=0)
     """Seconds without a finished step, evaluated rows or a new phase after which a cell counts as hanging and is ended
     as `timeout`."""
+    plan_first: bool = False
+    """Whether memory is planned before the cell runs: a cell that cannot fit is `unsupported`, and none of it is
+    loaded."""
     patience: float | None = Field(default=1800, gt=0)
     """If a launch is expected to take more seconds than this, the terminal shows how to shorten it; None: never. It
     ends nothing."""
@@ -400,7 +403,7 @@ _NOT_IDENTITY = {
     "training": {"checkpoint_every", "learning_rate_scale"},
     "data": {"metrics", "max_new_tokens", "extractor"},
     "eval": {"judge_key_from"},
-    "hardware": {"timeout", "phase_timeout", "patience"},
+    "hardware": {"timeout", "phase_timeout", "patience", "plan_first"},
 }
 
 

@@ -53,6 +53,13 @@ METRICS: dict[str, Metric] = {
         "bytes", "lower", "memory", "highest device memory in the train phase, over the baseline after imports"
     ),
     "load_peak_memory_bytes": Metric("bytes", "lower", "memory", "the same for the load phase"),
+    "predicted_peak_memory_bytes": Metric(
+        "bytes", "none", "fact", "what the tensors of a step hold at most, planned before the cell ran"
+    ),
+    "predicted_least_memory_bytes": Metric(
+        "bytes", "none", "fact", "the least peak_memory_bytes that the plan expected"
+    ),
+    "predicted_most_memory_bytes": Metric("bytes", "none", "fact", "the most peak_memory_bytes that the plan expected"),
     "paged_optimizer_bytes": Metric(
         "bytes", "lower", "memory", "optimizer states in CUDA's managed memory, which the peak does not hold"
     ),
@@ -257,7 +264,8 @@ class Record(_Frozen):
     """Machine and versions, from an allow-list; `effective` holds the settings in effect after loading."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """sweep, command, overrides, notes (list of confounders), splits (which rows were used for what), training_ended
-    (why, after how many steps, and from which step the weights are), log_tail of a failed cell."""
+    (why, after how many steps, and from which step the weights are), prediction (the plan's parts, if
+    `hardware.plan_first` asked for a plan), log_tail of a failed cell."""
 
     def write(self, run_dir: Path) -> Path:
         """Write `record.json` into `run_dir` atomically."""

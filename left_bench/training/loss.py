@@ -81,18 +81,19 @@ class AnswerLoss:
                 self.output_head = LIGER
 
     @classmethod
-    def assumed(cls, model: torch.nn.Module, *, kind: str) -> AnswerLoss:
+    def assumed(cls, model: torch.nn.Module, *, kind: str, in_chunks: bool = True) -> AnswerLoss:
         """That of a model which does nothing to its logits, without a pass to see so: for shapes without numbers.
 
         Args:
             kind: of the device whose chunks it is to have, wherever the shapes are.
+            in_chunks: as `__init__` has it.
         """
         result = cls(model, everywhere=True)
         head = result.model.get_output_embeddings()
         if head is not None:
-            result.head, result.suffix = head, _NOTHING
+            result.head, result.suffix = head, _NOTHING if in_chunks else None
             result._chunk = _rows_of_logits(head.weight.shape[0], kind=kind)
-            result.output_head = "labelled positions, in chunks"
+            result.output_head = "labelled positions, in chunks" if in_chunks else "labelled positions"
         return result
 
     def through(self, wrapped: Callable[..., Any]) -> AnswerLoss:

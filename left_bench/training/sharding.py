@@ -7,13 +7,13 @@ torch's `fully_shard` is called directly.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from left_bench.compat.bitsandbytes import not_to_shard
@@ -49,7 +49,8 @@ def make_accelerator(model: torch.nn.Module, cell: Cell, *, team: Team, unused: 
         _check_names(hardware.sharding_config, _SHARDING_ARGUMENTS, whose="torch's fully_shard")
         accelerator = Accelerator(cpu=cpu)
         if not isinstance(model, FSDPModule):  # an earlier training of the cell may have sharded it
-            _shard(model, accelerator.device, ranks=team.size, **hardware.sharding_config)
+            mesh = init_device_mesh(accelerator.device.type, (team.size,))
+            shard(model, mesh, left_whole=not_to_shard(model), **hardware.sharding_config)
         return accelerator
     _exclude_frozen(model)
     handler = DistributedDataParallelKwargs(
@@ -122,14 +123,18 @@ def _exclude_frozen(model: torch.nn.Module) -> None:
     leave_out_of_ddp(model, frozen)
 
 
-def _shard(model: Any, device: torch.device, *, ranks: int, **arguments: Any) -> None:
-    """Shard each layer's parameters over the ranks, and everything outside the layers as one more group.
+def shard(model: Any, mesh: DeviceMesh, *, left_whole: Collection[torch.nn.Parameter] = (), **arguments: Any) -> None:
+    """Shard each layer's parameters over the mesh's ranks, and everything outside the layers as one more group.
 
     An embedding that is not tied to the output head is a separate group, because it is only used at the beginning.
+
+    Args:
+        left_whole: parameters that every rank keeps whole.
+        arguments: of `fully_shard`.
     """
-    shared: dict[str, Any] = {"mesh": init_device_mesh(device.type, (ranks,)), **arguments}
-    if ignored := not_to_shard(model):
-        shared["ignored_params"] = ignored
+    shared: dict[str, Any] = {"mesh": mesh, **arguments}
+    if left_whole:
+        shared["ignored_params"] = set(left_whole)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
     groups = [*layers_of(model), *([] if tied or embedding is None else [embedding])]
@@ -138,7 +143,7 @@ def _shard(model: Any, device: torch.device, *, ranks: int, **arguments: Any) ->
             fully_shard(group, **shared)
     shared.pop("reshard_after_forward", None)  # the outermost group is needed again at once
     fully_shard(model, **shared)
-    if device.type == "cpu":
+    if mesh.device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no average reduction
