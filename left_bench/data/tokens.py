@@ -17,6 +17,7 @@ from left_bench.core.errors import UserError
 from left_bench.core.paths import cache_dir
 from left_bench.data.files import content_of
 from left_bench.data.lazy import LazyRows
+from left_bench.data.published import published_content
 from left_bench.data.rendering import (
     answers_to_ids,
     fit,
@@ -127,7 +128,7 @@ class Splits:
     """Training, validation and test rows as a model reads them."""
 
     train: Sequence[Any]
-    """Of `Example`, or of `Picture`."""
+    """Of `Example`, or of what the task reads in its place."""
     test: Sequence[Any]
     truncated_rows: int
     """Training rows cut to the maximum length."""
@@ -148,7 +149,8 @@ class Splits:
     test_there: int | None = None
     """Different questions among the source's own test rows; None: it brings none."""
     classes: list[str] | None = None
-    """Names of the classes, where pictures are classified."""
+    """Names of what the task's new output layer gives: of the data's classes, or of the one number; None: the model
+    writes, or gives vectors."""
     validation: Sequence[Any] = ()
     repeated_validation_rows: int = 0
     """Validation rows left out because their question is trained on, tested on or repeated."""
@@ -345,6 +347,8 @@ def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape)
             raise UserError(f"{key}: the file has changed since this launch composed its cells; start it again")
     elif section.source == "reasoning_gym":
         content["reasoning_gym"] = metadata.version("reasoning_gym")
+    elif section.source == "wheel":
+        content["wheel"] = published_content(section)
     return fingerprint(
         {
             "layout": _LAYOUT,

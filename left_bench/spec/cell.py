@@ -229,9 +229,9 @@ def _different(tasks: list[str]) -> list[str]:
 
 class Data(_Section):
     name: str
-    source: Literal["reasoning_gym", "hub", "jsonl", "folder", "scikit_learn"]
+    source: Literal["reasoning_gym", "hub", "jsonl", "folder", "scikit_learn", "wheel"]
     task: str | None = None
-    """reasoning_gym: the dataset's name."""
+    """The data's name where the source has several: of reasoning_gym, in scikit-learn, in a wheel."""
     config: dict[str, Any] = Field(default_factory=dict)
     """reasoning_gym: the dataset's own arguments. hub: `load_dataset` arguments (name, revision, split)."""
     path: str | None = None
@@ -242,8 +242,8 @@ class Data(_Section):
     validation_path: str | None = None
     """Validation rows in a file of their own; None: the data set's own split `validation`, or see `validation_rows`."""
     shape: str | None = None
-    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt`, `preference`, `classification` or `text`; None: found
-    by looking at a row (and filled in when a cell is composed, where that is `text`)."""
+    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt`, `preference`, `classification`, `tags` or `text`;
+    None: found by looking at a row (and filled in when a cell is composed, where that is `text`)."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """What carries loss in training: every assistant turn of a conversation, its last alone, or every token of a row,
     the prompt's too. Test rows are scored on answers in any case."""
@@ -254,6 +254,8 @@ class Data(_Section):
     image_column: str | None = None
     """The column of pictures, whose classes are in `answer_column`; None: the data is text."""
     prompt_column: str = "prompt"
+    second_column: str | None = None
+    """The second text of a pair that is read together, for a model that names a class or a number; None: one text."""
     answer_column: str = "answer"
     pairs: bool = False
     """Give every row a worse answer beside its own: for preference tuning, and to ask which of them is likelier."""

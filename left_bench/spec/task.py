@@ -29,7 +29,14 @@ class Task:
     reads: Literal["text", "pictures"] = "text"
     """What a row shows the model."""
     writes: bool = True
-    """Whether it answers by writing text; else it names one of the data's classes."""
+    """Whether it answers by writing text; else by what a new output layer gives (the data's classes, a number), or
+    `embeds`."""
+    embeds: bool = False
+    """Whether it answers with vectors, which texts are compared by; the base model has them already."""
+    likelihood: bool = True
+    """Whether its loss is the negative log-likelihood of the right answer, which has a perplexity."""
+    reads_pairs: bool = False
+    """Whether a row may be a pair of texts (`data.second_column`)."""
     has_encoder: bool = False
     """Whether an encoder reads the prompt for a decoder that writes: each is padded on its own."""
     reader: str = "AutoTokenizer"
@@ -52,12 +59,14 @@ class Task:
     """The hub's task and its name, for model cards."""
     rules: tuple[tuple[Callable[[Cell], bool], str], ...] = ()
     """What does not go together with it, each with the reason; asked of this task's cells alone."""
+    example: tuple[str, str] | None = None
+    """The options of model and data that `left-bench list methods` asks the rules about; None: it has no column."""
 
     @property
     def new_output(self) -> bool:
-        """Whether the output layer is made new for the data's classes: the base model knows nothing of them yet, and
+        """Whether the output layer is made new for the data's answers: the base model knows nothing of them yet, and
         every method trains that layer whole."""
-        return not self.writes
+        return not (self.writes or self.embeds)
 
     @property
     def is_decoder(self) -> bool:
@@ -66,7 +75,8 @@ class Task:
 
     def is_of(self, model: Any) -> bool:
         """Whether a model of `transformers` is of this kind, by its class."""
-        return self.auto_class.removeprefix("AutoModel") in type(model).__name__
+        kind, name = self.auto_class.removeprefix("AutoModel"), type(model).__name__
+        return kind in name if kind else name.endswith("Model")
 
 
 TASKS: Registry[Task] = Registry("left_bench.spec.tasks", "TASK", group="left_bench.tasks")

@@ -190,10 +190,12 @@ def count_rows(cell: Cell, splits: Any, tokenizer: Any) -> Rows:
     from left_bench.evaluation.shared_prompt import common_beginning
 
     def counted(rows: Sequence[Any]) -> list[Row]:
-        if splits.classes is not None:  # pictures are all alike, and long to read
+        if cell.task.reads == "pictures":  # all alike, and long to read
             return [Row(rows[0].length, 0)] * min(len(rows), _MOST_ROWS)
         places = range(0, len(rows), -(-len(rows) // _MOST_ROWS))
         read = (rows[place] for place in places)
+        if not cell.task.writes:
+            return [Row(row.length, 0) for row in read]
         return [Row(len(row.prompt_ids), len(row.answer_ids), len(row.rejected_ids or [])) for row in read]
 
     # the first test rows are scored where `eval.rows` asks for a part
@@ -286,7 +288,7 @@ def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: fl
 
     of_forward = ladder(forward, test, guess=from_a_short, cost=of_rows, until=share("forward"))
     until, of_decode = share("decode"), Line(0.0, 0.0)
-    if splits.classes is None:  # a row more is one more token of a pass
+    if cell.task.writes:  # a row more is one more token of a pass
         more = of_forward.each
         of_decode = ladder(
             decode, test, guess=lambda _, took: Line(max(0.0, took - more), more), cost=of_answers, until=until
