@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -35,12 +36,13 @@ BERT = (
     "training.max_length=64",
 )
 LLAMA = ("model=tiny_llama", "model.task=sequence_classification", *BERT[1:])
+FEW = ("data.train_rows=8", "data.test_rows=4", "training.batch_size=4")
 NAMES = ("cold", "mild", "warm")
-WORDS = {"cold": ("ice", "snow", "frost"), "mild": ("rain", "cloud", "mist"), "warm": ("sun", "sand", "palm")}
+WORDS = {"cold": ("zzzz", "qqqq"), "mild": ("kkkk", "xxxx"), "warm": ("jjjj", "vvvv")}
 
 
 def weather(rows: int = 40) -> list[dict[str, str]]:
-    """Texts of unlike lengths whose class is told by one of their words."""
+    """Texts of unlike lengths whose class is told by one of their words, by letters that no other word has."""
     draw = random.Random(0)
     result = []
     for number in range(rows):
@@ -170,10 +172,16 @@ def test_a_decoder_that_is_handed_embeddings_reads_its_last_token_and_no_padding
     model, splits, reader = loaded(cell)
     assert all(row.at_left for row in splits.train)
     adapted = attach_adapter(model, cell, tokenizer=reader, rows=splits.train).eval()
-    with torch.no_grad():
-        together = AnswerLoss(adapted).of_tokens(collate(splits.train, pad_id=reader.pad_token_id))
-        alone = [AnswerLoss(adapted).of_tokens(collate([row], pad_id=reader.pad_token_id)) for row in splits.train]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+    def moved_by_padding(rows):
+        with torch.no_grad():
+            together = AnswerLoss(adapted).of_tokens(collate(rows, pad_id=reader.pad_token_id))
+            alone = [AnswerLoss(adapted).of_tokens(collate([row], pad_id=reader.pad_token_id)) for row in rows]
+        return (together - torch.cat(alone)).abs().max().item()
+
+    at_right = [dataclasses.replace(row, at_left=False) for row in splits.train]
+    # the virtual tokens stand before the padding, farther from the text by as much
+    assert moved_by_padding(splits.train) < 0.005 < 0.02 < moved_by_padding(at_right)
     encoder, _, _ = splits_of(tiny_cell(*BERT, f"data.path={file}", "peft=prompt_tuning"))
     assert not any(row.at_left for row in encoder.train)
 
@@ -273,7 +281,7 @@ def test_two_texts_are_read_together(tiny_cell, file, tmp_path):
     cell = tiny_cell(*BERT, f"data.path={file}", "data.second_column=other")
     splits, _, folder = splits_of(cell)
     row = splits.train[0]
-    first, second = row.prompt.split("\n")
+    _, second = row.prompt.split("\n")
     assert second.startswith("seen ")
     assert row.types is None  # bytes have no separator: a line break stands between the two
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "seen", "day"]))
@@ -316,7 +324,7 @@ def test_what_holds_no_classes_is_refused_in_one_sentence(wrong, words, tiny_cel
 
 
 def test_a_second_text_is_for_models_that_read_pairs(compose_cell, file):
-    with pytest.raises(UserError, match="model.task=causal_lm reads one text"):
+    with pytest.raises(UserError, match=r"model\.task=causal_lm reads one text"):
         from left_bench.grid.compose import check_cell
 
         check_cell(compose_cell("data=jsonl", f"data.path={file}", "data.second_column=other"))
@@ -383,7 +391,7 @@ def learned(encoder, tiny_cell, work_in_process, tmp_path_factory):
     path.write_text("".join(json.dumps(row) + "\n" for row in weather(200)), encoding="utf-8")
     cell = tiny_cell(
         *(*BERT, f"model.name_or_path={encoder}", f"data.path={path}", "peft=lora", "training.batching=packed"),
-        *("training.steps=60", "training.batch_size=16", "training.learning_rate=1e-2", "eval.points=2"),
+        *("training.steps=100", "training.batch_size=32", "training.learning_rate=1e-2", "eval.points=2"),
         *("data.train_rows=120", "data.test_rows=40", "data.validation_rows=20"),
         *("data.metrics=[accuracy,macro_f1,matthews]",),
     )
@@ -436,10 +444,8 @@ def test_the_report_shows_the_scores(learned, left_bench, tmp_path):
     assert left_bench("report", str(run_dir.parent), "--out", str(tmp_path)).code == 0
     (report,) = tmp_path.glob("*.md")
     text = report.read_text(encoding="utf-8")
-    assert all(name in text for name in ("accuracy", "macro", "Matthews", "eval loss"))
-    assert "nan" not in text.lower().replace("finance", "")
-    (page,) = tmp_path.glob("*.html")
-    assert "macro" in page.read_text(encoding="utf-8")
+    assert all(name in text for name in ("accuracy", "macro-F1", "Matthews", "eval loss"))
+    assert "output_head" not in text  # there is none to be asked for
 
 
 def test_the_merged_export_is_the_trained_model_for_transformers(learned, left_bench, tmp_path):
@@ -462,7 +468,7 @@ def test_the_merged_export_is_the_trained_model_for_transformers(learned, left_b
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (("chat", "--prompt", "hello"), "it names classes and answers no question"),
+        (("chat", "--prompt", "hello"), "it writes nothing, and so answers no question"),
         (("export", "--to", "gguf", "OUT", "--llama-cpp", "LLAMA"), "--to gguf is for decoders"),
     ],
 )
@@ -483,7 +489,7 @@ def test_the_best_cell_of_a_folder_is_told(learned, left_bench):
 
 
 def test_a_plan_says_what_it_counts_and_what_it_does_not(left_bench, file):
-    done = left_bench("plan", *BERT, f"data.path={file}", "precision=fp32", "hardware=cpu", "--json")
+    done = left_bench("plan", *BERT, f"data.path={file}", *FEW, "precision=fp32", "hardware=cpu", "--json")
     (planned,) = json.loads(done.out)
     assert planned["weights_bytes"] > 500_000
     assert planned["trainable_params"] > 0
@@ -491,7 +497,7 @@ def test_a_plan_says_what_it_counts_and_what_it_does_not(left_bench, file):
 
 
 def test_rows_are_shown_before_a_run(left_bench, file):
-    done = left_bench("data", *BERT, f"data.path={file}", "precision=fp32", "hardware=cpu", "--json")
+    done = left_bench("data", *BERT, f"data.path={file}", *FEW, "precision=fp32", "hardware=cpu", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["classes"] == list(NAMES)
 

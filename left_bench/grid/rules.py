@@ -291,8 +291,8 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         f"Poly changes layers that are given a sequence, and an encoder's pooler is given one vector {_SEEN}",
     ),
     (
-        lambda cell: _is(cell, "TrainableTokens") and cell.task.new_output,
-        f"peft trains this method's tokens alone, and the new output layer would stay as it was drawn {_SEEN}",
+        lambda cell: _is(cell, "TrainableTokens", "AdaptionPrompt") and cell.task.new_output,
+        f"peft trains nothing beside this method's own, and the new output layer would stay as it was drawn {_SEEN}",
     ),
     *task_rules(),
     (

@@ -256,7 +256,9 @@ def train(run: RunContext, model: Any) -> None:
         packing.laid_out(model, loss, run.splits.train, cell, pad_id=pad_id, device=kind) as layout,
         float8.in_float8(model, cell) as converted,
     ):
-        effective |= {"output_head": loss.output_head, **layout.effective, **converted}
+        if cell.task.writes:  # elsewhere every label has its own few logits
+            effective["output_head"] = loss.output_head
+        effective |= {**layout.effective, **converted}
         if loss.output_head_fallback is not None:
             effective["output_head_fallback"] = loss.output_head_fallback
         common: dict[str, Any] = {"pad_id": pad_id, "packed": layout.packed}
