@@ -96,6 +96,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "pairs": True,
         "rejected_column": "worse",
         "prompt_column": "question",
+        "second_column": "sentence2",
         "answer_column": "label",
         "template": "Q: {prompt}",
         "instruction": "Answer.",

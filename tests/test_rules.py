@@ -26,6 +26,10 @@ NEEDED = {
 }
 CHEAP = ["training.steps=2", "eval.generate=false", "eval.check_reload=false"]
 NEOX, T5, VIT = ["model=tiny_neox"], ["model=tiny_t5"], ["model=tiny_vit"]
+BERT = ["model=tiny_bert", "data=family_relationships", "data.instruction=null"]
+NUMBERS = ["model=tiny_bert", "model.task=regression", "data=chain_sum"]
+TAGS = ["model=tiny_bert", "model.task=token_classification"]
+VECTORS = ["model=tiny_bert", "model.task=embeddings", "data=chain_sum"]
 SUM_PAIRS = ["data=chain_sum_pairs"]
 TWO = ["hardware.processes=2"]
 FSDP2 = [*TWO, "hardware.sharding=fsdp2"]
@@ -104,6 +108,21 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["peft=eva", *T5], "training rows", ["peft=lora", *T5]),
     (["peft=cpt", *T5], "training rows", ["peft=prompt_tuning", *T5]),
     ([*VIT, "data=digits", "peft=corda"], "training rows", [*VIT, "data=digits", "peft=pissa"]),
+    ([*BERT, "peft=beft"], "as decoders call them", [*BERT, "peft=pfeiffer"]),
+    ([*BERT, "peft=bdlora"], "as decoders call them", [*BERT, "peft=lora_attention"]),
+    ([*BERT, "peft=shadow"], "an encoder has none", [*BERT, "peft=prefix_tuning"]),
+    ([*BERT, "peft=poly"], "one vector", [*TAGS, "data=kinship_people", "peft=poly"]),
+    ([*BERT, "peft=trainable_tokens"], "as it was drawn", [*VECTORS, "peft=trainable_tokens"]),
+    (
+        ["peft=llama_adapter", "model.task=sequence_classification", *BERT[1:]],
+        "as it was drawn",
+        ["peft=llama_adapter"],
+    ),
+    ([*BERT, "peft=llama_adapter"], "LLaMA-Adapter", [*BERT, "peft=adalora"]),
+    ([*BERT, "data.pairs=true"], "a class is told of one text", BERT),
+    ([*NUMBERS, "data.pairs=true"], "a number is told of one text", NUMBERS),
+    ([*TAGS, *BERT[1:]], "tags are told of words", [*TAGS, "data=kinship_people"]),
+    ([*VECTORS, "data.pairs=true"], "vectors are compared", VECTORS),
     (VIT, "images need an image classifier", [*VIT, "data=digits"]),
     (["data=digits"], "images need an image classifier", []),
     ([*VIT, "data=digits", "peft=prompt_tuning"], "virtual tokens", [*VIT, "data=digits", "peft=ln_tuning"]),

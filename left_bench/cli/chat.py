@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--temperature {options.temperature}: give 0, which is greedy, or more")
         finished = find_finished(options.cell, options.runs, trust_remote_code=options.trust_remote_code)
         if not finished.cell.task.writes:
-            raise UserError(f"{finished.record.cell_id}: it names classes and answers no question")
+            raise UserError(f"{finished.record.cell_id}: it writes nothing, and so answers no question")
         quiet_libraries()
         models = Models(
             finished,

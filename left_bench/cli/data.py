@@ -92,7 +92,7 @@ def describe(cell: Cell, *, rows: int) -> dict[str, Any]:
     folder, tokenizer = _opened(cell)
     splits = models.load_rows_of(cell, tokenizer, folder=folder)
     test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
-    if splits.classes is None and folder:
+    if cell.task.writes and folder:
         longest_prompt = max(len(row.prompt_ids) for row in test)
         check_generation(cell, models.config_of(cell, folder), longest_prompt=longest_prompt)
     result: dict[str, Any] = {
@@ -107,8 +107,8 @@ def describe(cell: Cell, *, rows: int) -> dict[str, Any]:
         "test_there": splits.test_there,
         "dropped": list(splits.dropped_where),
     }
-    if splits.classes is not None:
-        return result | {"classes": splits.classes}
+    if not cell.task.writes:
+        return result | ({} if splits.classes is None else {"classes": splits.classes})
     return result | _lengths(splits) | {"rows": [_row(item, tokenizer) for item in splits.train[:rows]]}
 
 

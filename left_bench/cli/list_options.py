@@ -1,4 +1,5 @@
-"""`left-bench list`: every group's options, what each one is, and whether this machine can run it."""
+"""`left-bench list`: every group's options, what each one is, and whether this machine can run it; which method serves
+which task."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from left_bench.cli.method_table import as_lines, serving
 from left_bench.core.errors import UserError, nearest
 from left_bench.core.paths import config_root
 from left_bench.grid import command_line
@@ -17,25 +19,40 @@ from left_bench.grid.rules import check_extras, why_unsupported
 from left_bench.measure.auto_precision import AUTO, fast_precision
 from left_bench.spec.cell import GROUPS, Cell
 
+METHODS = "methods"
+"""Asked for like a group: the table of methods and tasks."""
+
 
 def main(argv: list[str]) -> int:
-    """Print all groups, or the ones named; with `--json` for a program."""
+    """Print all groups and the table of methods and tasks, or those named; with `--json` for a program."""
     groups = ("sweep", "recipe", *GROUPS, "tracker")
     if {"-h", "--help"} & set(argv):
         print(f"usage: left-bench list [GROUP...] [--json]\n\ngroups: {', '.join(groups)}")
         return 0
     as_json, argv = "--json" in argv, [name for name in argv if name != "--json"]
     for name in argv:
-        if name not in groups:
-            raise UserError(f"list: unknown group '{name}'{nearest(name, groups)} (there are {', '.join(groups)})")
+        if name not in (*groups, METHODS):
+            hint = nearest(name, (*groups, METHODS))
+            raise UserError(f"list: unknown group '{name}'{hint} (there are {', '.join(groups)} and {METHODS})")
     command_line.register_resolvers()
     if as_json:
-        results = [_as_data(group, option) for group in argv or groups for option in command_line.options(group)]
+        named = [group for group in argv or groups if group != METHODS]
+        results: list[dict[str, object]] = [
+            dict(_as_data(group, option)) for group in named for option in command_line.options(group)
+        ]
+        if METHODS in argv:
+            results += [
+                {"group": METHODS, "option": method, "tasks": verdicts} for method, verdicts in serving().items()
+            ]
         print(json.dumps(results, indent=1))
         return 0
     console = Console()
-    for group in argv or groups:
+    for group in argv or (*groups, METHODS):
         console.print(f"[bold]{group}[/]")
+        if group == METHODS:
+            for line in as_lines(serving()):
+                console.print(escape(f"  {line}"), soft_wrap=True, highlight=False)
+            continue
         for option in command_line.options(group):
             told = escape(summary_of(_file(group, option)) + _here(group, option))
             text = f"  {option:24}{_verdict(group, option)}{told}"

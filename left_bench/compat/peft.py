@@ -54,6 +54,8 @@ def load_unrounded(model: torch.nn.Module, folder: Path) -> None:
     """Restore the saved values of the matrices of an AdaLoRA adapter loaded from `folder`."""
     for name, saved in load_file(folder / "adapter_model.safetensors").items():
         layer, _, kind = name.rpartition(".")
+        if not kind.startswith("lora_"):  # an output layer that is trained whole
+            continue
         tuned: Any = model.get_submodule(layer)
         parameter = getattr(tuned, kind)["default"]
         parameter.data = saved.to(parameter.device)

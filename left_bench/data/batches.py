@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from left_bench.data.tokens import Example
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
+_SIMILARITY_SCALE = 20.0
+"""What cosine similarities are multiplied by, as sentence-transformers does."""
 IGNORED = -100
 """The label that torch's cross-entropy ignores."""
 
@@ -91,12 +95,12 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class ClassBatch:
-    """The rows of one pass with one class label each, whatever the model's inputs are."""
+    """The rows of one pass with one label each, a class or a number, whatever the model's inputs are."""
 
     arguments: dict[str, torch.Tensor]
     """Arguments of the model's forward pass, by their names in transformers; the first dimension is the rows."""
     targets: torch.Tensor
-    """The right class of each row."""
+    """The right class of each row, int64 [rows]; or the number, float32, whose loss is the squared error."""
     tokens: int
     """Non-padding tokens, or their equivalent."""
 
@@ -109,15 +113,65 @@ class ClassBatch:
         return len(self.targets)
 
     def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
-        """The logits [rows, classes] unchanged: every row has one label."""
+        """The logits [rows, classes] or [rows, 1] unchanged: every row has one label."""
         return states
 
     def inputs(self) -> dict[str, Any]:
         return dict(self.arguments)
 
-    def to(self, device: torch.device | str) -> ClassBatch:
-        moved = {name: moved_to(tensor, device) for name, tensor in self.arguments.items()}
-        return ClassBatch(arguments=moved, targets=moved_to(self.targets, device), tokens=self.tokens)
+    def to(self, device: torch.device | str) -> Self:
+        moved: dict[str, Any] = {
+            field.name: moved_to(value, device)
+            for field in dataclasses.fields(self)
+            if hasattr(value := getattr(self, field.name), "to")
+        }
+        moved["arguments"] = {name: moved_to(tensor, device) for name, tensor in self.arguments.items()}
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True, eq=False)
+class TagBatch(ClassBatch):
+    """The rows of one pass with a class at several positions of each."""
+
+    label_rows: torch.Tensor
+    """Row of each label, int64 [labels]."""
+    label_positions: torch.Tensor
+    """Its position in that row."""
+    lengths: list[int]
+    """Labels of each row."""
+
+    @property
+    def answer_lengths(self) -> list[int]:
+        return self.lengths
+
+    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
+        """Of logits [rows, positions, classes] those at the labels, [labels, classes]."""
+        return at_positions(states, self.label_rows, self.label_positions + after)
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch(ClassBatch):
+    """Texts to search with and, behind them, as many to be found: the right one of each among all of the pass.
+
+    The loss is that of Henderson et al. 2017 (arXiv 1705.00652): the other rows' texts are the wrong answers.
+    """
+
+    repeated: torch.Tensor
+    """bool [rows, rows]: whether another row's text to be found is the same as this row's, and so no wrong answer."""
+
+    def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
+        """Of last states [2 x rows, positions, width] the scaled cosine similarities, float32 [rows, rows]."""
+        queries, documents = mean_vectors(states[:, after:], self.arguments["attention_mask"]).chunk(2)
+        return (_SIMILARITY_SCALE * queries @ documents.T).masked_fill(self.repeated, -math.inf)
+
+
+def mean_vectors(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of each text's states, of length 1: states [texts, positions, width] -> float32 [texts, width]."""
+    import torch
+
+    weights = mask[..., None].float()
+    mean = (states.float() * weights).sum(1) / weights.sum(1)
+    return torch.nn.functional.normalize(mean, dim=-1)
 
 
 def at_positions(states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -203,8 +203,30 @@ def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, Mapping[str, Any]
         if "train" not in dataset:
             raise UserError(f"data.path={path}: has no split 'train'; it has {', '.join(map(str, dataset))}")
         dataset = dataset["train"]
-    for number, record in enumerate(dataset, start=1):
+    for number, record in enumerate(with_class_names(dataset), start=1):
         yield f"row {number}", record
+
+
+def with_class_names(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set of `datasets`, with the names of classes where it keeps their numbers (`ClassLabel`).
+
+    A class that is not known (-1, as in test sets whose answers are withheld) becomes None.
+    """
+    import datasets
+
+    names: dict[str, list[str]] = {}
+    for column, feature in (getattr(dataset, "features", None) or {}).items():
+        inner = getattr(feature, "feature", feature)  # a list has that of its items
+        if isinstance(inner, datasets.ClassLabel):
+            names[column] = list(inner.names)
+
+    def named(value: Any, of: list[str]) -> Any:
+        if isinstance(value, list):
+            return [named(item, of) for item in value]
+        return of[value] if isinstance(value, int) and 0 <= value < len(of) else None
+
+    for record in dataset:
+        yield record | {column: named(record[column], of) for column, of in names.items()} if names else record
 
 
 def _as_text(path: Path, *, sep: str) -> dict[str, Any]:
@@ -228,7 +250,7 @@ def split_records(path: Path, split: str) -> Iterator[tuple[str, Mapping[str, An
     import datasets
 
     result: Any = datasets.load_from_disk(str(path))[split]
-    for number, record in enumerate(result, start=1):
+    for number, record in enumerate(with_class_names(result), start=1):
         yield f"{split} row {number}", record
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
-from left_bench.data.files import Records, data_files, file_records, has_split, split_records
+from left_bench.data.files import Records, data_files, file_records, has_split, split_records, with_class_names
+from left_bench.data.people import tagged_people
+from left_bench.data.published import published_records
 from left_bench.data.shapes import Row, Shape, in_words, shape_of, text_of, whole_lines
 from left_bench.spec.cell import Data
 
@@ -95,9 +97,12 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
             )
         if section.validation_rows != 0 and section.hold_out:
             for_validation = _hub_rows_apart(section, "validation", source, read, dropped)
+    elif section.source == "wheel":
+        source, shape = f"data.task={section.task}", _given_shape(section)
+        rows = list(read(section, published_records(section), source, dropped, shape))
     else:
-        source, shape = f"data.task={section.task}", None
-        rows, for_validation = _generated_rows(section, source, read)
+        source, shape = f"data.task={section.task}", _given_shape(section)
+        rows, for_validation = _generated_rows(section, source, functools.partial(read, shape=shape))
     train, test, repeated = _hold_out(section, rows, source, held_out=held_out)
     validation: list[Row] = []
     left_out = 0
@@ -165,6 +170,11 @@ def _is_text(section_json: str) -> bool:
     return _plain(shape)
 
 
+def _given_shape(section: Data) -> Shape | None:
+    """The shape that `data.shape` names; None: none is named, and columns are read by their names."""
+    return None if section.shape is None else shape_of(section, {})
+
+
 def _plain(shape: Shape | None) -> bool:
     return shape is not None and shape.name == "text"
 
@@ -186,7 +196,7 @@ def _hub_records(section: Data, *, whole: bool, split: str | None = None) -> Ite
     needed = [column for _, column in _columns(section)]
     if not whole and result.column_names is not None and set(needed) <= set(result.column_names):
         result = result.select_columns(sorted(set(needed)))  # do not decode other columns, such as images
-    for number, record in enumerate(result, start=1):
+    for number, record in enumerate(with_class_names(result), start=1):
         yield f"{'' if split is None else f'{split} '}row {number}", record
 
 
@@ -303,7 +313,8 @@ def check_generated(section: Data) -> None:
     """
     if not section.task:
         raise UserError("data.task is missing; name a reasoning_gym dataset, such as data.task=chain_sum")
-    list(_rows(section, _drawn_records(section, size=1, seed=section.seed), f"data.task={section.task}"))
+    drawn = _drawn_records(section, size=1, seed=section.seed)
+    list(_rows(section, drawn, f"data.task={section.task}", shape=_given_shape(section)))
 
 
 def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
@@ -323,10 +334,13 @@ def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
     try:
         items = reasoning_gym.create_dataset(task, size=size, seed=seed, **section.config)
         # `question` is the library's own key; `prompt` makes the default columns work as well.
-        return [
+        records: list[tuple[str, dict[str, Any]]] = [
             (f"item {i}", {"prompt": item["question"], "question": item["question"], "answer": item["answer"]})
             for i, item in enumerate(items[j] for j in range(size))
         ]
+        if task == "family_relationships" and section.shape == "tags":
+            return [(where, tagged_people(record["question"], items.config)) for where, record in records]
+        return records
     except (AssertionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"data.config={section.config}: {task} refuses it ({error}); change those settings") from error
 
@@ -356,7 +370,14 @@ def _rows(
             literal + (texts[_column_of(section, field)] if field is not None else "") for literal, field in parts
         ).strip()
         rejected = whole_lines(texts[section.rejected_column]) if section.pairs and section.rejected_column else None
-        yield Row(prompt=prompt, answer=whole_lines(texts[section.answer_column]), rejected=rejected)
+        second = None if section.second_column is None else texts[section.second_column].strip()
+        yield Row(
+            prompt=prompt,
+            answer=whole_lines(texts[section.answer_column]),
+            rejected=rejected,
+            second=second,
+            group=None if second is None else f"{prompt}\n{second}",
+        )
 
     read = by_columns if shape is None else shape.rows
     seen = complete = 0
@@ -415,6 +436,8 @@ def _columns(section: Data) -> list[tuple[str, str]]:
     asked = [("data.answer_column", section.answer_column)]
     if section.pairs and section.rejected_column is not None:
         asked.append(("data.rejected_column", section.rejected_column))
+    if section.second_column is not None:
+        asked.append(("data.second_column", section.second_column))
     for _, field in _template_parts(section.template):
         if field is not None:
             key = "data.prompt_column" if field == "prompt" else "data.template"

@@ -38,6 +38,8 @@ class Row:
     answer: str
     rejected: str | None = None
     """A worse answer to the same question, for preference tuning."""
+    second: str | None = None
+    """The second of a pair of texts that are read together (`data.second_column`)."""
     before: tuple[Message, ...] | None = None
     """The conversation up to the answer, as chat templates take it; None: only the prompt."""
     group: str | None = None
@@ -95,6 +97,8 @@ def shape_of(section: Data, record: Mapping[str, Any]) -> Shape | None:
     named = (section.prompt_column, section.answer_column, section.template) != ("prompt", "answer", "{prompt}")
     if named or {"prompt", "answer"} <= record.keys():
         return None
+    if isinstance(record.get("tokens"), list):
+        return SHAPES["tags"]
     for key in ("messages", "conversations", "conversation"):
         turns = record.get(key)
         if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
@@ -134,6 +138,32 @@ def whole_lines(answer: str) -> str:
     lines = answer.rstrip().splitlines(keepends=True)
     first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
     return "".join(lines[first:])
+
+
+def _tags(record: Mapping[str, Any], where: str, section: Data) -> Iterator[Row]:
+    """Words and the tag of each, as lists or with blanks between; a blank inside a word becomes a no-break space."""
+    texts = []
+    for key, given, usual in (
+        ("data.prompt_column", section.prompt_column, ("tokens", "words")),
+        ("data.answer_column", section.answer_column, ("tags", "ner_tags", "labels")),
+    ):
+        default = Data.model_fields[key.removeprefix("data.")].default
+        column = given if given != default else next((name for name in usual if name in record), usual[0])
+        if column not in record:
+            there = f"it has {', '.join(map(str, record)) or 'none'}{nearest(column, map(str, record))}"
+            raise UserError(f"{key}={column!r}: no such column in {where}; {there}")
+        value = record[column]
+        items = value.split() if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise UserError(
+                f"{where}: column '{column}' holds {kind_of_value(value)}, not a list with an item for each word"
+            )
+        texts.append([text_of(item, f"{where}: column '{column}'").strip() for item in items])
+    words, tags = texts
+    if len(words) != len(tags):
+        raise UserError(f"{where}: has {len(words)} words and {len(tags)} tags; give each word one")
+    told = [(word.replace(" ", "\u00a0"), tag) for word, tag in zip(words, tags, strict=True) if word and tag]
+    yield Row(prompt=" ".join(word for word, _ in told), answer=" ".join(tag for _, tag in told))
 
 
 def _alpaca(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
@@ -331,6 +361,7 @@ SHAPES: dict[str, Shape] = {
         Shape("sharegpt", "conversations (ShareGPT's)", _conversation),
         Shape("preference", "pairs of a chosen and a rejected answer", _preference),
         Shape("classification", "texts and their labels", _completion),
+        Shape("tags", "words and their tags", _tags),
         Shape("text", "plain text", _text),
     )
 }

@@ -17,6 +17,7 @@ from left_bench.core.errors import UserError
 from left_bench.core.paths import cache_dir
 from left_bench.data.files import content_of
 from left_bench.data.lazy import LazyRows
+from left_bench.data.published import published_content
 from left_bench.data.rendering import (
     answers_to_ids,
     fit,
@@ -127,7 +128,7 @@ class Splits:
     """Training, validation and test rows, ready for the model."""
 
     train: Sequence[Any]
-    """Rows of type `Example`, `Picture` or `ClassifiedText`."""
+    """Rows of type `Example`, or of the task's own type."""
     test: Sequence[Any]
     truncated_rows: int
     """Number of training rows truncated to the maximum length."""
@@ -147,7 +148,8 @@ class Splits:
     test_there: int | None = None
     """Number of distinct questions in the source's own test rows; None: it has none."""
     classes: list[str] | None = None
-    """Names of the classes, for classification."""
+    """Names of the new output layer's outputs: the data's classes, or the one number; None for a model that generates
+    text or vectors."""
     validation: Sequence[Any] = ()
     repeated_validation_rows: int = 0
     """Validation rows left out because their question is a training or test row's, or repeated."""
@@ -345,6 +347,8 @@ def _cache_key(section: Data, tokenizer: PreTrainedTokenizerBase, shape: _Shape)
             raise UserError(f"{key}: the file has changed since this launch composed its cells; start it again")
     elif section.source == "reasoning_gym":
         content["reasoning_gym"] = metadata.version("reasoning_gym")
+    elif section.source == "wheel":
+        content["wheel"] = published_content(section)
     return fingerprint(
         {
             "layout": _LAYOUT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -19,7 +19,7 @@ from left_bench.core.errors import NotInForce
 from left_bench.core.extensions import named
 from left_bench.data import Example, collate, start_ids, turn_end
 from left_bench.evaluation.shared_prompt import SharedPrompt, read_shared_prompt
-from left_bench.evaluation.text_metrics import score_text
+from left_bench.evaluation.text_metrics import row_parts, score_text
 from left_bench.measure.device import Device
 from left_bench.model.load import autocast
 from left_bench.model.positions import virtual_tokens
@@ -124,7 +124,7 @@ def row_losses(
     nll = [0.0] * len(rows)
     tokens = [0] * len(rows)
     seen = len(shared.ids)
-    done = _Counted(len(rows), tell)
+    done = Counted(len(rows), tell)
     for indices in batches_by_length([row.length for row in rows], cell.eval.batch_size):
         batch = collate([shared.rest(rows[index]) for index in indices], pad_id=pad_id).to(device)
         losses = loss.of_tokens(batch).split(batch.answer_lengths)
@@ -186,7 +186,7 @@ def greedy_answers(
     """
     decode: Any = model.generate
     answers: list[list[int]] = [[]] * len(rows)
-    done, most, ends = _Counted(len(rows), tell), cell.eval.max_new_tokens, end_tokens(model, tokenizer)
+    done, most, ends = Counted(len(rows), tell), cell.eval.max_new_tokens, end_tokens(model, tokenizer)
     assert most is not None  # null was replaced by the data's own
     shared = shared or SharedPrompt(model)
     for indices in batches_by_length([len(row.prompt_ids) for row in rows], cell.eval.batch_size):
@@ -246,7 +246,7 @@ def check_answers(
         )
 
 
-class _Counted:
+class Counted:
     """Counts finished rows and reports progress."""
 
     def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
@@ -265,7 +265,7 @@ class _Counted:
 class _Watched(StoppingCriteria):
     """Never stops a row; it reports progress per token, because a batch can take minutes. Answers may end early."""
 
-    def __init__(self, done: _Counted, *, rows: int, most: int) -> None:
+    def __init__(self, done: Counted, *, rows: int, most: int) -> None:
         self._done, self._rows, self._most, self._tokens = done, rows, most, 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
@@ -287,7 +287,7 @@ def classify(
     """The likeliest class of each row, by name; `shared` is not used."""
     forward: Any = model
     names, result = forward.config.id2label, []
-    done = _Counted(len(rows), partial(tell, "classes"))
+    done = Counted(len(rows), partial(tell, "classes"))
     for start in range(0, len(rows), cell.eval.batch_size):
         some = rows[start : start + cell.eval.batch_size]
         batch = collate(some, pad_id=pad_of(reader)).to(device)
@@ -324,15 +324,26 @@ def generation_speed(
     return len(timed) * _SPEED_TOKENS / (time.perf_counter() - start)
 
 
-def scores(evaluation: Evaluation, base: Evaluation | None, rows: Sequence[Example], cell: Cell) -> list[Score]:
-    """The scores of an evaluation, each with the base model's."""
+def scores(
+    evaluation: Evaluation,
+    base: Evaluation | None,
+    rows: Sequence[Example],
+    cell: Cell,
+    *,
+    by_row: Mapping[str, Sequence[float]] | None = None,
+) -> list[Score]:
+    """The scores of an evaluation, each with the base model's.
+
+    Args:
+        by_row: the result of `row_scores`, for standard errors.
+    """
     task = cell.data.name
     loss, stderr = token_loss(evaluation)
     base_loss = token_loss(base)[0] if base else None
     made = [
         Score(task=task, metric="eval_loss", value=loss, stderr=stderr, n=len(rows), base_value=base_loss),
     ]
-    if loss < _LARGEST_LOSS:
+    if cell.task.likelihood and loss < _LARGEST_LOSS:
         made.append(
             Score(
                 task=task,
@@ -351,6 +362,7 @@ def scores(evaluation: Evaluation, base: Evaluation | None, rows: Sequence[Examp
         for name in cell.eval.metrics or []:
             score = partial(score_text, name, references=references, extractor=cell.eval.extractor)
             value, per_row = score(predictions=evaluation.predictions)
+            per_row = (by_row or {}).get(name) if per_row is None else per_row
             before = score(predictions=base.predictions)[0] if base and base.predictions else None
             made.append(
                 Score(
@@ -372,20 +384,19 @@ def scores(evaluation: Evaluation, base: Evaluation | None, rows: Sequence[Examp
 
 
 def row_scores(evaluation: Evaluation, rows: Sequence[Example], cell: Cell) -> dict[str, list[float]]:
-    """Metric -> the score of each row, for metrics that need more than answer and reference."""
-    extractor = cell.eval.extractor
-    if extractor is None or evaluation.predictions is None:
+    """Metric -> the score of each row, or its part in an overall score, for metrics that need more than answer and
+    reference."""
+    answers, extractor = evaluation.predictions, cell.eval.extractor
+    if answers is None:
         return {}
-    metrics = {name: ANSWER_METRICS[name] for name in cell.eval.metrics or []}
-    return {
-        name: [metric.of_answer(*pair, extractor=extractor) for pair in _pairs(evaluation.predictions, rows)]
-        for name, metric in metrics.items()
-        if metric.extracts and metric.of_answer is not None
-    }
-
-
-def _pairs(predictions: Sequence[str], rows: Sequence[Example]) -> list[tuple[str, str]]:
-    return [(answer, row.reference) for answer, row in zip(predictions, rows, strict=True)]
+    references, result = [row.reference for row in rows], {}
+    for name, metric in ((name, ANSWER_METRICS[name]) for name in cell.eval.metrics or []):
+        if metric.by_leaving_out:
+            result[name] = row_parts(metric, answers, references)
+        elif metric.extracts and metric.of_answer is not None and extractor is not None:
+            pairs = zip(answers, references, strict=True)
+            result[name] = [metric.of_answer(*pair, extractor=extractor) for pair in pairs]
+    return result
 
 
 def _preference_scores(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.spec.metric import Metric
@@ -55,3 +58,29 @@ def score_text(
     options = {"extractor": extractor} if metric.extracts else {}
     result: Any = AnswerMetric(metric).compute(predictions=predictions, references=references, **options)
     return float(result["value"]), result.get("per_row")
+
+
+_MOST_LEFT_OUT = 500
+"""Beyond so many rows, several are left out at once."""
+
+
+def row_parts(metric: Metric, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """Each row's part in a score of all rows together: the parts' mean is the score, and their scatter tells its
+    standard error as the jackknife does (Efron and Stein 1981), in pairs of cells too.
+
+    A part is the score, plus what the others' score loses when the row is left out, times the other rows' number.
+    """
+    assert metric.of_answers is not None
+    rows = len(references)
+    score = metric.of_answers(predictions, references)
+    groups = min(rows, _MOST_LEFT_OUT)
+    if groups < 2:
+        return [score] * rows
+    without = []
+    for left_out in range(groups):
+        kept = [row for row in range(rows) if row % groups != left_out]
+        without.append(metric.of_answers([predictions[row] for row in kept], [references[row] for row in kept]))
+    apart = np.mean(without) - np.array(without)
+    parts = score + math.sqrt((groups - 1) * (rows - 1)) * apart
+    of_rows = parts[np.arange(rows) % groups]
+    return [float(part) for part in of_rows + (score - of_rows.mean())]  # groups may differ by a row

@@ -305,6 +305,11 @@ def check_cell(cell: Cell) -> None:
             f"training.sft_steps={cell.training.sft_steps} come before preference tuning; set training.objective=dpo "
             "(training=dpo), or leave them out"
         )
+    if cell.data.second_column is not None and not cell.task.reads_pairs:
+        raise UserError(
+            f"data.second_column={cell.data.second_column}: model.task={cell.model.task} reads one text; leave it out, "
+            "and put both columns in data.template"
+        )
     if cell.data.image_column is None and (cell.data.path is not None or cell.data.source == "jsonl"):
         load_rows(cell.data)
     elif cell.data.source == "reasoning_gym" and not _as_shipped(cell):

@@ -26,6 +26,20 @@ _THROUGH_THE_CACHE = (
 )
 BOTTLENECK_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "bert"}
 _FAMILIES_WITHOUT_BIAS = {"llama", "mistral", "t5"}
+ENCODERS = {
+    "albert",
+    "bert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+}
+"""Families whose tokens see those behind them, and whose layers have other names than a decoder's."""
+_WITH_POOLER = ("sequence_classification", "regression", "embeddings")
 _SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
 # option -> the module it needs, and the package that contains it
 _FLASH_ATTENTION = {
@@ -106,6 +120,12 @@ def _cannot_shard(cell: Cell) -> bool:
 
 def _lora_with(cell: Cell, key: str, *values: object) -> bool:
     return cell.peft.is_lora_with(key, *values)
+
+
+def _names_decoders_layers(cell: Cell) -> bool:
+    """Whether the method names the layers that it changes, as decoders call them."""
+    named = cell.peft.config.get("target_modules") or cell.peft.config.get("use_bdlora")
+    return (_is(cell, "Beft") or _lora_with(cell, "use_bdlora")) and "v_proj" in str(named)
 
 
 def _starts_from_text(cell: Cell) -> bool:
@@ -257,6 +277,22 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     (
         lambda cell: (cell.task.reads == "pictures") != (cell.data.image_column is not None),
         "images need an image classifier (model=vit_base, data=digits), and text needs a language model",
+    ),
+    (
+        lambda cell: _names_decoders_layers(cell) and model_type(cell) in ENCODERS,
+        "this option names layers as decoders call them; name the encoder's with peft.config",
+    ),
+    (
+        lambda cell: _is(cell, "Shadow") and model_type(cell) in ENCODERS,
+        f"ShadowPEFT runs beside a decoder's layers, and an encoder has none {_SEEN}",
+    ),
+    (
+        lambda cell: _is(cell, "Poly") and model_type(cell) in ENCODERS and cell.model.task in _WITH_POOLER,
+        f"Poly changes layers that are given a sequence, and an encoder's pooler is given one vector {_SEEN}",
+    ),
+    (
+        lambda cell: _is(cell, "TrainableTokens", "AdaptionPrompt") and cell.task.new_output,
+        f"peft trains nothing beside this method's own, and the new output layer would stay as it was drawn {_SEEN}",
     ),
     *task_rules(),
     (

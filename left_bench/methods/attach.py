@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ def attach_adapter(
             if arguments.get("target_modules") == "all-linear":  # peft would adapt the output layer too
                 linear = [name for name, layer in model.named_modules() if hasattr(layer, "in_features")]
                 arguments["target_modules"] = [name for name in linear if not is_within(name, new)]
+    if cell.peft.target == "peft.LNTuningConfig":
+        pattern = arguments.get("target_modules")
+        if isinstance(pattern, str) and not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+            arguments["target_modules"] = f"(?i:{pattern})"  # BERT writes `LayerNorm`
     if arguments.get("adapter_layers", 0) is None:
         arguments["adapter_layers"] = model.config.num_hidden_layers
     arguments = data_init.arguments_from_rows(cell.peft.target, arguments, rows)
@@ -96,7 +101,7 @@ def attach_adapter(
             parameter.data = parameter.data.to(DTYPES[cell.precision.adapter_dtype])
     if cell.autocast:
         let_autocast_convert(adapted)
-    if cell.peft.init_text is not None and not model.config.is_encoder_decoder:
+    if cell.peft.init_text is not None and cell.task.is_decoder:  # peft has it read by a model that writes
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
     return adapted
 

@@ -72,6 +72,8 @@ def load_model(
         names = dict(enumerate(classes))
         arguments |= {"id2label": names, "label2id": {name: label for label, name in names.items()}}
         arguments["ignore_mismatched_sizes"] = True
+        if not cell.task.likelihood:
+            arguments["problem_type"] = "regression"  # for whoever trains it on
         torch.manual_seed(cell.seed)
     try:
         auto_class = getattr(transformers, cell.task.auto_class)
@@ -95,7 +97,7 @@ def load_model(
     unexpected = _all_loaded(model, loading, cell, new_output=classes is not None)
     if model.can_generate():
         model.generation_config = _greedy(model.generation_config)
-    if cell.task.reads == "text" and not cell.task.writes and model.config.pad_token_id is None:
+    if cell.task.reads == "text" and cell.task.new_output and model.config.pad_token_id is None:
         # a decoder predicts the class from the last token that is not padding
         model.config.pad_token_id = load_text_reader(folder, cell.model).pad_token_id
     _feed_head_contiguous(model)

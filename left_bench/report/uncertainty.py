@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from left_bench.report.steps_and_rows import RowResult, read_row_results
 from left_bench.spec.record import SCORER_PREFIX
-from left_bench.spec.row_scores import SCORES_OF_A_PAIR, SCORES_OF_A_ROW
+from left_bench.spec.row_scores import ANSWER_METRICS, SCORES_OF_A_PAIR, SCORES_OF_A_ROW
 
 if TYPE_CHECKING:
     import numpy
@@ -76,10 +76,12 @@ class Scored(NamedTuple):
 def scored_rows(records: Sequence[Path], metric: str) -> Scored | None:
     """The row-by-row results beside some records, one record a seed.
 
-    None where the metric is no mean over rows, a record has none, or the seeds were asked otherwise.
+    None where the metric is neither a mean over rows nor kept in parts of theirs, a record has none, or the seeds were
+    asked otherwise.
     """
     by_row = metric in ("eval_loss", *SCORES_OF_A_PAIR, *SCORES_OF_A_ROW) or metric.startswith(SCORER_PREFIX)
-    if not by_row or not records:
+    in_parts = metric in ANSWER_METRICS and ANSWER_METRICS[metric].by_leaving_out
+    if not (by_row or in_parts) or not records:
         return None
     runs = [read_row_results(path) for path in records]
     kept = [results for results in runs if results]

@@ -285,7 +285,8 @@ def _compared(trained: Any, written: Any, cell: Cell, which: str) -> str:
 
     dtype = DTYPES[cell.precision.weights_dtype]
     largest = (written - trained).abs().max().item()
-    spread = (trained - trained.mean(-1, keepdim=True)).norm()
+    # of several logits those of one place are told apart by their differences; a single one is a number as it stands
+    spread = (trained - trained.mean(-1, keepdim=True)).norm() if trained.shape[-1] > 1 else trained.norm()
     share, bound = ((written - trained).norm() / spread).item(), torch.finfo(dtype).eps ** 0.5
     told = (
         f"on {which} its logits differ from the trained model's by at most {largest:.2g}, and in all by {share:.2g} of "

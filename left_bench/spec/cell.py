@@ -231,9 +231,9 @@ def _without_repeats(tasks: list[str]) -> list[str]:
 
 class Data(_Section):
     name: str
-    source: Literal["reasoning_gym", "hub", "jsonl", "folder", "scikit_learn"]
+    source: Literal["reasoning_gym", "hub", "jsonl", "folder", "scikit_learn", "wheel"]
     task: str | None = None
-    """reasoning_gym: the dataset's name."""
+    """The data's name where the source has several: of reasoning_gym, in scikit-learn, in a wheel."""
     config: dict[str, Any] = Field(default_factory=dict)
     """reasoning_gym: the dataset's own arguments. hub: `load_dataset` arguments (name, revision, split)."""
     path: str | None = None
@@ -244,8 +244,8 @@ class Data(_Section):
     validation_path: str | None = None
     """Validation rows in a separate file; None: the data set's own split `validation`, or see `validation_rows`."""
     shape: str | None = None
-    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt`, `preference`, `classification` or `text`; None:
-    detected from the first row (and filled in when a cell is composed, if it is `text`)."""
+    """`columns`, `completion`, `alpaca`, `messages`, `sharegpt`, `preference`, `classification`, `tags` or `text`;
+    None: detected from the first row (and filled in when a cell is composed, if it is `text`)."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """What carries loss in training: every assistant turn of a conversation, only the last one, or every token of a
     row, including the prompt. Test rows are always scored on answers."""
@@ -256,6 +256,8 @@ class Data(_Section):
     image_column: str | None = None
     """The column of images, whose classes are in `answer_column`; None: the data is text."""
     prompt_column: str = "prompt"
+    second_column: str | None = None
+    """The second text of a pair that is read together, for a model that names a class or a number; None: one text."""
     answer_column: str = "answer"
     pairs: bool = False
     """Give every row a worse answer as well: for preference tuning, and to measure which of the two is likelier."""

@@ -19,6 +19,9 @@ class Metric(NamedTuple):
     """Score of one answer, `(prediction, reference)`, where the metric is the mean over held-out rows."""
     of_answers: Callable[[Sequence[str], Sequence[str]], float] | None = None
     """Score of all answers together, `(predictions, references)`, where it is not a mean over rows."""
+    by_leaving_out: bool = False
+    """Whether the standard error of `of_answers` is estimated by leaving out rows
+    (`evaluation.text_metrics.row_parts`): it is quick to compute again."""
     extracts: bool = False
     """`of_answer` also takes `extractor=`: which part of an answer counts (`eval.extractor`)."""
     needs: str | None = None

@@ -201,7 +201,7 @@ class Score(_Frozen):
     metric: str
     value: float
     stderr: float | None = None
-    """Standard error over test rows; absent where the metric has none (corpus metrics)."""
+    """Standard error over test rows; absent where the metric has none (BLEU)."""
     n: int
     """Rows scored."""
     base_value: float | None = None

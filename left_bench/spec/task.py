@@ -29,7 +29,14 @@ class Task:
     reads: Literal["text", "pictures"] = "text"
     """What the model reads."""
     writes: bool = True
-    """Whether it generates text; otherwise it predicts one of the data's classes."""
+    """Whether it generates text; otherwise a new output layer gives its answer (one of the data's classes, a number),
+    or it `embeds`."""
+    embeds: bool = False
+    """Whether it answers with vectors by which texts are compared; the base model already produces them."""
+    likelihood: bool = True
+    """Whether its loss is the negative log-likelihood of the right answer, which has a perplexity."""
+    reads_pairs: bool = False
+    """Whether a row may be a pair of texts (`data.second_column`)."""
     has_encoder: bool = False
     """Whether an encoder reads the prompt and a decoder writes the answer; each is padded separately."""
     reader: str = "AutoTokenizer"
@@ -52,12 +59,14 @@ class Task:
     """The hub's task id and its name, for model cards."""
     rules: tuple[tuple[Callable[[Cell], bool], str], ...] = ()
     """What cannot be combined with it, each with the reason; applied only to cells of this task."""
+    example: tuple[str, str] | None = None
+    """The options of model and data for which `left-bench list methods` asks the rules; None: it has no column."""
 
     @property
     def new_output(self) -> bool:
-        """Whether a new output layer is created for the data's classes: the base model has not learned them, and every
+        """Whether a new output layer is created for the data's answers: the base model has not learned them, and every
         method trains this layer in full."""
-        return not self.writes
+        return not (self.writes or self.embeds)
 
     @property
     def is_decoder(self) -> bool:
@@ -66,7 +75,8 @@ class Task:
 
     def is_of(self, model: Any) -> bool:
         """Whether a `transformers` model is of this kind, judged by its class."""
-        return self.auto_class.removeprefix("AutoModel") in type(model).__name__
+        kind, name = self.auto_class.removeprefix("AutoModel"), type(model).__name__
+        return kind in name if kind else name.endswith("Model")
 
 
 TASKS: Registry[Task] = Registry("left_bench.spec.tasks", "TASK", group="left_bench.tasks")

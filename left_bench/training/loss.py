@@ -177,7 +177,9 @@ class AnswerLoss:
         """Hidden states at the labelled positions [n, width]; logits there [n, vocabulary] where there is no suffix."""
         after, inputs = virtual_positions(self.model), batch.inputs()
         if self.head is None:
-            return batch.labelled(self.forward(**inputs).logits, after=after)
+            outputs = self.forward(**inputs)
+            logits = getattr(outputs, "logits", None)  # a model without an output layer has its last states alone
+            return batch.labelled(outputs.last_hidden_state if logits is None else logits, after=after)
         kept: list[torch.Tensor] = []
 
         def take(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -240,6 +242,9 @@ def _row_sums(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of each label: the squared error where it is a number, else the negative log-likelihood of the right index."""
+    if targets.is_floating_point():
+        return (logits.float()[:, 0] - targets) ** 2
     return cross_entropy(logits.float(), targets, reduction="none")
 
 

@@ -121,7 +121,7 @@ def begin(
     test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
     if not test:
         effective["held_out"] = "no rows: all were trained on, and nothing is scored"
-    elif splits.classes is None:
+    elif cell.task.writes:
         longest_prompt = max(len(row.prompt_ids) for row in test)
         check_generation(cell, load.config_of(cell, folder), longest_prompt=longest_prompt)
     check_curve(cell, rows=len(splits.validation))
@@ -174,7 +174,7 @@ def load_base(run: RunContext) -> Any:
         circumstances=circumstances,
         classes=run.splits.classes,
     )
-    if run.splits.classes is None:
+    if cell.task.reads == "text":
         load.check_tokenizer(run.tokenizer, base_model)
     effective |= loaded
     meter.metrics |= load.base_metrics(base_model)
@@ -194,7 +194,7 @@ def score_base(run: RunContext, base_model: Any) -> Any:
     out."""
     cell = run.cell
     # random weights and a new output layer are untrained
-    if not run.team.first or not run.test or cell.model.weights == "random" or run.splits.classes is not None:
+    if not run.team.first or not run.test or cell.model.weights == "random" or cell.task.new_output:
         return None
     before, source = shared_baseline.evaluate_base(
         base_model, run.tokenizer, run.test, cell, meter=run.meter, runs_dir=run.run_dir.parent, tasks=run.tasks
@@ -220,8 +220,9 @@ def attach_method(run: RunContext, base_model: Any) -> Any:
         "trainable_dtype": "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable})),
         "autocast": cell.precision.compute_dtype if cell.autocast else "off",
     }
-    if cell.peft.init_text is not None and base_model.config.is_encoder_decoder:
-        effective["init_text"] = "not used by an encoder with a decoder"  # its prompt produces no cache to start from
+    if cell.peft.init_text is not None and not cell.task.is_decoder:
+        kind = "an encoder with a decoder" if cell.task.has_encoder else "a model that does not generate text"
+        effective["init_text"] = f"not used by {kind}"  # there is no cache to start from
     return model
 
 
@@ -256,7 +257,9 @@ def train(run: RunContext, model: Any) -> None:
         packing.laid_out(model, loss, run.splits.train, cell, pad_id=pad_id, device=kind) as layout,
         float8.in_float8(model, cell) as converted,
     ):
-        effective |= {"output_head": loss.output_head, **layout.effective, **converted}
+        if cell.task.writes:  # elsewhere every label has its own few logits
+            effective["output_head"] = loss.output_head
+        effective |= {**layout.effective, **converted}
         if loss.output_head_fallback is not None:
             effective["output_head_fallback"] = loss.output_head_fallback
         common: dict[str, Any] = {"pad_id": pad_id, "packed": layout.packed}
@@ -323,7 +326,7 @@ def curve_of(run: RunContext, model: Any) -> Curve:
         meter=run.meter,
         team=run.team,
         tell=progress_of(run.events),
-        scores=scores if cell.eval.curve_scores and (cell.generates or run.splits.classes) else None,
+        scores=scores if cell.eval.curve_scores and (cell.generates or not cell.task.writes) else None,
     )
     run.draft["curve"] = curve.points
     return curve
@@ -386,7 +389,7 @@ def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
             meter.metrics["generate_tokens_per_second"] = _generation_speed(run, model, cell)
     by_row = evaluate.row_scores(after, test, cell)
     if cell.model.weights != "random":  # random weights have no meaningful quality
-        scores = run.draft["scores"] = evaluate.scores(after, before, test, cell)
+        scores = run.draft["scores"] = evaluate.scores(after, before, test, cell, by_row=by_row)
         run.draft["samples"] = evaluate.samples(after, before, test, cell)
         base_answers = before.predictions if before is not None else None
         if cell.eval.scorer is not None and after.predictions is not None:
@@ -412,7 +415,7 @@ def save(run: RunContext, base_model: Any, model: Any) -> None:
     # p-tuning saves its encoder's output for the virtual tokens, which must be computed as in the evaluation
     with run.meter.phase("save"), load.autocast(run.cell, device=run.device.kind):
         run.meter.metrics["adapter_file_bytes"] = attach.save_trained(model, folder, tokenizer=run.tokenizer)
-    ends = None if run.splits.classes else evaluate.end_tokens(base_model, run.tokenizer)
+    ends = evaluate.end_tokens(base_model, run.tokenizer) if run.cell.task.writes else None
     write_readme(folder, run.cell, base=run.folder, tokenizer=run.tokenizer, ends=ends)
 
 

@@ -192,10 +192,12 @@ def count_rows(cell: Cell, splits: Any, tokenizer: Any) -> Rows:
     from left_bench.evaluation.shared_prompt import common_beginning
 
     def counted(rows: Sequence[Any]) -> list[Row]:
-        if splits.classes is not None:  # images are all of one size, and slow to read
+        if cell.task.reads == "pictures":  # all of one size, and slow to read
             return [Row(rows[0].length, 0)] * min(len(rows), _MOST_ROWS)
         places = range(0, len(rows), -(-len(rows) // _MOST_ROWS))
         read = (rows[place] for place in places)
+        if not cell.task.writes:
+            return [Row(row.length, 0) for row in read]
         return [Row(len(row.prompt_ids), len(row.answer_ids), len(row.rejected_ids or [])) for row in read]
 
     # with `eval.rows`, the first test rows are scored
@@ -288,7 +290,7 @@ def measure(cell: Cell, splits: Any, tokenizer: Any, *, folder: str, seconds: fl
 
     of_forward = ladder(forward, test, guess=from_a_short, cost=of_rows, until=share("forward"))
     until, of_decode = share("decode"), Line(0.0, 0.0)
-    if splits.classes is None:  # one more row is one more token of a pass
+    if cell.task.writes:  # one more row is one more token of a pass
         more = of_forward.each
         of_decode = ladder(
             decode, test, guess=lambda _, took: Line(max(0.0, took - more), more), cost=of_answers, until=until

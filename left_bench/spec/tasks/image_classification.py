@@ -3,7 +3,7 @@
 from left_bench.spec.task import Task
 
 _SEEN = "(seen with peft 0.21.2, bitsandbytes 0.50.2)"
-_FOR_TEXT = ("PromptTuning", "PrefixTuning", "PromptEncoder", "Cartridge", "AdaptionPrompt", "TrainableTokens")
+_FOR_TEXT = ("PromptTuning", "PrefixTuning", "PromptEncoder", "Cartridge", "AdaptionPrompt")
 
 TASK = Task(
     auto_class="AutoModelForImageClassification",
@@ -16,6 +16,7 @@ TASK = Task(
     predict="left_bench.evaluation.evaluate:classify",
     probe="left_bench.data.pictures:probe",
     hub_task=("image-classification", "Image Classification"),
+    example=("vit_base", "digits"),
     rules=(
         (
             lambda cell: cell.peft.is_one_of(*_FOR_TEXT),

@@ -7,6 +7,7 @@ TASK = Task(
     peft_type="SEQ_2_SEQ_LM",
     has_encoder=True,
     load_rows="left_bench.model.rows:encoder_rows",
+    example=("flan_t5_small", "chain_sum"),
     rules=(
         (
             lambda cell: cell.data.shape == "text",
