@@ -38,6 +38,10 @@ class Row:
     answer: str
     rejected: str | None = None
     """A worse answer to the same question, for preference tuning."""
+    margin: float | None = None
+    """By how much the answer is better than the worse one, where `data.margin_column` says so."""
+    desirable: bool | None = None
+    """Whether the answer is a good one, where `data.label_column` says so."""
     before: tuple[Message, ...] | None = None
     """The conversation up to the answer, as chat templates take it; None: the prompt is all there is."""
     group: str | None = None
