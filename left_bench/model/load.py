@@ -95,8 +95,8 @@ def load_model(
     unexpected = _all_loaded(model, loading, cell, new_output=classes is not None)
     if model.can_generate():
         model.generation_config = _greedy(model.generation_config)
-    if cell.task.reads == "text" and not cell.task.writes and model.config.pad_token_id is None:
-        # a decoder tells the class from the last token that is no padding
+    if cell.task.reads == "text" and not cell.task.writes:
+        # a decoder tells the class from the last token that is no padding: what its rows are padded with must be that
         model.config.pad_token_id = load_text_reader(folder, cell.model).pad_token_id
     _feed_head_contiguous(model)
     keep_trainable(model)

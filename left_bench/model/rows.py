@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from left_bench.core.errors import UserError
 from left_bench.data import Splits, load_classified_texts, load_data, load_pictures
+from left_bench.data.answer_pairs import as_answer_pairs
 from left_bench.pretrained import source
 from left_bench.spec.cell import Cell
 
@@ -42,6 +43,11 @@ def classified_text_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
     positions = getattr(_config_of(cell, folder), "max_position_embeddings", None)
     longest = min(cell.training.max_length, positions) if isinstance(positions, int) else cell.training.max_length
     return load_classified_texts(cell.data, tokenizer, max_length=longest)
+
+
+def answer_pair_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
+    """Pairs of answers, each read with its question (see `data.answer_pairs`)."""
+    return as_answer_pairs(_text_rows(cell, tokenizer, decoder_start=None))
 
 
 def _text_rows(cell: Cell, tokenizer: Any, *, decoder_start: int | None) -> Splits:
