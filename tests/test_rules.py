@@ -29,6 +29,7 @@ NEOX, T5, VIT = ["model=tiny_neox"], ["model=tiny_t5"], ["model=tiny_vit"]
 SUM_PAIRS = ["data=chain_sum_pairs"]
 TWO = ["hardware.processes=2"]
 FSDP2 = [*TWO, "hardware.sharding=fsdp2"]
+GRPO = ["training=grpo", "training.group_size=2", "training.sft_steps=0"]
 
 # what is refused; words of the reason; the nearest neighbour that is not
 PAIRS: list[tuple[list[str], str, list[str]]] = [
@@ -115,6 +116,7 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["training=reward"], "better and a worse", ["training=reward", *SUM_PAIRS]),
     (["model.task=reward_model", *SUM_PAIRS], "trained by", []),
     (["training=reward", *SUM_PAIRS, *T5, "model.task=seq2seq_lm"], "model.task out", []),
+    ([*GRPO, "data=jsonl"], "what an answer is worth", GRPO),
     (["training=orpo"], "data.pairs", ["training=orpo", *SUM_PAIRS]),
     (["training=kto", "training.sft_steps=0"], "good or bad", ["training=kto", "training.sft_steps=0", *SUM_PAIRS]),
     # forced in this process, which is one: neighbours that are several are in test_ranks.py
@@ -131,6 +133,15 @@ ALONG_TRAINING: list[tuple[list[str], str, list[str]]] = [
 ]
 # rows whose answers are good or bad, and what else is asked; words of the reason; the nearest neighbour
 LABELLED: list[tuple[list[str], str, list[str]]] = [
+    (["training=grpo", "training.group_size=2", *T5], "a decoder's are", ["training=grpo", "training.group_size=2"]),
+    ([*GRPO, "training.batch_size=4", *TWO], "one process", GRPO),
+    ([*GRPO, "training.compile=true"], "compiled, float8 and packed", ["training.compile=true"]),
+    ([*GRPO, "training.batching=packed"], "compiled, float8 and packed", ["training.batching=packed"]),
+    ([*GRPO, "training.updates_per_sample=2", "training.checkpoint_every=1"], "no sampled answers", GRPO),
+    (["training=grpo", "training.group_size=3"], "multiple of training.group_size", GRPO),
+    (["training.updates_per_sample=2"], "belong to", [*GRPO, "training.updates_per_sample=2"]),
+    (["data=jsonl", "eval.verifier=true", "eval.generate=true"], "its own questions", ["data=jsonl"]),
+    (["eval.verifier=true"], "its own questions", ["eval.verifier=true", "eval.generate=true"]),
     (["data.margin_column=by"], "reward models", ["data.margin_column=by", "training=reward", *SUM_PAIRS]),
     (["training=reward", *SUM_PAIRS, "eval.curve_scores=true"], "writes no answers", ["training=reward", *SUM_PAIRS]),
     (["training=reward", *SUM_PAIRS, "training.sft_steps=1"], "writes no answers", []),
@@ -343,6 +354,15 @@ def going_on(cell):
     return cell.model_copy(update={"training": training})
 
 
+def rewarded_twice(cell):
+    training = cell.training.model_copy(update={"reward": "mine:score", "reward_model": "runs/earlier"})
+    return cell.model_copy(update={"training": training})
+
+
+def test_two_rewards_are_one_too_many(tiny_cell):
+    assert "give one of them" in str(why_unsupported(rewarded_twice(tiny_cell(*CHEAP, *GRPO))))
+
+
 def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     """A new rule must come with a cell that it refuses, here or among the checkpoints and packages above."""
     cells = [tiny_cell(*CHEAP, *refused) for refused, _, _ in PAIRS]
@@ -351,6 +371,7 @@ def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     cells += [tiny_cell("hardware=cuda", *refused) for refused, _, _ in ON_CUDA]
     cells += [tiny_cell(*CHEAP, *refused) for refused, _, _ in ALONG_TRAINING + LABELLED]
     cells += [going_on(tiny_cell("peft=adalora"))]  # more in test_start_from.py
+    cells += [rewarded_twice(tiny_cell(*GRPO))]
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
     monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: False)
     wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]

@@ -19,6 +19,7 @@ QUALITY = (
     "exact_match",
     "accuracy",
     "number_match",
+    "verifier_score",
     "judge_win_rate",
     "f1",
     "rouge_l",

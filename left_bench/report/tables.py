@@ -68,6 +68,7 @@ _HEADINGS = {
     "bleu": "BLEU",
     "f1": "F1",
     "number_match": "number match",
+    "verifier_score": "verifier's score",
     "judge_win_rate": "judge prefers it to the base",
     "preference_accuracy": "prefers the right answer",
     "preference_margin_nats": "preference margin (nats)",
