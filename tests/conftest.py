@@ -193,6 +193,23 @@ def work_in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell]
     return work_in_process
 
 
+@pytest.fixture(scope="session")
+def finished(work_in_process: Callable[[Cell], dict[str, Any]]) -> Callable[[Cell], tuple[Path, dict[str, Any]]]:
+    """`finished(cell)`: its run folder with a record, as a launch leaves it, and what was measured."""
+    from left_bench.spec.record import Record, outcome_of
+    from left_bench.spec.run_files import CELL_NAME
+
+    def finished(cell: Cell) -> tuple[Path, dict[str, Any]]:
+        measured = work_in_process(cell)
+        run_dir = measured.pop("run_dir")
+        (run_dir / CELL_NAME).write_text(cell.model_dump_json(by_alias=True), encoding="utf-8")
+        known = {name: value for name, value in measured.items() if name in Record.model_fields}
+        outcome_of(cell, "ok", None, started_at="2026-01-01T00:00:00+00:00", measured=known).write(run_dir)
+        return run_dir, measured
+
+    return finished
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     """Each kind of device whose kernels are ours to answer for; skipped where this machine has none."""

@@ -33,6 +33,7 @@ VECTORS = ["model=tiny_bert", "model.task=embeddings", "data=chain_sum"]
 SUM_PAIRS = ["data=chain_sum_pairs"]
 TWO = ["hardware.processes=2"]
 FSDP2 = [*TWO, "hardware.sharding=fsdp2"]
+GRPO = ["training=grpo", "training.group_size=2", "training.sft_steps=0"]
 
 # what is refused; words of the reason; the nearest neighbour that is not
 PAIRS: list[tuple[list[str], str, list[str]]] = [
@@ -130,6 +131,13 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     ([*VIT, "data=digits", "peft=ia3"], "target_modules", [*VIT, "data=digits", "peft=bitfit"]),
     ([*VIT, "data=digits", *HQQ], "output layer", [*VIT, "data=digits", *NF4]),
     (["training=dpo", "training.sft_steps=1"], "data.pairs", ["training=dpo", "training.sft_steps=1", *SUM_PAIRS]),
+    (["data=digits", *VIT, "data.pairs=true", "training=orpo"], "written answers", [*VIT, "data=digits"]),
+    (["training=reward"], "better and a worse", ["training=reward", *SUM_PAIRS]),
+    (["model.task=reward_model", *SUM_PAIRS], "trained by", []),
+    (["training=reward", *SUM_PAIRS, *T5, "model.task=seq2seq_lm"], "model.task out", []),
+    ([*GRPO, "data=jsonl"], "what an answer is worth", GRPO),
+    (["training=orpo"], "data.pairs", ["training=orpo", *SUM_PAIRS]),
+    (["training=kto", "training.sft_steps=0"], "good or bad", ["training=kto", "training.sft_steps=0", *SUM_PAIRS]),
     # forced in this process, which is one: neighbours that are several are in test_ranks.py
     (["hardware.processes=3"], "training.batch_size", ["training.batch_size=3"]),
     ([*TWO, "hardware=cuda", "hardware.device=mps"], "MPS has only one", []),
@@ -141,6 +149,28 @@ ALONG_TRAINING: list[tuple[list[str], str, list[str]]] = [
     (["training.stop_patience=1", "eval.points=0"], "set eval.points", ["training.stop_patience=1", "eval.points=2"]),
     (["training.max_seconds=5", "peft=adalora"], "plans its ranks", ["training.max_seconds=5"]),
     (["eval.curve_scores=true", "training=packed"], "padded rows", ["eval.curve_scores=true"]),
+]
+# rows whose answers are good or bad, and what else is asked; words of the reason; the nearest neighbour
+LABELLED: list[tuple[list[str], str, list[str]]] = [
+    (["training=grpo", "training.group_size=2", *T5], "a decoder's are", ["training=grpo", "training.group_size=2"]),
+    ([*GRPO, "training.batch_size=4", *TWO], "one process", GRPO),
+    ([*GRPO, "training.compile=true"], "compiled, float8 and packed", ["training.compile=true"]),
+    ([*GRPO, "training.batching=packed"], "compiled, float8 and packed", ["training.batching=packed"]),
+    ([*GRPO, "training.updates_per_sample=2", "training.checkpoint_every=1"], "no sampled answers", GRPO),
+    (["training=grpo", "training.group_size=3"], "multiple of training.group_size", GRPO),
+    (["training.updates_per_sample=2"], "belong to", [*GRPO, "training.updates_per_sample=2"]),
+    (["data=jsonl", "eval.verifier=true", "eval.generate=true"], "its own questions", ["data=jsonl"]),
+    (["eval.verifier=true"], "its own questions", ["eval.verifier=true", "eval.generate=true"]),
+    (["data.margin_column=by"], "reward models", ["data.margin_column=by", "training=reward", *SUM_PAIRS]),
+    (["training=reward", *SUM_PAIRS, "eval.curve_scores=true"], "writes no answers", ["training=reward", *SUM_PAIRS]),
+    (["training=reward", *SUM_PAIRS, "training.sft_steps=1"], "writes no answers", []),
+    (["data.label_column=ok"], "kto alone", []),
+    (["data.label_column=ok", "training=kto", "training.sft_steps=0", "data.pairs=true"], "kto alone", []),
+    (
+        ["data.label_column=ok", "training=kto"],
+        "training.sft_steps=0",
+        ["data.label_column=ok", "training=kto", "training.sft_steps=0"],
+    ),
 ]
 # on two processes of the CPU: what is refused over shards, words of the reason, what the forced cell says
 SHARDED: list[tuple[list[str], str, str]] = [
@@ -330,10 +360,26 @@ def test_an_installed_package_runs(module, tiny_cell, work_in_process):
     assert work_in_process(cell)["metrics"]["train_steps"] == 2
 
 
-@pytest.mark.parametrize(("refused", "words", "allowed"), ALONG_TRAINING, ids=map(names, ALONG_TRAINING))
-def test_what_does_not_go_with_validation_along_training_is_refused(refused, words, allowed, tiny_cell):
+@pytest.mark.parametrize(
+    ("refused", "words", "allowed"), ALONG_TRAINING + LABELLED, ids=map(names, ALONG_TRAINING + LABELLED)
+)
+def test_what_goes_with_no_training_of_the_kind_is_refused(refused, words, allowed, tiny_cell):
     assert words in str(why_unsupported(tiny_cell(*CHEAP, *refused)))
     assert why_unsupported(tiny_cell(*CHEAP, *allowed)) is None
+
+
+def going_on(cell):
+    training = cell.training.model_copy(update={"start_from": "runs/earlier"})
+    return cell.model_copy(update={"training": training})
+
+
+def rewarded_twice(cell):
+    training = cell.training.model_copy(update={"reward": "mine:score", "reward_model": "runs/earlier"})
+    return cell.model_copy(update={"training": training})
+
+
+def test_two_rewards_are_one_too_many(tiny_cell):
+    assert "give one of them" in str(why_unsupported(rewarded_twice(tiny_cell(*CHEAP, *GRPO))))
 
 
 def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
@@ -342,7 +388,9 @@ def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     cells += [tiny_cell(*CHEAP, *refused, *FSDP2) for refused, _, _ in SHARDED]
     cells += [tiny_cell(*CHEAP, f"quantization={method}") for method in CHECKPOINTS]
     cells += [tiny_cell("hardware=cuda", *refused) for refused, _, _ in ON_CUDA]
-    cells += [tiny_cell(*CHEAP, *refused) for refused, _, _ in ALONG_TRAINING]
+    cells += [tiny_cell(*CHEAP, *refused) for refused, _, _ in ALONG_TRAINING + LABELLED]
+    cells += [going_on(tiny_cell("peft=adalora"))]  # more in test_start_from.py
+    cells += [rewarded_twice(tiny_cell(*GRPO))]
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
     monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: False)
     wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import random
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,6 +111,7 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
         train, validation, left_out = _for_validation(section, train, held_out or test, source, separate=for_validation)
         train = train[: section.train_rows]
     if section.pairs and section.rejected_column is None and not any(row.rejected for row in rows):
+        validation = _mismatched([*validation, *train], source)[: len(validation)]
         train, test = _mismatched(train, source), _mismatched(test, source)
     words = None if shape is None else in_words(shape, section)
     there = None if held_out is None else len({_question(row) for row in held_out})
@@ -185,6 +187,8 @@ def _detect_shape(section: Data, records: Records) -> tuple[Records, Shape | Non
     first = next(iterator, None)
     if first is None:
         return [], None
+    if section.label_column is not None or section.margin_column is not None:
+        return itertools.chain([first], iterator), None
     return itertools.chain([first], iterator), shape_of(section, first[1])
 
 
@@ -335,7 +339,15 @@ def _drawn_records(section: Data, *, size: int, seed: int) -> Records:
         items = reasoning_gym.create_dataset(task, size=size, seed=seed, **section.config)
         # `question` is the library's own key; `prompt` makes the default columns work as well.
         records: list[tuple[str, dict[str, Any]]] = [
-            (f"item {i}", {"prompt": item["question"], "question": item["question"], "answer": item["answer"]})
+            (
+                f"item {i}",
+                {
+                    "prompt": item["question"],
+                    "question": item["question"],
+                    "answer": item["answer"],
+                    "metadata": item.get("metadata"),  # what a verifier may ask for
+                },
+            )
             for i, item in enumerate(items[j] for j in range(size))
         ]
         if task == "family_relationships" and section.shape == "tags":
@@ -370,11 +382,16 @@ def _rows(
             literal + (texts[_column_of(section, field)] if field is not None else "") for literal, field in parts
         ).strip()
         rejected = whole_lines(texts[section.rejected_column]) if section.pairs and section.rejected_column else None
+        answer = whole_lines(texts[section.answer_column])
+        desirable = None if section.label_column is None else _is_good(texts[section.label_column], section, where)
+        margin = None if section.margin_column is None else _margin(texts[section.margin_column], section, where)
         second = None if section.second_column is None else texts[section.second_column].strip()
         yield Row(
             prompt=prompt,
-            answer=whole_lines(texts[section.answer_column]),
+            answer=answer,
             rejected=rejected,
+            margin=margin,
+            desirable=desirable,
             second=second,
             group=None if second is None else f"{prompt}\n{second}",
         )
@@ -438,6 +455,10 @@ def _columns(section: Data) -> list[tuple[str, str]]:
         asked.append(("data.rejected_column", section.rejected_column))
     if section.second_column is not None:
         asked.append(("data.second_column", section.second_column))
+    if section.label_column is not None:
+        asked.append(("data.label_column", section.label_column))
+    if section.margin_column is not None:
+        asked.append(("data.margin_column", section.margin_column))
     for _, field in _template_parts(section.template):
         if field is not None:
             key = "data.prompt_column" if field == "prompt" else "data.template"
@@ -453,6 +474,22 @@ def _missing_column(section: Data, key: str, column: str, record: Mapping[str, A
 
 
 # --- worse answers ---
+
+
+def _is_good(text: str, section: Data, where: str) -> bool:
+    if text.strip().casefold() not in ("true", "false", "1", "0"):
+        raise UserError(f"data.label_column={section.label_column!r}: {where} holds {text[:40]!r}; write true or false")
+    return text.strip().casefold() in ("true", "1")
+
+
+def _margin(text: str, section: Data, where: str) -> float:
+    try:
+        result = float(text)
+    except ValueError:
+        result = math.nan
+    if not math.isfinite(result):
+        raise UserError(f"data.margin_column={section.margin_column!r}: {where} holds {text[:40]!r}; write a number")
+    return result
 
 
 def _mismatched(rows: list[Row], source: str) -> list[Row]:
@@ -498,7 +535,13 @@ def _hold_out(
     else:
         drawn = random.Random(section.seed).sample(held_out, len(held_out))
     test: dict[str, Row] = {}
-    for row in drawn:
+    good = [row for row in drawn if row.desirable is not False]  # a bad answer is nothing to score by
+    if not good:
+        raise UserError(
+            f"data.label_column={section.label_column!r}: {source} has no row that it calls good, and answers are"
+            " scored by such; name the column that says so"
+        )
+    for row in good:
         if len(test) == section.test_rows:
             break
         test.setdefault(_question(row), _one_turn(row, seed=section.seed))
@@ -550,7 +593,7 @@ def _for_validation(
     if separate is not None:
         fresh: dict[str, Row] = {}
         for row in random.Random(section.seed).sample(separate, len(separate)):
-            if (question := _question(row)) not in taken:
+            if (question := _question(row)) not in taken and row.desirable is not False:
                 fresh.setdefault(question, _one_turn(row, seed=section.seed))
         results = dict(itertools.islice(fresh.items(), wanted))
         left_out = len(separate) - len(fresh)
@@ -564,7 +607,8 @@ def _for_validation(
     for row in [*beyond, *(reversed(used) if asked else ())]:
         if len(results) == wanted:
             break
-        results.setdefault(_question(row), _one_turn(row, seed=section.seed))
+        if row.desirable is not False:
+            results.setdefault(_question(row), _one_turn(row, seed=section.seed))
     left = [row for row in train if _question(row) not in results]
     if asked and (len(results) < wanted or not left):
         most = max(0, len({_question(row) for row in train}) - 1)

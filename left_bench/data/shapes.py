@@ -40,6 +40,10 @@ class Row:
     """A worse answer to the same question, for preference tuning."""
     second: str | None = None
     """The second of a pair of texts that are read together (`data.second_column`)."""
+    margin: float | None = None
+    """By how much the answer is better than the worse one, where `data.margin_column` says so."""
+    desirable: bool | None = None
+    """Whether the answer is a good one, where `data.label_column` says so."""
     before: tuple[Message, ...] | None = None
     """The conversation up to the answer, as chat templates take it; None: only the prompt."""
     group: str | None = None

@@ -55,11 +55,18 @@ class Example:
     reference: str
     """The right answer before truncation."""
     rejected_ids: list[int] | None = None
-    """A worse answer and the end token, for preference tuning."""
+    """A worse answer and what ends a turn, for preference tuning."""
     rejected: str | None = None
-    """The worse answer before truncation."""
-    reference_margin: float | None = None
-    """Log-probability of the right answer less that of the worse one under the reference model of DPO, nats."""
+    """The worse answer, before truncation."""
+    margin: float | None = None
+    """By how much the right answer is better, where rows say so (reward models)."""
+    desirable: bool | None = None
+    """Whether the answer is a good one, where rows say so (KTO); None: it is the right one."""
+    unrelated_ids: list[list[int]] | None = None
+    """Answers of another row, for KTO."""
+    reference_logps: list[float] | None = None
+    """Log-probabilities of the row's answers under the reference model, nats: the right one's, the worse one's; of KTO
+    the unrelated answers' behind them."""
     unlabelled: list[list[int]] | None = None
     """Ranges [begin, end) of `answer_ids` that are other speakers' turns and carry no loss; None: none."""
     decoder_start: int | None = None
@@ -87,7 +94,8 @@ class Example:
     @property
     def identity(self) -> list[Any]:
         """The values that distinguish this row from others."""
-        known = [self.prompt_ids, self.answer_ids, self.reference, self.rejected_ids]
+        known: list[Any] = [self.prompt_ids, self.answer_ids, self.reference, self.rejected_ids]
+        known += [item for item in (self.margin, self.desirable) if item is not None]
         return known if self.unlabelled is None else [*known, self.unlabelled]
 
 
@@ -273,6 +281,8 @@ def _examples(
             reference=reference,
             rejected_ids=None if row.rejected is None else rejected_ids[: len(longer)],
             rejected=row.rejected,
+            margin=row.margin,
+            desirable=row.desirable,
         )
         results.append(_Tokenized(example, length))
     if not training or shape.apart or shape.encoder:
@@ -471,11 +481,14 @@ def _dataset(examples: list[Example]) -> datasets.Dataset:
         reference=text,
         rejected_ids=token_ids,
         rejected=text,
+        margin=Value("float64"),
+        desirable=Value("bool"),
         unlabelled=List(token_ids),
     )
     stored = [asdict(example) for example in examples]
     for row in stored:
-        del row["decoder_start"], row["reference_margin"]  # these belong to the model, not to the row
+        for name in ("decoder_start", "unrelated_ids", "reference_logps"):  # of a model or a training, not the row's
+            del row[name]
     return Dataset.from_list(stored, features=features)
 
 
@@ -484,9 +497,10 @@ def _content_fingerprint(splits: dict[str, list[Example]]) -> str:
     for name, examples in splits.items():
         digest.update(name.encode())
         for example in examples:
-            parts = [example.prompt_ids, example.answer_ids, example.reference]
+            parts: list[Any] = [example.prompt_ids, example.answer_ids, example.reference]
             if example.rejected_ids is not None:
                 parts.append(example.rejected_ids)
+            parts += [item for item in (example.margin, example.desirable) if item is not None]
             if example.unlabelled is not None:
                 parts.append(example.unlabelled)
             digest.update(json.dumps(parts).encode())

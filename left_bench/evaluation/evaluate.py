@@ -28,7 +28,7 @@ from left_bench.spec.events import Tell
 from left_bench.spec.record import Sample, Score
 from left_bench.spec.row_scores import ANSWER_METRICS, SCORES_OF_A_PAIR
 from left_bench.training.loss import AnswerLoss
-from left_bench.training.objective import with_worse_answer
+from left_bench.training.preferences import with_worse_answer
 
 _SPEED_ROWS, _SPEED_TOKENS = 16, 16
 _CHECKED_ROWS = 4
@@ -104,7 +104,7 @@ def written_answers(
     answers = greedy_answers(model, tokenizer, rows, cell, device=device, shared=shared, tell=partial(tell, "answers"))
     check_answers(model, rows[:_CHECKED_ROWS], answers, cell, pad_id=pad_of(tokenizer), device=device)
     ends = end_tokens(model, tokenizer)
-    return [_text_of(ids, ends, tokenizer) for ids in answers]
+    return [answer_text(ids, ends, tokenizer) for ids in answers]
 
 
 def row_losses(
@@ -164,7 +164,7 @@ def answer_scores(
     }
 
 
-def _text_of(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def answer_text(ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """An answer's text without its end token, which need not be a "special" token."""
     kept = ids[:-1] if ids and ids[-1] in ends else ids
     return str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
@@ -204,7 +204,7 @@ def greedy_answers(
         )
         done.add(len(indices))
         for index, output in zip(indices, outputs[:, before:].tolist(), strict=True):
-            answers[index] = _until_end(output, ends)
+            answers[index] = cut_at_end(output, ends)
     return answers
 
 
@@ -294,6 +294,10 @@ def classify(
         result += forward(**batch.inputs()).logits.argmax(-1).tolist()
         done.add(len(some))
     return [str(names[index]) for index in result]
+
+
+def no_answers(*_: Any, **__: Any) -> None:
+    """A reward model says nothing but how good an answer is."""
 
 
 def generation_speed(
@@ -500,7 +504,8 @@ def prompt_inputs(
     return inputs, len(begin) + longest if of_decoder else 1
 
 
-def _until_end(output: list[int], ends: set[int]) -> list[int]:
+def cut_at_end(output: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to the first that ends an answer."""
     for position, token in enumerate(output):
         if token in ends:
             return output[: position + 1]

@@ -57,11 +57,32 @@ def with_content(cell: Cell, folders: Sequence[Path]) -> Cell:
         raise UserError(
             f"eval.scorer={named}: it scores answers, and eval.generate=false generates none; leave one of the two out"
         )
-    source = find(named, folders)
-    _check(source, named)
-    where = named if source.module is not None else f"{source.path}:{source.function}"
-    changed = {"scorer": where, "scorer_content": file_sha256(source.path)}
+    where, content = _placed(named, folders, key="eval.scorer")
+    changed = {"scorer": where, "scorer_content": content}
     return cell.model_copy(update={"eval": cell.eval.model_copy(update=changed)})
+
+
+def with_reward_content(cell: Cell, folders: Sequence[Path]) -> Cell:
+    """The cell with the place and SHA-256 of the scorer that says what sampled answers are worth (`training.reward`).
+
+    Raises:
+        UserError: as `with_content`.
+    """
+    if cell.training.reward is None:
+        return cell
+    where, content = _placed(cell.training.reward, folders, key="training.reward")
+    changed = {"reward": where, "reward_content": content}
+    return cell.model_copy(update={"training": cell.training.model_copy(update=changed)})
+
+
+def _placed(named: str, folders: Sequence[Path], *, key: str) -> tuple[str, str]:
+    try:
+        source = find(named, folders)
+        _check(source, named)
+    except UserError as error:  # its messages are of eval.scorer
+        raise UserError(str(error).replace("eval.scorer=", f"{key}=")) from error
+    where = named if source.module is not None else f"{source.path}:{source.function}"
+    return where, file_sha256(source.path)
 
 
 def find(named: str, folders: Sequence[Path] = ()) -> Source:
@@ -169,7 +190,8 @@ def score_answers(
     Raises:
         ScorerFailed: it cannot be imported, raises an error, or returns something invalid.
     """
-    score = _load(cell)
+    assert cell.eval.scorer is not None
+    score = load(cell.eval.scorer, cell.eval.scorer_content)
     records = _records(cell, rows)
     of_rows = _call(score, rows, records, answers, tell=lambda done: tell("scorer", done, len(rows)))
     before = None
@@ -194,15 +216,17 @@ def score_answers(
     return scores, of_rows
 
 
-def _load(cell: Cell) -> Scorer:
-    """Import the function, after checking that its source is still the one recorded in the cell."""
-    named = cell.eval.scorer
-    assert named is not None
+def load(named: str, content: str | None) -> Scorer:
+    """Import the function, after checking that its source is still the one recorded in the cell.
+
+    Raises:
+        ScorerFailed: it is gone, has changed, or cannot be imported.
+    """
     try:
         source = find(named)
     except UserError as error:
         raise ScorerFailed(str(error)) from error
-    if file_sha256(source.path) != cell.eval.scorer_content:
+    if file_sha256(source.path) != content:
         raise ScorerFailed(f"{source.path} has changed since this cell was launched")
     folder = str(Path.cwd() if source.module is not None else source.path.absolute().parent)
     if folder not in sys.path:
@@ -213,7 +237,7 @@ def _load(cell: Cell) -> Scorer:
             if module.__file__ is None or not Path(module.__file__).samefile(source.path):
                 raise ScorerFailed(f"{source.module} is already imported from {module.__file__}; name the file instead")
         else:
-            name = f"left_bench_scorer_{str(cell.eval.scorer_content)[:12]}"
+            name = f"left_bench_scorer_{str(content)[:12]}"
             spec = importlib.util.spec_from_file_location(name, source.path)
             assert spec is not None and spec.loader is not None
             module = sys.modules[name] = importlib.util.module_from_spec(spec)

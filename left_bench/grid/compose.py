@@ -19,6 +19,7 @@ from left_bench.data.rows import with_shape
 from left_bench.evaluation.harness import with_content as tasks_with_content
 from left_bench.evaluation.judge import check as check_judge
 from left_bench.evaluation.scorer import with_content as scorer_with_content
+from left_bench.evaluation.scorer import with_reward_content
 from left_bench.grid.class_arguments import check_arguments
 from left_bench.grid.options import OnlyHydraKnows, default_options, option_folders, read_option, shipped_folders
 from left_bench.grid.rules import check_extras
@@ -27,6 +28,7 @@ from left_bench.measure.device import find_device
 from left_bench.pretrained import with_content as model_with_content
 from left_bench.spec.cell import GROUPS, Cell, Data, is_task_file, slugify
 from left_bench.spec.redact import refuse_secrets
+from left_bench.worker.earlier_cell import with_earlier
 
 
 class Settings(BaseModel):
@@ -108,7 +110,7 @@ def compose(config: DictConfig, hydra: DictConfig, *, typed: Sequence[str] | Non
             "--all-rows` trains a finished cell's recipe on all rows, in a separate folder"
         )
     _check_only_typed(cell, hydra, typed)
-    cell = _with_contents(cell, option_folders(hydra))
+    cell = with_earlier(_with_contents(cell, option_folders(hydra)), read.runs_dir)
     check_judge(cell)
     check_arguments(cell)
     check_extras(cell)
@@ -151,7 +153,7 @@ def _with_contents(cell: Cell, folders: Sequence[Path]) -> Cell:
         folders: of options, searched for scorers and tasks that are not in the working directory.
     """
     cell = cell.model_copy(update={"model": model_with_content(cell.model)})
-    cell = tasks_with_content(scorer_with_content(cell, folders), folders)
+    cell = tasks_with_content(with_reward_content(scorer_with_content(cell, folders), folders), folders)
     if cell.data.path is not None or cell.data.source == "hub":
         cell = cell.model_copy(update={"data": with_shape(with_content(cell.data))})
     return cell
@@ -182,6 +184,7 @@ def _check_only_typed(cell: Cell, hydra: DictConfig, typed: Sequence[str] | None
     files = [task for task in cell.eval.tasks if is_task_file(task)]
     alone = (
         ("eval.scorer", cell.eval.scorer, "your own code is run"),
+        ("training.reward", cell.training.reward, "your own code is run"),
         ("eval.tasks", f"[{','.join(files)}]" if files else None, "a task's file, which may contain code, is used"),
         ("eval.judge", cell.eval.judge, "rows and answers are sent"),
         ("eval.judge_key_from", cell.eval.judge_key_from, "a key is sent"),
@@ -303,7 +306,7 @@ def check_cell(cell: Cell) -> None:
     if cell.training.sft_steps and cell.training.objective == "sft":
         raise UserError(
             f"training.sft_steps={cell.training.sft_steps} come before preference tuning; set training.objective=dpo "
-            "(training=dpo), or leave them out"
+            "(training=dpo, kto or orpo), or leave them out"
         )
     if cell.data.second_column is not None and not cell.task.reads_pairs:
         raise UserError(

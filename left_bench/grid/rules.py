@@ -12,6 +12,7 @@ from left_bench.quantization import rules as quantization_rules
 from left_bench.spec.cell import Cell
 from left_bench.spec.device import DEVICES
 from left_bench.spec.row_scores import check_installed
+from left_bench.spec.task import REWARD_TASK
 from left_bench.spec.task import rules as task_rules
 
 # methods for which peft fills the cache, or puts tokens before the input, during generation
@@ -140,6 +141,10 @@ def _liger(cell: Cell) -> bool:
     return "liger" in (cell.training.kernels, cell.training.output_head)
 
 
+def _grpo(cell: Cell) -> bool:
+    return cell.training.objective == "grpo"
+
+
 RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     *(
         (
@@ -163,7 +168,7 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
     ),
     (
         lambda cell: (
-            cell.eval.generate
+            (cell.eval.generate or _grpo(cell))
             and _is(cell, *_THROUGH_THE_CACHE)
             and loses_virtual_tokens(versions_of(["transformers", "peft"]))
         ),
@@ -312,8 +317,95 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "eval.curve_scores generates answers between steps, which needs a single process and padded rows",
     ),
     (
-        lambda cell: cell.training.objective == "dpo" and not cell.data.pairs,
-        "training.objective=dpo needs rows with a better and a worse answer: data.pairs=true, as in data=preferences",
+        lambda cell: cell.training.objective in ("dpo", "orpo") and not cell.data.pairs,
+        "this training.objective needs rows with a better and a worse answer: data.pairs=true, as in data=preferences",
+    ),
+    (
+        lambda cell: cell.training.objective == "kto" and not cell.data.pairs and cell.data.label_column is None,
+        "training.objective=kto needs pairs of answers (data.pairs=true) or rows that are good or bad "
+        "(data.label_column=NAME)",
+    ),
+    (
+        lambda cell: cell.training.objective == "reward" and cell.model.task != REWARD_TASK,
+        "training.objective=reward makes a decoder into a reward model; leave model.task out, or set "
+        "model.task=reward_model",
+    ),
+    (
+        lambda cell: cell.training.objective == "reward" and cell.training.sft_steps > 0,
+        "a reward model's output layer writes no answers to fine-tune before; training.sft_steps=0",
+    ),
+    (
+        lambda cell: _grpo(cell) and not cell.task.is_decoder,
+        "training.objective=grpo samples answers that are trained on as they stand, which a decoder's are",
+    ),
+    (
+        lambda cell: (
+            _grpo(cell)
+            and cell.data.source != "reasoning_gym"
+            and cell.training.reward is None
+            and cell.training.reward_model is None
+        ),
+        "training.objective=grpo needs to know what an answer is worth: data of reasoning_gym, "
+        "training.reward=FILE:NAME or training.reward_model=CELL",
+    ),
+    (
+        lambda cell: (
+            _grpo(cell)
+            and (cell.training.batch_size * cell.training.gradient_accumulation) % cell.training.group_size != 0
+        ),
+        "the rows of a step (training.batch_size x gradient_accumulation) are answers in groups, and must be a "
+        "multiple of training.group_size",
+    ),
+    (
+        lambda cell: _grpo(cell) and cell.hardware.processes > 1,
+        "training.objective=grpo samples its answers in one process; hardware.processes=1",
+    ),
+    (
+        lambda cell: (
+            _grpo(cell) and (cell.training.compile or cell.training.float8 or cell.training.batching == "packed")
+        ),
+        "training.objective=grpo generates answers between steps, which compiled, float8 and packed layers do not",
+    ),
+    (
+        lambda cell: cell.training.updates_per_sample > 1 and cell.training.checkpoint_every is not None,
+        "training.checkpoint_every keeps no sampled answers; training.updates_per_sample=1 has none to go on with",
+    ),
+    (
+        lambda cell: (
+            not _grpo(cell)
+            and bool(cell.training.reward or cell.training.reward_model or cell.training.updates_per_sample > 1)
+        ),
+        "training.reward, training.reward_model and training.updates_per_sample belong to training.objective=grpo",
+    ),
+    (
+        lambda cell: cell.training.reward is not None and cell.training.reward_model is not None,
+        "training.reward and training.reward_model both say what an answer is worth; give one of them",
+    ),
+    (
+        lambda cell: cell.eval.verifier and (cell.data.source != "reasoning_gym" or not cell.generates),
+        "eval.verifier asks reasoning_gym about answers to its own questions: data=chain_sum and the like, "
+        "eval.generate=true",
+    ),
+    (
+        lambda cell: cell.data.margin_column is not None and cell.training.objective != "reward",
+        "data.margin_column is for reward models: training=reward",
+    ),
+    (
+        lambda cell: cell.data.label_column is not None and (cell.training.objective != "kto" or cell.data.pairs),
+        "data.label_column names rows whose answers are bad, which training.objective=kto alone learns from, and not "
+        "as pairs",
+    ),
+    (
+        lambda cell: cell.data.label_column is not None and cell.training.sft_steps > 0,
+        "training.sft_steps would train on the answers that data.label_column calls bad; training.sft_steps=0",
+    ),
+    (
+        lambda cell: cell.training.compares and not cell.task.writes,
+        "preference tuning compares written answers, and this task names classes",
+    ),
+    (
+        lambda cell: cell.training.start_from is not None and _is(cell, *_THROUGH_THE_CACHE, "AdaLora"),
+        "training.start_from: peft trains no loaded prompt further, and AdaLoRA plans its ranks over one training",
     ),
     (
         lambda cell: (

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from left_bench.measure.device import Device
 from left_bench.measure.energy import Energy
 from left_bench.quantization import constants
-from left_bench.spec.record import Phase
+from left_bench.spec.record import POLICY_FIELDS, Phase, PolicyPoint
 
 if TYPE_CHECKING:
     import torch
@@ -34,13 +34,19 @@ class Step:
     loss: float
     pairs: int = 0
     """Sum of squared token counts over the rows."""
+    policy: dict[str, float] = field(default_factory=dict)
+    """Of a step of policy optimization: rewards and the like, by the names of `PolicyPoint`."""
+
+
+_PARTS = [part for part in fields(Step) if part.name != "policy"]
 
 
 def step_of_event(event: Mapping[str, Any]) -> Step | None:
     """The step of a line of `events.jsonl`; None if a part of it is missing."""
     try:
         # fields with a default were added later: older events are still valid steps
-        return Step(**{p.name: event[p.name] for p in fields(Step) if p.default is MISSING or p.name in event})
+        known = {part.name: event[part.name] for part in _PARTS if part.default is MISSING or part.name in event}
+        return Step(**known, policy={name: event[name] for name in POLICY_FIELDS if name in event})
     except KeyError:
         return None
 
@@ -188,7 +194,8 @@ class Meter:
         self.events.write(
             self._event_name,
             step=len(self.steps),
-            **asdict(step),
+            **{part.name: getattr(step, part.name) for part in _PARTS},
+            **step.policy,
             tokens_per_second=step.tokens / step.seconds,
             **({} if peak is None else {"peak_memory_bytes": peak}),  # of the phase so far, in case the run is killed
             **extra,
@@ -303,7 +310,7 @@ def summarize_steps(steps: list[Step], *, measure_after: int, starts: Sequence[i
     measured = measured_steps(steps, measure_after=measure_after, starts=starts)
     seconds = np.array([step.seconds for step in measured])
     last = steps[-max(1, len(steps) // 10) :]
-    return {
+    return _of_policy(steps, last) | {
         # totals over totals: the mean of per-step rates would overweight short steps
         "train_tokens_per_second": sum(step.tokens for step in measured) / float(seconds.sum()),
         "train_samples_per_second": sum(step.rows for step in measured) / float(seconds.sum()),
@@ -315,6 +322,27 @@ def summarize_steps(steps: list[Step], *, measure_after: int, starts: Sequence[i
         "first_train_loss": steps[0].loss,
         "train_loss": float(np.mean([step.loss for step in last])),
     }
+
+
+def _of_policy(steps: Sequence[Step], last: Sequence[Step]) -> dict[str, float | None]:
+    if not steps[0].policy:
+        return {}
+    results: dict[str, float | None] = {"first_train_reward": steps[0].policy["reward"]}
+    for name, metric in (
+        ("reward", "train_reward"),
+        ("kl_nats", "policy_kl_nats"),
+        ("entropy_nats", "policy_entropy_nats"),
+    ):
+        if all(name in step.policy for step in last):
+            results[metric] = float(np.mean([step.policy[name] for step in last]))
+    for name in ("generated_tokens", "generating_seconds"):
+        results[name] = sum(step.policy[name] for step in steps)
+    return results
+
+
+def policy_curve(steps: Sequence[Step]) -> list[PolicyPoint]:
+    """What each step of policy optimization told; empty where training is another."""
+    return [PolicyPoint(step=number, **step.policy) for number, step in enumerate(steps, start=1) if step.policy]
 
 
 def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:

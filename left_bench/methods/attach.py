@@ -36,11 +36,18 @@ _KEY_VALUE_PREFIX = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 
 def attach_adapter(
-    model: PreTrainedModel, cell: Cell, *, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]
+    model: PreTrainedModel,
+    cell: Cell,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    start: Path | None = None,
 ) -> torch.nn.Module:
     """Freeze the base model and attach the cell's method; full fine-tuning attaches nothing and freezes nothing.
 
-    `rows` are the training rows, for methods that are initialized from data (`data_init`).
+    Args:
+        rows: the training rows, for methods that are initialized from data (`data_init`).
+        start: a folder of `save_trained` to continue from.
 
     Raises:
         UserError: an argument that the method's configuration does not have, or a method that does not fit the model.
@@ -51,9 +58,12 @@ def attach_adapter(
         model.config.use_cache = False
     if cell.peft.target is None:
         # a quantized weight cannot have a gradient; torch raises an error here if such a cell is forced
-        for parameter in model.parameters():
+        adapted: torch.nn.Module = model if start is None else load_trained(model, start)
+        for parameter in adapted.parameters():
             parameter.requires_grad_(True)
-        return model
+        return adapted
+    if start is not None:
+        return _continued(model, cell, start)
     arguments = dict(cell.peft.config)
     if cell.peft.target.startswith("peft."):
         arguments.setdefault("task_type", cell.task.peft_type)
@@ -103,6 +113,21 @@ def attach_adapter(
         let_autocast_convert(adapted)
     if cell.peft.init_text is not None and cell.task.is_decoder:  # peft has it read by a model that writes
         initialize_kv_prefix_from_text(adapted, tokenizer, text=cell.peft.init_text)
+    return adapted
+
+
+def _continued(model: PreTrainedModel, cell: Cell, start: Path) -> torch.nn.Module:
+    """The base model with the adapter of an earlier cell, to be trained further."""
+    if quantized_weights(model):
+        _prepare_quantized(model)
+    dtype = DTYPES[cell.precision.adapter_dtype]
+    adapted = load_trained(model, start, adapter_dtype=dtype, trainable=True)
+    data_init.keep_start(adapted, start)
+    if isinstance(adapted, PeftModel) and dtype != torch.float32:
+        for parameter in trainable_parameters(adapted):
+            parameter.data = parameter.data.to(dtype)
+    if cell.autocast:
+        let_autocast_convert(adapted)
     return adapted
 
 
@@ -238,12 +263,18 @@ def save_trained(model: torch.nn.Module, folder: Path, *, tokenizer: Any = None)
 
 
 def load_trained(
-    model: PreTrainedModel, folder: Path, *, adapter_dtype: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    adapter_dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
 ) -> torch.nn.Module:
     """Load into a fresh base model what `save_trained` wrote to `folder`: an adapter, some of the weights, or all of
     them.
 
-    `adapter_dtype`: `precision.adapter_dtype` of the cell that saved it.
+    Args:
+        adapter_dtype: `precision.adapter_dtype` of the cell that saved it.
+        trainable: let an adapter take gradients.
 
     Raises:
         UserError: what was saved does not fit this base model.
@@ -253,7 +284,8 @@ def load_trained(
         return load_attached(model, folder, method=method, adapter_dtype=adapter_dtype)
     if (folder / "adapter_config.json").is_file():
         data_init.start_again(model, folder)
-        adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=adapter_dtype == torch.float32)
+        in_float32 = adapter_dtype == torch.float32
+        adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=in_float32, is_trainable=trainable)
         if _is_adalora(adapted):
             load_unrounded(adapted, folder)
         _use_one_task(adapted)

@@ -6,6 +6,7 @@ model. What they subtracted is saved next to the adapter, because it cannot be r
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import shutil
@@ -141,6 +142,12 @@ def save_start(model: torch.nn.Module, folder: Path) -> None:
         start.seek(0)
         with (folder / START_NAME).open("wb") as file:
             shutil.copyfileobj(start, file)
+
+
+def keep_start(model: Any, folder: Path) -> None:
+    """Let an adapter that was loaded from `folder` be saved with its start again."""
+    if (folder / START_NAME).is_file():
+        model.left_start = io.BytesIO((folder / START_NAME).read_bytes())
 
 
 def start_again(model: PreTrainedModel, folder: Path) -> None:

@@ -97,8 +97,8 @@ def load_model(
     unexpected = _all_loaded(model, loading, cell, new_output=classes is not None)
     if model.can_generate():
         model.generation_config = _greedy(model.generation_config)
-    if cell.task.reads == "text" and cell.task.new_output and model.config.pad_token_id is None:
-        # a decoder predicts the class from the last token that is not padding
+    if cell.task.reads == "text" and cell.task.new_output:
+        # a decoder predicts the class from the last token that is not padding: its rows must be padded with that token
         model.config.pad_token_id = load_text_reader(folder, cell.model).pad_token_id
     _feed_head_contiguous(model)
     keep_trainable(model)

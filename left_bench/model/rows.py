@@ -16,6 +16,7 @@ from left_bench.data import (
     load_tagged_texts,
     load_text_pairs,
 )
+from left_bench.data.answer_pairs import as_answer_pairs
 from left_bench.model.positions import virtual_tokens
 from left_bench.pretrained import source
 from left_bench.spec.cell import Cell
@@ -52,6 +53,11 @@ def classified_text_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
     return load_classified_texts(
         cell.data, tokenizer, max_length=_longest(cell, tokenizer, config), at_left=_reads_last_position(cell, config)
     )
+
+
+def answer_pair_rows(cell: Cell, tokenizer: Any, *, folder: str) -> Splits:
+    """Pairs of answers, each read with its question (see `data.answer_pairs`)."""
+    return as_answer_pairs(_text_rows(cell, tokenizer, decoder_start=None))
 
 
 def _text_rows(cell: Cell, tokenizer: Any, *, decoder_start: int | None) -> Splits:

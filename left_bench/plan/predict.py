@@ -274,7 +274,7 @@ def _passes_at_hand(cell: Cell) -> Iterator[Pass]:
     each, packed = _rows_of_a_process(cell), settings.batching == "packed"
     for indices in step_rows(
         len(rows),
-        rows_per_step=settings.batch_size * settings.gradient_accumulation,
+        rows_per_step=settings.rows_per_step,
         steps=min(settings.steps, _SHOWN_STEPS),
         seed=cell.seed,
     ):

@@ -14,6 +14,7 @@ from left_bench.report.curves import curves_section
 from left_bench.report.headings import heading
 from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboard, recommendation
 from left_bench.report.markdown import code, details, escape, fence, table
+from left_bench.report.policy import origins_section, policy_section
 from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, SPEED, present, qualities
 from left_bench.report.report import Report
 from left_bench.report.tables import (
@@ -71,9 +72,11 @@ def write_document(report: Report) -> str:
         *crossed_tables(report),
         *axis_tables(report),
         *curves_section(report),
+        *policy_section(report),
         *cells_tables(report),
         *_failures(report),
         *_plots(plots),
+        *origins_section(report),
         *_settings(report),
         *predictions_table(report),
         *seeds_table(report),

@@ -21,6 +21,7 @@ _HEADINGS = {
     "recall_at_5": "recall at 5",
     "ndcg_at_10": "nDCG at 10",
     "number_match": "number match",
+    "verifier_score": "verifier's score",
     "judge_win_rate": "judge prefers it to the base",
     "preference_accuracy": "prefers the right answer",
     "preference_margin_nats": "preference margin (nats)",

@@ -25,6 +25,7 @@ QUALITY = (
     "recall_at_5",
     "ndcg_at_10",
     "number_match",
+    "verifier_score",
     "judge_win_rate",
     "f1",
     "rouge_l",

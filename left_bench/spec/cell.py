@@ -18,7 +18,7 @@ from left_bench.spec.device import DEVICES
 from left_bench.spec.extract import check_extractor
 from left_bench.spec.instantiate import check_targets
 from left_bench.spec.row_scores import ANSWER_METRICS
-from left_bench.spec.task import DEFAULT_TASK, TASKS, Task
+from left_bench.spec.task import DEFAULT_TASK, REWARD_TASK, TASKS, Task
 
 GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware")
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -164,13 +164,45 @@ class Training(_Section):
     positions by Liger's fused loss (a head that it cannot run falls back to ours, recorded as effective)."""
     kernels: Literal["liger"] | None = None
     """Liger's Triton kernels for RMSNorm, rotary positions and SwiGLU; None: the model's own."""
-    objective: Literal["sft", "dpo"] = "sft"
-    """What the loss asks for: the right answer (supervised fine-tuning), or the right rather than a worse one (direct
-    preference optimization, Rafailov et al. 2023)."""
+    objective: Literal["sft", "dpo", "kto", "orpo", "reward", "grpo"] = "sft"
+    """What the loss asks for: the right answer (`sft`, supervised fine-tuning), or the right rather than a worse one:
+    `dpo` (Rafailov et al. 2023), `orpo` (Hong et al. 2024) of pairs, `kto` (Ethayarajh et al. 2024) of pairs or of rows
+    whose answers are good or bad (`data.label_column`). `reward` trains a model that says how good an answer is, `grpo`
+    (Shao et al. 2024) a policy, by the rewards of answers that it samples."""
     beta: float = Field(default=0.1, gt=0)
-    """DPO: how firmly the model is held to its reference, itself as preference tuning finds it."""
+    """DPO and KTO: how firmly the model is held to its reference, itself as preference tuning finds it. ORPO: the
+    weight of the odds ratio."""
+    good_weight: float = Field(default=1.0, gt=0)
+    """KTO: the weight of good answers; raise it where they are fewer than bad ones."""
+    bad_weight: float = Field(default=1.0, gt=0)
+    """KTO: the weight of bad answers."""
+    center_rewards: float = Field(default=0.0, ge=0)
+    """Reward models: the weight of (better + worse)^2, which draws rewards to 0; TRL's `center_rewards_coefficient`."""
+    group_size: int = Field(default=8, ge=2, le=_MOST)
+    """GRPO: answers sampled to a question; a step's rows (`batch_size` x `gradient_accumulation`) are answers."""
+    kl_weight: float = Field(default=0.04, ge=0)
+    """GRPO: how firmly the policy is held to its reference, itself as policy optimization finds it; 0: not at all."""
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    """GRPO: how far the ratio of a token's probabilities is followed from 1."""
+    updates_per_sample: int = Field(default=1, ge=1, le=_MOST)
+    """GRPO: optimizer steps that are taken with the same answers."""
+    reward: str | None = None
+    """GRPO: a scorer that returns one number, as `eval.scorer` is written; None: `reward_model`, or the verifier that
+    reasoning_gym has for its data."""
+    reward_content: str | None = None
+    """That file's SHA-256, filled in when a cell is composed."""
+    reward_model: str | None = None
+    """GRPO: a finished cell of `training=reward`, by its id, how that begins, or its run folder; it must read the same
+    base model's tokens."""
+    reward_model_content: str | None = None
+    """A fingerprint of its weights, filled in when a cell is composed."""
     sft_steps: int = Field(default=0, ge=0, le=_MOST)
-    """DPO: steps of supervised fine-tuning on the right answers that come first."""
+    """Steps of supervised fine-tuning on the right answers that come before another objective's."""
+    start_from: str | None = None
+    """A finished cell whose adapter (or weights) training goes on from, by its id, how that begins, or its run folder;
+    model, quantization and method must be the same. None: it begins with the base model."""
+    start_content: str | None = None
+    """A fingerprint of these weights, filled in when a cell is composed: other weights are another cell."""
     sft_learning_rate: float | None = Field(default=None, gt=0)
     """Of these steps; None: the method's own (`peft.learning_rate`)."""
     learning_rate: float | None = Field(default=None, gt=0)
@@ -204,6 +236,26 @@ class Training(_Section):
     of the best point in any case; None: the last weights are kept."""
     checkpoint_every: int | None = Field(default=None, ge=1, le=_MOST)
     """Steps between checkpoints, from which a killed cell resumes when it is run again; None: it starts over."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Training rows that an optimizer step takes; in GRPO questions, with a group of answers each."""
+        rows = self.batch_size * self.gradient_accumulation
+        return max(1, rows // self.group_size) if self.objective == "grpo" else rows
+
+    def rows_of(self, steps: int) -> int:
+        """Training rows that so many steps take."""
+        return self.rows_per_step * -(-steps // self.updates_per_sample)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the rows' answers are weighed against the model as training found it."""
+        return self.objective in ("dpo", "kto")
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss is one of better and worse answers."""
+        return self.objective in ("dpo", "kto", "orpo")
 
 
 def _known_metrics(names: list[str]) -> list[str]:
@@ -263,6 +315,11 @@ class Data(_Section):
     """Give every row a worse answer as well: for preference tuning, and to measure which of the two is likelier."""
     rejected_column: str | None = None
     """The column of worse answers, for `pairs`; None: another row's answer is used."""
+    label_column: str | None = None
+    """The column that says whether a row's answer is a good one (true or false), for `training.objective=kto`; held-out
+    rows are good ones. None: every answer is the right one."""
+    margin_column: str | None = None
+    """The column that says by how much the right answer is better, a number, for `training.objective=reward`."""
     template: str = "{prompt}"
     """Text of the user's turn, with the row's columns in braces."""
     instruction: str | None = None
@@ -337,6 +394,8 @@ class Eval(_Section):
     """Generated answers kept in the record."""
     forgetting: bool = True
     """Measure the rise in loss on general text."""
+    verifier: bool = False
+    """Score answers by the verifier that reasoning_gym has for its data, too (`verifier_score`)."""
     check_reload: bool = False
     """Load what was saved in a new process and compare its held-out losses, bit for bit (`reload_ok`)."""
 
@@ -445,6 +504,9 @@ class Cell(BaseModel):
         assert isinstance(training, Training) and isinstance(peft, Peft)
         if training.sft_steps and training.sft_learning_rate is None:
             sections["training"] = training.model_copy(update={"sft_learning_rate": peft.learning_rate})
+        model = sections["model"]
+        if training.objective == "reward" and isinstance(model, Model) and model.task == DEFAULT_TASK:
+            sections["model"] = model.model_copy(update={"task": REWARD_TASK})
         try:
             return cls.model_validate({"choices": dict(choices), "seed": config.get("seed"), **sections})
         except ValidationError as error:
@@ -503,10 +565,10 @@ class Cell(BaseModel):
         return self.model_copy(update={"peft": self.peft.model_copy(update={"target": None})})
 
     def sft_before(self) -> Cell:
-        """The supervised fine-tuning that precedes preference tuning, as a separate cell."""
+        """The supervised fine-tuning that precedes the cell's own objective, as a separate cell."""
         settings: dict[str, Any] = {"objective": "sft", "steps": self.training.sft_steps, "sft_steps": 0}
         settings |= {"learning_rate": self.training.sft_learning_rate, "checkpoint_every": None}
-        settings |= {"max_seconds": None, "stop_patience": None}
+        settings |= {"max_seconds": None, "stop_patience": None, "updates_per_sample": 1}
         return self.model_copy(update={"training": self.training.model_copy(update=settings)})
 
     def sections(self) -> dict[str, Any]:
@@ -530,6 +592,12 @@ class Cell(BaseModel):
             plain["data"].pop("validation_path", None)
         if self.model.content is not None:
             plain["model"].pop("name_or_path", None)
+        if self.training.start_content is not None:
+            plain["training"].pop("start_from", None)
+        if self.training.reward is not None and self.training.reward_content is not None:
+            plain["training"]["reward"] = self.training.reward.rpartition(":")[2]
+        if self.training.reward_model_content is not None:
+            plain["training"].pop("reward_model", None)
         if self.eval.scorer is not None and self.eval.scorer_content is not None:
             plain["eval"]["scorer"] = self.eval.scorer.rpartition(":")[2]  # the function; its file is the content
         if self.eval.tasks_content is not None:
@@ -543,7 +611,7 @@ class Cell(BaseModel):
         parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
         for key in ("extractor", "scorer", "scorer_content"):  # they judge answers without changing them
             parts["eval"].pop(key, None)
-        for key in ("points", "every", "curve_scores"):
+        for key in ("points", "every", "curve_scores", "verifier"):
             parts["eval"].pop(key, None)
         parts["data"].pop("validation_rows", None)  # drawn after the test rows, which they leave unchanged
         head = "labelled" if self.training.output_head == "liger" else self.training.output_head  # evaluation uses ours

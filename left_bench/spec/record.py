@@ -33,6 +33,9 @@ METRICS: dict[str, Metric] = {
     "judge_win_rate": Metric(
         "fraction", "higher", "quality", "how often a judge prefers the answer to the base model's, ties half"
     ),
+    "verifier_score": Metric(
+        "fraction", "higher", "quality", "what reasoning_gym's verifier makes of a greedy answer, mean over rows"
+    ),
     "preference_accuracy": Metric(
         "fraction", "higher", "quality", "share of held-out pairs whose right answer is the likelier one"
     ),
@@ -113,6 +116,12 @@ METRICS: dict[str, Metric] = {
     # facts
     "train_loss": Metric("nats", "none", "fact", "mean loss of the last tenth of the steps"),
     "first_train_loss": Metric("nats", "none", "fact", "loss of the first step, before any update"),
+    "train_reward": Metric("", "none", "fact", "reward of sampled answers, mean of the last tenth of the steps"),
+    "first_train_reward": Metric("", "none", "fact", "reward of the answers sampled for the first step"),
+    "policy_kl_nats": Metric("nats", "none", "fact", "divergence from the reference per sampled token, last tenth"),
+    "policy_entropy_nats": Metric("nats", "none", "fact", "entropy per sampled token, last tenth of the steps"),
+    "generated_tokens": Metric("count", "none", "fact", "tokens sampled in training, all steps"),
+    "generating_seconds": Metric("seconds", "none", "fact", "seconds of the steps in which answers were sampled"),
     "train_steps": Metric("count", "none", "fact", "optimizer steps taken"),
     "train_tokens": Metric("count", "none", "fact", "non-padding tokens trained on, all steps"),
     "train_answer_tokens": Metric("count", "none", "fact", "tokens that carried loss, all steps"),
@@ -234,6 +243,37 @@ class CurvePoint(_Frozen):
     """Metric -> score of answers to the validation rows, where `eval.curve_scores` asks for it."""
 
 
+class PolicyPoint(_Frozen):
+    """One step of policy optimization (GRPO)."""
+
+    step: int
+    reward: float
+    """Mean over the step's sampled answers."""
+    reward_spread: float
+    """Their standard deviation."""
+    equal_groups: float
+    """Share of the groups whose answers were all worth the same, from which nothing is learned."""
+    answer_length: float
+    """Tokens of a sampled answer, mean."""
+    cut_answers: float
+    """Share of the answers that did not end within `eval.max_new_tokens`."""
+    kl_nats: float | None = None
+    """Estimated divergence from the reference, for each sampled token; None: `training.kl_weight` is 0."""
+    entropy_nats: float
+    """Of the model's distribution, mean over sampled tokens."""
+    clipped: float
+    """Share of the tokens whose ratio of probabilities was clipped."""
+    generated_tokens: float
+    """Sampled for this step; 0 where the answers are those of the step before."""
+    generating_seconds: float
+    """Of the step's seconds those in which answers were sampled."""
+    rewarding_seconds: float
+    """Of the step's seconds those in which answers were rewarded."""
+
+
+POLICY_FIELDS = tuple(name for name in PolicyPoint.model_fields if name != "step")
+
+
 class Record(_Frozen):
     """The result of one cell, whatever happened."""
 
@@ -260,6 +300,8 @@ class Record(_Frozen):
     samples: list[Sample] = Field(default_factory=list)
     curve: list[CurvePoint] = Field(default_factory=list)
     """Validation loss along training; empty where there were no validation rows, and in older records."""
+    policy: list[PolicyPoint] = Field(default_factory=list)
+    """Rewards and the like along policy optimization; empty where training is another."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Machine and versions, from an allow-list; `effective` holds the settings in effect after loading."""
     provenance: dict[str, Any] = Field(default_factory=dict)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from left_bench.spec.cell import Cell
 
 DEFAULT_TASK = "causal_lm"
+REWARD_TASK = "reward_model"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from left_bench.spec.cell import fingerprint
-from left_bench.spec.record import Record
+from left_bench.spec.record import POLICY_FIELDS, Record
 
 CURVE_METRICS = ("validation_loss", "tokens", "seconds", "joules")
 SPENT = ("tokens", "seconds")
 """What a point of the curve had spent, below which it is drawn beside steps."""
 # of a step's event as they are; its `tokens` are added up, for they are an axis
 GIB = 2**30
-STEP_METRICS = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds")
+STEP_METRICS = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds", *POLICY_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)

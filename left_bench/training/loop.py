@@ -103,12 +103,13 @@ def train(
     network.train()
     torch.manual_seed(cell.seed)  # so that dropout and noise depend only on the seed
 
-    order = step_rows(
+    drawn = step_rows(
         len(rows),
-        rows_per_step=settings.batch_size * settings.gradient_accumulation,
-        steps=settings.steps,
+        rows_per_step=settings.rows_per_step,
+        steps=-(-settings.steps // settings.updates_per_sample),
         seed=cell.seed,
     )
+    order = islice((indices for indices in drawn for _ in range(settings.updates_per_sample)), settings.steps)
     curve = curve or Curve(cell, (), meter=meter)
     checkpoint = Checkpoint(
         cell, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, meter=meter, curve=curve
@@ -127,11 +128,10 @@ def train(
         if step == first_measured:
             meter.begin_measured()
         start = time.perf_counter()
-        passes = split_passes(
-            [rows[index] for index in indices], batch_size=settings.batch_size, batching=settings.batching
-        )
-        batches = [objective.batch(team.share(examples)).to(accelerator.device) for examples in passes]
+        prepared = objective.prepare([rows[index] for index in indices])
+        passes = split_passes(prepared, batch_size=settings.batch_size, batching=settings.batching)
         taken = [example for examples in passes for example in examples]  # of all ranks
+        batches = [objective.batch(team.share(examples), step=taken).to(accelerator.device) for examples in passes]
         read = objective.sequences(taken)
         # only read if it is enabled, because reading it waits for the device
         scale = float(scaler.scale(torch.ones((), device=accelerator.device))) if scaler.is_enabled() else 1.0
@@ -154,8 +154,10 @@ def train(
 
         scaler.unscale_(optimizer) if scaler.is_enabled() else None
         norm = clip_gradient(accelerator, parameters, settings.max_grad_norm or math.inf)
+        told = objective.told()
         if step == 1:
-            check_gradient(norm.item())
+            if told.get("equal_groups") != 1.0:  # answers that are all worth the same teach nothing
+                check_gradient(norm.item())
             meter.memory_breakdown["gradients"] = stored_bytes(p.grad for p in parameters if p.grad is not None)
         learning_rate = schedule.learning_rate
         scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
@@ -177,6 +179,7 @@ def train(
             rows=len(indices),
             loss=sum(part for part, _ in parts),
             pairs=sum(example.length**2 for example in read),
+            policy=told,
         )
         team.check_alike(f"the gradient's norm at step {step}", [norm for _, norm in parts])
         if step == done + 1 and base is not None:  # the first step creates some of it; AdaLoRA's last steps drop theirs

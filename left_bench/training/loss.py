@@ -145,28 +145,53 @@ class AnswerLoss:
         Its slopes are worked out first, from losses without a gradient; they are the weights with which the chunks'
         gradients are then taken. The head runs twice, and no chunk's logits outlive it here either.
         """
+        return self.of_each_token(batch, lambda losses: combine(_row_sums(losses, batch)))
+
+    def of_each_token(
+        self,
+        batch: Batch,
+        combine: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        entropies: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The same of the tokens' losses, float32 [answer tokens] -> scalar.
+
+        Args:
+            entropies: takes what each token's distribution has of it, nats, float32 [answer tokens], in parts.
+        """
         states = self._states(batch)
         if self.suffix is None:
-            return combine(_row_sums(_token_losses(states, batch.targets), batch))
+            if entropies is not None:
+                entropies.append(_entropies(states.detach()))
+            return combine(_token_losses(states, batch.targets))
         with torch.no_grad():
-            sums = _row_sums(self._token_losses_in_chunks(states, batch.targets), batch)
+            losses = self._token_losses_in_chunks(states, batch.targets, entropies=entropies)
         with torch.enable_grad():
-            result = combine(sums.requires_grad_())
-            (slopes,) = torch.autograd.grad(result, sums)
-        # not `repeat_interleave`, which would wait for the device to learn how long its result is
-        weights = torch.cat([slope.expand(n) for slope, n in zip(slopes, batch.answer_lengths, strict=True)])
-        weighted = self._weighted(states, batch.targets, weights)
+            result = combine(losses.requires_grad_())
+            (slopes,) = torch.autograd.grad(result, losses)
+        weighted = self._weighted(states, batch.targets, slopes)
         return result.detach() + (weighted - weighted.detach())
+
+    def row_sums(self, batch: Batch) -> torch.Tensor:
+        """The summed loss of each row, float32 [rows]; for evaluating."""
+        return _row_sums(self.of_tokens(batch), batch)
 
     def _weighted(self, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         parameters = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
         total: torch.Tensor = _Chunked.apply(states, targets, self, weights, *parameters)
         return total
 
-    def _token_losses_in_chunks(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _token_losses_in_chunks(
+        self, states: torch.Tensor, targets: torch.Tensor, *, entropies: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         assert self.suffix is not None
-        chunks = zip(*(part.split(self._chunk) for part in (states, targets)), strict=True)
-        return torch.cat([_token_losses(self.logits(part), wanted) for part, wanted in chunks])
+        results = []
+        for part, wanted in zip(*(part.split(self._chunk) for part in (states, targets)), strict=True):
+            logits = self.logits(part)
+            results.append(_token_losses(logits, wanted))
+            if entropies is not None:
+                entropies.append(_entropies(logits))
+        return torch.cat(results)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The model's logits for hidden states of shape [n, width]."""
@@ -246,6 +271,11 @@ def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if targets.is_floating_point():
         return (logits.float()[:, 0] - targets) ** 2
     return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _entropies(logits: torch.Tensor) -> torch.Tensor:
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
 class _Chunked(torch.autograd.Function):

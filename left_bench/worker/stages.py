@@ -20,11 +20,11 @@ import torch
 
 from left_bench.core.files import write_atomically
 from left_bench.core.paths import versions_of
-from left_bench.evaluation import evaluate, harness, judge, merge_check, scorer, shared_baseline
+from left_bench.evaluation import evaluate, harness, judge, merge_check, sampling, scorer, shared_baseline
 from left_bench.measure import energy, method_buffers
 from left_bench.measure.cpu_contention import Neighbours, Quiet
 from left_bench.measure.device import Device, describe_machine, open_device
-from left_bench.measure.meter import Meter, logical_numel, stored_bytes
+from left_bench.measure.meter import Meter, logical_numel, policy_curve, stored_bytes
 from left_bench.methods import attach, verify
 from left_bench.model import liger, load, quantized_cache
 from left_bench.model.positions import check_generation
@@ -41,10 +41,12 @@ from left_bench.training import float8, loop, packing
 from left_bench.training.curve import Curve, check_curve
 from left_bench.training.flops import step_flops
 from left_bench.training.loss import AnswerLoss
-from left_bench.training.objective import make_objective, with_reference
+from left_bench.training.policy import GRPO, Rollouts
+from left_bench.training.preferences import make_objective, with_reference
 from left_bench.training.sharding import put_whole_weights, whole_weights
 from left_bench.worker.adapter_readme import write_readme
 from left_bench.worker.classify_error import NoRoomToCheck, status_of
+from left_bench.worker.earlier_cell import reward_cell, started_from
 
 
 @dataclass(kw_only=True)
@@ -208,8 +210,11 @@ def attach_method(run: RunContext, base_model: Any) -> Any:
     cell, meter, effective = run.cell, run.meter, run.effective
     of_base = [name for name, _ in base_model.named_parameters()]
     run.base_modules = method_buffers.modules_of(base_model)
+    earlier = started_from(cell)
+    if earlier is not None:
+        run.draft["provenance"]["started_from"] = earlier.chain
     with meter.phase("attach"):
-        model = attach.attach_adapter(base_model, cell, tokenizer=run.tokenizer, rows=run.splits.train)
+        model = _attach(run, base_model)
     trainable = attach.trainable_parameters(model)
     meter.metrics["trainable_params"] = sum(logical_numel(parameter) for parameter in trainable)
     if cell.peft.target is not None:
@@ -224,6 +229,17 @@ def attach_method(run: RunContext, base_model: Any) -> Any:
         kind = "an encoder with a decoder" if cell.task.has_encoder else "a model that does not generate text"
         effective["init_text"] = f"not used by {kind}"  # there is no cache to start from
     return model
+
+
+def _attach(run: RunContext, base_model: Any) -> Any:
+    """The cell's method, as new or as an earlier cell has left it."""
+    earlier = started_from(run.cell)
+    return attach.attach_adapter(
+        *(base_model, run.cell),
+        tokenizer=run.tokenizer,
+        rows=run.splits.train,
+        start=None if earlier is None else earlier.adapter,
+    )
 
 
 def train(run: RunContext, model: Any) -> None:
@@ -269,10 +285,13 @@ def train(run: RunContext, model: Any) -> None:
             with meter.phase("sft") as counts, meter.apart("sft_step"):
                 objective = make_objective(first, loss, **common)
                 loop.train(model, rows, first, objective=objective, meter=meter, counts=counts, team=team, earlier=True)
-        if cell.training.objective == "dpo":
+        if cell.training.has_reference:
             with meter.phase("reference"):
                 rows = with_reference(rows, cell, loss=loss, device=kind, **common)
-        objective = make_objective(cell, loss, **common)
+        if cell.training.objective == "grpo":
+            objective = _policy(run, model, loss, **common)
+        else:
+            objective = make_objective(cell, loss, **common)
         if cell.training.compile:
             with meter.phase("compile"):
                 compiling = loop.compile_model(model, rows, cell, objective=objective, device=kind)
@@ -300,6 +319,7 @@ def train(run: RunContext, model: Any) -> None:
                 meter.metrics["other_cpu_share"] = others
             if facts := run.draft["environment"]["machine"].get("gpu"):
                 facts |= run.gpu.clocks()  # before they drop
+            run.draft["policy"] = policy_curve(meter.steps)
             if meter.starts[1:]:
                 run.draft["provenance"]["resumed_after_steps"] = meter.starts[1:]
             sum_up(peak)
@@ -312,6 +332,31 @@ def train(run: RunContext, model: Any) -> None:
     if team.size > 1:
         effective["rank_peak_memory_bytes"] = meter.take_in_peaks(team)
         meter.take_in_energy(team)
+
+
+def _policy(run: RunContext, model: Any, loss: AnswerLoss, *, pad_id: int, packed: bool) -> GRPO:
+    """What samples answers from the model and rewards them; the model as it is now is the reference."""
+    cell, kind, settings = run.cell, run.device.kind, run.cell.training
+    judge = None
+    if (earlier := reward_cell(cell)) is not None:
+        run.draft["provenance"]["rewarded_by"] = earlier.chain
+        with run.meter.phase("load_reward_model"):
+            folder, _ = load.open_pretrained(earlier.cell)
+            judge = sampling.load_reward_model(
+                *(earlier.cell, earlier.adapter), folder=folder, device=kind, batch_size=cell.eval.batch_size
+            )
+    rollouts = Rollouts(
+        *(cell, model),
+        sample=lambda rows: sampling.sampled_answers(model, run.tokenizer, rows, cell, device=kind),
+        reward=sampling.reward_of_answers(cell, model, run.tokenizer, judge=judge),
+        device=run.device,
+        pad_id=pad_id,
+    )
+    if rollouts.reference is not None:
+        run.meter.memory_breakdown["reference"] = stored_bytes(rollouts.reference.tensors)
+    return GRPO(
+        loss=loss, rollouts=rollouts, kl_weight=settings.kl_weight, clip=settings.clip, pad_id=pad_id, packed=packed
+    )
 
 
 def curve_of(run: RunContext, model: Any) -> Curve:
@@ -336,8 +381,8 @@ def note_end(run: RunContext, ended: str, curve: Curve) -> None:
     """Record why training ended, from which step the weights are, their validation loss, and how validation rows were
     used."""
     meter, kept, splits = run.meter, curve.kept, run.draft["provenance"]["splits"]
-    steps, rows_per_step = len(meter.steps), run.cell.training.batch_size * run.cell.training.gradient_accumulation
-    meter.metrics["train_epochs"] = steps * rows_per_step / len(run.splits.train)
+    steps = len(meter.steps)
+    meter.metrics["train_epochs"] = run.cell.training.rows_of(steps) / len(run.splits.train)
     of_step = kept.step if kept is not None else steps
     run.draft["provenance"]["training_ended"] = {"by": ended, "steps": steps, "weights_of_step": of_step}
     if kept is not None:
@@ -356,7 +401,7 @@ def gather_shards(run: RunContext, base_model: Any, model: Any) -> tuple[Any, An
     if run.is_sharded:
         place = run.team.place(run.device.kind)
         base_model, _ = load.load_model(run.cell, folder=run.folder, device=place, classes=run.splits.classes)
-        model = attach.attach_adapter(base_model, run.cell, tokenizer=run.tokenizer, rows=run.splits.train)
+        model = _attach(run, base_model)
         put_whole_weights(model, trained)
     loop.uncompile(model)
     account_for_peak(run.meter.memory_breakdown, run.meter.metrics)
@@ -392,6 +437,12 @@ def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
         scores = run.draft["scores"] = evaluate.scores(after, before, test, cell, by_row=by_row)
         run.draft["samples"] = evaluate.samples(after, before, test, cell)
         base_answers = before.predictions if before is not None else None
+        if cell.eval.verifier and after.predictions is not None:
+            with costing_its_scores("verifier", effective, events):
+                made_by_verifier, by_row["verifier_score"] = sampling.verifier_scores(
+                    cell, test, after.predictions, base_answers
+                )
+                scores.append(made_by_verifier)
         if cell.eval.scorer is not None and after.predictions is not None:
             with meter.phase("score"), costing_its_scores("scorer", effective, events):
                 made, of_rows = scorer.score_answers(cell, test, after.predictions, base_answers, tell=tell)
@@ -471,7 +522,6 @@ def costing_its_scores(key: str, effective: dict[str, Any], events: EventWriter)
 
 def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
     """The numbers of rows used, dropped and truncated, under the names in METRICS."""
-    rows_per_step = cell.training.batch_size * cell.training.gradient_accumulation
     return {
         "train_rows": len(splits.train),
         "validation_rows": len(splits.validation),
@@ -481,7 +531,7 @@ def counted_rows(splits: Any, *, scored: int, cell: Cell) -> dict[str, float]:
         "repeated_validation_rows": splits.repeated_validation_rows,
         "truncated_rows": splits.truncated_rows,
         "truncated_test_rows": splits.truncated_test_rows,
-        "train_epochs": cell.training.steps * rows_per_step / len(splits.train),
+        "train_epochs": cell.training.rows_of(cell.training.steps) / len(splits.train),
     }
 
 

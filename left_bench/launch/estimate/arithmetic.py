@@ -164,9 +164,10 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
         result["evaluate_base"] = _evaluation(cell, rates, rows)
     if training.sft_steps:
         result["sft"] = factors.train * _steps(cell.sft_before(), rates, rows)
-    if training.objective == "dpo":
-        seen = rows.train[: training.steps * training.batch_size * training.gradient_accumulation]
-        both = [*seen, *(row.with_worse_answer() for row in seen)]
+    if training.has_reference:
+        seen = rows.train[: training.steps * training.rows_per_step]
+        both = _answers(seen, cell)
+        both = both * 2 if training.objective == "kto" else both  # another row's answers to the same prompts
         result["reference"] = factors.evaluate * _passes(cell, rates.forward, both, training.batch_size)
     result["train"] = factors.train * _steps(cell, rates, rows)
     if rows.validation_rows and (points := _points(cell, rows.validation_rows)):
@@ -195,27 +196,45 @@ def _steps(cell: Cell, rates: Rates, rows: Rows) -> float:
     taken = min(training.steps, _SIMULATED_STEPS)
     order = step_rows(
         len(rows.train),
-        rows_per_step=training.batch_size * training.gradient_accumulation,
+        rows_per_step=training.rows_per_step,
         steps=taken,
         seed=cell.seed,
     )
     seconds = 0.0
     for indices in order:
         step: list[Row] = [rows.train[index] for index in indices]
+        if training.objective == "grpo":
+            step = [row for row in step for _ in range(training.group_size)]
+            seconds += _sampling(cell, rates, step) / training.updates_per_sample
         passes: Iterable[list[Row]] = split_passes(
             step,  # type: ignore[arg-type]
             batch_size=training.batch_size,
             batching=training.batching,
         )  # type: ignore[assignment]
         for read in passes:
-            if training.objective == "dpo":
-                read = [*read, *(row.with_worse_answer() for row in read)]
+            read = _answers(read, cell) if training.compares else read
+            if training.objective == "kto":
+                seconds += rates.forward.of(_padded(read, cell))
             size = sum(row.length for row in read) if training.batching == "packed" else _padded(read, cell)
             again = training.activation_checkpointing + (cell.peft.target is None)  # one more product per weight
             seconds += rates.step.of(size) + again * rates.forward.of(size)
         if cell.peft.target is None:
             seconds += rates.update * rates.parameters
     return seconds * training.steps / taken
+
+
+def _sampling(cell: Cell, rates: Rates, rows: Sequence[Row]) -> float:
+    """Answers to the rows, taken to be as long as the right ones, and the reference's look at them."""
+    seconds = _passes(cell, rates.forward, rows, cell.training.batch_size) if cell.training.kl_weight else 0.0
+    longest = min(max(row.answer for row in rows), cell.eval.max_new_tokens or 1)
+    for part in _in_batches([Row(row.prompt, 0) for row in rows], cell.eval.batch_size):
+        seconds += rates.forward.of(_padded(part, cell)) + (longest - 1) * rates.decode.of(len(part))
+    return seconds
+
+
+def _answers(rows: Sequence[Row], cell: Cell) -> list[Row]:
+    """The rows' answers, each with its prompt."""
+    return [*rows, *(row.with_worse_answer() for row in rows if cell.data.pairs)]
 
 
 def _evaluation(cell: Cell, rates: Rates, rows: Rows) -> float:
