@@ -21,7 +21,7 @@ from left_bench.spec.cell import GROUPS, Cell
 def main(argv: list[str]) -> int:
     """Print all groups, or the ones named; with `--json` for a program."""
     as_json, argv = "--json" in argv, [name for name in argv if name != "--json"]
-    groups = ("sweep", "recipe", *GROUPS, "tracker")
+    groups = (*command_line.PRESETS, *GROUPS, "tracker")
     for name in argv:
         if name not in groups:
             raise UserError(f"unknown group '{name}'; groups are {', '.join(groups)}")

@@ -86,6 +86,8 @@ class Job(BaseModel):
     folder: str
     """Where the command was given: relative paths are meant from there."""
     own: OwnFiles | None
+    provenance: dict[str, Any] = {}
+    """What the record says besides of where it comes from."""
 
     def carried(self) -> list[str]:
         """The overrides that a launcher is given for it."""
@@ -114,6 +116,7 @@ class Job(BaseModel):
             ),
             bars=self.launcher == "basic",
             pace=pace,
+            provenance=self.provenance,
         )
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from left_bench.core import interrupt
@@ -88,6 +89,7 @@ def run_cell(
     take_seat: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     bars: bool = True,
     pace: Pace | None = None,
+    provenance: Mapping[str, Any] = MappingProxyType({}),
 ) -> Record | None:
     """Take one cell to its record; None when another launch is running it just now.
 
@@ -99,6 +101,7 @@ def run_cell(
         take_seat: waits for cores and accelerators, given the device kind.
         bars: bars on a terminal; cells that run beside each other would draw over each other's.
         pace: of a launch that runs its cells in this process: it is told of this one, and tells what is left.
+        provenance: what the record says besides of where it comes from.
 
     Raises:
         UserError: the cell's folder cannot be written, or holds a record of a newer left_bench.
@@ -140,6 +143,7 @@ def run_cell(
                 total=total,
                 take_seat=take_seat,
                 bars=bars,
+                more=provenance,
             )
     except OSError as error:
         if error.errno not in _UNWRITABLE:  # a closed pipe, no process to be had: not the folder's fault
@@ -167,6 +171,7 @@ def _run_claimed(
     total: int,
     take_seat: Callable[[str], AbstractContextManager[Any]],
     bars: bool,
+    more: Mapping[str, Any],
 ) -> Record:
     run_dir = attempt.run_dir
     tracker = open_tracker(settings.tracker, store=settings.runs_dir)
@@ -191,7 +196,7 @@ def _run_claimed(
     if record.status != "ok":  # a terminal's Ctrl-C goes to the children as well, and what they say of it is no result
         interrupt.check()
     told = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command}
-    provenance = record.provenance | told
+    provenance = record.provenance | told | dict(more)
     record = redacted_record(record.model_copy(update={"attempt": attempt.number, "provenance": provenance}))
     redact_file(run_dir / LOG_NAME)
     record.write(run_dir)
@@ -208,6 +213,14 @@ def _fetch_model(cell: Cell) -> str | None:
     except (UserError, MemoryError, RuntimeError, OSError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+def add_provenance(run_dir: Path, told: Mapping[str, Any]) -> None:
+    """Note in a kept record what a launch has learned of where it comes from; the cell's result stays as it is."""
+    with claim(run_dir) as mine:
+        record = previous_record(run_dir / RECORD_NAME) if mine else None
+        if record is not None and any(record.provenance.get(key) != value for key, value in told.items()):
+            record.model_copy(update={"provenance": record.provenance | dict(told)}).write(run_dir)
 
 
 def store_received(text: str, runs_dir: Path) -> None:

@@ -35,6 +35,17 @@ _DECIDED_BY = {
 }
 
 
+# What a tuning chooses is a part of each method, and tells tuned rows apart in no table.
+_TUNED = "training.learning_rate"
+_TUNED_WITH_SIZES = tuple(
+    f"peft.config.{key}"
+    for key in (
+        *("r", "init_r", "target_r", "lora_alpha", "alpha"),
+        *("num_virtual_tokens", "adapter_len", "n_frequency"),
+    )
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A cell in a report, whether or not there is a record of it."""
@@ -409,6 +420,7 @@ def _varying_leaves(
     section_of = {
         key: name for config in configs if config for name in config for key in flat_section(name, config[name], flat)
     }
+    chosen = _chosen_by_tuning(rows)
     one_only = {name for name in section_of.values() if len({id(c.get(name)) for c in configs if c is not None}) == 1}
     leaves: dict[str, list[Any]] = {}
     for key, name in section_of.items():
@@ -421,9 +433,18 @@ def _varying_leaves(
         deciders: list[tuple[str, ...]] = [(group,) for group in varying]
         if key in _DECIDED_BY:
             deciders.append((key.partition(".")[0], _DECIDED_BY[key]))
-        if not any(_follows(known, groups) for groups in deciders):
+        if not any(_follows(known, groups) for groups in deciders) and key not in chosen:
             leaves[key] = values
     return leaves
+
+
+def _chosen_by_tuning(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Keys that a tuning chose for every row."""
+    told = [row.record.provenance.get("tuned") for row in rows if row.record]
+    if not told or not all(isinstance(item, dict) for item in told):
+        return ()
+    sized = any(isinstance(item, dict) and "size" in item for item in told)
+    return (_TUNED, *_TUNED_WITH_SIZES) if sized else (_TUNED,)
 
 
 def _follows(known: Sequence[tuple[Any, dict[str, str]]], groups: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from left_bench.core.errors import UserError, nearest
 from left_bench.report.cells import Row, find_axes, labels, row_of
-from left_bench.report.load import Problem, Run, choose, deciding, flatten, read_runs
+from left_bench.report.load import Problem, Run, choose, deciding, flatten, is_trial, read_runs
 from left_bench.report.ranking import own_metrics
 from left_bench.report.seeds import pool
 from left_bench.report.statistics import Interval, difference, speed_ratio
@@ -72,6 +72,7 @@ def compare(
     problems: list[list[Problem]] = []
     for name, path in (("A", a), ("B", b)):
         runs, unread = read_runs(path)
+        runs = [run for run in runs if not is_trial(run.record)]
         problems.append(unread)
         if not runs:
             hint = f"; {len(unread)} could not be read, first {unread[0]}" if unread else ""

@@ -28,6 +28,7 @@ from left_bench.report.load import (
     Sweep,
     choose,
     frame_of,
+    is_trial,
     read_runs,
     read_sweeps,
     write_records,
@@ -232,9 +233,11 @@ def plans_of(paths: Sequence[PathLike], *, name: str | None, where: str | None, 
     ]
     # an unreadable file of no sweep's is told where the other such cells are, else in the last report
     homeless = [problem for problem in problems if where is not None or problem.path.parent.name not in swept]
-    if loose := [row_of(run) for run in kept if run.record.cell_id not in swept]:
+    if loose := [row_of(run) for run in kept if run.record.cell_id not in swept and not is_trial(run.record)]:
         plans.append(Plan(name=LOOSE_NAME, rows=loose, sweep=None))
     plans = [plan for plan in plans if plan.rows]
+    if not plans:
+        raise UserError(f"RUNS={listed}: there are {len(kept)} trials of a tuning and no cell that is compared yet")
     plans = _wanted(plans, name) if name is not None else plans
     plans[-1].problems = homeless
     taken: set[str] = set()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from left_bench.report.cells import Row
 from left_bench.report.curves import LOSS, Axis, Curve, curves_of, measured_alike, value_at
-from left_bench.report.plots import _new_figure
+from left_bench.report.plots import log_losses, new_figure
 from left_bench.report.styles import COLOURS, DASHES, MARKERS, row_styles
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ _DRAWN = 12
 def curve_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     """Validation loss over seconds of training (over tokens, where the rows are of several machines); None where no
     row has a curve of two points, or their losses may not be compared."""
-    from matplotlib.ticker import LogLocator
-
     named = [
         (row, label) for row, label in zip(rows, labels, strict=True) if any(len(curve) > 1 for curve in curves_of(row))
     ]
@@ -38,7 +36,7 @@ def curve_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     more = len(lines) - _DRAWN
     if more > 0:  # the lowest ends are named
         lines = sorted(lines, key=lambda line: line[1][-1])[:_DRAWN]
-    figure, axes = _new_figure(7.2, 4.2)
+    figure, axes = new_figure(7.2, 4.2)
     for x, y, low, high, label, style in lines:
         colour = COLOURS[style.colour]
         if low != high:
@@ -54,12 +52,7 @@ def curve_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
         )
     axes.set_xlabel(f"{'seconds' if timed else 'tokens'} of training (optimizer steps alone)")
     axes.set_ylabel("validation loss (nats per answer token)")
-    lowest, highest = min(min(y) for _, y, *_ in lines), max(max(y) for _, y, *_ in lines)
-    if lowest > 0 and highest > 8 * lowest:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # mathematics is switched off
-        axes.yaxis.set_minor_formatter(lambda *_: "")
+    log_losses(axes, [loss for _, y, *_ in lines for loss in y])
     notes = ["mean, band: lowest to highest seed"] if any(len(curves_of(row)) > 1 for row, _ in named) else []
     notes += [f"the {_DRAWN} lowest ends of {len(named):,}"] if more > 0 else []
     axes.set_title(", ".join(["Validation loss along training", *notes]))

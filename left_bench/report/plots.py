@@ -36,7 +36,7 @@ _PARTS = {
     "workspace": "#B5B5B5",
     "activations_and_workspace": "#B5B5B5",
 }
-_INK, _FAINT = "#333333", "#D9D9D9"
+INK, _FAINT = "#333333", "#D9D9D9"
 _LABEL_LIMIT = 40
 _NAMED, _BARS = 24, 60
 """Points with a name, and bars, that one picture still holds; what has no name tells it when pointed at."""
@@ -50,8 +50,8 @@ _TOLD = ("peak_memory_bytes", "train_tokens_per_second")
 _STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -60,9 +60,9 @@ _STYLE: dict[str, Any] = {
     "axes.titlesize": 11,
     "grid.color": _FAINT,
     "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first is matplotlib's own; a viewer takes what it has
     "font.size": 9,
@@ -132,7 +132,7 @@ def _scatter(rows: Sequence[Row], labels: Sequence[str], cost: str) -> Figure | 
         return None
     drawn = [row for _, row in shown]
     few = len(drawn) <= _NAMED
-    figure, axes = _new_figure(7.2, 4.8 + 0.06 * max(0, min(_NAMED, len(shown)) - 12))
+    figure, axes = new_figure(7.2, 4.8 + 0.06 * max(0, min(_NAMED, len(shown)) - 12))
     in_bytes = metric_of(cost).unit == "bytes"
     scale, unit = _byte_scale([row.value(cost) or 0 for row in drawn]) if in_bytes else (1, "log scale")
     x = {id(row): (row.value(cost) or 0) / scale for row in drawn}
@@ -145,7 +145,7 @@ def _scatter(rows: Sequence[Row], labels: Sequence[str], cost: str) -> Figure | 
             [x[id(row)] for row in front],
             [y[id(row)] for row in front],
             drawstyle="steps-post",
-            color=_INK,
+            color=INK,
             linewidth=1.0,
             alpha=0.5,
             zorder=1,
@@ -231,7 +231,7 @@ def _draw_point(
         markersize=6 if faint else 7,
         color=colour,
         **_filled(fill, colour),
-        markeredgecolor=_INK if marked else colour,
+        markeredgecolor=INK if marked else colour,
         markeredgewidth=1.1 if marked else 0.7,
         zorder=4 if marked else 3,
     )
@@ -266,8 +266,8 @@ def _legend(figure: Figure, rows: Sequence[Row], fills: Mapping[str, Any]) -> No
     if len(styles) > 1:
         handles = [mark(MARKERS[style.marker], COLOURS[style.colour], name) for name, style in sorted(styles.items())]
     if len(fills) > 1:
-        handles += [mark("", _INK, " ")] * bool(handles)
-        handles += [mark("o", _INK, name, fill) for name, fill in fills.items()]
+        handles += [mark("", INK, " ")] * bool(handles)
+        handles += [mark("o", INK, name, fill) for name, fill in fills.items()]
     if handles:
         figure.legend(handles=handles, loc="outside right center", fontsize=8, ncols=1 + len(handles) // 32)
 
@@ -283,7 +283,7 @@ def memory_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
         return None
     more = len(told) - _BARS
     told = sorted(told, key=lambda bar: sum(bar[2].values()))[:_BARS] if more > 0 else told
-    figure, axes = _new_figure(7.2, 1.5 + 0.32 * len(told))
+    figure, axes = new_figure(7.2, 1.5 + 0.32 * len(told))
     scale, unit = _byte_scale([sum(parts.values()) for _, _, parts, _ in told])
     order = [*_PARTS, *sorted({part for _, _, parts, _ in told for part in parts} - set(_PARTS))]
     ends = [0.0] * len(told)
@@ -300,7 +300,7 @@ def memory_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     for place, (end, (_, row, _, _)) in enumerate(zip(ends, told, strict=True)):
         reach = _reach(row, "peak_memory_bytes") / scale
         if reach:
-            axes.errorbar([end], [place], xerr=[reach], color=_INK, elinewidth=0.9, capsize=2.5, zorder=3)
+            axes.errorbar([end], [place], xerr=[reach], color=INK, elinewidth=0.9, capsize=2.5, zorder=3)
         axes.annotate(
             f"{end:,.2f}" if end < 10 else f"{end:,.0f}",
             (end + reach, place),
@@ -409,7 +409,7 @@ def steps_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     if not named:
         return None
     more, named = len(named) > _BARS, named[:_BARS]
-    figure, axes = _new_figure(7.2, 1.3 + 0.3 * len(named))
+    figure, axes = new_figure(7.2, 1.3 + 0.3 * len(named))
     drawn = axes.boxplot(
         [seconds for seconds, *_ in named],
         orientation="horizontal",
@@ -418,16 +418,16 @@ def steps_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
         whis=(5, 95),
         showfliers=False,
         patch_artist=True,
-        whiskerprops={"color": _INK, "linewidth": 0.9},
-        capprops={"color": _INK, "linewidth": 0.9},
-        medianprops={"color": _INK, "linewidth": 1.8},
+        whiskerprops={"color": INK, "linewidth": 0.9},
+        capprops={"color": INK, "linewidth": 0.9},
+        medianprops={"color": INK, "linewidth": 1.8},
     )
     for i, (seconds, _, colour) in enumerate(named):
         drawn["boxes"][i].set(facecolor=f"{colour}40", edgecolor=colour, linewidth=0.9)
         # one broken line of short strokes: a marker for each step would be most of the file
         across = [x for second in seconds for x in (second, second, math.nan)]
         along = [i - 0.12, i + 0.12, math.nan] * len(seconds)
-        axes.plot(across, along, color=_INK, linewidth=0.7, alpha=0.6, zorder=3)
+        axes.plot(across, along, color=INK, linewidth=0.7, alpha=0.6, zorder=3)
     axes.set_yticks(range(len(named)), [label for _, label, _ in named])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
@@ -454,6 +454,10 @@ def figures(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[tuple[str, F
 
     if (figure := curve_figure(rows, labels)) is not None:
         yield "curve", figure, "Validation loss of every cell over the time of training"
+    from left_bench.report.sensitivity_plot import sensitivity_figure
+
+    if (figure := sensitivity_figure(rows, labels)) is not None:
+        yield "rates", figure, "Validation loss against learning rate of every tuned method"
     if (figure := parameters_figure(rows, labels)) is not None:
         yield "parameters", figure, f"{heading(quality or '')} against trainable parameters of every cell"
     if (figure := steps_figure(rows, labels)) is not None:
@@ -470,10 +474,21 @@ def plot_style() -> Iterator[None]:
         yield
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of its own, in no global state; inches."""
     figure, [axes] = _new_grid(width, height, 1, 1)
     return figure, axes
+
+
+def log_losses(axes: Axes, losses: Sequence[float]) -> None:
+    """A logarithmic axis for losses that span much, with plain numbers on it."""
+    from matplotlib.ticker import LogLocator
+
+    if min(losses) > 0 and max(losses) > 8 * min(losses):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # mathematics is switched off
+        axes.yaxis.set_minor_formatter(lambda *_: "")
 
 
 def _new_grid(width: float, height: float, lines: int, columns: int) -> tuple[Figure, list[Axes]]:

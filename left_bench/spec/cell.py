@@ -323,6 +323,9 @@ class Eval(_Section):
     eight, or as many fewer as keep it cheap beside training (see `Cell.curve_points`)."""
     every: int | None = Field(default=None, ge=1, le=_MOST)
     """The same after so many steps, and at the end of training; None: `points` decides."""
+    trial: bool = False
+    """A trial of a tuning (`+tune=`): the validation loss at the end of training is all that is measured, the test rows
+    are left unread, and the model is neither saved nor merged."""
     curve_scores: bool = False
     """Score answers to the validation rows at each of these times too, by the first of `metrics`."""
     batch_size: int = Field(default=32, ge=1, le=_MOST)
@@ -533,7 +536,7 @@ class Cell(BaseModel):
         parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
         for key in ("extractor", "scorer", "scorer_content"):  # they judge answers, and change none
             parts["eval"].pop(key, None)
-        for key in ("points", "every", "curve_scores"):
+        for key in ("points", "every", "curve_scores", "trial"):
             parts["eval"].pop(key, None)
         parts["data"].pop("validation_rows", None)  # taken after the test rows, of which they change none
         head = "labelled" if self.training.output_head == "liger" else self.training.output_head  # to evaluate, ours

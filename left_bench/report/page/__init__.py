@@ -31,6 +31,7 @@ from left_bench.report.page.markup import (
     glossary,
     introduction,
     leaderboard,
+    learning_rates,
     notices,
     versions,
 )
@@ -38,7 +39,17 @@ from left_bench.report.values import one_line
 
 _STYLE = "page.css"
 # One script, in this order: each part uses what stands above it.
-_SCRIPTS = ("core.js", "address.js", "table.js", "axes.js", "detail.js", "scatter.js", "charts.js", "start.js")
+_SCRIPTS = (
+    "core.js",
+    "address.js",
+    "table.js",
+    "axes.js",
+    "detail.js",
+    "scatter.js",
+    "charts.js",
+    "rates.js",
+    "start.js",
+)
 # What could end the block early, or a line of the script that some parsers take the block for.
 _IN_JSON = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
@@ -114,6 +125,7 @@ def render_page(
         constants=constants(data),
         notices=notices(rows, labels, notes, data),
         leaderboard=leaderboard(data),
+        learning_rates=learning_rates(rows, labels),
         along_training=along_training(rows, labels, target),
         confounders=confounding(rows, labels),
         failures=failures(rows, labels, problems),

@@ -24,7 +24,9 @@ from left_bench.report.ranking import (
     standing,
     yardstick,
 )
+from left_bench.report.rates import tuned_of
 from left_bench.report.recommend import recommend
+from left_bench.report.sensitivity_plot import line_of
 from left_bench.report.statistics import seed_losses
 from left_bench.report.styles import row_styles
 from left_bench.report.tables import Report, heading, told_against
@@ -106,6 +108,7 @@ def page_data(
         "parts": [put(part.replace("_", " ")) for part in parts],
         "memory": [_memory(row, parts, put) for row in rows],
         "curves": _curves(rows),
+        "rates": _rates(rows),
         "constants": [[put(key), put(format_setting(value))] for key, value in same.items()],
         "details": [
             _detail(row, own, put, strings, full=i < DETAILED_CELLS, main=main)
@@ -307,6 +310,19 @@ def _curves(rows: Sequence[Row]) -> list[list[Any]]:
         thinned, means = thin_out(steps, [sum(values) / len(values) for values in by_step])
         bands = [thin_out(steps, [pick(values) for values in by_step])[1] for pick in (min, max)]
         result.append([i, thinned, means, *(bands if len(losses) > 1 else [])])
+    return result
+
+
+def _rates(rows: Sequence[Row]) -> list[list[Any]]:
+    """Of each tuned row its number, the trials as [rate, loss], which of them was chosen, and rates that diverged."""
+    result: list[list[Any]] = []
+    for i, row in enumerate(rows):
+        tuned = tuned_of(row)
+        if len(result) == CURVES or tuned is None or len(points := line_of(tuned)) < 2:
+            continue
+        chosen = next((n for n, point in enumerate(points) if point.rate == tuned.rate), None)
+        diverged = [point.rate for point in tuned.points if point.ended == "diverged"]
+        result.append([i, [[point.rate, point.loss] for point in points], chosen, diverged])
     return result
 
 

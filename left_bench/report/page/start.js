@@ -55,6 +55,7 @@ answer.hidden = !drawScatterControls(answer);
 byId("by-axis").hidden = !drawAxisSection(byId("by-axis"));
 drawMemorySection(plots);
 drawLossSection(plots);
+drawRatesSection(plots);
 const tip = byId("tip");
 tip.addEventListener("pointerleave", hideTipSoon);
 tip.addEventListener("focusout", hideTipSoon);
