@@ -140,6 +140,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "rows": 3,
         "points": 4,
         "every": 5,
+        "trial": True,
         "curve_scores": True,
         "batch_size": 2,
         "max_new_tokens": 7,

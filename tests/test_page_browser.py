@@ -25,6 +25,7 @@ from left_bench.report.page.data import status_of
 from left_bench.report.ranking import pareto_front, standing
 from left_bench.report.recommend import recommend
 from left_bench.report.seeds import pool
+from left_bench.report.styles import row_styles
 from left_bench.report.values import one_line
 from left_bench.spec.record import CurvePoint
 
@@ -432,6 +433,32 @@ def test_quality_along_training_is_drawn_over_what_is_chosen_and_read_by_keyboar
     browser.driver.get(address)
     assert browser.one("#along-over").get_attribute("value") == "tokens"
     assert not browser.complaints()
+
+
+def test_trials_of_a_tuning_are_drawn_in_their_methods_colour(browser: Browser, tmp_path: Path) -> None:
+    def tuned(rate: float) -> dict[str, Any]:
+        tried = [{"learning_rate": rate * step, "validation_loss": 1 + step} for step in (0.1, 1, 3)]
+        tried.append({"learning_rate": rate * 10, "ended": "diverged"})
+        return {"tuned": {"trials": 4, "learning_rate": rate, "validation_loss": 2.0, "tried": tried}}
+
+    rows = [
+        row_of(make_record(changes=peft(method), provenance=tuned(rate)))
+        for method, rate in (("lora", 1e-3), ("ia3", 1e-2))
+    ]
+    rows.append(row_of(make_record(changes=peft("vera"))))
+    browser.complaints()
+    browser.open(written(rows, tmp_path))
+    assert len(browser.all("#rates svg g")) == 2
+    assert len(browser.all("#rates .point")) == 6 and len(browser.all("#rates .point.best")) == 2
+    assert browser.texts("#rates-legend button") == ["lora", "ia3"]
+    own = {i: f"c{style.colour}" for i, style in enumerate(row_styles(rows))}
+    for group in browser.all("#rates svg g"):
+        line = group.find_element(By.TAG_NAME, "polyline")
+        assert own[int(group.get_attribute("data-row") or "")] in (line.get_attribute("class") or "").split()
+    assert "Crosses above" in browser.one("#rates-note").text
+    browser.one("#query").send_keys("ia3")
+    assert len(browser.all("#rates svg g")) == 1
+    assert browser.complaints() == []
 
 
 def test_tables_by_axis_hold_the_blocks_of_the_report(browser: Browser, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ METHODS = "methods"
 
 def main(argv: list[str]) -> int:
     """Print all groups and the table of methods and tasks, or those named; with `--json` for a program."""
-    groups = ("sweep", "recipe", *GROUPS, "tracker")
+    groups = (*command_line.PRESETS, *GROUPS, "tracker")
     if {"-h", "--help"} & set(argv):
         print(f"usage: left-bench list [GROUP...] [--json]\n\ngroups: {', '.join(groups)}")
         return 0

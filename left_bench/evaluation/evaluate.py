@@ -365,8 +365,8 @@ def scores(
     if evaluation.predictions is not None:
         for name in cell.eval.metrics or []:
             score = partial(score_text, name, references=references, extractor=cell.eval.extractor)
-            value, per_row = score(predictions=evaluation.predictions)
-            per_row = (by_row or {}).get(name) if per_row is None else per_row
+            value, of_rows = score(predictions=evaluation.predictions)
+            per_row: Sequence[float] | None = (by_row or {}).get(name) if of_rows is None else of_rows
             before = score(predictions=base.predictions)[0] if base and base.predictions else None
             made.append(
                 Score(

@@ -19,8 +19,8 @@ from left_bench.core.paths import config_root, is_installed
 GROUPS = ("model", "quantization", "peft", "precision", "optimizer", "training", "data", "eval", "hardware", "tracker")
 
 
-# groups of files in the package _global_: a named set of cells, a named choice in several groups
-PRESETS = ("sweep", "recipe")
+# chosen with a plus: a named set of cells, a named choice in several groups, what is tuned before a comparison
+PRESETS = ("sweep", "recipe", "tune")
 
 
 _HYDRA_OPTIONS = (
@@ -150,6 +150,8 @@ def check_choices(argv: list[str]) -> None:
             raise UserError(f"{argument}: several values are a sweep; add -m, or write '{key}=[...]' for a list")
         if not separator or group not in (*GROUPS, *PRESETS):
             continue
+        if group == "tune" and "," in value:
+            raise UserError(f"tune={value}: a comparison is tuned once; choose one, such as +tune=rates")
         if group == "tracker" and "," in value and not value.startswith("["):
             raise UserError(f"tracker={value}: this would run every cell once per tracker; write 'tracker=[{value}]'")
         known = options(group, extra)
@@ -180,6 +182,8 @@ def check_plugins(argv: list[str]) -> None:
     """
     import yaml
 
+    if any(argument.startswith("+tune=") for argument in argv) and not is_installed("optuna"):
+        raise UserError("+tune: its package is not installed; pip install 'left-bench[tune]'")
     wanted = [argument for argument in argv if argument in _PLUGINS]
     for name in (argument.partition("=")[2] for argument in argv if argument.startswith("+sweep=")):
         path = config_root() / "sweeps" / f"{name}.yaml"
@@ -201,7 +205,7 @@ def open_section(argument: str) -> str:
     knows the valid keys, and refuses others with the closest valid one.
     """
     group, dot, _ = argument.partition("=")[0].partition(".")
-    return f"++{argument}" if dot and group in GROUPS else argument
+    return f"++{argument}" if dot and group in (*GROUPS, "tune") else argument
 
 
 def register_resolvers() -> None:

@@ -30,6 +30,9 @@ from left_bench.spec.cell import GROUPS, Cell, Data, is_task_file, slugify
 from left_bench.spec.redact import refuse_secrets
 from left_bench.worker.earlier_cell import with_earlier
 
+_NO_CELLS = ("hydra", "sweep", "tune")
+"""Keys of a configuration that are of the launch, and of no cell."""
+
 
 class Settings(BaseModel):
     """Settings of a launch that do not affect results."""
@@ -64,7 +67,7 @@ def compose(config: DictConfig, hydra: DictConfig, *, typed: Sequence[str] | Non
         UserError: a value is missing or not allowed.
     """
     try:
-        plain: dict[str, Any] = {key: _plain(config, key) for key in map(str, config) if key not in ("hydra", "sweep")}
+        plain: dict[str, Any] = {key: _plain(config, key) for key in map(str, config) if key not in _NO_CELLS}
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: no value; give {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:

@@ -86,6 +86,8 @@ class Job(BaseModel):
     folder: str
     """The command's working directory, which relative paths refer to."""
     own: OwnFiles | None
+    provenance: dict[str, Any] = {}
+    """What the record says besides of where it comes from."""
 
     def carried(self) -> list[str]:
         """The overrides to pass to a launcher."""
@@ -114,6 +116,7 @@ class Job(BaseModel):
             ),
             bars=self.launcher == "basic",
             pace=pace,
+            provenance=self.provenance,
         )
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -29,7 +30,6 @@ from left_bench.core.errors import UserError, user_errors
 from left_bench.core.files import write_atomically
 from left_bench.grid.compose import Settings, check_cell, check_folder, compose, ignored_choices
 from left_bench.grid.job_composer import JobComposer
-from left_bench.grid.rules import why_unsupported
 from left_bench.grid.sweep import (
     SWEEPS_FOLDER,
     Manifest,
@@ -45,38 +45,24 @@ from left_bench.grid.sweep import (
     searches,
     sweep_name,
 )
+from left_bench.grid.tuning import Tuning, check_tuning, is_tuning, tuning_of
 from left_bench.launch.cell_lock import until_done
+from left_bench.launch.composed import Composed
 from left_bench.launch.estimate import Planned, say_estimate
 from left_bench.launch.job import ELSEWHERE, Ended, Job, OwnFiles, for_launchers, run_job, take
 from left_bench.launch.notes import say_automatic_precision, say_what_is_emulated, say_what_leaves
 from left_bench.launch.partial_report import begin_partial
 from left_bench.launch.plan_first import plan_ahead
 from left_bench.launch.preflight import Trial, has_user_values, rehearse
-from left_bench.launch.run_cell import Pace, note_records, previous_record, store_received
+from left_bench.launch.run_cell import Pace, add_provenance, note_records, previous_record, store_received
+from left_bench.launch.tuner import Tuner, is_finished
 from left_bench.measure.auto_precision import AUTO
 from left_bench.processes.resources import available_cores, cells_at_once
 from left_bench.spec.cell import SECTIONS, Cell, fingerprint
-from left_bench.spec.record import RECORD_NAME, KnownParts
+from left_bench.spec.record import RECORD_NAME, KnownParts, Record
 from left_bench.tracker import check_trackers, launch_id
 
 _BATCH_LAUNCHER = "hydra_plugins.left_bench_sweeper.BatchLauncher"
-
-
-class Composed(NamedTuple):
-    """A job's overrides and the composed cell and settings."""
-
-    overrides: list[str]
-    cell: Cell
-    settings: Settings
-    trial: Trial | None
-    """Set if the user's own values are passed to other packages' classes."""
-    automatic: bool
-    """Whether its precision was chosen by `precision=auto`."""
-
-    @property
-    def refused(self) -> bool:
-        """Whether a rule refuses the cell, which is then a row of the report and not an error."""
-        return not self.settings.force_unsupported and why_unsupported(self.cell) is not None
 
 
 class Launch:
@@ -106,6 +92,10 @@ class Launch:
         """Run one cell, from this process."""
         with user_errors():
             hydra: Any = HydraConfig.get()
+            if (tuning := tuning_of(config)) is not None:
+                raise UserError(
+                    f"+tune={tuning.name}: one cell is no comparison to tune for; add -m, or +sweep=NAME for a sweep"
+                )
             job = self._composed(config, hydra)
             self._prepare([job], hydra)
 
@@ -119,6 +109,7 @@ class Launch:
         """Run a sweep or a search (`hydra/sweeper=`), with the launcher chosen by `hydra/launcher=`."""
         hydra = config.hydra
         check_launcher(config)
+        tuning = tuning_of(config)
         for note in ignored_choices(config):
             print(note, file=sys.stderr)
         # one at a time, because thousands of configurations would fill the memory
@@ -127,10 +118,12 @@ class Launch:
             raise UserError("the sweep has no cells: one of its keys has no values, such as seed=range(0,0)")
         self._launcher, self._elsewhere, self._searches = launcher_of(hydra), runs_elsewhere(hydra), searches(hydra)
         self._sweep = sweep_name(hydra)
+        if tuning is not None:
+            check_tuning(tuning, [job.cell for job in jobs], config)
         self._prepare(jobs, hydra)
         launch = functools.partial(self._run_with_launcher, config=config, context=context)
-        # a stage before the comparison, such as a search for each method's learning rate, belongs here: it may run
-        # cells with `launch`, and returns another list of jobs
+        if tuning is not None:
+            jobs = self._tuned(tuning, jobs, config, context, launch)
         if self._searches:
             self._conduct(jobs, lambda _: self._search(config, context, launch), config=config)
         else:
@@ -144,7 +137,7 @@ class Launch:
         cell, settings = compose(config, hydra, typed=self._typed)
         cell = cell.model_copy(update={name: self._shared(name, getattr(cell, name)) for name in SECTIONS})
         trial = Trial.of(cell, hydra) if has_user_values(hydra) else None
-        overrides = [str(item) for item in hydra.overrides.task]
+        overrides = [str(item) for item in hydra.overrides.task if not is_tuning(str(item))]
         return Composed(overrides, cell, settings, trial, hydra.runtime.choices.precision == AUTO)
 
     def _shared(self, name: str, section: Any) -> Any:
@@ -183,7 +176,8 @@ class Launch:
             config: the sweep's; None for a single cell, which has no manifest and no report.
         """
         left = self._without_finished(jobs)
-        self._rehearse_and_note(left)
+        if self._own is None:  # otherwise a tuning came before
+            self._rehearse_and_note(left)
         if config is not None:
             self._open_manifest(config)
         run(left)
@@ -200,9 +194,13 @@ class Launch:
         keep = {job.cell.id for job in jobs if not job.settings.force}
         self._recorded, done = note_records(list(self._cells), self._settings.runs_dir, keep=keep)
         self._pace = Pace(len(self._cells) - len(done))
+        for job in jobs:
+            if job.provenance and job.cell.id in done and not job.settings.force:
+                add_provenance(job.settings.runs_dir / job.cell.id, job.provenance)
         return [job for job in jobs if job.settings.force or job.cell.id not in done]
 
-    def _rehearse_and_note(self, left: Sequence[Composed]) -> None:
+    def _rehearse_and_note(self, left: Sequence[Composed], trials: Sequence[tuple[Cell, int]] = ()) -> None:
+        """`trials`: cells of a tuning that come before, and how many there are of each."""
         here = self._launcher == "basic"
         allowed = [job for job in left if not job.refused]
         rehearse((job.trial for job in allowed if job.trial is not None), cells_follow=here)
@@ -214,9 +212,12 @@ class Launch:
         by_cost: dict[str, tuple[Cell, set[str]]] = {}
         for job in allowed:
             by_cost.setdefault(_cost_key(job.cell), (job.cell, set()))[1].add(job.cell.id)
-        if left:
+        if left or trials:
             say_estimate(
-                [Planned(cell, len(ids) * self._trials) for cell, ids in by_cost.values()],
+                [
+                    *(Planned(cell, number) for cell, number in trials),
+                    *(Planned(cell, len(ids) * self._trials) for cell, ids in by_cost.values()),
+                ],
                 self._settings.runs_dir,
                 at_once=self._at_once,
                 elsewhere=self._elsewhere,
@@ -237,16 +238,72 @@ class Launch:
         )
         self._manifest.write(runs_dir)
         OmegaConf.save(config, runs_dir / SWEEPS_FOLDER / "multirun.yaml")  # as Hydra's own sweeper does
-        launch = f"{launch_id(self._started_at)}-{os.getpid()}"
-        self._own = OwnFiles.of(runs_dir / SWEEPS_FOLDER, self._manifest.name, launch)
-        write_atomically(self._own.scope, self._manifest.model_dump_json() + "\n")
-        atexit.register(self._own.remove)  # for interrupted launches
+        own = self._own or self._open_own_files(self._manifest.name)
+        write_atomically(own.scope, self._manifest.model_dump_json() + "\n")
         if self._searches:
             quiet_optuna()
         else:
-            begin_partial(self._own.report)
+            begin_partial(own.report)
+
+    def _open_own_files(self, sweep: str) -> OwnFiles:
+        folder = self._settings.runs_dir / SWEEPS_FOLDER
+        self._own = OwnFiles.of(folder, sweep, f"{launch_id(self._started_at)}-{os.getpid()}")
+        atexit.register(self._own.remove)  # an interrupted launch does not come to its end
+        return self._own
 
     # --- the cells ---
+
+    def _tuned(
+        self,
+        tuning: Tuning,
+        jobs: Sequence[Composed],
+        config: DictConfig,
+        context: HydraContext,
+        launch: Callable[..., list[JobReturn]],
+    ) -> list[Composed]:
+        """The jobs with the learning rate that is found for each method, by trials that are run here.
+
+        A trial that has a record is not run again. The sweep's manifest is written after the trials, which are no
+        cells of the comparison.
+        """
+        composer = JobComposer(context.config_loader, config)
+
+        def composed(overrides: list[str]) -> Composed:
+            job = composer.compose(overrides)
+            return self._composed(job, job.hydra)
+
+        def finished(cell: Cell) -> Record | None:
+            record = None if self._settings.force else self._record_of(cell)
+            return record if record is not None and is_finished(record) else None
+
+        tuner = Tuner(tuning, [job for job in jobs if not job.refused], composed)
+        kept = tuner.take_up(finished)
+        if tuner.methods:
+            self._rehearse_and_note(jobs, tuner.planned())
+            print(
+                f"tuning: {tuning.trials} trials for each of {tuner.methods} methods before the comparison"
+                f"{f', {kept} runs of them are kept' if kept else ''}"
+            )
+        own = self._open_own_files(str(self._sweep))
+        write_atomically(own.scope, json.dumps({"cells": []}) + "\n")
+        self._pace, done = Pace(tuner.left), 0
+        while runs := tuner.ask():
+            self._total = done + max(tuner.left, len(runs))
+            size = 1 if self._launcher == "basic" else config.hydra.sweeper.get("max_batch_size") or len(runs)
+            for first in range(0, len(runs), size):
+                batch = runs[first : first + size]
+                launch([(run.job, done + place) for place, run in enumerate(batch, start=1)], first=done)
+                done += len(batch)
+                for run in batch:
+                    tuner.tell(run, self._record_of(run.job.cell))
+        self._hydras_launcher = None  # it knows the pace of the trials
+        result = [tuner.settled(job) for job in jobs]
+        self._cells = dict.fromkeys(job.cell.id for job in result)
+        self._total = len(self._cells)
+        return result
+
+    def _record_of(self, cell: Cell) -> Record | None:
+        return previous_record(self._settings.runs_dir / cell.id / RECORD_NAME)
 
     def _run_grid(self, left: Sequence[Composed], hydra: Any, launch: Callable[..., list[JobReturn]]) -> None:
         """Run the jobs in batches: one at a time in this process, otherwise as many as the launcher takes."""
@@ -303,6 +360,7 @@ class Launch:
         return returns
 
     def _job(self, composed: Composed, number: int, hydra: Any) -> Job:
+        is_trial = "tuning" in composed.provenance
         return Job(
             cell=composed.cell,
             settings=composed.settings,
@@ -311,14 +369,15 @@ class Launch:
             number=number,
             total=self._total,
             recorded=self._recorded.get(composed.cell.id),
-            sweep=self._sweep,
+            sweep=f"{self._sweep}_tuning" if is_trial else self._sweep,
             launch=launch_id(self._started_at),
             launcher=self._launcher,
             at_once=self._at_once,
             elsewhere=self._elsewhere,
-            comes_back=self._sweep is not None and self._launcher == "basic" and not self._searches,
+            comes_back=not (self._sweep is None or is_trial or self._searches) and self._launcher == "basic",
             folder=str(hydra.runtime.cwd),
             own=self._own,
+            provenance=dict(composed.provenance),
         )
 
     # --- the end ---

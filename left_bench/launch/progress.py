@@ -64,6 +64,7 @@ def say_end(
     facts = [f"{record.metrics['wall_seconds']:.0f} s"] if "wall_seconds" in record.metrics and not skipped else []
     own = [name for name in record.metrics if name.startswith(SCORER_PREFIX)]
     scored = [*own, *(name for name in ("exact_match", "rouge_l", "eval_loss") if name in record.metrics)]
+    scored = scored or [name for name in ("validation_loss",) if name in record.metrics]
     facts += [f"{name} {record.metrics[name]:.3f}" for name in scored]
     if skipped:
         facts.append("kept from an earlier run")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from left_bench.core import interrupt
@@ -90,6 +91,7 @@ def run_cell(
     take_seat: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     bars: bool = True,
     pace: Pace | None = None,
+    provenance: Mapping[str, Any] = MappingProxyType({}),
 ) -> Record | None:
     """Produce one cell's record; None if another launch is running the cell now.
 
@@ -100,6 +102,7 @@ def run_cell(
         take_seat: waits for cores and accelerators, given the device kind.
         bars: show bars on a terminal; those of parallel cells would overwrite each other.
         pace: the launch's, if it runs its cells in this process; it is updated, and estimates the remaining time.
+        provenance: further provenance for the record.
 
     Raises:
         UserError: the cell's folder cannot be written, or has a record of a newer left_bench.
@@ -141,6 +144,7 @@ def run_cell(
                 total=total,
                 take_seat=take_seat,
                 bars=bars,
+                more=provenance,
             )
     except OSError as error:
         if error.errno not in _UNWRITABLE:  # a closed pipe or no process available: not the folder's fault
@@ -168,6 +172,7 @@ def _run_claimed(
     total: int,
     take_seat: Callable[[str], AbstractContextManager[Any]],
     bars: bool,
+    more: Mapping[str, Any],
 ) -> Record:
     run_dir = attempt.run_dir
     tracker = open_tracker(settings.tracker, store=settings.runs_dir)
@@ -200,7 +205,7 @@ def _run_claimed(
     if record.status != "ok":  # a terminal's Ctrl-C also reaches the children, whose failure is then not a result
         interrupt.check()
     facts = {"sweep": attempt.sweep, "launch": attempt.launch, "overrides": overrides, "command": command}
-    provenance = record.provenance | facts
+    provenance = record.provenance | facts | dict(more)
     record = record.model_copy(update={"attempt": attempt.number, "provenance": provenance})
     record = redacted_record(record if prediction is None else _beside(record, prediction))
     redact_file(run_dir / LOG_NAME)
@@ -225,6 +230,14 @@ def _fetch_model(cell: Cell) -> str | None:
     except (UserError, MemoryError, RuntimeError, OSError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+def add_provenance(run_dir: Path, told: Mapping[str, Any]) -> None:
+    """Note in a kept record what a launch has learned of where it comes from; the cell's result stays as it is."""
+    with claim(run_dir) as mine:
+        record = previous_record(run_dir / RECORD_NAME) if mine else None
+        if record is not None and any(record.provenance.get(key) != value for key, value in told.items()):
+            record.model_copy(update={"provenance": record.provenance | dict(told)}).write(run_dir)
 
 
 def store_received(text: str, runs_dir: Path) -> None:

@@ -405,7 +405,7 @@ def _take_step(
 
 def _shard(model: Any, cell: Cell, mesh: DeviceMesh) -> None:
     """Divide the model over the cell's processes, of which this one holds the first part."""
-    quantized = [layer.weight for layer in quantizable(model).values() if not layer.weight.requires_grad]
+    quantized: list[Any] = [layer.weight for layer in quantizable(model).values() if not layer.weight.requires_grad]
     shard(model, mesh, left_whole=quantized if _stays_whole(cell) else (), **cell.hardware.sharding_config)
 
 

@@ -37,6 +37,17 @@ class Axis:
     """One per row; a dash where the cell has no such setting."""
 
 
+# A value chosen by tuning belongs to its method: tuned rows do not differ by it.
+_TUNED = "training.learning_rate"
+_TUNED_WITH_SIZES = tuple(
+    f"peft.config.{key}"
+    for key in (
+        *("r", "init_r", "target_r", "lora_alpha", "alpha"),
+        *("num_virtual_tokens", "adapter_len", "n_frequency"),
+    )
+)
+
+
 def find_axes(rows: Sequence[Row]) -> list[Axis]:
     """The label columns that tell the rows apart.
 
@@ -109,6 +120,7 @@ def _varying_leaves(
         key: name for config in configs if config for name in config for key in flat_section(name, config[name], flat)
     }
     one_only = {name for name in section_of.values() if len({id(c.get(name)) for c in configs if c is not None}) == 1}
+    chosen = _chosen_by_tuning(rows)
     leaves: dict[str, list[Any]] = {}
     for key, name in section_of.items():
         if "." not in key or name in one_only or key.startswith(_NOT_AN_AXIS) or key.endswith((".name", "._target_")):
@@ -120,9 +132,18 @@ def _varying_leaves(
         deciders: list[tuple[str, ...]] = [(group,) for group in varying]
         if key in _DECIDED_BY:
             deciders.append((key.partition(".")[0], _DECIDED_BY[key]))
-        if not any(_follows(known, groups) for groups in deciders):
+        if key not in chosen and not any(_follows(known, groups) for groups in deciders):
             leaves[key] = values
     return leaves
+
+
+def _chosen_by_tuning(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Keys that tuning chose for every row."""
+    tunings = [row.record.provenance.get("tuned") for row in rows if row.record]
+    if not tunings or not all(isinstance(tuned, dict) for tuned in tunings):
+        return ()
+    sized = any(isinstance(tuned, dict) and "size" in tuned for tuned in tunings)
+    return (_TUNED, *_TUNED_WITH_SIZES) if sized else (_TUNED,)
 
 
 def _follows(known: Sequence[tuple[Any, dict[str, str]]], groups: Sequence[str]) -> bool:

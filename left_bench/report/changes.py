@@ -11,7 +11,7 @@ from left_bench.core.errors import UserError, nearest
 from left_bench.report.axes import find_axes, labels
 from left_bench.report.cells import Row, row_of
 from left_bench.report.frame import choose, deciding, flatten
-from left_bench.report.load import Problem, Run, read_runs
+from left_bench.report.load import Problem, Run, is_trial, read_runs
 from left_bench.report.ranking import own_metrics
 from left_bench.report.seeds import pool
 from left_bench.report.statistics import Interval, difference, speed_ratio
@@ -74,6 +74,7 @@ def compare(
     problems: list[list[Problem]] = []
     for name, path in (("A", a), ("B", b)):
         runs, unread = read_runs(path)
+        runs = [run for run in runs if not is_trial(run.record)]
         problems.append(unread)
         if not runs:
             hint = f"; {len(unread)} could not be read, first {unread[0]}" if unread else ""

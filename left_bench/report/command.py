@@ -24,7 +24,7 @@ from left_bench.report.export import csv_text, write_parquet
 from left_bench.report.frame import choose, frame_of
 from left_bench.report.judgement import Margins, take_margins
 from left_bench.report.leaderboard import check_group_by
-from left_bench.report.load import PathLike, Problem, Run, Sweep, read_runs, read_sweeps, write_records
+from left_bench.report.load import PathLike, Problem, Run, Sweep, is_trial, read_runs, read_sweeps, write_records
 from left_bench.report.ranking import headline_quality
 from left_bench.report.recommend import BOUNDS_HELP, Need, how_sure, named_margins, recommend, sentence, take_needs
 from left_bench.report.report import Report
@@ -225,9 +225,11 @@ def plans_of(paths: Sequence[PathLike], *, name: str | None, where: str | None, 
     ]
     # an unreadable file of no sweep's is told where the other such cells are, else in the last report
     homeless = [problem for problem in problems if where is not None or problem.path.parent.name not in swept]
-    if loose := [row_of(run) for run in kept if run.record.cell_id not in swept]:
+    if loose := [row_of(run) for run in kept if run.record.cell_id not in swept and not is_trial(run.record)]:
         plans.append(Plan(name=LOOSE_NAME, rows=loose, sweep=None))
     plans = [plan for plan in plans if plan.rows]
+    if not plans:
+        raise UserError(f"RUNS={listed}: there are {len(kept)} trials of a tuning and no cell that is compared yet")
     plans = _wanted(plans, name) if name is not None else plans
     plans[-1].problems = homeless
     taken: set[str] = set()

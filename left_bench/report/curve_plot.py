@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 from left_bench.report.bands import AXIS_NAMES, axes_told, band_of
 from left_bench.report.cells import Row
 from left_bench.report.curves import LOSS, curves_of, measured_alike
+from left_bench.report.figure_style import scale_losses
 from left_bench.report.line_panels import draw_panels
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_LOG_FROM = 8
-"""The ratio of the highest to the lowest loss from which the axis is logarithmic."""
 
 
 def curve_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
@@ -30,22 +27,12 @@ def curve_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     if not bands:
         return None
     figure, panels, notes = draw_panels(rows, labels, bands)
-    lowest = min(min(band.low) for band in bands.values())
-    if lowest > 0 and max(max(band.high) for band in bands.values()) > _LOG_FROM * lowest:
-        for axes in panels:
-            _make_logarithmic(axes)
+    losses = [loss for band in bands.values() for loss in (*band.low, *band.high)]
+    for axes in panels:
+        scale_losses(axes, losses)
     for axes in panels:
         axes.set_xlim(left=0)
     figure.suptitle(", ".join(["Validation loss along training", *notes]), x=0.01, ha="left", fontsize=10)
     figure.supxlabel(f"{AXIS_NAMES[axis]} (optimizer steps alone)", fontsize=9)
     figure.supylabel("validation loss (nats per answer token)", fontsize=9)
     return figure
-
-
-def _make_logarithmic(axes: Axes) -> None:
-    from matplotlib.ticker import LogLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # mathematics is switched off
-    axes.yaxis.set_minor_formatter(lambda *_: "")

@@ -239,15 +239,16 @@ def curves_section(report: Report) -> Iterator[str]:
     if report.target is not None:
         asked = to_target(report.rows, report.labels, report.target)
         yield f"{escape(asked.title)}:"
-        yield _as_markdown(asked)
+        yield as_markdown(asked)
         yield escape(" ".join(asked.remarks))
         yield from cut_line(len(asked.lines))
     if equal is not None:
-        yield details(equal.title, f"{_as_markdown(equal)}\n\n{escape(' '.join(equal.remarks))}")
+        yield details(equal.title, f"{as_markdown(equal)}\n\n{escape(' '.join(equal.remarks))}")
         yield from cut_line(len(equal.lines))
 
 
-def _as_markdown(told: Told) -> str:
+def as_markdown(told: Told) -> str:
+    """The table alone, cut where it is too long."""
     return table([*map(escape, told.header)], [[*map(escape, line)] for line in told.lines[:ROWS_SHOWN]])
 
 

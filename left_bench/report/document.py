@@ -16,6 +16,7 @@ from left_bench.report.leaderboard import axis_tables, crossed_tables, leaderboa
 from left_bench.report.markdown import code, details, escape, fence, table
 from left_bench.report.policy import origins_section, policy_section
 from left_bench.report.ranking import COST, ENERGY, MEMORY_AND_SIZE, SPEED, present, qualities
+from left_bench.report.rates import rates_section
 from left_bench.report.report import Report
 from left_bench.report.tables import (
     ROWS_SHOWN,
@@ -61,7 +62,8 @@ _LOGS_SHOWN = 20
 def write_document(report: Report) -> str:
     """The report as GitHub-flavoured Markdown: the answer, then the tables behind it, then how it was measured."""
     answer = [plot for plot in report.plots if plot[0].endswith("_pareto.svg")]
-    plots = [plot for plot in report.plots if plot not in answer]
+    rates = [plot for plot in report.plots if plot[0].endswith("_rates.svg")]
+    plots = [plot for plot in report.plots if plot not in answer and plot not in rates]
     sections = [
         f"# {escape(report.name)}",
         *_what_this_is(report),
@@ -71,6 +73,7 @@ def write_document(report: Report) -> str:
         *_pictures(answer),
         *crossed_tables(report),
         *axis_tables(report),
+        *rates_section(report, rates),
         *curves_section(report),
         *policy_section(report),
         *cells_tables(report),

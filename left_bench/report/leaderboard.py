@@ -13,7 +13,9 @@ from left_bench.report.confounders import confounders
 from left_bench.report.headings import heading
 from left_bench.report.judgement import TOLD_RATE
 from left_bench.report.markdown import code, escape, table
+from left_bench.report.master_weights import whom_rounding_hurts
 from left_bench.report.ranking import Standing, best_and_second, headline_quality, present, standing
+from left_bench.report.rates import about_rates, rates_column
 from left_bench.report.recommend import Recommendation, how_sure, recommend, sentence
 from left_bench.report.report import Report
 from left_bench.report.tables import (
@@ -202,19 +204,26 @@ def _ranked(report: Report, rows: Sequence[Row], metrics: Sequence[str]) -> Iter
     marks = {metric: best_and_second(rows, metric) for metric in metrics}
     ordered = sorted(rows, key=lambda row: _standing(row, metrics[0]))[:ROWS_SHOWN]
     result = standing(ordered, metrics[0], family=report.family(metrics[0]))
+    rates = rates_column(report, ordered)
+    if rates is not None and len(set(rates)) == 1:
+        yield f"Learning rate of every row: {rates[0]}."
+        rates = None
     lines = []
-    for row in ordered:
+    for i, row in enumerate(ordered):
         told = [told_against(row, report.baseline, metric, report.family(metric), both=True) for metric in metrics]
         cells = [_in_place(row, metrics[0], marks[metrics[0]], told[0])]
         cells += [_beside(row, metric, marks[metric], text) for metric, text in zip(metrics[1:], told[1:], strict=True)]
         place = [] if result is None else [str(result.places.get(id(row), ABSENT))]
-        lines.append([*place, *label_cells(report, row), *cells])
+        lines.append([*place, *label_cells(report, row), *cells, *([rates[i]] if rates else [])])
     numbered = [] if result is None else ["#"]
-    header = [*numbered, *label_headings(report), *map(heading, metrics)]
+    header = [*numbered, *label_headings(report), *map(heading, metrics), *(["learning rate"] if rates else [])]
     yield table(header, lines, labels=len(numbered) + len(report.axes))
     yield from cut_line(len(rows))
     if result and len(result.places) > 1:
         yield _about_places(report, result, metrics[0])
+    if (hurt := whom_rounding_hurts(rows, report.names)) is not None:
+        yield f"**Master weights**: {escape(hurt)}."
+    yield from about_rates(report)
     yield from _other_differences(report, rows, ())
 
 

@@ -68,6 +68,12 @@ def read_runs(paths: PathLike | Iterable[PathLike]) -> tuple[list[Run], list[Pro
     return sorted(runs, key=lambda run: (run.record.started_at, run.record.cell_id)), problems
 
 
+def is_trial(record: Record) -> bool:
+    """Whether it is of a trial of a tuning, which chose a learning rate and is compared with nothing."""
+    section = record.config.get("eval")
+    return isinstance(section, dict) and section.get("trial") is True
+
+
 def find_runs(cell: str, runs_dir: str) -> tuple[list[Run], list[Problem]]:
     """The records of a path, or of the cell in `runs_dir` whose id is `cell` or begins so.
 

@@ -18,6 +18,7 @@ from left_bench.report.loss_plot import loss_figure
 from left_bench.report.memory_plot import memory_figure
 from left_bench.report.ranking import headline_quality
 from left_bench.report.scatter_plot import parameters_figure, pareto_figure
+from left_bench.report.sensitivity_plot import sensitivity_figure
 from left_bench.report.steps_plot import steps_figure
 from left_bench.report.values import format_error, format_value, one_line
 
@@ -42,7 +43,7 @@ def write_plots(rows: Sequence[Row], labels: Sequence[str], *, out: Path, name: 
             drawn = io.StringIO()
             _settle(figure)
             # not `savefig`, which draws everything once more beforehand
-            FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None})
+            FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None})  # type: ignore[no-untyped-call]
             write_atomically(out / f"{name}_{plot}.svg", _with_tips(drawn.getvalue(), tips))
             written.append((f"{name}_{plot}.svg", shown))
     return written
@@ -75,6 +76,8 @@ def figures(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[tuple[str, F
         yield "loss", figure, "Training loss of every cell, smoothed, with a band over the seeds"
     if (figure := curve_figure(rows, labels)) is not None:
         yield "curve", figure, "Validation loss of every cell over the time of training"
+    if (figure := sensitivity_figure(rows, labels)) is not None:
+        yield "rates", figure, "Validation loss against learning rate of every tuned method"
     if (figure := parameters_figure(rows, labels)) is not None:
         yield "parameters", figure, f"{heading(quality or '')} against trainable parameters of every cell"
     if (figure := steps_figure(rows, labels)) is not None:

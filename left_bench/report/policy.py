@@ -7,7 +7,8 @@ from typing import Any
 
 from left_bench.report.cells import Row
 from left_bench.report.markdown import code, escape, table
-from left_bench.report.tables import ROWS_SHOWN, Report, cut_line
+from left_bench.report.report import Report
+from left_bench.report.tables import ROWS_SHOWN, cut_line
 from left_bench.report.values import ABSENT, significant
 from left_bench.spec.record import PolicyPoint, Record
 

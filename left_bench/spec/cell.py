@@ -385,6 +385,9 @@ class Eval(_Section):
     training. None: eight, or fewer to keep it cheap compared with training (see `Cell.curve_points`)."""
     every: int | None = Field(default=None, ge=1, le=_MOST)
     """Measure it every so many steps, and at the end of training; None: `points` decides."""
+    trial: bool = False
+    """A trial of a tuning (`+tune=`): only the validation loss at the end of training is measured, the test rows are
+    not read, and the model is neither saved nor merged."""
     curve_scores: bool = False
     """At each of these points, also score answers to the validation rows by the first of `metrics`."""
     batch_size: int = Field(default=32, ge=1, le=_MOST)
@@ -611,7 +614,7 @@ class Cell(BaseModel):
         parts = {group: identity[group] for group in ("model", "quantization", "precision", "data", "eval", "hardware")}
         for key in ("extractor", "scorer", "scorer_content"):  # they judge answers without changing them
             parts["eval"].pop(key, None)
-        for key in ("points", "every", "curve_scores", "verifier"):
+        for key in ("points", "every", "curve_scores", "verifier", "trial"):
             parts["eval"].pop(key, None)
         parts["data"].pop("validation_rows", None)  # drawn after the test rows, which they leave unchanged
         head = "labelled" if self.training.output_head == "liger" else self.training.output_head  # evaluation uses ours

@@ -32,7 +32,11 @@ def check_curve(cell: Cell, *, rows: int) -> None:
     """
     if rows or not cell.data.hold_out:
         return
-    wanted = {"training.stop_patience": cell.training.stop_patience, "eval.every": cell.eval.every}
+    wanted: dict[str, object] = {
+        "training.stop_patience": cell.training.stop_patience,
+        "eval.every": cell.eval.every,
+        "eval.trial": "true" if cell.eval.trial else None,
+    }
     for key, value in wanted.items():
         if value is not None:
             raise UserError(

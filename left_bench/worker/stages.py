@@ -68,7 +68,7 @@ class RunContext:
     tokenizer: Any
     splits: Any
     test: Sequence[Any]
-    """The held-out rows to score: all, or the first `eval.rows` of them."""
+    """The held-out rows to score: all, or the first `eval.rows` of them; none in a trial of a tuning."""
     tasks: Any
     """Loaded tasks of lm-evaluation-harness; None: none."""
     base_modules: Any = field(default=None)
@@ -121,13 +121,17 @@ def begin(
     folder, tokenizer = load.open_pretrained(cell)
     splits = load.load_rows_of(cell, tokenizer, folder=folder)
     test = splits.test if cell.eval.rows is None else splits.test[: cell.eval.rows]
-    if not test:
+    if cell.eval.trial:
+        test = []
+        effective["held_out"] = "a trial: the test rows are left unread"
+    elif not test:
         effective["held_out"] = "no rows: all were trained on, and nothing is scored"
     elif cell.task.writes:
         longest_prompt = max(len(row.prompt_ids) for row in test)
         check_generation(cell, load.config_of(cell, folder), longest_prompt=longest_prompt)
     check_curve(cell, rows=len(splits.validation))
-    tasks = harness.load_tasks(cell) if team.first else None  # so that missing tasks fail now, not after training
+    # missing tasks fail now, not after training
+    tasks = harness.load_tasks(cell) if team.first and not cell.eval.trial else None
 
     load.make_ready(cell, device=device.kind)
     meter = Meter(device, events, energy=joules)
@@ -389,6 +393,8 @@ def note_end(run: RunContext, ended: str, curve: Curve) -> None:
         meter.metrics["validation_loss"] = kept.validation_loss
     if curve.points:
         splits["validation"]["used_for"].append("the curve along training")
+    if run.cell.eval.trial and "validation" in splits:
+        splits["validation"]["used_for"].append("the choice between the trials of a tuning")
     if run.cell.training.stop_patience is not None and curve.points:
         splits["validation"]["used_for"].append("the step whose weights are taken (training.stop_patience)")
 
@@ -462,6 +468,8 @@ def evaluate_adapted(run: RunContext, model: Any, before: Any) -> None:
 
 def save(run: RunContext, base_model: Any, model: Any) -> None:
     """Save what was trained in a folder that peft or transformers can load, with a README that shows how."""
+    if run.cell.eval.trial:
+        return
     folder = run.run_dir / ADAPTER_NAME
     # p-tuning saves its encoder's output for the virtual tokens, which must be computed as in the evaluation
     with run.meter.phase("save"), load.autocast(run.cell, device=run.device.kind):
@@ -484,7 +492,7 @@ def check_reload(run: RunContext, reloads: Callable[[Path], bool] | None) -> Non
 def check_merge(run: RunContext, model: Any) -> None:
     """Measure how merging the adapter changes the model; `model` must not be used afterwards."""
     cell, meter = run.cell, run.meter
-    if cell.peft.target is None:
+    if cell.peft.target is None or cell.eval.trial:
         return
     pad_id = evaluate.pad_of(run.tokenizer)
     with meter.phase("merge"):

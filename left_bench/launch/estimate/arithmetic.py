@@ -160,7 +160,8 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
     `evaluate_base` is only spent by the first of several cells that share a base model's scores.
     """
     training, result = cell.training, {"load": rates.load, "around": _AROUND_SECONDS}
-    if cell.model.weights != "random" and not cell.task.new_output:
+    scored = not cell.eval.trial
+    if scored and cell.model.weights != "random" and not cell.task.new_output:
         result["evaluate_base"] = _evaluation(cell, rates, rows)
     if training.sft_steps:
         result["sft"] = factors.train * _steps(cell.sft_before(), rates, rows)
@@ -174,6 +175,8 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
         read = (rows.test * (-(-rows.validation_rows // len(rows.test))))[: rows.validation_rows]
         once = _passes(cell, rates.forward, read, training.batch_size)
         result["validate"] = points * factors.evaluate * once
+    if not scored:
+        return result
     result["evaluate"] = factors.evaluate * (_evaluation(cell, rates, rows) + _speed(cell, rates, rows))
     if cell.eval.check_reload:
         losses = _passes(cell, rates.forward, _scored(cell, rows), cell.eval.batch_size)

@@ -33,6 +33,7 @@ from left_bench.report.page.markup import (
     glossary,
     introduction,
     leaderboard,
+    learning_rates,
     notices,
     versions,
 )
@@ -49,6 +50,7 @@ _SCRIPTS = (
     "scatter.js",
     "bars.js",
     "lines.js",
+    "rates.js",
     "start.js",
 )
 # What could end the block early, or a line of the script that some parsers take the block for.
@@ -126,6 +128,7 @@ def render_page(
         constants=constants(data),
         notices=notices(rows, labels, notes, data),
         leaderboard=leaderboard(data),
+        learning_rates=learning_rates(rows, labels),
         along_training=along_training(rows, labels, target),
         confounders=confounding(rows, labels),
         failures=failures(rows, labels, problems),

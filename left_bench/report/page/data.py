@@ -28,8 +28,10 @@ from left_bench.report.ranking import (
     standing,
     yardstick,
 )
+from left_bench.report.rates import tuned_of
 from left_bench.report.recommend import recommend
 from left_bench.report.report import Report
+from left_bench.report.sensitivity_plot import line_of
 from left_bench.report.styles import row_styles
 from left_bench.report.tables import told_against
 from left_bench.report.values import (
@@ -114,6 +116,7 @@ def page_data(
         "memory": [_memory(row, parts, put) for row in rows],
         "curves": _curves(rows),
         "along": _along(rows, put),
+        "rates": _rates(rows),
         "constants": [[put(key), put(format_setting(value))] for key, value in same.items()],
         "details": [
             _detail(row, own, put, strings, full=i < DETAILED_CELLS, main=main)
@@ -340,6 +343,19 @@ def _line(band: Band) -> list[list[float]]:
     """Places, means and, where the seeds differ, the lowest and the highest."""
     kept = (band.at, band.mean, *((band.low, band.high) if band.is_wide else ()))
     return [[float(f"{value:.5g}") for value in values] for values in kept]
+
+
+def _rates(rows: Sequence[Row]) -> list[list[Any]]:
+    """Of each tuned row its number, the trials as [rate, loss], which of them was chosen, and rates that diverged."""
+    result: list[list[Any]] = []
+    for i, row in enumerate(rows):
+        tuned = tuned_of(row)
+        if len(result) == CURVES or tuned is None or len(points := line_of(tuned)) < 2:
+            continue
+        chosen = next((n for n, point in enumerate(points) if point.rate == tuned.rate), None)
+        diverged = [point.rate for point in tuned.points if point.ended == "diverged"]
+        result.append([i, [[point.rate, point.loss] for point in points], chosen, diverged])
+    return result
 
 
 def thin_out(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[int], list[float]]:

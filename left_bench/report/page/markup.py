@@ -10,9 +10,11 @@ from typing import Any
 from left_bench import __version__
 from left_bench.report.cells import Row, machine_line, machines_of, so_far
 from left_bench.report.confounders import confounders
-from left_bench.report.curves import Target, equal_cost, to_target
+from left_bench.report.curves import Target, Told, equal_cost, to_target
 from left_bench.report.load import Problem, Sweep
+from left_bench.report.master_weights import whom_rounding_hurts
 from left_bench.report.page.data import CURVES, DETAILED_CELLS, runs_of, status_of
+from left_bench.report.rates import rates_told
 from left_bench.report.values import ABSENT, metric_of, one_line
 from left_bench.spec.cell import GROUPS
 from left_bench.spec.record import find_metric
@@ -103,6 +105,10 @@ def notices(rows: Sequence[Row], labels: Sequence[str], notes: Sequence[str], da
             lines.append(
                 "± is one standard error: over held-out rows and seeds for scores, over seeds for everything else."
             )
+    if (
+        told := whom_rounding_hurts(rows, {id(row): label for row, label in zip(rows, labels, strict=True)})
+    ) is not None:
+        lines.append(f"Master weights: {told}.")
     if len(rows) > DETAILED_CELLS:
         lines.append(f"Answers and logs are in this page for the first {DETAILED_CELLS:,} cells only.")
     if len(data["curves"]) == CURVES:
@@ -115,6 +121,17 @@ def along_training(rows: Sequence[Row], labels: Sequence[str], target: Target | 
     """What the curves of the validation loss tell, folded; empty where there are none."""
     told = [to_target(rows, labels, target)] if target is not None else []
     told += [equal] if (equal := equal_cost(rows, labels)) is not None else []
+    return _folded("Along training", told)
+
+
+def learning_rates(rows: Sequence[Row], labels: Sequence[str]) -> str:
+    """How the learning rates were come by, folded; empty where none was tuned."""
+    told = rates_told(rows, labels)
+    return "" if told is None else _folded("Learning rates", [told])
+
+
+def _folded(title: str, told: Sequence[Told]) -> str:
+    """A section of tables, each folded; empty where there are none."""
     folds = []
     for item in told:
         head = "".join(f"<th scope='col'>{text(name)}</th>" for name in item.header)
@@ -129,7 +146,7 @@ def along_training(rows: Sequence[Row], labels: Sequence[str], target: Target | 
             f"<p>{text(' '.join(item.remarks))}</p></details>"
         )
     listed = "\n".join(folds)
-    return f"<section>\n<h2>Along training</h2>\n{listed}\n</section>\n" if folds else ""
+    return f"<section>\n<h2>{text(title)}</h2>\n{listed}\n</section>\n" if folds else ""
 
 
 def leaderboard(data: Mapping[str, Any]) -> str:

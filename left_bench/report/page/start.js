@@ -56,6 +56,7 @@ byId("by-axis").hidden = !drawAxisSection(byId("by-axis"));
 drawAlongSection(plots);
 drawMemorySection(plots);
 drawLossSection(plots);
+drawRatesSection(plots);
 const tip = byId("tip");
 tip.addEventListener("pointerleave", hideTipSoon);
 tip.addEventListener("focusout", hideTipSoon);
