@@ -1,6 +1,6 @@
 """Data: rows -> prompts -> tokens -> batches.
 
-`rows` reads questions and answers and splits them (local files with the standard library alone), `rendering` applies
+`rows` reads questions and answers and splits them (local files with only the standard library), `rendering` applies
 the model's chat template, `tokens` turns the result into rows of token ids and caches them on disk, `pictures` and
 `classified_texts` do all of this for classification, and `batches` chooses each step's rows and pads them.
 """
