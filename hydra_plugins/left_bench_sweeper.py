@@ -1,8 +1,8 @@
-"""Where Hydra finds left_bench: it takes plugins from this namespace package alone.
+"""Where Hydra finds left_bench: it takes plugins only from this namespace package.
 
-Both classes hand on what Hydra gives them; the work is `left_bench.launch.launching.Launch`, the task that the command
-line gives to Hydra. Hydra imports this module with every other plugin, in any program that uses it: it imports nothing
-of left_bench.
+Both classes pass on what Hydra gives them; the work is done by `left_bench.launch.launching.Launch`, the task that the
+command line gives to Hydra. Any program that uses Hydra imports this module with all other plugins, so it imports
+nothing of left_bench.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from omegaconf import DictConfig
 
 
 class LaunchSweeper(Sweeper):
-    """Stands for whichever sweeper `hydra/sweeper=` chooses (conf/config.yaml), whose settings it takes."""
+    """Takes the place of the sweeper that `hydra/sweeper=` selects (conf/config.yaml) and accepts its settings."""
 
     def __init__(self, **_settings: Any) -> None:
         self._launch: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         if not hasattr(task_function, "sweep"):
-            raise HydraException("left_bench's sweeper runs left_bench's cells alone; start them with left-bench")
+            raise HydraException("left_bench's sweeper runs only left_bench's cells; start them with left-bench")
         self._launch, self._context, self._config = task_function, hydra_context, config
 
     def sweep(self, arguments: list[str]) -> None:
@@ -34,7 +34,7 @@ class LaunchSweeper(Sweeper):
 
 
 class BatchLauncher(Launcher):
-    """The launcher of a search: each batch of trials goes back to the launch, which composes them and has them run."""
+    """The launcher of a search: it passes each batch of trials to the launch, which composes and runs them."""
 
     def __init__(self) -> None:
         self._run_batch: Any = None

@@ -48,7 +48,7 @@ def refused(left_bench, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["peft=lorra"], ["unknown peft 'lorra'", "did you mean 'lora'", "there are "]),
+        (["peft=lorra"], ["unknown peft 'lorra'", "did you mean 'lora'", "choose from "]),
         (["training.steps=many"], ["training.steps='many'", "integer"]),
         (["training.steps=[1]"], ["training.steps=[1]", "integer"]),
         (
@@ -84,7 +84,7 @@ def refused(left_bench, tmp_path, monkeypatch):
             ["quantization.config.bnb_4bit_quant", "did you mean 'bnb_4bit_quant_type'?"],
         ),
         (["training.sft_steps=3"], ["training.sft_steps=3", "training.objective=dpo"]),
-        (["peft="], ["unknown peft ''", "there are "]),
+        (["peft="], ["unknown peft ''", "choose from "]),
         (["model=../../etc/passwd"], ["unknown model '../../etc/passwd'"]),
         (["~peft"], ["~peft: a cell needs every group", "peft=NAME"]),
         (["~training.steps"], ["training.steps: no value; give training.steps=VALUE"]),
@@ -102,7 +102,7 @@ def refused(left_bench, tmp_path, monkeypatch):
         (["optimizer.config.betaz=1"], ["optimizer.config.betaz: torch.optim.AdamW", "did you mean 'betas'"]),
         (["data.task=chain_som"], ["data.task='chain_som'", "did you mean 'chain_sum'"]),
         (["data.config.max_term=2"], ["data.config.max_term", "did you mean 'max_terms'"]),
-        (["data.template='{nope}'"], ["data.template='{nope}'", "no column", "question"]),
+        (["data.template='{nope}'"], ["data.template='{nope}'", "is not a column", "question"]),
     ],
 )
 def test_a_wrong_value(overrides, words, refused):
@@ -249,7 +249,7 @@ def test_files_that_tell_nothing_are_left_to_the_worker(folder):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (1, "has one question with an answer; two are needed"),
+        (1, "has only one question with an answer; two are needed"),
         (0, "is empty"),
         (3, "data.test_rows=4: "),
     ],

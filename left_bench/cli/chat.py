@@ -58,13 +58,13 @@ def main(argv: list[str]) -> int:
             temperature=options.temperature,
         )
         asked = iter([options.prompt]) if options.prompt is not None else _questions()
-        said: dict[str, list[Turn]] = {name: [] for name in models.names}
+        earlier: dict[str, list[Turn]] = {name: [] for name in models.names}
         for question in asked:
             for name in models.names:
-                answer = models.answer(name, question, said[name])
+                answer = models.answer(name, question, earlier[name])
                 print(answer if options.only else f"{name + ':':8} {answer}", flush=True)
                 if options.conversation:
-                    said[name] += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                    earlier[name] += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     except UserError as error:
         print(f"left-bench chat: {error}", file=sys.stderr)
         return 2
@@ -122,8 +122,8 @@ class Models:
         if before is not None and not self._switched_off_is(before):
             self._base = load_base(self._cell, folder=self._folder)
 
-    def answer(self, name: str, question: str, said: list[Turn]) -> str:
-        """What one of `names` answers to a question that follows `said`."""
+    def answer(self, name: str, question: str, earlier: list[Turn]) -> str:
+        """What one of `names` answers to a question that follows `earlier`."""
         import torch
 
         from left_bench.data import prompt_of
@@ -131,7 +131,7 @@ class Models:
         from left_bench.model.load import autocast
 
         encoder = self._config.is_encoder_decoder
-        ids = prompt_of(question, self._cell.data, self._tokenizer, said=said, encoder=encoder)
+        ids = prompt_of(question, self._cell.data, self._tokenizer, earlier=earlier, encoder=encoder)
         cell = self._cell if name == "adapted" else self._cell.without_adapter()
         device = cell.device_type
         inputs = torch.tensor([ids], device=device)

@@ -1,6 +1,6 @@
 """Data: rows -> prompts -> tokens -> batches.
 
-`rows` reads questions and answers and splits them (local files with the standard library alone), `rendering` applies
+`rows` reads questions and answers and splits them (local files with only the standard library), `rendering` applies
 the model's chat template, `tokens` turns the result into rows of token ids and caches them on disk. For a model that
 does not generate text, `texts` and the modules that use it (`classified_texts`, `scored_texts`, `tagged_texts`,
 `text_pairs`) take the place of those two, and `pictures` of all of it for images. `batches` chooses each step's rows

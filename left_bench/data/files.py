@@ -143,8 +143,8 @@ def data_files(section: Data, *, part: Literal["train", "test", "validation"] = 
         hint = f", such as {path / inside[0]}, or several, {path}/*{_kind_of(Path(inside[0]))}" if inside else ""
         raise UserError(f"{key}={path}: is a folder; name a file, or a folder written by `save_to_disk`{hint}")
     if not path.is_file():
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{key}={path}: no such file{nearest(path.name, beside) or '; check the path'}")
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{key}={path}: no such file{nearest(path.name, names) or '; check the path'}")
     return [_of_known_kind(path, key)]
 
 

@@ -174,16 +174,16 @@ def _source(section: Data) -> tuple[Any, list[str], Any]:
         folder = Path(section.path).expanduser()
         if not folder.is_dir():
             raise UserError(f"data.path={section.path}: no such folder; give one with a subfolder of images per class")
-        asked: dict[str, Any] = {"path": "imagefolder", "data_dir": str(folder)}
+        options: dict[str, Any] = {"path": "imagefolder", "data_dir": str(folder)}
         columns = {"image": section.image_column, "label": section.answer_column}
     else:
-        asked, columns = {"path": section.hub_id}, {}
+        options, columns = {"path": section.hub_id}, {}
     dataset: Any
     own: Any = None
     try:
-        dataset = datasets.load_dataset(**asked, **{"split": "train", **section.config})
+        dataset = datasets.load_dataset(**options, **{"split": "train", **section.config})
         if validation_rows_wanted(section) and brings_split(dataset, section, "validation"):
-            own = datasets.load_dataset(**asked, **section.config | {"split": "validation"})
+            own = datasets.load_dataset(**options, **section.config | {"split": "validation"})
     except Exception as error:  # errors of the hub and of local folders share no base class
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(

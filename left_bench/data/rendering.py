@@ -38,15 +38,15 @@ def turn_lead(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Empty if the tokenizer adds it by itself (SentencePiece's leading space).
     """
-    asked, text = _probed(tokenizer)
-    lead = text[len(asked) : text.find(_ANSWER, len(asked))] if text.startswith(asked) and _ANSWER in text else ""
+    prompt, text = _probed(tokenizer)
+    lead = text[len(prompt) : text.find(_ANSWER, len(prompt))] if text.startswith(prompt) and _ANSWER in text else ""
     if not lead or not lead.isspace():
         return ""
-    before, both, alone = (
+    prompt_ids, both_ids, answer_ids = (
         list(tokenizer(part, add_special_tokens=False)["input_ids"])
-        for part in (asked, asked + lead + _ANSWER, _ANSWER)
+        for part in (prompt, prompt + lead + _ANSWER, _ANSWER)
     )
-    return "" if both == before + alone else lead
+    return "" if both_ids == prompt_ids + answer_ids else lead
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -201,13 +201,13 @@ def turn_to_ids(row: Row, *, instruction: str | None, tokenizer: PreTrainedToken
     Raises:
         UserError: the template does not write the calls, or not right after the generation prompt.
     """
-    [asked], [text] = (
+    [prompt], [text] = (
         _chat_texts([row], instruction=instruction, tokenizer=tokenizer, answered=answered)
         for answered in (False, True)
     )
-    if not text.startswith(asked):
+    if not text.startswith(prompt):
         raise _no_tools(row, tokenizer, "does not write tool calls after the generation prompt")
-    ids = list(tokenizer(text[len(asked) :], add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"])
     markers = _markers(tokenizer)
     last = max((position for position, id in enumerate(ids) if id in markers), default=-1)
     return ids[: last + 1] if last > 0 else [*ids, *end]
@@ -217,8 +217,8 @@ def without_oldest_turn(row: Row) -> Row:
     """The conversation from its second question on, with the system message; `before` is None if there is none."""
     turns = list(row.before or ())
     head = turns[:1] if turns and turns[0]["role"] == "system" else []
-    asked = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
-    return replace(row, before=(*head, *turns[asked[1] :]) if len(asked) > 1 else None)
+    questions = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
+    return replace(row, before=(*head, *turns[questions[1] :]) if len(questions) > 1 else None)
 
 
 def _no_tools(row: Row, tokenizer: PreTrainedTokenizerBase, what: str) -> UserError:
@@ -237,12 +237,12 @@ def _probed(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, **_TEMPLATE_ARGUMENTS))
-        asked = tokenizer.apply_chat_template(
+        prompt = tokenizer.apply_chat_template(
             turns[:1], tokenize=False, add_generation_prompt=True, **_TEMPLATE_ARGUMENTS
         )
     except TemplateError:  # it can only render questions
         return "", ""
-    return str(asked), text
+    return str(prompt), text
 
 
 def _markers(tokenizer: PreTrainedTokenizerBase) -> set[int]:

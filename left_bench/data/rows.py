@@ -54,7 +54,7 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
 
     With `data.pairs` every row has a worse answer: from `data.rejected_column`, else that of another row of its split.
 
-    A file (`data.path`, whatever the source) is read with the standard library alone. Rows with a blank prompt or
+    A file (`data.path`, whatever the source) is read with only the standard library. Rows with a blank prompt or
     answer are left out; repeated questions stay in one split. The test rows never depend on `data.validation_rows`, and
     depend on `data.train_rows` only where rows are generated.
 
@@ -246,8 +246,8 @@ def _hub_dataset(section: Data, *, split: str | None = None) -> Any:
     where = f"data.hub_id={section.hub_id}"
     local = "point data.path= at a local JSON-lines file"
     try:
-        asked = {"split": "train", **section.config} | ({} if split is None else {"split": split})
-        dataset = datasets.load_dataset(section.hub_id, **asked)
+        options = {"split": "train", **section.config} | ({} if split is None else {"split": split})
+        dataset = datasets.load_dataset(section.hub_id, **options)
     except ConnectionError as error:
         raise UserError(f"{where}: the hub cannot be reached from here; {local}") from error
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -435,9 +435,9 @@ def _template_parts(template: str) -> list[tuple[str, str | None]]:
 def filled(section: Data, text: str) -> str:
     """`data.template` with the prompt replaced by a text and all other columns empty."""
     parts = _template_parts(section.template)
-    asked = {_column_of(section, field) for _, field in parts if field is not None}
-    place = section.prompt_column if section.prompt_column in asked else min(asked)
-    values = dict.fromkeys(asked, "") | {place: text}
+    columns = {_column_of(section, field) for _, field in parts if field is not None}
+    place = section.prompt_column if section.prompt_column in columns else min(columns)
+    values = dict.fromkeys(columns, "") | {place: text}
     return "".join(
         literal + ("" if field is None else values[_column_of(section, field)]) for literal, field in parts
     ).strip()
@@ -450,9 +450,9 @@ def _column_of(section: Data, field: str) -> str:
 
 def _columns(section: Data) -> list[tuple[str, str]]:
     """All columns that a row needs, each with the configuration key that names it."""
-    asked = [("data.answer_column", section.answer_column)]
+    columns = [("data.answer_column", section.answer_column)]
     if section.pairs and section.rejected_column is not None:
-        asked.append(("data.rejected_column", section.rejected_column))
+        columns.append(("data.rejected_column", section.rejected_column))
     if section.second_column is not None:
         asked.append(("data.second_column", section.second_column))
     if section.label_column is not None:
@@ -462,8 +462,8 @@ def _columns(section: Data) -> list[tuple[str, str]]:
     for _, field in _template_parts(section.template):
         if field is not None:
             key = "data.prompt_column" if field == "prompt" else "data.template"
-            asked.append((key, _column_of(section, field)))
-    return asked
+            columns.append((key, _column_of(section, field)))
+    return columns
 
 
 def _missing_column(section: Data, key: str, column: str, record: Mapping[str, Any], where: str) -> str:
@@ -545,24 +545,24 @@ def _hold_out(
         if len(test) == section.test_rows:
             break
         test.setdefault(_question(row), _one_turn(row, seed=section.seed))
-    asked = test.keys() if held_out is None else {_question(row) for row in held_out}
-    train = [row for row in shuffled if _question(row) not in asked]
+    test_questions = test.keys() if held_out is None else {_question(row) for row in held_out}
+    train = [row for row in shuffled if _question(row) not in test_questions]
     if not train:
         raise UserError(f"{source}: all of its questions are also test rows, so none is left to train on")
-    _check_train_rows(section, train, source, beside=f"{len(test)} test rows")
+    _check_train_rows(section, train, source, others=f"{len(test)} test rows")
     if not section.hold_out:  # the limit applies to both together, and questions of test rows may repeat
         together = [*shuffled, *(drawn if held_out is not None else [])]
         return together[: section.train_rows and section.train_rows + len(test)], [], 0
     repeated = len(rows) - len(train) - len(test) if held_out is None else len(rows) - len(train)
-    repeated += 0 if held_out is None else len(held_out) - len(asked)
+    repeated += 0 if held_out is None else len(held_out) - len(test_questions)
     return train, list(test.values()), repeated
 
 
-def _check_train_rows(section: Data, train: Sequence[Row], source: str, *, beside: str) -> None:
+def _check_train_rows(section: Data, train: Sequence[Row], source: str, *, others: str) -> None:
     if section.train_rows is not None and len(train) < section.train_rows:
         raise UserError(
             f"data.train_rows={section.train_rows}: {source} leaves only {len(train)} training rows besides"
-            f" {beside}; set data.train_rows={len(train)} or lower, or null for all"
+            f" {others}; set data.train_rows={len(train)} or lower, or null for all"
         )
 
 
@@ -586,7 +586,7 @@ def _for_validation(
         train: all rows that may be trained on, in order.
         test: the test rows, or all that they were drawn from.
     """
-    wanted, asked = validation_rows_wanted(section), section.validation_rows is not None
+    wanted, explicit = validation_rows_wanted(section), section.validation_rows is not None
     used = train if section.train_rows is None else train[: section.train_rows]
     taken = {_question(row) for row in [*used, *test]}
     results: dict[str, Row] = {}
@@ -597,26 +597,26 @@ def _for_validation(
                 fresh.setdefault(question, _one_turn(row, seed=section.seed))
         results = dict(itertools.islice(fresh.items(), wanted))
         left_out = len(separate) - len(fresh)
-        if asked and len(results) < wanted:
+        if explicit and len(results) < wanted:
             raise UserError(
                 f"data.validation_rows={wanted}: {source} has only {len(results)} validation rows whose question is"
                 f" neither trained on nor tested on; set data.validation_rows={len(results)} or lower"
             )
         return train, list(results.values()), left_out
     beyond = [row for row in train[len(used) :] if _question(row) not in taken]
-    for row in [*beyond, *(reversed(used) if asked else ())]:
+    for row in [*beyond, *(reversed(used) if explicit else ())]:
         if len(results) == wanted:
             break
         if row.desirable is not False:
             results.setdefault(_question(row), _one_turn(row, seed=section.seed))
     left = [row for row in train if _question(row) not in results]
-    if asked and (len(results) < wanted or not left):
+    if explicit and (len(results) < wanted or not left):
         most = max(0, len({_question(row) for row in train}) - 1)
         raise UserError(
             f"data.validation_rows={wanted}: {source} has only {most + 1} different questions besides {len(test)} test"
             f" rows, and one must be left to train on; set data.validation_rows={most} or lower"
         )
-    _check_train_rows(section, left, source, beside=f"{len(test)} test rows and {len(results)} validation rows")
+    _check_train_rows(section, left, source, others=f"{len(test)} test rows and {len(results)} validation rows")
     return left, list(results.values()), 0
 
 

@@ -171,9 +171,9 @@ def _tags(record: Mapping[str, Any], where: str, section: Data) -> Iterator[Row]
 
 
 def _alpaca(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
-    asked = [text_of(record.get(key), f"{where}: column '{key}'").strip() for key in ("instruction", "input")]
+    parts = [text_of(record.get(key), f"{where}: column '{key}'").strip() for key in ("instruction", "input")]
     answer = text_of(record.get("output"), f"{where}: column 'output'")
-    yield Row(prompt="\n\n".join(filter(None, asked)), answer=whole_lines(answer))
+    yield Row(prompt="\n\n".join(filter(None, parts)), answer=whole_lines(answer))
 
 
 def _completion(record: Mapping[str, Any], where: str, _: Data) -> Iterator[Row]:
@@ -216,15 +216,15 @@ def _row(
 ) -> Row | None:
     """The turn as the answer to the turns before it; None if there is no question or no answer."""
     before, turn = turns[:index], turns[index]
-    asked = [item for item in before if item["role"] == "user"]
+    questions = [item for item in before if item["role"] == "user"]
     calls = [item["function"] for item in turn.get("tool_calls", ())]
     answer = "\n".join(filter(None, [turn["content"], *map(json.dumps, calls)]))
-    if not asked or not answer:
+    if not questions or not answer:
         return None
     opening = [item["content"] for item in turns if item["role"] == "user"][:2]  # many begin with the same greeting
     with_tools = bool(tools) or any(item["role"] == "tool" or "tool_calls" in item for item in (*before, turn))
     return Row(
-        prompt=asked[-1]["content"],
+        prompt=questions[-1]["content"],
         answer=answer,
         before=tuple(before),
         group="\n".join(opening),
@@ -375,7 +375,7 @@ SHAPES: dict[str, Shape] = {
 def in_words(shape: Shape, section: Data) -> str:
     """A description of the detected shape and of what is trained on."""
     if shape.rows is _text:
-        return f"{shape.words} in blocks, scored by its loss alone (no answers, so none is generated)"
+        return f"{shape.words} in blocks, scored only by its loss (it has no answers, so none are generated)"
     if section.train_on == "all":
         return f"{shape.words}, every token of a row"
     if shape.rows is _conversation:

@@ -206,16 +206,16 @@ def prompt_of(
     section: Data,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    said: Sequence[Mapping[str, str]] = (),
+    earlier: Sequence[Mapping[str, str]] = (),
     encoder: bool = False,
 ) -> list[int]:
     """Tokens of a question, rendered like a training row: `data.template`, `data.instruction` and the chat template.
 
     Args:
-        said: the turns before the question, oldest first, as chat templates take them.
+        earlier: the turns before the question, oldest first, as chat templates take them.
     """
     question = filled(section, text)
-    before = (*said, {"role": "user", "content": question}) if said else None
+    before = (*earlier, {"role": "user", "content": question}) if earlier else None
     row = Row(prompt=question, answer="", before=before)
     [(ids, _)] = prompts_to_ids([row], instruction=section.instruction, tokenizer=tokenizer, encoder=encoder)
     return ids

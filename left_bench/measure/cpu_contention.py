@@ -15,13 +15,13 @@ DISTURBED = 0.05
 class Neighbours:
     """Measures other processes' CPU time since its creation.
 
-    A core lost to another process can slow a multithreaded step by far more than its share. `beside`: ids of processes
-    that also belong to the run.
+    A core lost to another process can slow a multithreaded step by far more than its share. `own_pids`: other
+    processes of the same run.
     """
 
-    def __init__(self, *, beside: Sequence[int] = ()) -> None:
-        self._beside = beside
-        self._start = time.monotonic(), _busy_seconds(), _own_seconds(beside)
+    def __init__(self, *, own_pids: Sequence[int] = ()) -> None:
+        self._own_pids = own_pids
+        self._start = time.monotonic(), _busy_seconds(), _own_seconds(own_pids)
 
     def share(self) -> float | None:
         """Other processes' share of the machine's CPU time, 0 to 1; None if the system does not report it."""
@@ -30,7 +30,7 @@ class Neighbours:
         now = _busy_seconds()
         if now is None or busy is None or seconds <= 0:
             return None
-        return min(1.0, max(0.0, ((now - busy) - (_own_seconds(self._beside) - own)) / seconds))
+        return min(1.0, max(0.0, ((now - busy) - (_own_seconds(self._own_pids) - own)) / seconds))
 
 
 class Quiet(NamedTuple):
@@ -67,12 +67,12 @@ def _busy_seconds() -> float | None:
     return float(sum(results)) if results else None
 
 
-def _own_seconds(beside: Sequence[int]) -> float:
+def _own_seconds(pids: Sequence[int]) -> float:
     import psutil
 
     spent = os.times()
     result = spent.user + spent.system + spent.children_user + spent.children_system
-    for pid in beside:
+    for pid in pids:
         with contextlib.suppress(psutil.Error):  # it has ended
             times = psutil.Process(pid).cpu_times()
             result += times.user + times.system

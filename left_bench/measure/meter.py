@@ -122,11 +122,11 @@ class Meter:
                     self.device.peak_reserved_bytes(), *(aside.reserved_before for aside in asides.values())
                 ),
             )
-            beside = [
+            parts = [
                 Phase(name=name, seconds=aside.seconds, peak_memory_bytes=aside.peak_memory_bytes)
                 for name, aside in asides.items()
             ]
-            for ended in (phase, *beside):
+            for ended in (phase, *parts):
                 self.phases.append(ended)
                 self.events.write("phase_end", **ended.model_dump(exclude_none=True))
 

@@ -1,4 +1,4 @@
-"""Fine-tuning methods that peft lacks: bottleneck adapters, BitFit, and training the last layers alone."""
+"""Fine-tuning methods that peft lacks: bottleneck adapters, BitFit, and training only the last layers."""
 
 from left_bench.methods.attached import Attached, Method, load_attached, method_in
 from left_bench.methods.bottleneck import BottleneckConfig

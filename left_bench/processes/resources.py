@@ -139,12 +139,12 @@ def assigned_cores(environment: Mapping[str, str]) -> list[int]:
 
 
 def concurrent_cells(environment: Mapping[str, str]) -> int:
-    """The number of cells that share this machine's cores, as told to the worker."""
+    """The number of cells that share this machine's cores; the launcher passes it to the worker."""
     return int(environment.get(AT_ONCE, "1"))
 
 
 def devices_are_shared(environment: Mapping[str, str]) -> bool:
-    """Whether other cells may use this cell's accelerator at the same time, as told to the worker."""
+    """Whether other cells may use this cell's accelerator at the same time; the launcher passes it to the worker."""
     return SHARED in environment
 
 

@@ -112,7 +112,7 @@ class Peft(_Section):
     """That class's own arguments."""
 
     def is_one_of(self, *names: str) -> bool:
-        """Whether it is one of these peft methods: `LoHa` stands for `peft.LoHaConfig`."""
+        """Whether it is one of these peft methods: `LoHa` means `peft.LoHaConfig`."""
         return self.target in {f"peft.{name}Config" for name in names}
 
     def is_lora_with(self, key: str, *values: object) -> bool:
@@ -557,8 +557,8 @@ class Cell(BaseModel):
         """
         training = self.training
         if self.eval.points is not None or training.stop_patience is not None or not validation_rows:
-            asked = _CURVE_POINTS if self.eval.points is None else self.eval.points
-            return min(asked, training.steps)
+            points = _CURVE_POINTS if self.eval.points is None else self.eval.points
+            return min(points, training.steps)
         read = training.steps * training.batch_size * training.gradient_accumulation
         affordable = int(_CURVE_SHARE * read / validation_rows)
         return min(max(1, affordable), _CURVE_POINTS, training.steps)

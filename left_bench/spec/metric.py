@@ -31,5 +31,5 @@ class Metric(NamedTuple):
 
     @property
     def scores_answers(self) -> bool:
-        """Whether it is computed from answers and references alone, and may be named in `eval.metrics`."""
+        """Whether it is computed only from answers and references, and may be named in `eval.metrics`."""
         return self.of_answer is not None or self.of_answers is not None

@@ -91,7 +91,7 @@ METRICS: dict[str, Metric] = {
     ),
     "wall_seconds": Metric("seconds", "lower", "speed", "the whole cell, process start to record"),
     "overhead_seconds": Metric("seconds", "lower", "speed", "wall seconds outside every phase"),
-    # energy; `cpu_` is the CPU packages' beside an accelerator, never added to it
+    # energy; `cpu_` is the CPU packages' in a cell on an accelerator, never added to the accelerator's
     "train_joules": Metric(
         "joules", "lower", "energy", "joules of the device that trains, over the steps that count for speed"
     ),

@@ -215,7 +215,7 @@ def _write(folder: Path, state: dict[str, Any], *, steps: list[str]) -> None:
 def _flush(path: Path) -> None:
     if sys.platform == "win32" and path.is_dir():  # a folder cannot be opened there, and its entries need no flush
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written alone
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only writable files
     try:
         os.fsync(handle)
     finally:

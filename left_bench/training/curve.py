@@ -131,7 +131,7 @@ class Curve:
         return self._patience is not None and late >= self._patience
 
     def finish(self, model: torch.nn.Module) -> None:
-        """Restore the best weights if they were kept; only on rank 0, which alone continues after training."""
+        """Restore the best weights if they were kept; only on rank 0, because the other ranks end after training."""
         best = self.best
         if self._patience is None or best is None or not self._team.first:
             return

@@ -331,8 +331,8 @@ def why_not_packed(
             allowed = 1e-3 if in_float32 else 0.2
             own = attention_kernel(model)
             # two kernels' rounding may differ by more in 16 bits, so compare with plain products on both sides first
-            for beside in (own,) if in_float32 or kernel else ("eager", own):
-                with attending_in_segments(model, kernel=beside):
+            for padded_kernel in (own,) if in_float32 or kernel else ("eager", own):
+                with attending_in_segments(model, kernel=padded_kernel):
                     change = _largest(together, loss.of_tokens(padded))
                 if change <= allowed:
                     break

@@ -300,7 +300,7 @@ def train(run: RunContext, model: Any) -> None:
             with meter.phase("compile"):
                 compiling = loop.compile_model(model, rows, cell, objective=objective, device=kind)
         curve = curve_of(run, model)
-        neighbours = Neighbours(beside=team.pids)
+        neighbours = Neighbours(own_pids=team.pids)
         try:
             with meter.phase("train") as counts, loop.embedding_noise(model, cell.training.neftune_alpha):
                 trained = loop.train(
