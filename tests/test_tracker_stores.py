@@ -320,7 +320,7 @@ def test_tensorboards_table_opens_with_the_numbers_that_matter(swept: Swept) -> 
         events.Reload()
         told = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/experiment"]).experiment
         tags = [metric.name.tag for metric in told.metric_infos]
-        assert tags[:3] == ["record/eval_loss", "record/exact_match", "record/peak_memory_bytes"]
+        assert tags[:3] == ["record/eval_loss", "record/exact_match", "record/peak_memory_gib"]
         assert {"axis.peft", "status"} <= {axis.name for axis in told.hparam_infos if axis.differs}
         assert ("record/peak_memory_bytes" in events.Tags()["scalars"]) == (path.parent.name.startswith("lora_"))
 

@@ -454,11 +454,11 @@ def _columns(section: Data) -> list[tuple[str, str]]:
     if section.pairs and section.rejected_column is not None:
         columns.append(("data.rejected_column", section.rejected_column))
     if section.second_column is not None:
-        asked.append(("data.second_column", section.second_column))
+        columns.append(("data.second_column", section.second_column))
     if section.label_column is not None:
-        asked.append(("data.label_column", section.label_column))
+        columns.append(("data.label_column", section.label_column))
     if section.margin_column is not None:
-        asked.append(("data.margin_column", section.margin_column))
+        columns.append(("data.margin_column", section.margin_column))
     for _, field in _template_parts(section.template):
         if field is not None:
             key = "data.prompt_column" if field == "prompt" else "data.template"

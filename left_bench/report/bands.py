@@ -16,7 +16,7 @@ from left_bench.report.statistics import seed_losses
 AXIS_NAMES = {"seconds": "seconds of training", "tokens": "tokens of training", "step": "optimizer step"} | {
     "joules": "joules of training"
 }
-SMOOTHED_FROM = 40
+SMOOTHED_FROM = 20
 """Steps from which training loss is told as a running mean over a tenth of them."""
 _GRID = 24
 """Places at which seeds are averaged that took their points at different steps."""

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from left_bench.core.files import write_atomically
 from left_bench.report.cells import Row
@@ -43,7 +43,8 @@ def write_plots(rows: Sequence[Row], labels: Sequence[str], *, out: Path, name: 
             drawn = io.StringIO()
             _settle(figure)
             # not `savefig`, which draws everything once more beforehand
-            FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None})  # type: ignore[no-untyped-call]
+            canvas: Any = FigureCanvasSVG(figure)
+            canvas.print_svg(drawn, metadata={"Date": None})
             write_atomically(out / f"{name}_{plot}.svg", _with_tips(drawn.getvalue(), tips))
             written.append((f"{name}_{plot}.svg", shown))
     return written

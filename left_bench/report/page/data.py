@@ -29,7 +29,7 @@ from left_bench.report.ranking import (
     yardstick,
 )
 from left_bench.report.rates import tuned_of
-from left_bench.report.recommend import recommend
+from left_bench.report.recommend import pareto_set, recommend
 from left_bench.report.report import Report
 from left_bench.report.sensitivity_plot import line_of
 from left_bench.report.styles import row_styles
@@ -110,6 +110,7 @@ def page_data(
         "shown": shown,
         "main": main,
         **_standing(rows, main, put),
+        "sets": _pareto_sets(rows, main),
         "styles": [list(style) for style in row_styles(rows)],
         "by_axis": _by_axis(report, main, put) if len(rows) <= DETAILED_CELLS else [],
         "parts": [put(part.replace("_", " ")) for part in parts],
@@ -277,6 +278,17 @@ def _standing(rows: Sequence[Row], main: Sequence[str], put: Callable[[object], 
             for row, share in zip(rows, shares, strict=True)
         ],
     }
+
+
+def _pareto_sets(rows: Sequence[Row], main: Sequence[str]) -> dict[str, list[int]]:
+    """For each cost the rows of the Pareto set over the first metric and it: what the scatter marks."""
+    result: dict[str, list[int]] = {}
+    for cost in (*main[1:], "trainable_params") if metric_of(main[0]).kind == "quality" else ():
+        drawn = [row for row in rows if row.ok and all(is_number(row.value(metric)) for metric in (main[0], cost))]
+        if len(drawn) > 1 and all(rankable(drawn, metric) for metric in (main[0], cost)):
+            members = pareto_set(drawn, [main[0], cost])
+            result[cost] = [i for i, row in enumerate(rows) if id(row) in members]
+    return result
 
 
 def _by_axis(report: Report, main: Sequence[str], put: Callable[[object], int]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 const MAX_LINES = 60;
 const DASHES = ["", "7 4", "2 3", "9 3 2 3", "12 3", "1 4"]; // in the order of report/styles.py
 const MARKS = 5; // markers along a line of many points; of few, every point has one
-const SMOOTHED_FROM = 40; // steps from which report/bands.py smooths
+const SMOOTHED_FROM = 20; // steps from which report/bands.py smooths
 const LOSS_LOG_FROM = 8; // the ratio of highest to lowest from which a loss is drawn on a logarithmic axis
 
 function lineSection(section, id, heading, ...controls) {

@@ -144,6 +144,8 @@ function drawScatter() {
   const [logX, logY] = [state.scatter.logX && having.every((i) => x.numbers[i] > 0), state.scatter.logY && having.every((i) => y.numbers[i] > 0)];
   const front = paretoFront(having, x, y);
   const onFront = new Set(front);
+  const members = view.length < data.cells ? null : paretoSet(x.name, y.name);
+  const outlined = members ?? onFront;
   const drawn = [...front, ...having.filter((i) => !onFront.has(i))].slice(0, MAX_POINTS);
   const kinds = colouring(drawn);
   if (!drawn.length) {
@@ -157,7 +159,7 @@ function drawScatter() {
   const reach = (metric, axis) => (i, sign) => value[axis](i) + (sign * (metric.errors?.[i] ?? 0)) / metric.scale;
   const [reachX, reachY] = [reach(x, "x"), reach(y, "y")];
   const bars = drawn.length <= MAX_BARRED ? drawn.filter((i) => y.errors?.[i] || x.errors?.[i]) : [];
-  noteScatter(having, drawn, { front, bars, refused: [logX !== state.scatter.logX, logY !== state.scatter.logY] });
+  noteScatter(having, drawn, { front, members, bars, refused: [logX !== state.scatter.logX, logY !== state.scatter.logY] });
   const ends = (of, reached, log) => [...drawn.map(of), ...bars.flatMap((i) => [reached(i, 1), reached(i, -1)])].filter((end) => !log || end > 0);
   const down = makeScale(ends(value.y, reachY, logY), { log: logY, from: height - 42, to: 30, steps: 6 });
   const left = 14 + 6.6 * Math.max(...down.ticks.map((tick) => tickText(tick).length));
@@ -174,9 +176,9 @@ function drawScatter() {
   );
   const order = [...drawn].sort((a, b) => place.get(a).x - place.get(b).x || place.get(a).y - place.get(b).y);
   const marks = new Map();
-  // those on the front are drawn last, so that they lie on top
-  for (const i of [...order.filter((i) => !onFront.has(i)), ...order.filter((i) => onFront.has(i))]) {
-    const mark = scatterPoint(i, { x, y, kinds, best: onFront.has(i), at: place.get(i), order, marks });
+  // outlined ones are drawn last, so that they lie on top
+  for (const i of [...order.filter((i) => !outlined.has(i)), ...order.filter((i) => outlined.has(i))]) {
+    const mark = scatterPoint(i, { x, y, kinds, best: outlined.has(i), at: place.get(i), order, marks });
     marks.set(i, mark);
     picture.append(mark);
   }
@@ -227,9 +229,16 @@ function colouring(rows) {
   return (i) => look(filter.values[i]);
 }
 
-function noteScatter(having, drawn, { front, bars, refused }) {
+/** The Pareto set of the report in these two metrics: it counts what other held-out rows and seeds would give. */
+function paretoSet(x, y) {
+  const cost = y === data.main[0] ? x : x === data.main[0] ? y : null;
+  return data.sets[cost] ? new Set(data.sets[cost]) : null;
+}
+
+function noteScatter(having, drawn, { front, members, bars, refused }) {
   const told = [];
-  if (front.length) told.push("Dashed line and thick outline: the Pareto front, the cells that none of those shown beats in both metrics.");
+  if (members) told.push("Thick outline: the Pareto set, the cells that no other beats in both metrics in at least 5 % of resamples of held-out rows and seeds. Dashed line: the front by the values as measured.");
+  else if (front.length) told.push("Dashed line and thick outline: the Pareto front, the cells that none of those shown beats in both metrics.");
   else if (having.length > 1) told.push("No Pareto front: one of the metrics is neither better nor worse when it is higher, or these cells may not all be ranked together.");
   if (drawn.length < having.length) told.push(`${drawn.length.toLocaleString("en")} of ${having.length.toLocaleString("en")} cells are drawn; filter the table to see the others.`);
   if (refused.some(Boolean)) told.push("An axis with values that are not above zero stays linear.");
@@ -246,7 +255,7 @@ function scatterPoint(i, { x, y, kinds, best, at, order, marks }) {
     tabindex: -1,
     role: "button",
     "data-row": i,
-    "aria-label": `${say(data.labels[i])}: ${x.heading} ${numberText(x, i)}, ${y.heading} ${numberText(y, i)}${best ? ", on the Pareto front" : ""}`,
+    "aria-label": `${say(data.labels[i])}: ${x.heading} ${numberText(x, i)}, ${y.heading} ${numberText(y, i)}${best ? ", in the Pareto set" : ""}`,
     pointerenter: () => showTip(i, mark),
     pointerleave: () => hideTipSoon(),
     focus: () => showTip(i, mark),
