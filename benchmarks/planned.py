@@ -1,4 +1,4 @@
-"""Plans beside every committed record: `python benchmarks/planned.py [--records DIR] [--json FILE]`.
+"""Plans beside every committed record: `python benchmarks/planned.py [--records DIR] [--json FILE] [--markdown]`.
 
 Each cell that ran (its seeds taken together) is planned, and its parts and its peak are held against the records'. It
 ends with 1 where a part differs by a byte, or a measured peak lies outside the range that the plan tells. The default
@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from left_bench.plan.peak import measured_range
 from left_bench.plan.predict import Known, predict
@@ -31,6 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--json", type=Path, help="a line for each cell")
+    parser.add_argument("--markdown", action="store_true", help="the table as docs/plan.md has it")
     given = parser.parse_args()
     cells: dict[str, Cell] = {}
     runs: dict[str, list[Record]] = defaultdict(list)
@@ -73,11 +75,27 @@ def main() -> int:
             f"range {least / MIB:.0f} to {most / MIB:.0f}, measured {peaks[0] / MIB:.0f} to {peaks[-1] / MIB:.0f} MiB"
             f"{'' if held else '  OUTSIDE'}{f'  PARTS {unlike}' if unlike else ''}",
             flush=True,
+            file=sys.stderr,
         )
+    if given.markdown:
+        print("\n".join(table(rows)))
     if given.json:
         given.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(rows)} cells, {wrong} outside the range or with other parts")
+    print(f"{len(rows)} cells, {wrong} outside the range or with other parts", file=sys.stderr)
     return int(wrong > 0)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown, sizes in MiB; cells of one name are told apart by their id's end."""
+    lines = ["| cell | training | planned | expected | measured |", "| --- | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        ends = [[size / MIB for size in row[key]] for key in ("range_bytes", "measured_peak_bytes")]
+        expected, measured = (
+            " to ".join(dict.fromkeys(f"{size:,.0f}" for size in (item[0], item[-1]))) for item in ends
+        )
+        planned = f"{(row['planned_peak_bytes'] or 0) / MIB:,.0f}"
+        lines.append(f"| `{row['cell']}` | {row['training']} | {planned} | {expected} | {measured} |")
+    return lines
 
 
 if __name__ == "__main__":

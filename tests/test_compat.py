@@ -323,6 +323,34 @@ def test_torch_still_refuses_the_parts_of_a_sparse_tensor_that_is_not_coalesced(
     assert (like.shape, like.dtype, like._nnz()) == ((4,), torch.bfloat16, 3)
 
 
+def test_a_dispatch_mode_is_still_not_told_of_a_storage_that_is_resized():
+    told: list[str] = []
+
+    class Listening(compat_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            told.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    storage = torch.zeros(4).untyped_storage()
+    sizes: list[int] = []
+    with Listening(), compat_torch.watch_resizing(lambda resized: sizes.append(resized.nbytes())):
+        storage.resize_(64)
+        storage.resize_(0)
+    assert (told, sizes) == ([], [64, 0])
+    storage.resize_(8)
+    assert sizes == [64, 0]
+
+
+def test_one_process_still_stands_for_many_by_a_private_name_alone():
+    from torch import distributed
+
+    assert not hasattr(distributed, "FakeStore")
+    with compat_torch.one_of_many(3):
+        assert (distributed.get_rank(), distributed.get_world_size()) == (0, 3)
+        distributed.all_reduce(torch.ones(2))  # waits for nobody
+    assert not distributed.is_initialized()
+
+
 def test_torch_still_tells_of_compilations_in_private_alone_and_has_no_undo():
     told = [name for name in dir(torch.compiler) if "callback" in name or name.startswith("on_compile")]
     assert not told, "take these in the place of watch_compiling"

@@ -7,10 +7,12 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from peft import BOFTConfig, get_peft_model
 from recorded.committed import committed_runs
 from test_train import SMALLER
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -19,6 +21,7 @@ from left_bench.cli.plan_tables import NOT_KNOWN, on_card
 from left_bench.core.paths import config_root, is_installed
 from left_bench.grid.compose import compose
 from left_bench.grid.rules import why_unsupported
+from left_bench.launch.progress import still_at_work
 from left_bench.measure.meter import stored_bytes
 from left_bench.measure.method_buffers import frozen_tensors, modules_of
 from left_bench.methods.attach import after_optimizer_step, attach_adapter, trainable_parameters
@@ -27,7 +30,11 @@ from left_bench.plan.follow import Storages
 from left_bench.plan.peak import measured_range, verdict
 from left_bench.plan.predict import Known, largest_pass, predict
 from left_bench.plan.result import Pass, Plan
-from left_bench.spec.cell import Cell
+from left_bench.plan.shapes import model_of_shapes
+from left_bench.processes.ranks import ALONE
+from left_bench.spec.cell import Cell, fingerprint
+from left_bench.spec.events import NullEventWriter
+from left_bench.worker import stages
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("weights", "adapter", "adapter_frozen", "gradients", "optimizer")
@@ -38,6 +45,22 @@ FORMATS = (
     *("nf4", "nf4_dq", "fp4", "int8", "nf5", "nf5_dq", "int5"),
     *("hqq_2", "hqq_3", "hqq_4", "quanto_int4", "quanto_int8", "torchao_int8"),
 )
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """`trained(cell)`: what is measured of a run up to the end of its training; nothing is scored, saved or merged."""
+    monkeypatch.setattr("left_bench.evaluation.shared_baseline.shared_peak", lambda *_, **__: None)  # takes seconds
+    monkeypatch.setattr("left_bench.measure.device._give_back_freed_memory", lambda: None)  # and so does this
+
+    def trained(cell):
+        result = {"provenance": {}}
+        events = NullEventWriter(tmp_path / "events.jsonl")
+        run = stages.begin(cell, run_dir=tmp_path, draft=result, events=events, exceeded=pytest.fail, team=ALONE)
+        stages.train(run, stages.attach_method(run, stages.load_base(run)))
+        return result
+
+    return trained
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -68,22 +91,18 @@ def test_a_formats_bytes_are_those_that_its_library_stores(name, tiny_cell, load
     ],
     ids=" ".join,
 )
-def test_the_parts_are_those_of_a_run(overrides, tiny_cell, work_in_process):
-    assert_as_in_a_run(tiny_cell(*overrides), work_in_process)
+def test_the_parts_are_those_of_a_run(overrides, tiny_cell, trained):
+    assert_as_in_a_run(tiny_cell(*overrides), trained)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_methods_parts_are_those_of_a_run(name, tiny_cell, work_in_process, monkeypatch):
+def test_every_methods_parts_are_those_of_a_run(name, tiny_cell, trained):
     """What it trains and what it holds frozen, to the byte, however it starts: from shapes, numbers or rows."""
-    monkeypatch.setattr(
-        "left_bench.evaluation.shared_baseline.shared_peak", lambda *_, **__: None
-    )  # a second or two for each
-    quick = ["eval.generate=false", "training.steps=10", "precision=bf16"]
-    cell = tiny_cell(f"peft={name}", *SMALLER.get(name, []), *quick)
+    cell = tiny_cell(f"peft={name}", *SMALLER.get(name, []), "training.steps=10", "precision=bf16")
     refusal = why_unsupported(cell)
     if refusal is not None:
         pytest.skip(refusal)
-    assert_as_in_a_run(cell, work_in_process)
+    assert_as_in_a_run(cell, trained)
 
 
 NIGHTLY = ("dora", "randlora", "fourierft", "shira", "waveft", "unilora", "boft", "full")
@@ -97,14 +116,13 @@ NIGHTLY = ("dora", "randlora", "fourierft", "shira", "waveft", "unilora", "boft"
         *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY),
     ],
 )
-def test_the_default_models_parts_are_those_of_a_run(name, compose_cell, work_in_process):
-    quick = ["eval.generate=false", "eval.rows=2", "eval.forgetting=false", "hardware=cpu", "tracker=none"]
-    few = ["training.steps=10", "training.batch_size=1", "precision=bf16"]
-    assert_as_in_a_run(compose_cell(f"peft={name}", *quick, *few), work_in_process)
+def test_the_default_models_parts_are_those_of_a_run(name, compose_cell, trained):
+    few = ["training.steps=4", "training.batch_size=1", "precision=fp32"]  # bfloat16 is emulated on many machines
+    assert_as_in_a_run(compose_cell(f"peft={name}", "hardware=cpu", "tracker=none", *few), trained)
 
 
-def assert_as_in_a_run(cell, work_in_process):
-    plan, measured = predict(cell), work_in_process(cell)
+def assert_as_in_a_run(cell, trained):
+    plan, measured = predict(cell), trained(cell)
     assert plan.unknown == []
     assert {part: plan.parts.get(part) for part in PARTS} == {
         part: measured["memory_breakdown"].get(part) for part in PARTS
@@ -170,9 +188,10 @@ def test_committed_records_beside_their_plans(kind, monkeypatch, known):
     monkeypatch.setattr(predicting, "largest_pass", lambda cell: Pass(8, 42, 30, measured=True))
     records = committed(kind)
     assert len(records) >= 3
+    cells = [Cell.from_config(record["config"], choices=record["choices"]) for record in records]
+    assert len({fingerprint(cell.identity | {"seed": None}) for cell in cells}) == 1
+    cell, plan = cells[0], predict(cells[0], known=known)
     for record in records:
-        cell = Cell.from_config(record["config"], choices=record["choices"])
-        plan = predict(cell, known=known)
         for part in PARTS:
             assert plan.parts.get(part) == record["memory_breakdown"].get(part), part
         least, most = measured_range(plan, cell)
@@ -347,3 +366,32 @@ def test_a_whole_architecture_takes_the_place_of_the_options_own(composed):
     config = composed("model=tiny_llama", whole, "model.config.num_hidden_layers=3")
     cell, _ = compose(config, config.hydra)
     assert cell.model.config == {"model_type": "gpt_neox", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3}
+
+
+def test_what_peft_leaves_on_the_host_is_no_part_of_an_accelerators_memory(tiny_cell):
+    """BOFT's permutations: made on the host, and copied to the device in every pass."""
+    model = model_of_shapes(tiny_cell())
+    adapted = get_peft_model(model, BOFTConfig(boft_block_size=4, target_modules=["q_proj"]))
+    layer = next(module for module in adapted.modules() if hasattr(module, "boft_P"))
+    assert (layer.boft_P.device.type, layer.boft_R["default"].device.type) == ("cpu", "meta")
+    here, there = (predict(tiny_cell("peft=boft", f"hardware={device}")) for device in ("cpu", "cuda"))
+    assert here.parts["adapter_frozen"] > 0 and "adapter_frozen" not in there.parts
+    assert here.parts["adapter"] == there.parts["adapter"]
+
+
+def test_planning_is_never_silent_for_long(left_bench, monkeypatch):
+    """What a launch prints every 1.5 s, here every 0.05."""
+    told = io.StringIO()
+    monkeypatch.setattr("left_bench.launch.progress._SIGN_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr("left_bench.cli.plan.still_at_work", lambda: still_at_work(told))
+    planned = predicting.predict
+
+    def slowly(cell, **named):
+        time.sleep(0.2)
+        return planned(cell, **named)
+
+    monkeypatch.setattr(predicting, "predict", slowly)
+    answer = left_bench("plan", "-m", "model=tiny_llama", "hardware=cpu", "peft=lora,ia3", "--length", "40")
+    assert answer.code == 0
+    for words in ("composing the cells", "planned 0 of 2: lora", "planned 1 of 2: ia3"):
+        assert words in told.getvalue()

@@ -18,7 +18,6 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="workers and their ra
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["peft=full"],
         ["peft=full", "training.gradient_accumulation=2", "model=tiny_neox"],
         ["peft=lora", "precision=bf16"],
         ["peft=lora", "quantization=nf4"],

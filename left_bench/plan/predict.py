@@ -359,6 +359,8 @@ def _take_step(
             amounts["optimizer"] = bytes_of(state_tensors(optimizer))
         if "optimizer" not in amounts:
             optimizer = None
+        if sharded:  # of each operation on shards it is worked out once, on tensors of the whole shape, what it gives
+            torch.nn.utils.clip_grad_norm_(trained, math.inf)
         storages.answering = True
         after_optimizer_step(model, 0)
         model.zero_grad(set_to_none=True)

@@ -26,9 +26,9 @@ _LAYER_BY_LAYER = {
     *("peft.LoHaConfig", "peft.LoKrConfig", "peft.OFTConfig", "peft.MissConfig", "peft.RandLoraConfig"),
     *("peft.FourierFTConfig", "peft.RoadConfig", "peft.C3AConfig", "peft.HRAConfig", "peft.HiraConfig"),
     *("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig", "peft.CartridgeConfig"),
-    *("peft.AdaptionPromptConfig", "peft.TrainableTokensConfig", "peft.DeloraConfig", "peft.GraloraConfig"),
+    *("peft.AdaptionPromptConfig", "peft.TrainableTokensConfig", "peft.DeloraConfig"),
     *("peft.GloraConfig", "peft.MultitaskPromptTuningConfig", "peft.PeanutConfig", "peft.PveraConfig"),
-    *("peft.BeftConfig", "peft.DeftConfig", "peft.OSFConfig", "peft.PsoftConfig", "peft.SupertuningConfig"),
+    *("peft.DeftConfig", "peft.OSFConfig", "peft.PsoftConfig", "peft.SupertuningConfig"),
     *("left_bench.methods.BottleneckConfig", "left_bench.methods.BitFitConfig"),
 }
 """Methods that do to every layer what they do to the others, whatever there is of them; a test holds each to that."""
