@@ -101,7 +101,7 @@ def learned(tiny_cell, work_in_process, tmp_path_factory):
     shutil.copytree(model_folder(tiny_cell("model=tiny_bert").model, dtype="float32"), folder / "published")
     cell = tiny_cell(
         *(*BERT, f"model.name_or_path={folder / 'published'}", f"data.path={write_rows(folder / 'rows.jsonl', 220)}"),
-        *("peft=houlsby", "training.steps=60", "training.batch_size=32", "training.learning_rate=1e-2", METRICS),
+        *("peft=houlsby", "training.steps=150", "training.batch_size=32", "training.learning_rate=2e-2", METRICS),
         *("data.train_rows=150", "data.test_rows=50", "data.validation_rows=16"),
     )
     result = work_in_process(cell)

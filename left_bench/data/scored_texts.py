@@ -77,7 +77,7 @@ def _number(row: Row, section: Data) -> float:
         result = math.nan
     if not math.isfinite(result):
         raise UserError(
-            f"data.answer_column={section.answer_column!r}: {row.answer[:80]!r} is no number; name the column that holds "
-            "them, or set model.task=sequence_classification for classes"
+            f"data.answer_column={section.answer_column!r}: {row.answer[:80]!r} is no number; name the column with "
+            "numbers, or set model.task=sequence_classification for classes"
         )
     return result
