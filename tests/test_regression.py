@@ -126,6 +126,14 @@ def test_a_published_encoder_learns_the_numbers(learned):
     assert "eval_perplexity" not in record.metrics  # the squared error is no likelihood
 
 
+def test_an_error_may_be_large_and_is_no_divergence(tiny_cell, work_in_process, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 20)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row | {"score": 1000 * row["score"]}) + "\n" for row in rows), encoding="utf-8")
+    result = work_in_process(tiny_cell(*BERT, f"data.path={path}", "peft=lora"))
+    assert result["metrics"]["train_loss"] > 1000
+
+
 def test_what_was_saved_tells_the_same_numbers(learned):
     assert reload_check.compare_losses(learned[1]) == reload_check.EQUAL
 

@@ -499,7 +499,11 @@ def test_a_plan_says_what_it_counts_and_what_it_does_not(left_bench, file):
 def test_rows_are_shown_before_a_run(left_bench, file):
     done = left_bench("data", *BERT, f"data.path={file}", *FEW, "precision=fp32", "hardware=cpu", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["classes"] == list(NAMES)
+    (told,) = [json.loads(done.out)] if isinstance(json.loads(done.out), dict) else json.loads(done.out)
+    assert told["classes"] == list(NAMES)
+    assert {row["answer"] for row in told["read"]} <= set(NAMES) and told["read"][0]["tokens"] > 5
+    shown = left_bench("data", *BERT, f"data.path={file}", *FEW, "precision=fp32", "hardware=cpu").out
+    assert "3 classes: cold, mild, warm" in shown and f"→ {told['read'][0]['answer']}" in shown
 
 
 def test_what_a_launch_will_take_is_estimated(tiny_cell, file):
