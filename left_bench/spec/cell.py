@@ -64,8 +64,10 @@ class Model(_Section):
     """Hub branch, tag or commit; the resolved commit is recorded."""
     task: Annotated[str, AfterValidator(_known_task)] = DEFAULT_TASK
     """What kind of model it is: `causal_lm`, a decoder; `seq2seq_lm`, an encoder that reads the prompt with a decoder
-    that writes the answer; `image_classification`, one that tells a picture's class, with an output layer made new for
-    the data's classes; or what an installed package adds."""
+    that writes the answer; `sequence_classification`, `regression` and `token_classification`, which read a text and
+    tell its class, its number or its words' tags by an output layer made new for the data; `embeddings`, whose vectors
+    of texts are compared; `image_classification`, which tells a picture's class; or what an installed package adds
+    (docs/tasks.md)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the architecture from `config`, downloads nothing, and scores no quality."""
     trust_remote_code: bool = False
