@@ -363,14 +363,14 @@ def scores(
         for name in cell.eval.metrics or []:
             score = partial(score_text, name, references=references, extractor=cell.eval.extractor)
             value, per_row = score(predictions=evaluation.predictions)
-            per_row = (by_row or {}).get(name) if per_row is None else per_row
+            of_rows = per_row if per_row is not None else (by_row or {}).get(name)
             before = score(predictions=base.predictions)[0] if base and base.predictions else None
             made.append(
                 Score(
                     task=task,
                     metric=name,
                     value=value,
-                    stderr=None if per_row is None else float(np.std(per_row) / math.sqrt(len(per_row))),
+                    stderr=None if of_rows is None else float(np.std(of_rows) / math.sqrt(len(of_rows))),
                     n=len(rows),
                     base_value=before,
                 )
