@@ -108,6 +108,17 @@ def test_ranks_are_those_of_the_similarities(tiny_cell, file):
     assert told == [f"{rank} of 12" for rank in expected]
 
 
+def test_similarities_are_not_rounded_by_autocast(tiny_cell, file):
+    splits, reader, folder = splits_of(tiny_cell(*BERT, f"data.path={file}"))
+    model, _ = load_model(tiny_cell(*BERT, f"data.path={file}"), folder=folder, device="cpu")
+    batch = collate(splits.train, pad_id=reader.pad_token_id)
+    states = torch.randn(16, batch.arguments["input_ids"].shape[1], 8)
+    exact = batch.labelled(states)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(batch.labelled(states), exact)
+        assert AnswerLoss(model.eval()).of_tokens(batch).dtype == torch.float32
+
+
 def test_a_model_that_finds_all_texts_alike_finds_none(tiny_cell, file):
     cell = tiny_cell(*BERT, f"data.path={file}", "data.test_rows=6")
     splits, reader, _ = splits_of(cell)

@@ -101,7 +101,7 @@ def learned(tiny_cell, work_in_process, tmp_path_factory):
     shutil.copytree(model_folder(tiny_cell("model=tiny_bert").model, dtype="float32"), folder / "published")
     cell = tiny_cell(
         *(*BERT, f"model.name_or_path={folder / 'published'}", f"data.path={write_rows(folder / 'rows.jsonl', 220)}"),
-        *("peft=houlsby", "training.steps=60", "training.batch_size=32", "training.learning_rate=1e-2", METRICS),
+        *("peft=houlsby", "training.steps=150", "training.batch_size=32", "training.learning_rate=2e-2", METRICS),
         *("data.train_rows=150", "data.test_rows=50", "data.validation_rows=16"),
     )
     result = work_in_process(cell)
@@ -124,6 +124,14 @@ def test_a_published_encoder_learns_the_numbers(learned):
     assert record.metrics["eval_loss"] < 0.4 * right.var()
     assert all(scores[name].stderr > 0 and scores[name].base_value is None for name in ("pearson", "spearman"))
     assert "eval_perplexity" not in record.metrics  # the squared error is no likelihood
+
+
+def test_an_error_may_be_large_and_is_no_divergence(tiny_cell, work_in_process, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 20)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row | {"score": 1000 * row["score"]}) + "\n" for row in rows), encoding="utf-8")
+    result = work_in_process(tiny_cell(*BERT, f"data.path={path}", "peft=lora"))
+    assert result["metrics"]["train_loss"] > 1000
 
 
 def test_what_was_saved_tells_the_same_numbers(learned):

@@ -27,7 +27,7 @@ NEEDED = {
 CHEAP = ["training.steps=2", "eval.generate=false", "eval.check_reload=false"]
 NEOX, T5, VIT = ["model=tiny_neox"], ["model=tiny_t5"], ["model=tiny_vit"]
 BERT = ["model=tiny_bert", "data=family_relationships", "data.instruction=null"]
-NUMBERS = ["model=tiny_bert", "model.task=regression", "data=chain_sum"]
+NUMBERS = ["model=tiny_bert", "model.task=regression", "data=letter_counting"]
 TAGS = ["model=tiny_bert", "model.task=token_classification"]
 VECTORS = ["model=tiny_bert", "model.task=embeddings", "data=chain_sum"]
 SUM_PAIRS = ["data=chain_sum_pairs"]
@@ -113,13 +113,13 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     ([*BERT, "peft=bdlora"], "as decoders call them", [*BERT, "peft=lora_attention"]),
     ([*BERT, "peft=shadow"], "an encoder has none", [*BERT, "peft=prefix_tuning"]),
     ([*BERT, "peft=poly"], "one vector", [*TAGS, "data=kinship_people", "peft=poly"]),
-    ([*BERT, "peft=trainable_tokens"], "as it was drawn", [*VECTORS, "peft=trainable_tokens"]),
+    ([*BERT, "peft=trainable_tokens"], "as it was drawn", VECTORS),
     (
         ["peft=llama_adapter", "model.task=sequence_classification", *BERT[1:]],
         "as it was drawn",
         ["peft=llama_adapter"],
     ),
-    ([*BERT, "peft=llama_adapter"], "LLaMA-Adapter", [*BERT, "peft=adalora"]),
+    ([*BERT, "peft=llama_adapter"], "LLaMA-Adapter", [*BERT, "peft=ln_tuning"]),
     ([*BERT, "data.pairs=true"], "a class is told of one text", BERT),
     ([*NUMBERS, "data.pairs=true"], "a number is told of one text", NUMBERS),
     ([*TAGS, *BERT[1:]], "tags are told of words", [*TAGS, "data=kinship_people"]),

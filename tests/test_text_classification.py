@@ -363,6 +363,20 @@ def test_every_method_trains_the_output_layer_and_saves_it(method, options, tiny
         assert torch.equal(AnswerLoss(again).of_tokens(batch), losses)
 
 
+@pytest.mark.parametrize("task", ["sequence_classification", "regression", "token_classification", "embeddings"])
+def test_an_encoder_may_be_quantized_and_its_new_layer_is_whole(task, tiny_cell, work_in_process):
+    data = {"token_classification": "kinship_people", "embeddings": "letter_counting", "regression": "letter_counting"}
+    cell = tiny_cell(
+        *("model=tiny_bert", f"model.task={task}", f"data={data.get(task, 'family_relationships')}"),
+        *("quantization=nf4", "peft=lora", "precision=fp32", "data.train_rows=24", "data.test_rows=12"),
+    )
+    assert why_unsupported(cell) is None
+    result = work_in_process(cell)
+    assert result["metrics"]["quantized_modules"] >= 12  # six linear layers in each of two
+    assert result["metrics"]["train_steps"] == 2
+    assert "merge_max_abs_difference" in result["metrics"]
+
+
 def test_the_output_layer_is_the_seeds(tiny_cell, file):
     first, again, other = (
         loaded(tiny_cell(*BERT, f"data.path={file}", f"seed={seed}"))[0].classifier.weight for seed in (1, 1, 2)
@@ -499,7 +513,11 @@ def test_a_plan_says_what_it_counts_and_what_it_does_not(left_bench, file):
 def test_rows_are_shown_before_a_run(left_bench, file):
     done = left_bench("data", *BERT, f"data.path={file}", *FEW, "precision=fp32", "hardware=cpu", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["classes"] == list(NAMES)
+    (told,) = [json.loads(done.out)] if isinstance(json.loads(done.out), dict) else json.loads(done.out)
+    assert told["classes"] == list(NAMES)
+    assert {row["answer"] for row in told["read"]} <= set(NAMES) and told["read"][0]["tokens"] > 5
+    shown = left_bench("data", *BERT, f"data.path={file}", *FEW, "precision=fp32", "hardware=cpu").out
+    assert "3 classes: cold, mild, warm" in shown and f"→ {told['read'][0]['answer']}" in shown
 
 
 def test_what_a_launch_will_take_is_estimated(tiny_cell, file):

@@ -108,7 +108,9 @@ def describe(cell: Cell, *, rows: int) -> dict[str, Any]:
         "dropped": list(splits.dropped_where),
     }
     if not cell.task.writes:
-        return result | ({} if splits.classes is None else {"classes": splits.classes})
+        classes = {} if splits.classes is None else {"classes": splits.classes}
+        read = [{"text": row.prompt, "answer": row.reference, "tokens": row.length} for row in splits.train[:rows]]
+        return result | classes | ({"read": read} if cell.task.reads == "text" else {})
     return result | _lengths(splits) | {"rows": [_row(item, tokenizer) for item in splits.train[:rows]]}
 
 
@@ -206,8 +208,14 @@ def _print(facts: dict[str, Any], cell: Cell, console: Console) -> None:
     if facts["test_there"] is not None and facts["test_rows"] < facts["test_there"]:
         there = facts["test_there"]
         say(f"the test set has {there:,} different questions; data.test_rows={there} asks all of them")
+    if classes := facts.get("classes"):
+        kind = "the model tells" if len(classes) == 1 else f"{len(classes)} classes"
+        say(f"{kind}: {', '.join(classes[:20])}{', …' if len(classes) > 20 else ''}")
     if "rows" not in facts:
-        say(f"pictures of {len(facts['classes'])} classes ({', '.join(facts['classes'][:20])}): no tokens to show")
+        for number, row in enumerate(facts.get("read", ()), start=1):
+            say()
+            say(f"training row {number}: {row['tokens']:,} tokens", "bold")
+            say(f"{_clipped(row['text'])}\n→ {_clipped(row['answer'])}")
         return
     if facts["longest_row"] > facts["max_length"]:
         longest = facts["longest_row"]

@@ -162,7 +162,7 @@ class PairBatch(ClassBatch):
     def labelled(self, states: torch.Tensor, *, after: int = 0) -> torch.Tensor:
         """Of last states [2 x rows, positions, width] the scaled cosine similarities, float32 [rows, rows]."""
         queries, documents = mean_vectors(states[:, after:], self.arguments["attention_mask"]).chunk(2)
-        return (_SIMILARITY_SCALE * queries @ documents.T).masked_fill(self.repeated, -math.inf)
+        return (_SIMILARITY_SCALE * similarities(queries, documents)).masked_fill(self.repeated, -math.inf)
 
 
 def mean_vectors(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -172,6 +172,14 @@ def mean_vectors(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     weights = mask[..., None].float()
     mean = (states.float() * weights).sum(1) / weights.sum(1)
     return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def similarities(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """The cosine of each query with each document, of unit vectors, float32; not rounded by autocast."""
+    import torch
+
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries @ documents.T
 
 
 def at_positions(states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

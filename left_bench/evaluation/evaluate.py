@@ -365,15 +365,15 @@ def scores(
     if evaluation.predictions is not None:
         for name in cell.eval.metrics or []:
             score = partial(score_text, name, references=references, extractor=cell.eval.extractor)
-            value, of_rows = score(predictions=evaluation.predictions)
-            per_row: Sequence[float] | None = (by_row or {}).get(name) if of_rows is None else of_rows
+            value, per_row = score(predictions=evaluation.predictions)
+            of_rows = per_row if per_row is not None else (by_row or {}).get(name)
             before = score(predictions=base.predictions)[0] if base and base.predictions else None
             made.append(
                 Score(
                     task=task,
                     metric=name,
                     value=value,
-                    stderr=None if per_row is None else float(np.std(per_row) / math.sqrt(len(per_row))),
+                    stderr=None if of_rows is None else float(np.std(of_rows) / math.sqrt(len(of_rows))),
                     n=len(rows),
                     base_value=before,
                 )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from left_bench.data import Passage, TextPair, collate, padded
-from left_bench.data.batches import mean_vectors
+from left_bench.data.batches import mean_vectors, similarities
 from left_bench.evaluation.evaluate import Counted, pad_of
 from left_bench.methods.attach import virtual_positions
 from left_bench.spec.cell import Cell
@@ -56,7 +56,7 @@ def ranks(
         vectors.append(_vectors(model, some, reader, device=device))
         done.add(len(some))
     queries, found = torch.cat(vectors).split([len(pairs), len(documents)])
-    similar = queries @ found.T
+    similar = similarities(queries, found)
     places = {text: place for place, text in enumerate(documents)}
     right = torch.tensor([places[pair.reference] for pair in pairs], device=similar.device)[:, None]
     rank = (similar >= similar.gather(1, right)).sum(1).tolist()

@@ -125,7 +125,7 @@ def _lora_with(cell: Cell, key: str, *values: object) -> bool:
 
 def _names_decoders_layers(cell: Cell) -> bool:
     """Whether the method names the layers that it changes, as decoders call them."""
-    named = cell.peft.config.get("target_modules") or cell.peft.config.get("use_bdlora")
+    named = cell.peft.config.get("use_bdlora" if _lora_with(cell, "use_bdlora") else "target_modules")
     return (_is(cell, "Beft") or _lora_with(cell, "use_bdlora")) and "v_proj" in str(named)
 
 

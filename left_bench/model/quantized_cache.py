@@ -137,7 +137,7 @@ def _place(cell: Cell, *, folder: str, device: str) -> Path | None:
     backend = backend_of(quantization)
     if not quantization.cache or backend is None or not backend.cacheable or model.trust_remote_code:
         return None
-    if cell.task.new_output:  # its output layer is not the checkpoint's
+    if not cell.task.writes:  # its output layer is not the checkpoint's, or it leaves that out
         return None
     if cell.hardware.processes > 1:  # each rank would cache and measure its own
         return None

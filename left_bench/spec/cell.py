@@ -64,8 +64,10 @@ class Model(_Section):
     """Hub branch, tag or commit; the resolved commit is recorded."""
     task: Annotated[str, AfterValidator(_known_task)] = DEFAULT_TASK
     """What kind of model it is: `causal_lm`, a decoder; `seq2seq_lm`, an encoder that reads the prompt with a decoder
-    that writes the answer; `image_classification`, one that names an image's class, with a new output layer for
-    the data's classes; or what an installed package adds."""
+    that writes the answer; `sequence_classification`, `regression` and `token_classification`, which read a text and
+    predict its class, its number or its words' tags with a new output layer; `embeddings`, whose vectors of texts are
+    compared; `image_classification`, which predicts an image's class; or what an installed package adds
+    (docs/tasks.md)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the architecture from `config` and downloads nothing; quality scores are then meaningless."""
     trust_remote_code: bool = False
