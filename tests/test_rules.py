@@ -359,6 +359,11 @@ def rewarded_twice(cell):
     return cell.model_copy(update={"training": training})
 
 
+def combining(cell):
+    training = cell.training.model_copy(update={"objective": "combine", "combine": ["runs/one", "runs/other"]})
+    return cell.model_copy(update={"training": training})
+
+
 def test_two_rewards_are_one_too_many(tiny_cell):
     assert "give one of them" in str(why_unsupported(rewarded_twice(tiny_cell(*CHEAP, *GRPO))))
 
@@ -372,6 +377,7 @@ def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     cells += [tiny_cell(*CHEAP, *refused) for refused, _, _ in ALONG_TRAINING + LABELLED]
     cells += [going_on(tiny_cell("peft=adalora"))]  # more in test_start_from.py
     cells += [rewarded_twice(tiny_cell(*GRPO))]
+    cells += [combining(tiny_cell("peft=ia3")), combining(tiny_cell("training=dpo", *SUM_PAIRS))]
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
     monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: False)
     wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]
