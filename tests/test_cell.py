@@ -83,6 +83,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "combine_weights": [0.5, 0.5],
         "combine_by": "ties",
         "combine_density": 0.3,
+        "sft_batch_size": 2,
         "center_rewards": 0.01,
         "group_size": 4,
         "kl_weight": 0.1,

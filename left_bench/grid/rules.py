@@ -401,8 +401,11 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "BitFit trains bias terms, and this model's layers have none",
     ),
     (
-        lambda cell: cell.training.batch_size % cell.hardware.processes != 0,
-        "training.batch_size counts the rows of all hardware.processes and must be a multiple of their number",
+        lambda cell: any(
+            size % cell.hardware.processes for size in (cell.training.batch_size, cell.training.sft_batch_size or 0)
+        ),
+        "training.batch_size counts the rows of all hardware.processes and must be a multiple of their number, and so "
+        "must sft_batch_size",
     ),
     *(
         (

@@ -197,6 +197,8 @@ class Training(_Section):
     """A fingerprint of its weights, filled in when a cell is composed."""
     sft_steps: int = Field(default=0, ge=0, le=_MOST)
     """Steps of supervised fine-tuning on the right answers that come before another objective's."""
+    sft_batch_size: int | None = Field(default=None, ge=1, le=_MOST)
+    """Rows of each of these steps, in one pass; None: as many as the cell's own steps have, in as many passes."""
     start_from: str | None = None
     """A finished cell whose adapter (or weights) training goes on from, by its id, how that begins, or its run folder;
     model, quantization and method must be the same. None: it begins with the base model."""
@@ -571,6 +573,8 @@ class Cell(BaseModel):
         settings: dict[str, Any] = {"objective": "sft", "steps": self.training.sft_steps, "sft_steps": 0}
         settings |= {"learning_rate": self.training.sft_learning_rate, "checkpoint_every": None}
         settings |= {"max_seconds": None, "stop_patience": None, "updates_per_sample": 1}
+        if self.training.sft_batch_size is not None:
+            settings |= {"batch_size": self.training.sft_batch_size, "gradient_accumulation": 1}
         return self.model_copy(update={"training": self.training.model_copy(update=settings)})
 
     def sections(self) -> dict[str, Any]:
