@@ -232,7 +232,8 @@ def test_a_recipe_chooses_what_it_is_named_for(name, compose_cell):
     if name.startswith("rlhf_"):  # what comes after 40 supervised steps, which are the same in each
         after = name.removeprefix("rlhf_").replace("sft", "default")
         assert (cell.choices["peft"], cell.choices["training"]) == ("lora", after)
-        assert (cell.training.sft_steps or cell.training.steps) == 40
+        first = cell.sft_before() if cell.training.sft_steps else cell
+        assert (first.training.steps, first.training.rows_per_step, first.learning_rate) == (40, 8, 1e-3)
         return
     method, _, rest = name.partition("_") if name.startswith("lora_") else (name, "", "")
     chosen = (cell.choices["quantization"], cell.choices["precision"], cell.choices["training"])

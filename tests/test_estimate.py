@@ -115,6 +115,22 @@ def test_preference_tuning_reads_two_answers_and_has_a_reference(tiny_cell):
     assert result["reference"] == 8 * 5 + 8 * 4
 
 
+def test_kto_reads_another_rows_answers_too(tiny_cell):
+    rows = ROWS.model_copy(update={"train": [Row(3, 1, 2)] * 8, "test": [Row(3, 1, 2)] * 4})
+    pairs = ("data=chain_sum_pairs", "training.sft_steps=0", "training.batch_size=4")
+    result = seconds_of(tiny_cell("training=kto", *pairs), RATES, rows)
+    assert result["train"] == 2 * 8 * 5 * (10 + 1), "and the same without a gradient"
+    assert result["reference"] == 2 * (8 * 5 + 8 * 4)
+
+
+def test_a_policys_steps_sample_their_answers(tiny_cell):
+    cell = tiny_cell("training=grpo", "training.sft_steps=0", "training.batch_size=8", "training.group_size=4")
+    rows = ROWS.model_copy(update={"train": [Row(3, 3)] * 8})
+    trained, reference = 8 * 6 * 10, 8 * 6
+    sampled = 8 * 3 + 2 * 8 * 100  # the prompts, and two more tokens of each of eight answers
+    assert seconds_of(cell, RATES, rows)["train"] == 2 * (trained + reference + sampled)
+
+
 def test_what_only_some_methods_have(tiny_cell):
     assert "merge" in seconds_of(tiny_cell("peft=lora"), RATES, ROWS)
     for peft in ("full", "prefix_tuning", "llama_adapter", "pfeiffer"):

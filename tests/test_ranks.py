@@ -77,6 +77,8 @@ CELLS = {
     "adalora, grouped": ["peft=adalora", "training.batching=grouped", "training.gradient_accumulation=2"],
     "over nf4, 8-bit states": ["peft=lora", "quantization=nf4", "optimizer=adamw_8bit"],
     "dpo after sft": ["peft=lora", "training=dpo", "training.sft_steps=2", "data.pairs=true"],
+    "kto": ["peft=lora", "training=kto", "training.sft_steps=0", "data.pairs=true"],
+    "orpo, accumulated": ["peft=lora", "training=orpo", "data.pairs=true", "training.gradient_accumulation=2"],
     "fsdp2, dpo after sft": [
         *("peft=lora", "training=dpo", "training.sft_steps=2", "data.pairs=true", "hardware.sharding=fsdp2"),
     ],

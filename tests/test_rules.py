@@ -133,7 +133,6 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
     (["training=dpo", "training.sft_steps=1"], "data.pairs", ["training=dpo", "training.sft_steps=1", *SUM_PAIRS]),
     (["data=digits", *VIT, "data.pairs=true", "training=orpo"], "written answers", [*VIT, "data=digits"]),
     (["training=reward"], "better and a worse", ["training=reward", *SUM_PAIRS]),
-    (["model.task=reward_model", *SUM_PAIRS], "trained by", []),
     (["training=reward", *SUM_PAIRS, *T5, "model.task=seq2seq_lm"], "model.task out", []),
     ([*GRPO, "data=jsonl"], "what an answer is worth", GRPO),
     (["training=orpo"], "data.pairs", ["training=orpo", *SUM_PAIRS]),
@@ -161,6 +160,7 @@ LABELLED: list[tuple[list[str], str, list[str]]] = [
     (["training.updates_per_sample=2"], "belong to", [*GRPO, "training.updates_per_sample=2"]),
     (["data=jsonl", "eval.verifier=true", "eval.generate=true"], "its own questions", ["data=jsonl"]),
     (["eval.verifier=true"], "its own questions", ["eval.verifier=true", "eval.generate=true"]),
+    (["model.task=reward_model", *SUM_PAIRS], "trained by", ["training=reward", *SUM_PAIRS]),
     (["data.margin_column=by"], "reward models", ["data.margin_column=by", "training=reward", *SUM_PAIRS]),
     (["training=reward", *SUM_PAIRS, "eval.curve_scores=true"], "writes no answers", ["training=reward", *SUM_PAIRS]),
     (["training=reward", *SUM_PAIRS, "training.sft_steps=1"], "writes no answers", []),
@@ -378,6 +378,11 @@ def rewarded_twice(cell):
     return cell.model_copy(update={"training": training})
 
 
+def combining(cell):
+    training = cell.training.model_copy(update={"objective": "combine", "combine": ["runs/one", "runs/other"]})
+    return cell.model_copy(update={"training": training})
+
+
 def test_two_rewards_are_one_too_many(tiny_cell):
     assert "give one of them" in str(why_unsupported(rewarded_twice(tiny_cell(*CHEAP, *GRPO))))
 
@@ -391,6 +396,7 @@ def test_every_rule_is_tried_in_both_directions(tiny_cell, monkeypatch):
     cells += [tiny_cell(*CHEAP, *refused) for refused, _, _ in ALONG_TRAINING + LABELLED]
     cells += [going_on(tiny_cell("peft=adalora"))]  # more in test_start_from.py
     cells += [rewarded_twice(tiny_cell(*GRPO))]
+    cells += [combining(tiny_cell("peft=ia3")), combining(tiny_cell("training=dpo", *SUM_PAIRS))]
     refused_by = {index for index, (refuses, _) in enumerate(RULES) for cell in cells if refuses(cell)}
     monkeypatch.setattr("left_bench.grid.rules.is_installed", lambda module: False)
     wanting = [tiny_cell(*CHEAP, *overrides) for overrides in WANTING.values()]

@@ -404,6 +404,18 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "preference tuning compares written answers, and this task names classes",
     ),
     (
+        lambda cell: cell.training.objective == "combine" and not _is(cell, "Lora"),
+        "training.objective=combine makes one adapter of several of LoRA's (peft's add_weighted_adapter)",
+    ),
+    (
+        lambda cell: (
+            cell.training.objective == "combine"
+            and (cell.training.sft_steps > 0 or cell.training.start_from is not None or cell.hardware.processes > 1)
+        ),
+        "training.objective=combine trains nothing: leave out training.sft_steps, training.start_from and "
+        "hardware.processes",
+    ),
+    (
         lambda cell: cell.training.start_from is not None and _is(cell, *_THROUGH_THE_CACHE, "AdaLora"),
         "training.start_from: peft trains no loaded prompt further, and AdaLoRA plans its ranks over one training",
     ),
@@ -425,8 +437,11 @@ RULES: tuple[tuple[Callable[[Cell], bool], str], ...] = (
         "BitFit trains bias terms, and this model's layers have none",
     ),
     (
-        lambda cell: cell.training.batch_size % cell.hardware.processes != 0,
-        "training.batch_size counts the rows of all hardware.processes and must be a multiple of their number",
+        lambda cell: any(
+            size % cell.hardware.processes for size in (cell.training.batch_size, cell.training.sft_batch_size or 0)
+        ),
+        "training.batch_size counts the rows of all hardware.processes and must be a multiple of their number, and so "
+        "must sft_batch_size",
     ),
     *(
         (

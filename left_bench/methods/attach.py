@@ -131,6 +131,43 @@ def _continued(model: PreTrainedModel, cell: Cell, start: Path) -> torch.nn.Modu
     return adapted
 
 
+def combine_adapters(model: PreTrainedModel, cell: Cell, folders: Sequence[Path]) -> torch.nn.Module:
+    """The base model with one adapter that peft makes of those in the folders; nothing of it takes a gradient.
+
+    Raises:
+        UserError: peft does not combine these.
+    """
+    settings, dtype = cell.training, DTYPES[cell.precision.adapter_dtype]
+    if quantized_weights(model):
+        _prepare_quantized(model)
+    names = [f"part_{number}" for number in range(len(folders))]
+    in_float32 = dtype == torch.float32
+    adapted = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0], autocast_adapter_dtype=in_float32)
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        adapted.load_adapter(str(folder), adapter_name=name, autocast_adapter_dtype=in_float32)
+    keeps_a_part = settings.combine_by.startswith(("ties", "dare"))
+    torch.manual_seed(cell.seed)  # DARE draws what it keeps
+    tuner: Any = adapted.base_model
+    try:
+        tuner.add_weighted_adapter(
+            names,
+            settings.combine_weights or [1 / len(names)] * len(names),
+            "default",
+            combination_type=settings.combine_by,
+            density=settings.combine_density if keeps_a_part else None,
+        )
+    except ValueError as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"training.combine_by={settings.combine_by}: peft does not combine these ({text})") from error
+    adapted.set_adapter("default")
+    for name in names:  # else they would be saved with it
+        adapted.delete_adapter(name)
+    adapted.requires_grad_(False)
+    if cell.autocast:
+        let_autocast_convert(adapted)
+    return adapted
+
+
 def check_new_layers(adapted: torch.nn.Module, new: Sequence[str], cell: Cell) -> None:
     """Refuse a method that does not train a new, randomly initialized output layer: the model would only guess.
 

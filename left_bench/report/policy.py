@@ -16,13 +16,13 @@ from left_bench.spec.record import PolicyPoint, Record
 def origins_section(report: Report) -> Iterator[str]:
     """The cells that others went on from, the first of them first; nothing where each began with its base model."""
     lines = [
-        [escape(name), _links(record, "started_from"), _links(record, "rewarded_by")]
+        [escape(name), _links(record, "started_from"), _links(record, "combined", " + "), _links(record, "rewarded_by")]
         for record, name in _records(report)
-        if record.provenance.get("started_from") or record.provenance.get("rewarded_by")
+        if any(record.provenance.get(key) for key in ("started_from", "combined", "rewarded_by"))
     ]
     if lines:
         yield "## Where these cells began"
-        yield table(["cell", "goes on from", "rewarded by"], lines[:ROWS_SHOWN], labels=3)
+        yield table(["cell", "goes on from", "is made of", "rewarded by"], lines[:ROWS_SHOWN], labels=4)
         yield from cut_line(len(lines))
 
 
@@ -48,10 +48,10 @@ def _records(report: Report) -> Iterator[tuple[Record, str]]:
             yield run.record, name
 
 
-def _links(record: Record, key: str) -> str:
+def _links(record: Record, key: str, between: str = " → ") -> str:
     chain: list[Mapping[str, Any]] = record.provenance.get(key) or []
     told = [f"{code(link.get('cell', '?'))} ({escape(link.get('objective', '?'))})" for link in chain]
-    return " → ".join(told) or ABSENT
+    return between.join(told) or ABSENT
 
 
 def _line(record: Record, name: str) -> list[str]:

@@ -166,11 +166,12 @@ class Training(_Section):
     positions by Liger's fused loss (a head that it cannot run falls back to ours, recorded as effective)."""
     kernels: Literal["liger"] | None = None
     """Liger's Triton kernels for RMSNorm, rotary positions and SwiGLU; None: the model's own."""
-    objective: Literal["sft", "dpo", "kto", "orpo", "reward", "grpo"] = "sft"
+    objective: Literal["sft", "dpo", "kto", "orpo", "reward", "grpo", "combine"] = "sft"
     """What the loss asks for: the right answer (`sft`, supervised fine-tuning), or the right rather than a worse one:
     `dpo` (Rafailov et al. 2023), `orpo` (Hong et al. 2024) of pairs, `kto` (Ethayarajh et al. 2024) of pairs or of rows
     whose answers are good or bad (`data.label_column`). `reward` trains a model that says how good an answer is, `grpo`
-    (Shao et al. 2024) a policy, by the rewards of answers that it samples."""
+    (Shao et al. 2024) a policy, by the rewards of answers that it samples. `combine` trains nothing: the adapters of
+    finished cells become one."""
     beta: float = Field(default=0.1, gt=0)
     """DPO and KTO: how firmly the model is held to its reference, itself as preference tuning finds it. ORPO: the
     weight of the odds ratio."""
@@ -200,11 +201,24 @@ class Training(_Section):
     """A fingerprint of its weights, filled in when a cell is composed."""
     sft_steps: int = Field(default=0, ge=0, le=_MOST)
     """Steps of supervised fine-tuning on the right answers that come before another objective's."""
+    sft_batch_size: int | None = Field(default=None, ge=1, le=_MOST)
+    """Rows of each of these steps, in one pass; None: as many as the cell's own steps have, in as many passes."""
     start_from: str | None = None
     """A finished cell whose adapter (or weights) training goes on from, by its id, how that begins, or its run folder;
     model, quantization and method must be the same. None: it begins with the base model."""
     start_content: str | None = None
     """A fingerprint of these weights, filled in when a cell is composed: other weights are another cell."""
+    combine: list[str] = Field(default_factory=list)
+    """Finished cells of LoRA whose adapters become one (`objective=combine`), each as `start_from` is written."""
+    combine_content: list[str] | None = None
+    """Fingerprints of their weights, filled in when a cell is composed."""
+    combine_weights: list[float] | None = None
+    """What each is multiplied by; None: by one over their number."""
+    combine_by: Literal["linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties"] = "linear"
+    """peft's `combination_type`: sums of the factors (`linear`) or of the products, exactly (`cat`) or cut to the rank
+    that they have (`svd`); TIES (Yadav et al. 2023) and DARE (Yu et al. 2024) keep a part of the values."""
+    combine_density: float = Field(default=0.5, gt=0, le=1)
+    """TIES and DARE: the share of values that is kept."""
     sft_learning_rate: float | None = Field(default=None, gt=0)
     """Of these steps; None: the method's own (`peft.learning_rate`)."""
     learning_rate: float | None = Field(default=None, gt=0)
@@ -574,6 +588,8 @@ class Cell(BaseModel):
         settings: dict[str, Any] = {"objective": "sft", "steps": self.training.sft_steps, "sft_steps": 0}
         settings |= {"learning_rate": self.training.sft_learning_rate, "checkpoint_every": None}
         settings |= {"max_seconds": None, "stop_patience": None, "updates_per_sample": 1}
+        if self.training.sft_batch_size is not None:
+            settings |= {"batch_size": self.training.sft_batch_size, "gradient_accumulation": 1}
         return self.model_copy(update={"training": self.training.model_copy(update=settings)})
 
     def sections(self) -> dict[str, Any]:
@@ -599,6 +615,8 @@ class Cell(BaseModel):
             plain["model"].pop("name_or_path", None)
         if self.training.start_content is not None:
             plain["training"].pop("start_from", None)
+        if self.training.combine_content is not None:
+            plain["training"].pop("combine", None)
         if self.training.reward is not None and self.training.reward_content is not None:
             plain["training"]["reward"] = self.training.reward.rpartition(":")[2]
         if self.training.reward_model_content is not None:

@@ -88,7 +88,8 @@ class KTO(_Preferences):
 
     The reward of an answer is the log-ratio of policy and reference. A good one costs 1 - sigmoid(beta x (reward - z)),
     a bad one 1 - sigmoid(beta x (z - reward)). z estimates their divergence, without a gradient: the mean reward of
-    the pass's prompts with the answers of the rows before them, and at least 0. A pair is a good answer and a bad one.
+    the pass's prompts, of all ranks, with the answers of the rows before them, and at least 0. A pair is a good answer
+    and a bad one.
     """
 
     good_weight: float = 1.0
@@ -121,7 +122,7 @@ class KTO(_Preferences):
         assert batch.unrelated is not None
         with torch.no_grad():
             rewards = -self.loss.row_sums(batch.unrelated) - batch.known["of_unrelated"]
-            divergence = rewards.mean().clamp(min=0)
+            divergence = _mean_of_all_ranks(rewards).clamp(min=0)
         good = batch.known["good"]
 
         def loss(nll: torch.Tensor) -> torch.Tensor:
@@ -165,6 +166,15 @@ class ORPO(_Preferences):
             return gain * (nll.chunk(2)[0].sum() - weight * logsigmoid(ratio).sum())
 
         return self.loss.of_rows(batch.batch, loss)
+
+
+def _mean_of_all_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of as many values on each rank, which take a pass together."""
+    mean = values.mean()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(mean)
+        mean /= torch.distributed.get_world_size()
+    return mean
 
 
 def _log_of_rest(log_probability: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,26 @@ def with_earlier(cell: Cell, runs_dir: Path) -> Cell:
     Raises:
         UserError: as `find_earlier`; or the cells do not go together.
     """
-    return _with_reward_model(_with_start(cell, runs_dir), runs_dir)
+    return _with_combined(_with_reward_model(_with_start(cell, runs_dir), runs_dir), runs_dir)
+
+
+def _with_combined(cell: Cell, runs_dir: Path) -> Cell:
+    settings = cell.training
+    if settings.objective != "combine":
+        return cell
+    if len(settings.combine) < 2 or len(settings.combine_weights or settings.combine) != len(settings.combine):
+        raise UserError(
+            f"training.combine={settings.combine}: give two finished cells or more, as in training.combine=[A,B], and "
+            "with training.combine_weights a number for each"
+        )
+    earlier = [find_earlier(named, runs_dir, key="training.combine") for named in settings.combine]
+    for named, item in zip(settings.combine, earlier, strict=True):
+        _check_alike(item, cell, key="training.combine", named=named)
+    changed = {
+        "combine": [str(item.run_dir) for item in earlier],
+        "combine_content": [item.content for item in earlier],
+    }
+    return cell.model_copy(update={"training": settings.model_copy(update=changed)})
 
 
 def _with_reward_model(cell: Cell, runs_dir: Path) -> Cell:
@@ -112,16 +131,30 @@ def _with_start(cell: Cell, runs_dir: Path) -> Cell:
     if named is None:
         return cell
     earlier = find_earlier(named, runs_dir, key="training.start_from")
+    _check_alike(earlier, cell, key="training.start_from", named=named)
+    changed = {"start_from": str(earlier.run_dir), "start_content": earlier.content}
+    return cell.model_copy(update={"training": cell.training.model_copy(update=changed)})
+
+
+def _check_alike(earlier: EarlierCell, cell: Cell, *, key: str, named: str) -> None:
     for group in ("model", "quantization", "peft"):
         if earlier.cell.identity.get(group) != cell.identity.get(group):
             there, here = (getattr(item, group).name for item in (earlier.cell, cell))
             told = f"{group}={there} and not {group}={here}" if there != here else f"other settings of {group}"
             raise UserError(
-                f"training.start_from={named}: that cell was trained with {told}; model, quantization and method of "
-                "the two must be the same"
+                f"{key}={named}: that cell was trained with {told}; model, quantization and method must be the same "
+                "in each"
             )
-    changed = {"start_from": str(earlier.run_dir), "start_content": earlier.content}
-    return cell.model_copy(update={"training": cell.training.model_copy(update=changed)})
+
+
+def combined_cells(cell: Cell) -> list[EarlierCell]:
+    """The cells whose adapters become this one's, in the worker; none where it trains one of its own.
+
+    Raises:
+        UserError: as `started_from`.
+    """
+    contents = cell.training.combine_content or []
+    return [_unchanged(*pair, key="training.combine") for pair in zip(cell.training.combine, contents, strict=False)]
 
 
 def started_from(cell: Cell) -> EarlierCell | None:

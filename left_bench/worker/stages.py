@@ -46,7 +46,7 @@ from left_bench.training.preferences import make_objective, with_reference
 from left_bench.training.sharding import put_whole_weights, whole_weights
 from left_bench.worker.adapter_readme import write_readme
 from left_bench.worker.classify_error import NoRoomToCheck, status_of
-from left_bench.worker.earlier_cell import reward_cell, started_from
+from left_bench.worker.earlier_cell import combined_cells, reward_cell, started_from
 
 
 @dataclass(kw_only=True)
@@ -217,6 +217,8 @@ def attach_method(run: RunContext, base_model: Any) -> Any:
     earlier = started_from(cell)
     if earlier is not None:
         run.draft["provenance"]["started_from"] = earlier.chain
+    if parts := combined_cells(cell):
+        run.draft["provenance"]["combined"] = [part.chain[-1] for part in parts]
     with meter.phase("attach"):
         model = _attach(run, base_model)
     trainable = attach.trainable_parameters(model)
@@ -236,7 +238,9 @@ def attach_method(run: RunContext, base_model: Any) -> Any:
 
 
 def _attach(run: RunContext, base_model: Any) -> Any:
-    """The cell's method, as new or as an earlier cell has left it."""
+    """The cell's method, as new, as an earlier cell has left it, or made of several of those."""
+    if parts := combined_cells(run.cell):
+        return attach.combine_adapters(base_model, run.cell, [part.adapter for part in parts])
     earlier = started_from(run.cell)
     return attach.attach_adapter(
         *(base_model, run.cell),
@@ -249,6 +253,11 @@ def _attach(run: RunContext, base_model: Any) -> Any:
 def train(run: RunContext, model: Any) -> None:
     """Train: optional supervised steps, reference margins and compilation first, then the cell's own steps."""
     cell, meter, effective, team, kind = run.cell, run.meter, run.effective, run.team, run.device.kind
+    if cell.training.objective == "combine":  # nothing is trained
+        meter.finish(measure_after=0)
+        meter.metrics["train_epochs"] = 0.0
+        run.draft["provenance"]["splits"]["train"]["used_for"] = []
+        return
     pad_id = evaluate.pad_of(run.tokenizer)
     measured_peak = partial(
         shared_baseline.shared_peak,

@@ -170,8 +170,9 @@ def seconds_of(cell: Cell, rates: Rates, rows: Rows, factors: Factors = NOTHING_
         both = _answers(seen, cell)
         both = both * 2 if training.objective == "kto" else both  # another row's answers to the same prompts
         result["reference"] = factors.evaluate * _passes(cell, rates.forward, both, training.batch_size)
-    result["train"] = factors.train * _steps(cell, rates, rows)
-    if rows.validation_rows and (points := _points(cell, rows.validation_rows)):
+    trains = training.objective != "combine"
+    result["train"] = factors.train * _steps(cell, rates, rows) if trains else 0.0
+    if trains and rows.validation_rows and (points := _points(cell, rows.validation_rows)):
         read = (rows.test * (-(-rows.validation_rows // len(rows.test))))[: rows.validation_rows]
         once = _passes(cell, rates.forward, read, training.batch_size)
         result["validate"] = points * factors.evaluate * once
