@@ -34,7 +34,7 @@ PEFT = [name for group, name in OPTIONS if group == "peft"]
 
 
 def test_no_file_lies_where_nothing_looks():
-    assert {group for group, _ in OPTIONS} == {*GROUPS, "tracker", "recipe"}
+    assert {group for group, _ in OPTIONS} == {*GROUPS, "tracker", "recipe", "tune"}
     assert [path for path in FILES if path.parent == ROOT / "conf"] == [ROOT / "conf" / "config.yaml"]
 
 
@@ -229,7 +229,7 @@ def test_a_sweep_names_options_that_exist(name):
 @pytest.mark.parametrize("name", [name for group, name in OPTIONS if group == "recipe"])
 def test_a_recipe_chooses_what_it_is_named_for(name, compose_cell):
     cell = compose_cell(f"+recipe={name}")
-    method, _, rest = name.partition("_") if name.startswith("lora_") else (name, "", "")
+    method, _, rest = name.partition("_") if name.startswith(("lora_", "full_")) else (name, "", "")
     chosen = (cell.choices["quantization"], cell.choices["precision"], cell.choices["training"])
     assert cell.choices["peft"] == method
     assert set(chosen) - {"none", "bf16", "default"} == ({rest} if rest else set())

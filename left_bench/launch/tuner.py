@@ -191,7 +191,9 @@ def _sampler(tuning: Tuning) -> Any:
 
     if tuning.sampler == "qmc":
         sampler = getattr(optuna.samplers, "QMCSampler")  # noqa: B009 (Optuna 2 has none)
-        return sampler(qmc_type="sobol", scramble=True, seed=tuning.seed, warn_independent_sampling=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental, as Optuna has it
+            return sampler(qmc_type="sobol", scramble=True, seed=tuning.seed, warn_independent_sampling=False)
     if tuning.sampler == "random":
         return optuna.samplers.RandomSampler(seed=tuning.seed)
     return optuna.samplers.TPESampler(seed=tuning.seed, n_startup_trials=1)  # after those that are spread evenly

@@ -256,7 +256,8 @@ class Record(_Frozen):
     """Machine and versions, from an allow-list; `effective` holds what was found after loading."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """sweep, command, overrides, notes (list of confounders), splits (which rows were used for what), training_ended
-    (why, after how many steps, and of which step the weights are), log_tail of a failed cell."""
+    (why, after how many steps, and of which step the weights are), log_tail of a failed cell; tuned (how the learning
+    rate was found, docs/method.md), or tuning (of which method's search it is a trial)."""
 
     def write(self, run_dir: Path) -> Path:
         """Write `record.json` into `run_dir` whole or not at all."""
