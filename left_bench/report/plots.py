@@ -480,11 +480,11 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def log_losses(axes: Axes, losses: Sequence[float]) -> None:
-    """A logarithmic axis for losses that span much, with plain numbers on it."""
+def log_losses(axes: Axes, losses: Sequence[float], *, beyond: float = 8) -> None:
+    """A logarithmic axis with plain numbers on it, for losses of which the highest is `beyond` times the lowest."""
     from matplotlib.ticker import LogLocator
 
-    if min(losses) > 0 and max(losses) > 8 * min(losses):
+    if min(losses) > 0 and max(losses) > beyond * min(losses):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # mathematics is switched off
