@@ -183,7 +183,7 @@ def _spread(low: float, high: float, own: float, number: int) -> list[float]:
         return inside or [math.sqrt(low * high)]
     even = [low, *(low * (high / low) ** (i / (number - 1)) for i in range(1, number - 1)), high]
     others = [rate for rate in even if not any(math.isclose(rate, own, rel_tol=1e-6) for own in inside)]
-    return [*inside, *sorted(others, key=lambda rate: abs(math.log(rate / own)))][:number]
+    return [*inside, *sorted(others, key=lambda rate: round(abs(math.log(rate / own)), 6))][:number]
 
 
 def _sampler(tuning: Tuning) -> Any:
