@@ -209,3 +209,16 @@ def test_the_page_of_the_sweep_opens_with_the_claims(tmp_path: Path) -> None:
     assert "| NF4 | 0.490 ± 0.044 (not resolved, −0.132 to +0.112) |" in text and "| **not run** |" in text
     assert main([str(tmp_path / records[0].cell_id), "--out", str(tmp_path / "one"), "--claims"]) == 0
     assert "## Claims" in (tmp_path / "one" / "cells.md").read_text(encoding="utf-8")
+
+
+def test_lora_against_full_fine_tuning_is_judged_on_master_weights() -> None:
+    sentence = "LoRA matches full fine-tuning"
+    lora = cell(exact_match=0.6, effective={"trainable_dtype": "float32"})
+    rounded = cell(method="full", exact_match=0.3, effective={"trainable_dtype": "bfloat16"})
+    verdict = verdicts(lora, rounded)[sentence]
+    assert verdict.word == IN_PART and "no float32 master weights" in verdict.measured
+    whole = cell(method="full", precision="bf16_mixed", exact_match=0.9, effective={"trainable_dtype": "float32"})
+    assert words(lora, rounded, whole)[sentence] == NOT_HERE
+    assert (
+        words(lora, cell(method="full", exact_match=0.3, effective={"trainable_dtype": "float32"}))[sentence] == HOLDS
+    )

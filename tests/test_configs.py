@@ -34,7 +34,7 @@ PEFT = [name for group, name in OPTIONS if group == "peft"]
 
 
 def test_no_file_lies_where_nothing_looks():
-    assert {group for group, _ in OPTIONS} == {*GROUPS, "tracker", "recipe"}
+    assert {group for group, _ in OPTIONS} == {*GROUPS, "tracker", "recipe", "tune"}
     assert [path for path in FILES if path.parent == ROOT / "conf"] == [ROOT / "conf" / "config.yaml"]
 
 
@@ -235,7 +235,7 @@ def test_a_recipe_chooses_what_it_is_named_for(name, compose_cell):
         first = cell.sft_before() if cell.training.sft_steps else cell
         assert (first.training.steps, first.training.rows_per_step, first.learning_rate) == (40, 8, 1e-3)
         return
-    method, _, rest = name.partition("_") if name.startswith("lora_") else (name, "", "")
+    method, _, rest = name.partition("_") if name.startswith(("lora_", "full_")) else (name, "", "")
     chosen = (cell.choices["quantization"], cell.choices["precision"], cell.choices["training"])
     assert cell.choices["peft"] == method
     assert set(chosen) - {"none", "bf16", "default"} == ({rest} if rest else set())

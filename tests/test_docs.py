@@ -19,10 +19,10 @@ def test_every_metric_is_defined_in_the_docs_and_nothing_else_is():
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(METRICS)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/extending.md", "docs/method.md"])
 def test_options_and_sweeps_named_in_the_docs_exist(page, tmp_path):
     text = (ROOT / page).read_text().partition("\n## Code in a package of your own\n")[0]  # has options of its own
-    groups = "sweep|model|quantization|peft|precision|optimizer|training|data|eval"
+    groups = "sweep|tune|model|quantization|peft|precision|optimizer|training|data|eval"
     named = re.findall(rf"(?:^|\s)\+?({groups})=([\w,]+)", text)
     for group, options in named:
         unknown = set(options.split(",")) - set(command_line.options(group)) - {"NAME", "A", "OPTION", "mine"}

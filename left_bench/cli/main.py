@@ -100,6 +100,7 @@ def help_text() -> str:
         "",
         "left-bench [GROUP=OPTION | KEY=VALUE ...]      run one cell",
         "left-bench +sweep=NAME [GROUP=A,B | KEY=VALUE ...]   run a sweep; report in reports/NAME.md",
+        "left-bench +sweep=NAME +tune=rates            the same, each method's learning rate tuned first",
         "left-bench report RUNS... [--out DIR]         make reports again from records",
         "left-bench compare A B [--fail-on 'METRIC<-5%']   what changed between two sets of records; a gate",
         "left-bench best RUNS... [--budget-memory SIZE]   the cell to take, and what to type next",
@@ -116,6 +117,7 @@ def help_text() -> str:
         "left-bench doctor [--json]                    what this machine has and can run",
         "",
         f"sweeps: {', '.join(options('sweep'))}",
+        f"tune: {', '.join(options('tune'))}",
     ]
     lines += [f"{group}: {', '.join(options(group))}" for group in GROUPS]
     lines += [

@@ -288,6 +288,7 @@ class Launch:
         write_atomically(own.scope, json.dumps({"cells": []}) + "\n")
         self._pace, done = Pace(tuner.left), 0
         while runs := tuner.ask():
+            interrupt.check()
             self._total = done + max(tuner.left, len(runs))
             size = 1 if self._launcher == "basic" else config.hydra.sweeper.get("max_batch_size") or len(runs)
             for first in range(0, len(runs), size):
@@ -296,6 +297,7 @@ class Launch:
                 done += len(batch)
                 for run in batch:
                     tuner.tell(run, self._record_of(run.job.cell))
+            tuner.take_up(finished)  # behind a trial that had to be run again, others may be done
         self._hydras_launcher = None  # it knows the pace of the trials
         result = [tuner.settled(job) for job in jobs]
         self._cells = dict.fromkeys(job.cell.id for job in result)

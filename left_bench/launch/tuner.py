@@ -183,7 +183,7 @@ def _spread(low: float, high: float, own: float, number: int) -> list[float]:
         return inside or [math.sqrt(low * high)]
     even = [low, *(low * (high / low) ** (i / (number - 1)) for i in range(1, number - 1)), high]
     others = [rate for rate in even if not any(math.isclose(rate, own, rel_tol=1e-6) for own in inside)]
-    return [*inside, *sorted(others, key=lambda rate: abs(math.log(rate / own)))][:number]
+    return [*inside, *sorted(others, key=lambda rate: round(abs(math.log(rate / own)), 6))][:number]
 
 
 def _sampler(tuning: Tuning) -> Any:
@@ -191,7 +191,9 @@ def _sampler(tuning: Tuning) -> Any:
 
     if tuning.sampler == "qmc":
         sampler = getattr(optuna.samplers, "QMCSampler")  # noqa: B009 (Optuna 2 has none)
-        return sampler(qmc_type="sobol", scramble=True, seed=tuning.seed, warn_independent_sampling=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental, as Optuna has it
+            return sampler(qmc_type="sobol", scramble=True, seed=tuning.seed, warn_independent_sampling=False)
     if tuning.sampler == "random":
         return optuna.samplers.RandomSampler(seed=tuning.seed)
     return optuna.samplers.TPESampler(seed=tuning.seed, n_startup_trials=1)  # after those that are spread evenly

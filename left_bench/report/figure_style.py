@@ -16,7 +16,6 @@ INK, FAINT = "#333333", "#D9D9D9"
 MOST_BARS = 60
 """Bars that one picture still holds."""
 _LABEL_LIMIT = 40
-_LOG_FROM = 8
 # A white card is read alike on a light page and on a dark one.
 _STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
@@ -70,11 +69,11 @@ def new_grid(width: float, height: float, lines: int, columns: int) -> tuple[Fig
     return figure, list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
 
 
-def scale_losses(axes: Axes, losses: Sequence[float]) -> None:
-    """Make the axis of losses logarithmic, with plain numbers, if they span more than a factor of eight."""
+def scale_losses(axes: Axes, losses: Sequence[float], *, beyond: float = 8) -> None:
+    """Make the axis of losses logarithmic, with plain numbers, if the highest is more than `beyond` times the lowest."""
     from matplotlib.ticker import LogLocator
 
-    if min(losses) > 0 and max(losses) > _LOG_FROM * min(losses):
+    if min(losses) > 0 and max(losses) > beyond * min(losses):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # mathematics is switched off

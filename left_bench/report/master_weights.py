@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from left_bench.report.cells import Row, option
+from left_bench.report.cells import Row
 
 _LISTED = 12
 
@@ -27,12 +27,10 @@ def whom_rounding_hurts(rows: Sequence[Row], names: Mapping[int, str]) -> str | 
     if not hurt or not spared:
         return None
     dtypes = " and ".join(sorted({str(row.noted("effective")["trainable_dtype"]) for row in hurt}))
-    full = all(option(row, "peft") == "full" for row in hurt)
-    remedy = "precision=bf16_mixed gives full fine-tuning a float32 copy" if full else "compare under one precision"
     return (
         f"Trained in {dtypes} without a float32 master copy: {_listed(hurt, names)}; in float32: "
         f"{_listed(spared, names)}. Rounding takes small updates from the first and none from the others, so this "
-        f"comparison is unfair to {_listed(hurt, names)}; {remedy}"
+        f"comparison is unfair to {_listed(hurt, names)}; under precision=bf16_mixed all of them train float32 weights"
     )
 
 

@@ -188,7 +188,11 @@ def _remarks(rows: Sequence[Row], found: Sequence[Tuned | None]) -> Iterator[str
     known = [seconds for seconds in spent if seconds is not None]
     beside = f", beside {format_value('wall_seconds', math.fsum(known))} of the cells compared" if known else ""
     several = len({item.trials for item in tuned}) > 1
-    same = "Not every method had the same number of trials" if several else "Every tuned method had as many trials"
+    same = (
+        "Not every method had the same number of trials"
+        if several
+        else f"Each tuned method had {tuned[0].trials} trials"
+    )
     yield f"{same}, chosen between by validation loss: no test row was read before the comparison. {cost}{beside}."
     yield f"Trials ran under seed {', '.join(sorted(seeds))}, which no compared cell has."
     if any(item.further for item in tuned):

@@ -76,12 +76,12 @@ def sensitivity_figure(rows: Sequence[Row], labels: Sequence[str]) -> Figure | N
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: format_rate(value))  # mathematics is switched off
     axes.xaxis.set_minor_formatter(lambda *_: "")
-    scale_losses(axes, losses)
+    scale_losses(axes, losses, beyond=3)
     axes.set_xlabel("learning rate (log scale)")
     axes.set_ylabel("validation loss (nats per answer token), lower is better")
     notes = ["dark edge: the rate chosen"]
     notes += ["crosses above: diverged"] if diverged else []
     notes += [f"the first {_DRAWN} of {_DRAWN + more:,}"] if more > 0 else []
     axes.set_title(f"Sensitivity to the learning rate ({', '.join(notes)})")
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     return figure

@@ -307,7 +307,8 @@ class Record(_Frozen):
     provenance: dict[str, Any] = Field(default_factory=dict)
     """sweep, command, overrides, notes (list of confounders), splits (which rows were used for what), training_ended
     (why, after how many steps, and from which step the weights are), prediction (the plan's parts, if
-    `hardware.plan_first` asked for a plan), log_tail of a failed cell."""
+    `hardware.plan_first` asked for a plan), log_tail of a failed cell; tuned
+    (how the learning rate was chosen, docs/method.md), or tuning (the search of which it is a trial)."""
 
     def write(self, run_dir: Path) -> Path:
         """Write `record.json` into `run_dir` atomically."""
