@@ -70,7 +70,7 @@ def new_grid(width: float, height: float, lines: int, columns: int) -> tuple[Fig
 
 
 def scale_losses(axes: Axes, losses: Sequence[float], *, beyond: float = 8) -> None:
-    """Make the axis of losses logarithmic, with plain numbers, if the highest is more than `beyond` times the lowest."""
+    """Make the axis of losses logarithmic, with plain numbers, if the highest exceeds `beyond` times the lowest."""
     from matplotlib.ticker import LogLocator
 
     if min(losses) > 0 and max(losses) > beyond * min(losses):
