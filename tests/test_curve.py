@@ -67,11 +67,14 @@ def test_what_is_measured_of_training_leaves_the_evaluations_out(tiny_cell, work
         return loss(*given)
 
     monkeypatch.setattr(curve.Curve, "_loss", slow)
+    start = time.perf_counter()
     result = work_in_process(tiny_cell(*QUICK, "eval.points=4"))
+    wall = time.perf_counter() - start
     phases = {phase.name: phase.seconds for phase in result["phases"]}
-    assert phases["validate"] > 1.2 > phases["train"]
+    assert phases["validate"] >= 1.2
+    assert sum(phases.values()) <= wall  # what is counted twice would be more than there was
     assert result["metrics"]["train_seconds"] == phases["train"]
-    assert sum(event["seconds"] for event in events(result, "step")) < 1.2
+    assert sum(event["seconds"] for event in events(result, "step")) <= phases["train"]
     points = result["curve"]
     assert points[-1].seconds == pytest.approx(sum(event["seconds"] for event in events(result, "step")))
     assert points[-1].tokens == result["metrics"]["train_tokens"]

@@ -1,4 +1,4 @@
-"""bitsandbytes, seen with 0.49.0 to 0.50.2.
+"""bitsandbytes, seen with 0.50.0 to 0.50.2.
 
 - `keep_trainable`: on CPUs with AVX512-BF16 a 4-bit layer's first forward pass in eval mode permanently repacks its
   weight for inference (nn/modules.py, `Linear4bit.forward`; introduced by bitsandbytes-foundation/bitsandbytes#1804;

@@ -1,4 +1,4 @@
-"""transformers, seen with 5.0 to 5.23.
+"""transformers, seen with 5.4 to 5.23.
 
 - `attention_kernel`: a model has `set_attn_implementation`, but only the private property
   `PreTrainedConfig._attn_implementation` (configuration_utils.py) shows what is set. For expert layers there is a
