@@ -23,8 +23,8 @@ def say_what_is_emulated(cells: Iterable[Cell]) -> None:
         device, dtype = cell.device_type, cell.precision.compute_dtype
         if emulated(device, dtype):
             slow.setdefault((device, dtype), {})[cell.precision.name] = None
-    for (device, emulated_dtype), options in slow.items():
-        note = emulation_note(device, emulated_dtype, list(options))
+    for (device_type, dtype_name), options in slow.items():
+        note = emulation_note(device_type, dtype_name, list(options))
         if note is not None:
             print(note, file=sys.stderr)
 
