@@ -38,11 +38,11 @@ class Prediction:
         needed = certain_need(counted, self.cell)
         if self.limit_bytes is None or needed <= self.limit_bytes:
             return None
-        parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in counted.parts.items())
+        told = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in counted.parts.items())
         key = self.cell.hardware.memory_limit
         there = "the memory there is" if key is None else "hardware.memory_limit"
         return (
-            f"planned to hold {_size(needed)} ({parts}), more than the {_size(self.limit_bytes)} of {there}; "
+            f"planned to hold {_size(needed)} ({told}), more than the {_size(self.limit_bytes)} of {there}; "
             "`left-bench plan --remedies` with the same overrides says what makes it fit"
         )
 

@@ -123,7 +123,7 @@ def _leave_alone_what_is_frozen(model: torch.nn.Module) -> None:
     leave_out_of_ddp(model, frozen)
 
 
-def shard(model: Any, mesh: DeviceMesh, *, left_whole: Collection[torch.nn.Parameter] = (), **arguments: Any) -> None:
+def shard(model: Any, mesh: DeviceMesh, *, left_whole: Collection[torch.Tensor] = (), **arguments: Any) -> None:
     """Divide each layer's parameters over the mesh's ranks, and what is in no layer as one more group.
 
     An embedding that is not the output head too is a group of its own: it is used at the beginning alone.
