@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from left_bench.launch.supervise import run_isolated
+from left_bench.plan import predict as predicting
+from left_bench.plan import repeat
 from left_bench.plan.predict import predict
 
 PARTS = ("weights", "adapter", "adapter_frozen", "gradients", "optimizer")
@@ -34,30 +36,22 @@ def test_the_parts_of_a_process_are_those_that_it_holds(overrides, tiny_cell, tm
     assert plan.trainable_params == record.metrics["trainable_params"]
 
 
-def beyond(cell) -> int:
-    return predict(cell).parts["activations_and_workspace"]
+def test_gathered_layers_and_waiting_gradients_are_in_the_peak(tiny_cell):
+    """One row a process: what lies beyond the parts is the gathered layers, and gradients that are still whole."""
+    deep = ("peft=full", "model.config.num_hidden_layers=5", "training.batch_size=2", "training.max_length=16")
 
+    def plan(*overrides):
+        return predict(tiny_cell(*deep, *overrides))
 
-def test_gathered_layers_are_in_the_peak_as_long_as_they_are_alive(tiny_cell):
-    """One row a process: what lies beyond the parts is the gathered layers, and their gradients."""
-    deep = ("peft=full", "model.config.num_hidden_layers=10", "training.batch_size=2", "training.max_length=16")
-    alone = predict(tiny_cell(*deep, "training.batch_size=1"))
-    plan = predict(tiny_cell(*deep, *SHARDED))
-    layer = (alone.parts["weights"] - 2 * 512 * 64 * 4) // 10
-    more = plan.parts["activations_and_workspace"] - alone.parts["activations_and_workspace"]
-    assert layer < more < 8 * layer
-    kept = tiny_cell(*deep, *SHARDED, "hardware.sharding_config={reshard_after_forward:false}")
-    assert beyond(kept) > plan.parts["activations_and_workspace"] + 5 * layer
-
-
-def test_gradients_that_wait_for_the_last_pass_are_whole(tiny_cell):
-    deep = ("peft=full", "model.config.num_hidden_layers=10", "training.batch_size=2", "training.max_length=16")
-    once, twice = (predict(tiny_cell(*deep, *SHARDED, f"training.gradient_accumulation={number}")) for number in (1, 2))
-    assert once.parts["gradients"] == twice.parts["gradients"]
-    assert (
-        beyond(tiny_cell(*deep, *SHARDED, "training.gradient_accumulation=2"))
-        > beyond(tiny_cell(*deep, *SHARDED)) + twice.parts["gradients"] // 2
-    )
+    alone, sharded = plan("training.batch_size=1"), plan(*SHARDED)
+    kept = plan(*SHARDED, "hardware.sharding_config={reshard_after_forward:false}")
+    twice = plan(*SHARDED, "training.gradient_accumulation=2")
+    layer = (alone.parts["weights"] - 2 * 512 * 64 * 4) // 5
+    beyond = [one.parts["activations_and_workspace"] for one in (alone, sharded, kept, twice)]
+    assert layer < beyond[1] - beyond[0] < 5 * layer
+    assert beyond[2] > beyond[1] + layer
+    assert twice.parts["gradients"] == sharded.parts["gradients"]
+    assert beyond[3] > beyond[1] + sharded.parts["gradients"] // 2
 
 
 def test_more_processes_hold_less_each(tiny_cell):
@@ -67,9 +61,8 @@ def test_more_processes_hold_less_each(tiny_cell):
 
 
 def test_layers_that_repeat_are_followed_once_when_sharded(tiny_cell, monkeypatch):
-    from left_bench.plan import predict as predicting
-
-    cell = tiny_cell("peft=lora", *SHARDED, "model.config.num_hidden_layers=9", "precision=bf16")
+    monkeypatch.setattr(repeat, "_FEWEST_LAYERS", 4)
+    cell = tiny_cell("peft=lora", *SHARDED, "model.config.num_hidden_layers=5", "precision=bf16")
     extrapolated, taken = predicting.extrapolated, []
     monkeypatch.setattr(predicting, "extrapolated", lambda *walks: taken.append(1) or extrapolated(*walks))
     short = predict(cell)

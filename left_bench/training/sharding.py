@@ -123,7 +123,7 @@ def _exclude_frozen(model: torch.nn.Module) -> None:
     leave_out_of_ddp(model, frozen)
 
 
-def shard(model: Any, mesh: DeviceMesh, *, left_whole: Collection[torch.nn.Parameter] = (), **arguments: Any) -> None:
+def shard(model: Any, mesh: DeviceMesh, *, left_whole: Collection[torch.Tensor] = (), **arguments: Any) -> None:
     """Shard each layer's parameters over the mesh's ranks, and everything outside the layers as one more group.
 
     An embedding that is not tied to the output head is a separate group, because it is only used at the beginning.
