@@ -80,6 +80,8 @@ CELLS = {
     "adafactor": ["peft=lora", "optimizer=adafactor"],
     "loraplus": ["peft=lora", "optimizer=loraplus"],
     "lion_8bit": ["peft=full", "optimizer=lion_8bit"],
+    # what it samples, and the reference, which is the model after the supervised step and not the resumed one
+    "policy": ["peft=lora", "training=grpo", "training.sft_steps=1", "training.group_size=2", "eval.max_new_tokens=4"],
     "mixed": ["peft=lora", "precision=fp16_mixed", "peft.config.lora_dropout=0.1"],  # loss scaling
 }
 
