@@ -53,6 +53,16 @@ def test_a_graph_that_is_gone_has_left_nothing_counted():
     assert watched.bytes == 0
 
 
+def test_a_sparse_tensor_is_passed_by_and_its_gradient_flows():
+    net = small_net()
+    watched = Activations(net)
+    matrix = torch.eye(3).to_sparse()
+    with watched.of_pass({"x": torch.ones(3, 4)}):
+        loss = torch.sparse.mm(matrix, net(torch.ones(3, 4))).sum()
+    loss.backward()
+    assert watched.bytes == 4 * (3 * 4 + 3 * 8) and net[0].weight.grad is not None
+
+
 def test_a_record_tells_activations_and_workspace_apart(tiny_cell, work_in_process):
     parts = work_in_process(tiny_cell("training.steps=2", "eval=loss"))["memory_breakdown"]
     assert parts["activations"] > 0 and parts["workspace"] > 0

@@ -41,7 +41,8 @@ class Activations:
         def pack(tensor: torch.Tensor) -> _Saved:
             # the graph that made a tensor would keep itself alive through it
             item = _Saved(tensor if tensor.is_leaf else tensor.detach())
-            saved.add(item)
+            if tensor.layout is torch.strided:  # a sparse tensor has no one storage: it is left to the workspace
+                saved.add(item)
             return item
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item.tensor):

@@ -159,6 +159,8 @@ def train(
             if told.get("equal_groups") != 1.0:  # answers that are all worth the same teach nothing
                 check_gradient(norm.item())
             meter.memory_breakdown["gradients"] = stored_bytes(p.grad for p in parameters if p.grad is not None)
+        if activations is not None and activations.bytes is not None:  # an earlier attempt's may have been more
+            meter.memory_breakdown["activations"] = max(meter.memory_breakdown.get("activations", 0), activations.bytes)
         learning_rate = schedule.learning_rate
         scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
         scaler.update() if scaler.is_enabled() else None
@@ -209,9 +211,6 @@ def train(
             break
     if team.size > 1 and cell.hardware.sharding is None:
         team.check_alike("the trained weights' sum", [item for (item,) in team.gather(fingerprint_of(parameters))])
-    if activations is not None and activations.bytes is not None:
-        before = meter.memory_breakdown.get("activations", 0)  # of the steps of an earlier attempt
-        meter.memory_breakdown["activations"] = max(before, activations.bytes)
     states = state_tensors(optimizer)
     meter.memory_breakdown["optimizer"] = stored_bytes(state for state in states if not is_paged(state))
     if paged := stored_bytes(state for state in states if is_paged(state)):
