@@ -60,7 +60,7 @@ def family() -> list[psutil.Process]:
         ("cuda_oom@step2", "oom", ["CUDA out of memory", "machine memory "]),
         ("segfault@step2", "crashed", ["SIGSEGV", "in phase train after step 2"]),
         ("kill@step2", "crashed", ["SIGKILL", "in phase train after step 2"]),
-        ("exit@step2", "crashed", ["exit code 3", "in phase train after step 2"]),
+        ("exit@step2", "crashed", ["exited with code 3", "in phase train after step 2"]),
         ("disk_full_once@step2", "failed", ["disk full: ", "No space left on device", "events.jsonl"]),
         ("disk_full@step2", "failed", ["could not write its outcome", "MiB are free"]),
     ],
