@@ -31,6 +31,8 @@ def given_rows(tmp_path, monkeypatch):
 
 
 def test_what_became_of_the_rows_is_said_and_no_model_is_made(given_rows, left_bench, tmp_path, monkeypatch):
+    import left_bench.worker.stages
+
     monkeypatch.setattr("left_bench.model.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     answer = left_bench("data", *given_rows, "--rows", "1")
     assert answer.code == 0, answer
