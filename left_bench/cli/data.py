@@ -208,10 +208,13 @@ def _print(facts: dict[str, Any], cell: Cell, console: Console) -> None:
     if facts["test_there"] is not None and facts["test_rows"] < facts["test_there"]:
         there = facts["test_there"]
         say(f"the test set has {there:,} different questions; data.test_rows={there} asks all of them")
-    if classes := facts.get("classes"):
-        kind = "the model tells" if len(classes) == 1 else f"{len(classes)} classes"
-        say(f"{kind}: {', '.join(classes[:20])}{', …' if len(classes) > 20 else ''}")
     if "rows" not in facts:
+        classes = facts.get("classes", ())
+        listed = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
+        if "read" not in facts:
+            say(f"pictures of {len(classes)} classes ({listed}): no tokens to show")
+        elif classes:
+            say(f"the model tells {listed}" if len(classes) == 1 else f"{len(classes)} classes: {listed}")
         for number, row in enumerate(facts.get("read", ()), start=1):
             say()
             say(f"training row {number}: {row['tokens']:,} tokens", "bold")
