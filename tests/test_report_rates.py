@@ -9,7 +9,8 @@ import pytest
 from recorded.build import make_record, peft, write_runs, write_sweep
 
 from left_bench.core.errors import UserError
-from left_bench.report.cells import Row, find_axes, labels, row_of
+from left_bench.report.axes import find_axes, labels
+from left_bench.report.cells import Row, row_of
 from left_bench.report.command import main, write_reports
 from left_bench.report.compare import compare
 from left_bench.report.master_weights import whom_rounding_hurts

@@ -120,7 +120,7 @@ PAIRS: list[tuple[list[str], str, list[str]]] = [
         ["peft=llama_adapter"],
     ),
     ([*BERT, "peft=llama_adapter"], "LLaMA-Adapter", [*BERT, "peft=ln_tuning"]),
-    ([*BERT, "data.pairs=true"], "a class is told of one text", BERT),
+    ([*BERT, "data.pairs=true"], "a class belongs to one text", BERT),
     ([*NUMBERS, "data.pairs=true"], "a number is told of one text", NUMBERS),
     ([*TAGS, *BERT[1:]], "tags are told of words", [*TAGS, "data=kinship_people"]),
     ([*VECTORS, "data.pairs=true"], "vectors are compared", VECTORS),

@@ -111,7 +111,7 @@ def test_no_two_cells_share_a_gpu(monkeypatch):
     import os
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    monkeypatch.setattr(resources, "_named", lambda variables: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(resources, "_variables_set", lambda variables: __import__("contextlib").nullcontext())
     running: list[str] = []
     seen: list[tuple[str, ...]] = []
 
@@ -158,7 +158,7 @@ def test_devices_are_shared_or_scheduled_only_when_asked(monkeypatch):
 
 def test_more_devices_than_there_are(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(UserError, match="wants 4 of them and 2 are visible"), seated("cuda", at_once=1, devices=4):
+    with pytest.raises(UserError, match="needs 4 of them and 2 are visible"), seated("cuda", at_once=1, devices=4):
         pass
 
 

@@ -28,7 +28,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
     """
     others = list(_others(model, base))
     known = {storage_key(part.untyped_storage()) for tensor in others for part in plain_parts(tensor)}
-    places = {tensor.device.type for tensor in others}
+    places = {tensor.device.type for tensor in others} | {"meta"}  # a plan leaves plain attributes there
     results = {
         id(tensor): tensor
         for module in model.modules()
@@ -36,7 +36,7 @@ def frozen_tensors(model: torch.nn.Module, *, base: Modules) -> list[torch.Tenso
         for tensor in _tensors_in([vars(module)], set())
         if not tensor.requires_grad  # not an activation that a layer keeps for its next pass
         and tensor.layout == torch.strided
-        and (tensor.device.type in places or not places)
+        and tensor.device.type in places
         and storage_key(tensor.untyped_storage()) not in known
     }
     return list(results.values())

@@ -29,6 +29,10 @@ class Compared:
     unrelated: Batch | None = None
     """KTO: the same prompts with another row's answers."""
 
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of the model's forward pass over the answers, by their names in transformers."""
+        return self.batch.inputs()
+
     def to(self, device: torch.device | str) -> Compared:
         return Compared(
             batch=self.batch.to(device),
