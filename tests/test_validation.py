@@ -151,6 +151,16 @@ def test_a_hub_data_sets_test_split_is_taken_unless_it_is_trained_on(tmp_path, s
     assert all(prompt.startswith("test") for prompt in prompts(result.test)) == own
 
 
+def test_a_test_row_of_a_hub_data_sets_own_split_keeps_all_its_columns_for_a_scorer(tmp_path):
+    for name in ("train", "test"):
+        rows = [json.dumps({"prompt": f"{name} {n}", "answer": "a", "unit": "m"}) for n in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    config = {"data_files": files, "cache_dir": str(tmp_path / "hf")}
+    data = Data(name="hub", source="hub", hub_id="json", config=config, test_rows=4)
+    assert [row.record["unit"] for row in split_rows(data, keep_records=True).test] == ["m"] * 4
+
+
 @pytest.mark.parametrize("withheld", [None, ""])
 def test_a_hub_data_sets_test_split_without_answers_is_left_aside(tmp_path, withheld):
     written(tmp_path / "train.jsonl", [f"train {n}" for n in range(9)])

@@ -52,4 +52,4 @@ def pip_command(requirement: str, *, instead: str) -> list[str]:
             return [result]
     if result := shutil.which("uv"):
         return [result, "tool", "run", "pip"]
-    raise UserError(f"{requirement} cannot be fetched, as there is no pip; run `python -m ensurepip`, {instead}")
+    raise UserError(f"{requirement} cannot be downloaded without pip; run `python -m ensurepip`, {instead}")

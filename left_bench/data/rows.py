@@ -84,20 +84,22 @@ def split_rows(section: Data, *, keep_records: bool = False) -> RowSplits:
             for_validation = _own_split(section, "validation", paths, shape, source=source, read=read, dropped=dropped)
     elif section.source == "hub":
         source = f"data.hub_id={section.hub_id}"
-        records, shape = _detect_shape(section, _hub_records(section, whole=keep_records))
+        dataset = _hub_dataset(section)
+        records, shape = _detect_shape(section, _hub_records(section, dataset, whole=keep_records))
         if _plain(shape) and section.shape is None:
             raise UserError(
                 f"{source}: holds plain text; to train on it set data.shape=text, otherwise name two columns"
             )
         rows = list(read(section, records, source, dropped, shape))
-        held_out = _hub_rows_apart(section, "test", source, read, dropped)
+        separate = functools.partial(_hub_rows_apart, section, dataset, source, read, dropped, whole=keep_records)
+        held_out = separate("test")
         if section.validation_path is not None:
             raise UserError(
                 f"data.validation_path={section.validation_path}: {source} is not a file; leave it out"
                 " (its split `validation` is used if there is one) or set data.validation_rows=NUMBER"
             )
         if section.validation_rows != 0 and section.hold_out:
-            for_validation = _hub_rows_apart(section, "validation", source, read, dropped)
+            for_validation = separate("validation")
     elif section.source == "wheel":
         source, shape = f"data.task={section.task}", _given_shape(section)
         rows = list(read(section, published_records(section), source, dropped, shape))
@@ -195,30 +197,34 @@ def _detect_shape(section: Data, records: Records) -> tuple[Records, Shape | Non
 # --- sources: records with named columns ---
 
 
-def _hub_records(section: Data, *, whole: bool, split: str | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    result = _hub_dataset(section, split=split)
+def _hub_records(
+    section: Data, dataset: Any, *, whole: bool, split: str | None = None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     needed = [column for _, column in _columns(section)]
-    if not whole and result.column_names is not None and set(needed) <= set(result.column_names):
-        result = result.select_columns(sorted(set(needed)))  # do not decode other columns, such as images
-    for number, record in enumerate(with_class_names(result), start=1):
+    if not whole and dataset.column_names is not None and set(needed) <= set(dataset.column_names):
+        dataset = dataset.select_columns(sorted(set(needed)))  # do not decode other columns, such as images
+    for number, record in enumerate(with_class_names(dataset), start=1):
         yield f"{'' if split is None else f'{split} '}row {number}", record
 
 
 def _hub_rows_apart(
     section: Data,
-    part: Literal["test", "validation"],
+    trained_on: Any,
     source: str,
     read: Callable[..., Iterator[Row]],
     dropped: list[str],
+    part: Literal["test", "validation"],
+    *,
+    whole: bool,
 ) -> list[Row] | None:
-    """The rows of the data set's own split; None where there is none, where it is trained on, or where its answers
-    are withheld."""
-    if not brings_split(_hub_dataset(section), section, part):
+    """The rows of the data set's own split; None if there is none, if it is trained on, or if its answers are
+    withheld."""
+    if not brings_split(trained_on, section, part):
         return None
     dataset = _hub_dataset(section, split=part)
     if _answers_withheld(dataset, section.answer_column):
         return None
-    records, shape = _detect_shape(section, _hub_records(section, whole=False, split=part))
+    records, shape = _detect_shape(section, _hub_records(section, dataset, whole=whole, split=part))
     return list(read(section, records, f"{source}: split {part}", dropped, shape))
 
 
